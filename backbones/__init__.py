@@ -1,0 +1,48 @@
+"""Encoders with one output type (`Features`) around timm's vision transformers, and the file they travel in.
+
+Importing the package imports neither torch nor timm; each name below loads its module on first use.
+NOT here: learning objectives (`objectives`), scores (`evaluation`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from backbones.errors import BackboneError
+    from backbones.features import Features
+    from backbones.io import load_backbone, save_backbone, weights_digest
+    from backbones.names import model_names
+    from backbones.registry import create_backbone, from_spec
+    from backbones.vit import ViTBackbone
+
+__all__ = [
+    "BackboneError",
+    "Features",
+    "ViTBackbone",
+    "create_backbone",
+    "from_spec",
+    "load_backbone",
+    "model_names",
+    "save_backbone",
+    "weights_digest",
+]
+
+_HOME = {
+    "BackboneError": "errors",
+    "Features": "features",
+    "ViTBackbone": "vit",
+    "create_backbone": "registry",
+    "from_spec": "registry",
+    "load_backbone": "io",
+    "model_names": "names",
+    "save_backbone": "io",
+    "weights_digest": "io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'backbones' has no attribute {name!r}")
+    return getattr(import_module(f"backbones.{_HOME[name]}"), name)

@@ -1,0 +1,71 @@
+"""Light transformer decoder that fills in masked patches from the encoded visible ones (MAE, arXiv:2111.06377).
+
+NOT here: the encoder, the choice of what is masked, the loss.
+
+Legend: B batch, N patch tokens, K visible, M = N - K masked, D encoder width, E decoder width.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from backbones.errors import BackboneError
+from backbones.features import Features
+from backbones.positions import sincos_positions
+
+__all__ = ["MaskedDecoder"]
+
+
+class MaskedDecoder(nn.Module):
+    """Predicts one vector per masked patch.
+
+    Attention does not see order, only positions, so the tokens run as [class token, visible, masked] with each
+    token's own position added: nothing is un-shuffled, and the masked tokens are the last M.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self, encoder_dim: int, grid: tuple[int, int], output_dim: int, *, dim: int, depth: int, num_heads: int
+    ) -> None:
+        """Builds `depth` blocks of width `dim`; `output_dim` numbers are predicted per patch of the `grid`.
+
+        Raises:
+            BackboneError: `dim` is not divisible by `num_heads`, or not by 4.
+        """
+        super().__init__()
+        if dim % num_heads:
+            raise BackboneError(f"decoder_dim {dim} is not a multiple of decoder_heads {num_heads}")
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        # timm's LayerNorm has the paper's eps, 1e-6; torch's has 1e-5.
+        blocks = [Block(dim, num_heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = LayerNorm(dim)
+        self.predict = nn.Linear(dim, output_dim)
+        # A buffer stays float32 where an engine casts parameters; derived from the grid, so not in the state dict.
+        self.register_buffer("positions", sincos_positions(dim, grid), persistent=False)  # (N, E)
+
+    def forward(self, visible: Features, keep_idx: Tensor, drop_idx: Tensor) -> Tensor:
+        """Predictions for the masked patches.
+
+        Args:
+            visible: encoder output for the patches at `keep_idx`; registers are not used.
+            keep_idx, drop_idx: (B, K) and (B, M) row-major indices of visible and masked patches.
+
+        Returns:
+            (B, M, output_dim) in the order of `drop_idx`.
+        """
+        dtype = self.embed.weight.dtype
+        encoded = self.embed(visible.patches) + self.positions[keep_idx]  # (B, K, E)
+        masked = self.mask_token + self.positions[drop_idx]  # (B, M, E)
+        tokens = [encoded, masked]
+        if visible.cls is not None:
+            tokens.insert(0, self.embed(visible.cls).unsqueeze(1))  # its position is zero
+        x = torch.cat([token.to(dtype) for token in tokens], dim=1)  # (B, 1 + N, E)
+        for block in self.blocks:
+            x = block(x)
+        return self.predict(self.norm(x[:, -drop_idx.shape[1] :]))  # (B, M, output_dim)

@@ -1,0 +1,143 @@
+"""Backbone files: safetensors with the architecture in the header, checked by digest, never unpickled.
+
+NOT here: training state, publication of checkpoints (`pretrain.checkpoint`).
+torch is imported where tensors are made, so that a digest can be taken without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backbones.errors import BackboneError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from backbones.vit import ViTBackbone
+
+__all__ = ["BACKBONE_FILE", "load_backbone", "save_backbone", "weights_digest"]
+
+BACKBONE_FILE = "backbone.safetensors"
+_METADATA_KEY = "pretrain.backbone"
+
+
+def save_backbone(path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
+    """Writes weights and architecture to one file.
+
+    Args:
+        path: the file, conventionally `.../backbone.safetensors`; an existing one is replaced.
+        tensors: timm names -> weights, as from `ViTBackbone.timm_state_dict()`.
+        spec: `ViTBackbone.spec`.
+    """
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata={_METADATA_KEY: _canonical(spec)})
+
+
+def load_backbone(path: Path | str) -> ViTBackbone:
+    """A backbone with its weights, in evaluation mode.
+
+    Args:
+        path: a `.safetensors` file, or a checkpoint directory that holds `backbone.safetensors`. When
+            `checkpoint.json` lies beside the file, the file must have the sha256 recorded there.
+
+    Raises:
+        BackboneError: no such file, not a backbone file, digest mismatch, or tensors that do not fit the architecture.
+    """
+    from safetensors.torch import load
+
+    from backbones.registry import from_spec
+
+    file = _file(path)
+    data = file.read_bytes()  # read once: what is hashed is what is loaded
+    _verify(file, data)
+    header, _ = _header(file, data)
+    backbone = from_spec(_spec(file, header))
+    weights, expected = load(data), backbone.vit.state_dict()
+    wrong = [f"{name} is missing" for name in expected.keys() - weights.keys()]
+    wrong += [f"{name} is not part of the model" for name in weights.keys() - expected.keys()]
+    wrong += [
+        f"{name} has shape {tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in expected.keys() & weights.keys()
+        if weights[name].shape != expected[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise BackboneError(f"{file}: does not fit {backbone.spec['name']!r}: {'; '.join(sorted(wrong)[:3])}{more}")
+    backbone.vit.load_state_dict(weights)
+    return backbone.eval()
+
+
+def weights_digest(path: Path | str) -> str:
+    """Identity of what a backbone computes: sha256 over its weights and architecture, not over the file's layout.
+
+    Hashes, in sorted name order, (name, dtype, shape, little-endian bytes) of every tensor, then the canonical JSON of
+    the architecture. Re-saved copies of the same weights have the same digest.
+
+    Args:
+        path: as for `load_backbone`.
+
+    Raises:
+        BackboneError: no such file, or not a backbone file.
+    """
+    file = _file(path)
+    data = file.read_bytes()
+    header, start = _header(file, data)
+    digest = hashlib.sha256()
+    for name in sorted(header.keys() - {"__metadata__"}):
+        entry = header[name]
+        begin, end = entry["data_offsets"]
+        digest.update(_canonical([name, entry["dtype"], entry["shape"]]).encode())
+        digest.update(memoryview(data)[start + begin : start + end])
+    digest.update(_canonical(_spec(file, header)).encode())
+    return digest.hexdigest()
+
+
+def _file(path: Path | str) -> Path:
+    path = Path(path)
+    file = path / BACKBONE_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise BackboneError(f"{file}: no such file; give a checkpoint directory or its {BACKBONE_FILE}")
+    return file
+
+
+def _header(file: Path, data: bytes) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file (8 bytes length, then JSON) and the offset where tensor bytes begin."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8:start])
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise BackboneError(f"{file}: not a safetensors file (unreadable header)") from error
+    if start + max(ends, default=0) != len(data):
+        raise BackboneError(f"{file}: {len(data)} bytes long, its header says {start + max(ends, default=0)}; damaged")
+    return header, start
+
+
+def _spec(file: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(header["__metadata__"][_METADATA_KEY])
+    except (KeyError, ValueError) as error:
+        raise BackboneError(f"{file}: no {_METADATA_KEY!r} in its header, so the architecture is unknown") from error
+
+
+def _verify(file: Path, data: bytes) -> None:
+    record = file.parent / "checkpoint.json"
+    if not record.is_file():
+        return
+    try:
+        recorded = json.loads(record.read_text(encoding="utf-8"))["files"][file.name]["sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BackboneError(f"{record}: no sha256 for {file.name}, so it cannot be trusted") from error
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != recorded:
+        raise BackboneError(f"{file}: digest mismatch: sha256 {actual[:12]}.. but {record.name} says {recorded[:12]}..")
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

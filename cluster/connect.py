@@ -1,0 +1,80 @@
+"""Connect to Ray: a private instance bound to the loopback interface, or a cluster that is already there.
+
+What is not here: placing workers (`cluster.workers`) and evaluation tasks (`cluster.queue`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+__all__ = ["EVALUATION_SLOT", "Cluster", "connect"]
+
+EVALUATION_SLOT = "evaluation_slot"  # custom Ray resource: bounds the evaluations that run beside the trainers
+OBJECT_STORE_BYTES = 200 * 2**20  # only functions, settings and small results travel through Ray; data does not
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A live connection. `private` is True when this process started the instance and takes it down again."""
+
+    address: str
+    private: bool
+    num_gpus: float
+    has_evaluation_slots: bool
+
+
+def _quiet_environment() -> None:
+    """Settings that Ray reads at import or start-up; values that the user has set win."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same in driver and workers
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")  # importing torch is slow on a busy machine
+
+
+@contextmanager
+def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluation_slots: int) -> Iterator[Cluster]:
+    """Yield a connection to Ray and close it on exit.
+
+    Args:
+        address: Address of a running cluster (`host:port`, `ray://host:port`, `auto`), or None for a private instance.
+            `RAY_ADDRESS` counts when no address is given.
+        num_cpus: CPUs that the private instance declares; at least what the trainers ask for, so that they always fit.
+        num_gpus: GPUs that the private instance declares; None: those that Ray finds.
+        evaluation_slots: Evaluations that may run at the same time beside the trainers of the private instance.
+
+    Raises:
+        ConnectionError: No cluster answers at `address`.
+    """
+    _quiet_environment()
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level="warning")
+    else:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            resources={EVALUATION_SLOT: float(evaluation_slots)},
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",  # nothing of a private instance is reachable from outside this machine
+        )
+    try:
+        resources = ray.cluster_resources()
+        yield Cluster(
+            address=address or "127.0.0.1",
+            private=address is None,
+            num_gpus=resources.get("GPU", 0.0),
+            has_evaluation_slots=EVALUATION_SLOT in resources,
+        )
+    finally:
+        ray.shutdown()

@@ -1,0 +1,64 @@
+"""Evaluations as Ray tasks that take what the trainers leave over.
+
+On a private instance an evaluation asks for a slot (a custom resource) and no CPU, and runs at low priority; on a given
+cluster it asks for one CPU (or a slot where the nodes declare them) and waits until that is free. Either way it is a
+process of its own: it can fail, hang or be killed without touching training.
+
+What is not here: what an evaluation computes, where results are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+
+from cluster.connect import EVALUATION_SLOT, Cluster
+
+__all__ = ["EvaluationQueue"]
+
+
+class EvaluationQueue:
+    """Submit functions, collect results as they come. One task per label; a label is accepted once."""
+
+    def __init__(self, cluster: Cluster, *, max_retries: int = 2) -> None:
+        """
+        Args:
+            cluster: A live connection.
+            max_retries: How often Ray runs a task again whose process or node died. Exceptions are not retried.
+        """
+        if cluster.has_evaluation_slots:
+            self._options: dict[str, Any] = {"num_cpus": 0, "resources": {EVALUATION_SLOT: 1}}
+        else:
+            self._options = {"num_cpus": 1}
+        self._options["max_retries"] = max_retries
+        self._labels: dict[ray.ObjectRef, Any] = {}
+        self._seen: set[Any] = set()
+
+    def submit(self, label: Any, function: Callable[..., Any], *arguments: Any) -> None:
+        """Queue `function(*arguments)`; `label` (hashable) comes back with its result."""
+        if label in self._seen:
+            return
+        self._seen.add(label)
+        self._labels[ray.remote(function).options(**self._options).remote(*arguments)] = label
+
+    @property
+    def pending(self) -> set[Any]:
+        """Labels that are queued or running."""
+        return set(self._labels.values())
+
+    def finished(self, *, timeout_s: float = 0.0) -> Iterator[tuple[Any, Any, Exception | None]]:
+        """Yield (label, result, error) of every task that has ended; waits up to `timeout_s` for the first one."""
+        if not self._labels:
+            return
+        waiting = list(self._labels)
+        done, _ = ray.wait(waiting, num_returns=1, timeout=timeout_s)
+        if done:
+            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        for reference in done:
+            label = self._labels.pop(reference)
+            try:
+                yield label, ray.get(reference), None
+            except ray.exceptions.RayError as error:
+                yield label, None, error

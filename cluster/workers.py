@@ -1,0 +1,147 @@
+"""Run one function on a group of workers through Ray Train, restarted as a whole when a worker dies.
+
+The function is started as `torchrun` would start it: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT are set and nothing else is done, so that the same training loop runs with and without Ray.
+
+What is not here: what the function does, how it finds its last checkpoint after a restart (it looks for itself).
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.backend import Backend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from cluster.connect import Cluster
+
+__all__ = ["WorkerGroup", "run_workers"]
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """How many workers, what each of them gets, and how often the group may be restarted."""
+
+    num_workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+    max_failures: int
+
+
+class _TorchrunEnvironment(BackendConfig):
+    """Rendezvous by environment variables only: importing `ray.train.torch` costs driver and controller torch itself."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _TorchrunBackend
+
+
+class _TorchrunBackend(Backend):
+    share_cuda_visible_devices = True  # LOCAL_RANK picks the device, as under torchrun
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        address, port = worker_group.execute_single(0, _address_and_free_port)
+        for rank, worker in enumerate(worker_group.get_workers()):
+            context = worker.distributed_context
+            worker_group.execute_single(
+                rank,
+                _set_environment,
+                {
+                    "MASTER_ADDR": address,
+                    "MASTER_PORT": str(port),
+                    "RANK": str(context.world_rank),
+                    "LOCAL_RANK": str(context.local_rank),
+                    "WORLD_SIZE": str(context.world_size),
+                    "LOCAL_WORLD_SIZE": str(context.local_world_size),
+                },
+            )
+
+
+def _address_and_free_port() -> tuple[str, int]:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    import os
+
+    os.environ.update(variables)
+
+
+class _FixedLocalGroup(FixedScalingPolicy):
+    """A fixed group on a private instance: there is no autoscaler to ask."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        self._coordinator_client = None
+
+    def _maybe_send_resource_request(self) -> None:
+        return None
+
+
+class _PrivateTrainer(DataParallelTrainer):
+    """Ray Train on an instance of our own, without the three helper actors that serve shared clusters and Ray Data.
+
+    Each of them imports pandas, pyarrow and Ray Data in a process of its own (about 4 CPU-seconds); a private instance
+    has no datasets to split, no autoscaler, and its placement groups die with it.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unneeded = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unneeded)]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        settings["scaling_policy"] = _FixedLocalGroup(self.scaling_config)
+        return super()._initialize_and_run_controller(**settings)
+
+
+def run_workers(
+    cluster: Cluster,
+    function: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    group: WorkerGroup,
+    *,
+    name: str,
+    storage: Path,
+) -> None:
+    """Run `function(settings)` on every worker of the group and wait until all have returned.
+
+    Args:
+        cluster: A live connection.
+        function: Importable by the workers; finds its rank in the environment.
+        settings: Passed to the function as it is.
+        group: Size and resources. When a worker dies or raises, the whole group starts again, `max_failures` times.
+        name: Name of the run in Ray.
+        storage: Directory for Ray Train's own small state.
+
+    Raises:
+        RuntimeError: The group failed more often than `max_failures`; carries the traceback of the failing rank.
+    """
+    resources = {"CPU": group.cpus_per_worker}
+    if group.gpus_per_worker:
+        resources["GPU"] = group.gpus_per_worker
+    trainer_class = _PrivateTrainer if cluster.private else DataParallelTrainer
+    trainer = trainer_class(
+        function,
+        train_loop_config=settings,
+        backend_config=_TorchrunEnvironment(),
+        scaling_config=ScalingConfig(
+            num_workers=group.num_workers, use_gpu=group.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=group.max_failures)
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RuntimeError(str(error)) from error

@@ -1,0 +1,136 @@
+"""Labelled evaluation data: a directory with `train-*.tar`, `test-*.tar` and `dataset.json`.
+
+`dataset.json` gives `classes` (names in index order), `ignore_index` for dense labels and optionally
+`splits.train.sequences` (sequence name -> sample keys), which keeps frames of one video on one side of every selection
+split. Reading shards belongs to `data_pipelines`; resizing and features to `extract`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipelines.decode import IMAGE_FIELDS, decode_label, decode_mask
+from data_pipelines.shards import Dataset, open_dataset
+from evaluation.registry import EvaluationError, Protocol
+
+__all__ = ["IGNORED", "EvaluationData", "LabelMaps", "OpenedData", "class_label"]
+
+IGNORED = -1  # what `LabelMaps` puts where the data has its ignore value
+DEFAULT_IGNORE_INDEX = 255
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """A named directory of labelled shards; `name` is what tables and `select` call it."""
+
+    name: str
+    root: Path
+
+    def open(self, spec: Protocol) -> OpenedData:
+        """Opens both splits and checks that every sample has what `spec` needs."""
+        root = Path(self.root)
+        if not root.is_dir():
+            raise EvaluationError(f"evaluation data {self.name!r}: no directory {root}")
+        splits = {}
+        for split in ("train", "test"):
+            if not any(root.glob(f"{split}-*.tar")):
+                raise EvaluationError(f"evaluation data {self.name!r}: no {split}-*.tar in {root}")
+            splits[split] = dataset = open_dataset(str(root / f"{split}-*.tar"))
+            dataset.require_field(*IMAGE_FIELDS)
+            dataset.require_field(spec.label)
+        description = splits["train"].description
+        opened = OpenedData(
+            name=self.name,
+            train=splits["train"],
+            test=splits["test"],
+            num_classes=_num_classes(description, self.name),
+            ignore_index=description.get("ignore_index", DEFAULT_IGNORE_INDEX),
+            sequences=_sequences(description),
+        )
+        if spec.label == "seg.png" and opened.num_classes is None:
+            raise EvaluationError(
+                f"evaluation data {self.name!r}: {root / 'dataset.json'} must list `classes` for dense labels"
+            )
+        return opened
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """Both splits of one data set and the facts that decide how they are scored."""
+
+    name: str
+    train: Dataset
+    test: Dataset
+    num_classes: int | None
+    ignore_index: int | None
+    sequences: dict[str, str]  # sample key -> sequence
+
+    @property
+    def digest(self) -> str:
+        """Identity of contents, splits and label rules; independent of where the shards lie."""
+        facts = {
+            "train": self.train.digest,
+            "test": self.test.digest,
+            "num_classes": self.num_classes,
+            "ignore_index": self.ignore_index,
+            "sequences": self.sequences,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class LabelMaps:
+    """Dense labels of one split, decoded when asked for and never resized."""
+
+    def __init__(self, dataset: Dataset, *, num_classes: int, ignore_index: int | None, sequences: dict[str, str]):
+        self._dataset = dataset
+        self._ignore_index = ignore_index
+        self._sequences = sequences
+        self.num_classes = num_classes
+
+    def __len__(self) -> int:
+        return int(self._dataset.num_samples)
+
+    def read(self, sample_idx: int) -> tuple[npt.NDArray[np.int64], str | None]:
+        """Returns the label map (H, W), ignored pixels `IGNORED`, and the name of the sample's sequence if it has one."""
+        sample = self._dataset.read(sample_idx)
+        key = str(sample["__key__"])
+        labels = decode_mask(sample["seg.png"]).astype(np.int64)
+        if self._ignore_index is not None:
+            labels[labels == self._ignore_index] = IGNORED
+        if labels.max() >= self.num_classes:
+            raise EvaluationError(
+                f"sample {key!r}: label {labels.max()} in seg.png, but dataset.json lists {self.num_classes} classes "
+                f"and ignore_index {self._ignore_index}"
+            )
+        return labels, self._sequences.get(key)
+
+
+def class_label(sample: dict[str, Any], num_classes: int | None) -> int:
+    """Returns the class index of `sample`, checked against the number of classes when that is known."""
+    label = decode_label(sample["cls"])
+    if label < 0 or (num_classes is not None and label >= num_classes):
+        raise EvaluationError(f"sample {sample['__key__']!r}: class {label} is outside 0..{(num_classes or 0) - 1}")
+    return label
+
+
+def _num_classes(description: dict[str, Any], name: str) -> int | None:
+    classes = description.get("classes")
+    if classes is None:
+        return None
+    if not isinstance(classes, list) or not classes:
+        raise EvaluationError(f"evaluation data {name!r}: `classes` in dataset.json must be a list of names")
+    return len(classes)
+
+
+def _sequences(description: dict[str, Any]) -> dict[str, str]:
+    """Sample key -> sequence over all splits of a `dataset.json`."""
+    splits = description.get("splits", {})
+    named = [split.get("sequences", {}) for split in splits.values() if isinstance(split, dict)]
+    return {key: sequence for sequences in named for sequence, keys in sequences.items() for key in keys}

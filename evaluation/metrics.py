@@ -1,0 +1,104 @@
+"""Metric formulas of the protocols: accuracies with intervals, and mIoU from counts.
+
+Definitions follow `evaluation` protocol version 1: one integer confusion matrix over the whole test set at label
+resolution, classes with an empty union skipped, ignored pixels removed from both sides. Depth, retrieval and detection
+metrics are not here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Outcome",
+    "bootstrap_miou",
+    "confusion_matrix",
+    "iou_per_class",
+    "mean_class_accuracy",
+    "mean_iou",
+    "pixel_accuracy",
+    "top_k_accuracy",
+    "wilson_interval",
+]
+
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a head reports: `metrics` are the protocol's named fractions, `details` anything JSON can hold."""
+
+    metrics: Mapping[str, float]
+    details: Mapping[str, Any]
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Returns the 95 % Wilson score interval of `correct` out of `total` > 0 as fractions."""
+    share, z2 = correct / total, Z_95**2
+    centre = share + z2 / (2 * total)
+    spread = Z_95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    scale = 1 + z2 / total
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def top_k_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
+    """Share of rows of `scores` (n, C) whose label (n,) is among the k best; equal scores go to the lowest class id."""
+    ranked = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]  # (n, k)
+    return float((ranked == labels[:, None]).any(dim=1).double().mean())
+
+
+def mean_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
+    """Mean over the classes that occur in `labels` of the accuracy within the class."""
+    total = torch.bincount(labels, minlength=num_classes)
+    correct = torch.bincount(labels[predicted == labels], minlength=num_classes)
+    seen = total > 0
+    return float((correct[seen].double() / total[seen]).mean())
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Counts (C, C) int64, rows true and columns predicted; entries with a negative label count nowhere."""
+    is_valid = labels >= 0
+    cells = labels[is_valid] * num_classes + predicted[is_valid]
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def iou_per_class(confusion: Tensor) -> Tensor:
+    """Intersection over union (..., C) float64 of confusion matrices (..., C, C); NaN where the union is empty."""
+    hit = confusion.diagonal(dim1=-2, dim2=-1).double()
+    return hit / (confusion.sum(-1) + confusion.sum(-2) - hit)
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """Mean over classes that were present or predicted; NaN when no pixel was counted."""
+    return float(iou_per_class(confusion).nanmean())
+
+
+def pixel_accuracy(confusion: Tensor) -> float:
+    return float(confusion.diagonal().sum() / confusion.sum())
+
+
+def bootstrap_miou(per_image: Tensor, *, seed: int, resamples: int = 1000) -> tuple[float, float]:
+    """95 % percentile interval of mIoU over images.
+
+    Args:
+        per_image: confusion counts (n, C, C); images are drawn with replacement and their counts summed.
+    """
+    num_images = len(per_image)
+    counts = torch.stack(
+        (per_image.diagonal(dim1=1, dim2=2), per_image.sum(1), per_image.sum(2)), dim=1
+    ).double()  # (n, 3, C): intersection, predicted, true
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(num_images, (resamples, num_images), generator=generator)
+    weights = torch.zeros(resamples, num_images, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(resamples, num_images, dtype=torch.float64)
+    )
+    hit, predicted, true = (weights @ counts.flatten(1)).unflatten(1, (3, -1)).unbind(1)  # each (resamples, C)
+    scores = (hit / (predicted + true - hit)).nanmean(dim=1)
+    low, high = torch.quantile(scores[scores.isfinite()], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -1,0 +1,58 @@
+"""Splits of the training images on which hyper-parameters are chosen, and the choice itself.
+
+Nothing here ever sees a test image. Folds are balanced over classes, or keep whole video sequences together where
+neighbouring frames would leak.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["NEVER_HELD_OUT", "choose_cell", "random_folds", "sequence_folds", "stratified_folds"]
+
+NEVER_HELD_OUT = -1  # fold of rows that every head may be fitted on
+
+
+def stratified_folds(labels: Tensor, *, num_folds: int, seed: int) -> Tensor:
+    """Assigns each row a fold in 0..num_folds-1 (n,) int64, every class spread evenly over the folds."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    by_class = order[labels[order].argsort(stable=True)]  # shuffled within each class, classes one after the other
+    fold = torch.empty(len(labels), dtype=torch.int64)
+    fold[by_class] = torch.arange(len(labels)) % num_folds
+    return fold
+
+
+def random_folds(num_rows: int, *, num_folds: int, seed: int) -> Tensor:
+    """Assigns each row a random fold (n,) int64, fold sizes equal to within one."""
+    return stratified_folds(torch.zeros(num_rows, dtype=torch.int64), num_folds=num_folds, seed=seed)
+
+
+def sequence_folds(sequences: Sequence[str], *, num_folds: int) -> Tensor:
+    """Assigns whole sequences to at most `num_folds` folds of similar size; (n,) int64.
+
+    Longest sequence first into the smallest fold, so the result depends on names and lengths only.
+    """
+    lengths = Counter(sequences)
+    sizes = [0] * min(num_folds, len(lengths))
+    home: dict[str, int] = {}
+    for name, length in sorted(lengths.items(), key=lambda item: (-item[1], item[0])):
+        home[name] = sizes.index(min(sizes))
+        sizes[home[name]] += length
+    return torch.tensor([home[name] for name in sequences])
+
+
+def choose_cell(score: Tensor, loss: Tensor) -> tuple[int, bool]:
+    """Returns (index of the highest score, ties to the lowest loss; whether the grid ends there too early).
+
+    The grid ends too early when the chosen cell is its first or last and beats its only neighbour.
+    """
+    ranked = sorted(range(len(score)), key=lambda cell: (-float(score[cell]), float(loss[cell])))
+    best, last = ranked[0], len(score) - 1
+    neighbour = {0: 1, last: last - 1}.get(best)
+    at_edge = neighbour is not None and last > 0 and float(score[best]) > float(score[neighbour])
+    return best, at_edge

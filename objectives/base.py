@@ -1,0 +1,99 @@
+"""What every objective is to the training loop.
+
+The loop calls `forward` once per micro-batch and `after_step` once per optimiser step; it knows nothing else about an
+objective. NOT here: schedules and optimisers (`pretrain.engine`), how views are cut (`data_pipelines.views`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from backbones.vit import ViTBackbone
+
+__all__ = ["Objective", "Output", "Progress"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands: `step` optimiser steps of `total_steps` are done."""
+
+    step: int
+    total_steps: int
+
+
+class Output(NamedTuple):
+    """Loss to differentiate (scalar) and detached scalar metrics for people, by name."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(nn.Module, ABC):
+    """A learning objective around a backbone; built as `Class(backbone, config)`.
+
+    A constructor may re-initialise the backbone, and draws from torch's global generator: seed it before.
+
+    Attributes:
+        Config: dataclass of the settings.
+        backbone: what is exported and graded.
+    """
+
+    Config: ClassVar[type]
+    backbone: ViTBackbone
+
+    @abstractmethod
+    def views(self) -> list[dict[str, Any]]:
+        """The crops wanted per image: plain dicts with the fields of `data_pipelines.views.View`."""
+
+    @abstractmethod
+    def forward(self, batch: dict[str, Tensor], progress: Progress) -> Output:
+        """Loss of one micro-batch.
+
+        Args:
+            batch: per view its uint8 images (B, C, H, W), or (count, B, C, H, W) when it counts more than one;
+                "sample_id" and "seed" (B,) int64. All randomness comes from "seed".
+            progress: for schedules inside the objective.
+        """
+
+    def after_step(self, progress: Progress) -> None:
+        """Work after an optimiser step, such as moving an average; nothing by default."""
+
+    @abstractmethod
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Pictures a person can judge progress by: caption -> (n, 3, H, W) float in [0, 1].
+
+        Runs outside the engine's forward, so an engine that shards parameters (ZeRO-3) has to gather them around it.
+        """
+
+    def param_groups(self, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+        """Trainable parameters as torch optimiser groups; call it before an engine shards them.
+
+        Matrices and tokens (two or more dimensions) decay, vectors and biases do not. With `layer_decay` < 1 an
+        encoder layer that lies n layers below the encoder's last has its learning rate scaled by layer_decay ** n
+        (BEiT, arXiv:2106.08254, counted as timm does); everything outside the encoder has scale 1.
+
+        Returns:
+            Groups with "params", "weight_decay", "lr_scale" and "group_name", the first encoder layer first.
+        """
+        prefix = "backbone.vit."
+        layer_ids = {prefix + name: layer for name, layer in self.backbone.layer_ids().items()}
+        last = max(layer_ids.values())
+        groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                layer = last if layer_decay == 1.0 else layer_ids.get(name, last)
+                groups[layer, parameter.ndim >= 2 and not name.endswith(".bias")].append(parameter)
+        return [
+            {
+                "params": groups[layer, decays],
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr_scale": layer_decay ** (last - layer),
+                "group_name": ("decay" if decays else "no_decay") + (f".layer{layer}" if layer < last else ""),
+            }
+            for layer, decays in sorted(groups, key=lambda key: (key[0], not key[1]))
+        ]

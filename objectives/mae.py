@@ -1,0 +1,187 @@
+"""Masked autoencoder: hide most patches, encode the rest, predict the hidden pixels.
+
+K. He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021, arXiv:2111.06377. Written from the formulas; the
+values of the authors' code are in tests/golden/mae.json. NOT here: fine-tuning and probes (`evaluation`).
+
+Legend: B batch, C channels, p patch size, N patches, K kept, M masked, L = p * p * C numbers per patch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from backbones.decoder import MaskedDecoder
+from backbones.features import take_tokens
+from backbones.vit import ViTBackbone
+from objectives.base import Objective, Output, Progress
+from objectives.configs import MAEConfig
+from objectives.errors import ObjectiveError
+from objectives.masking import RandomMask, random_mask, random_noise
+
+__all__ = ["MAE", "patchify", "unpatchify"]
+
+_MAX_PICTURES = 8
+
+
+class _Reconstruction(NamedTuple):
+    """Predictions and what they are compared with."""
+
+    prediction: Tensor  # (B, M, L) normalised like the target
+    target: Tensor  # (B, M, L)
+    centre: Tensor  # (B, M, 1) with norm_pix_loss, else a 0: target = (pixels - centre) / spread
+    spread: Tensor  # (B, M, 1) with norm_pix_loss, else a 1
+    mask: RandomMask
+
+
+class MAE(Objective):
+    """Mean squared error of the masked patches' pixels.
+
+    The encoder runs on visible patches only, and the decoder's head on masked ones only. Every sample masks equally
+    many patches, so means over micro-batches and ranks equal the mean over the global batch.
+    """
+
+    Config: ClassVar[type] = MAEConfig
+
+    def __init__(self, backbone: ViTBackbone, config: MAEConfig) -> None:
+        """Re-initialises `backbone` as the paper does and fixes its absolute positions to sin-cos.
+
+        Raises:
+            ObjectiveError: the mask ratio leaves nothing to see or to predict at this number of patches.
+            BackboneError: the decoder's width does not fit its heads or its positions.
+        """
+        super().__init__()
+        if not 0 < int(backbone.num_patches * (1 - config.mask_ratio)) < backbone.num_patches:
+            raise ObjectiveError(
+                f"objective.mask_ratio {config.mask_ratio} leaves nothing to see or to predict of "
+                f"{backbone.num_patches} patches; choose it between 0 and 1, or a smaller patch size"
+            )
+        self.config = config
+        self.backbone = backbone
+        self.backbone.fix_sincos_positions()
+        self.decoder = MaskedDecoder(
+            backbone.embed_dim,
+            backbone.grid,
+            backbone.patch_size**2 * backbone.in_chans,
+            dim=config.decoder_dim,
+            depth=config.decoder_depth,
+            num_heads=config.decoder_heads,
+        )
+        _initialise(self)
+
+    def views(self) -> list[dict[str, Any]]:
+        """One crop, "image": random resized crop and flip."""
+        return [
+            {
+                "name": "image",
+                "size": self.backbone.image_size,
+                "count": 1,
+                "scale": tuple(self.config.crop_scale),
+                "hflip": self.config.hflip,
+            }
+        ]
+
+    def forward(self, batch: dict[str, Tensor], progress: Progress) -> Output:
+        """Loss of one micro-batch.
+
+        Args:
+            batch: "image" (B, C, H, W) uint8 or float in [0, 1], and "seed" (B,) int64, from which masks are drawn;
+                "noise" (B, N), if present, is used in place of the seed: the smallest values stay visible.
+            progress: not used.
+        """
+        result = self._reconstruct(self.backbone.preprocess(batch["image"]), batch)
+        with torch.autocast(result.prediction.device.type, enabled=False):
+            squared_error = (result.prediction - result.target).square()  # (B, M, L)
+            loss = squared_error.mean()
+        return Output(loss, {"loss": loss.detach(), **self._metrics(squared_error.detach(), result)})
+
+    def _reconstruct(self, x: Tensor, batch: dict[str, Tensor]) -> _Reconstruction:
+        """Masks, encodes and decodes normalised images (B, C, H, W); everything returned is at least float32."""
+        noise = batch["noise"] if "noise" in batch else random_noise(batch["seed"], self.backbone.num_patches)
+        mask = random_mask(noise, self.config.mask_ratio)
+        visible = self.backbone.features(x, mask.keep_idx)
+        prediction = self.decoder(visible, mask.keep_idx, mask.drop_idx)  # (B, M, L)
+        target = take_tokens(patchify(x, self.backbone.patch_size), mask.drop_idx)  # (B, M, L), never below float32
+        centre, spread = target.new_zeros(()), target.new_ones(())
+        if self.config.norm_pix_loss:
+            # Unbiased variance and eps inside the root are the paper's code; flat patches stay finite.
+            variance, centre = torch.var_mean(target, dim=-1, keepdim=True)
+            spread = (variance + 1e-6).sqrt()
+            target = (target - centre) / spread
+        return _Reconstruction(prediction.to(target.dtype), target, centre, spread, mask)
+
+    @torch.no_grad()
+    def _metrics(self, squared_error: Tensor, result: _Reconstruction) -> dict[str, Tensor]:
+        """Two readings of the loss that compare across settings; both stay on the device.
+
+        "explained": 1 - loss / loss of predicting zero (the patch mean with norm_pix_loss, else the mean colour);
+        0 = nothing learned. "masked_psnr_db": of masked pixels on the [0, 1] scale.
+        """
+        pixel_std = self.backbone.pixel_std.flatten().repeat(self.backbone.patch_size**2)  # (L,) channel last
+        pixel_error = (squared_error * (result.spread * pixel_std).square()).mean()
+        return {
+            "explained": 1 - squared_error.mean() / result.target.square().mean(),
+            "masked_psnr_db": -10 * pixel_error.clamp_min(1e-10).log10(),
+        }
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """At most 8 each of "masked", "reconstruction" (hidden patches predicted, others kept) and "original"."""
+        batch = {name: tensor[:_MAX_PICTURES] for name, tensor in batch.items()}
+        was_training = self.training
+        self.eval()  # stochastic depth would draw from the global generator and change the training that follows
+        x = self.backbone.preprocess(batch["image"])
+        result = self._reconstruct(x, batch)
+        self.train(was_training)
+
+        patches = patchify(x, self.backbone.patch_size)  # (n, N, L)
+        drop_idx = result.mask.drop_idx.unsqueeze(-1).expand_as(result.prediction)  # (n, M, L)
+        filled = patches.scatter(1, drop_idx, result.prediction * result.spread + result.centre)
+        grey = (0.5 - self.backbone.pixel_mean) / self.backbone.pixel_std  # (C, 1, 1)
+        hidden = result.mask.is_masked.unsqueeze(-1)  # (n, N, 1)
+        masked = torch.where(hidden, patchify(grey.expand_as(x).to(x), self.backbone.patch_size), patches)
+        shown = {"masked": masked, "reconstruction": filled, "original": patches}
+        return {caption: self._to_rgb(tokens) for caption, tokens in shown.items()}
+
+    def _to_rgb(self, patches: Tensor) -> Tensor:
+        """Normalised patches (n, N, L) to (n, 3, H, W) in [0, 1]; the first three channels, or the first repeated."""
+        backbone = self.backbone
+        images = unpatchify(patches, backbone.grid, backbone.patch_size)  # (n, C, H, W)
+        images = (images * backbone.pixel_std + backbone.pixel_mean).clamp(0, 1)
+        return images[:, :3] if backbone.in_chans >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Images to patch vectors, pixel by pixel with the channel last: (B, C, H, W) -> (B, N, p * p * C)."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    split = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return split.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)  # (B, rows * columns, p * p * C)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Inverse of `patchify`: (B, N, p * p * C) -> (B, C, H, W)."""
+    rows, columns = grid
+    split = patches.reshape(len(patches), rows, columns, patch_size, patch_size, -1)
+    return split.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * patch_size, columns * patch_size)
+
+
+def _initialise(objective: MAE) -> None:
+    """The paper's initialisation: Xavier-uniform matrices, N(0, 0.02^2) tokens, plain norms.
+
+    The patch projection counts as one matrix (D, C * p * p) and keeps torch's default bias.
+    """
+    for module in objective.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(objective.backbone.vit.patch_embed.proj.weight.flatten(1))
+    for name, parameter in objective.named_parameters():
+        if name.endswith("_token"):
+            nn.init.normal_(parameter, std=0.02)

@@ -1,0 +1,186 @@
+"""The DeepSpeed seam: everything the training loop asks of DeepSpeed, and the settings we give it.
+
+ZeRO stages 0 to 3, fp32 and bf16, CPU with gloo and CUDA with NCCL behind one small class. `optimizer.*` and `train.*`
+of a recipe are the short form; `deepspeed:` passes raw keys on.
+
+What is not here: the loop (`pretrain.worker`), schedules, what a checkpoint directory looks like (`pretrain.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from objectives.base import Objective, Output, Progress
+from pretrain.schema import Recipe
+
+__all__ = ["Engine", "init_distributed", "pick_device"]
+
+TAG = "deepspeed"  # sub-directory of the training state that DeepSpeed writes
+REDUCE_BUCKET_ELEMENTS = 50_000_000  # 200 MB in fp32; DeepSpeed's default of 5e8 reserves 2 GB per worker
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> the device of this process (LOCAL_RANK picks the GPU).
+
+    Raises:
+        RuntimeError: `cuda` is asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise RuntimeError("train.device=cuda, but torch sees no GPU; use train.device=cpu or auto")
+    if wanted == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def init_distributed(device: torch.device) -> tuple[int, int]:
+    """Join the process group that the environment describes (as torchrun sets it); returns (rank, world size)."""
+    # DeepSpeed probes for accelerators at import; saying which one keeps it from warning and from choosing another.
+    os.environ["DS_ACCELERATOR"] = device.type
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    import deepspeed
+    import deepspeed.ops
+
+    # A shared-memory all-reduce for inference on CPUs, compiled with a C++ compiler at first use: not needed to train.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+class Engine:
+    """An objective under DeepSpeed.
+
+    Args:
+        objective: Built alike on every rank; DeepSpeed broadcasts rank 0's weights.
+        recipe: Resolved recipe.
+        device: Device of this process.
+    """
+
+    def __init__(self, objective: Objective, recipe: Recipe, device: torch.device) -> None:
+        import deepspeed
+        from timm.optim import create_optimizer_v2
+
+        optimizer = recipe.optimizer
+        groups = objective.param_groups(optimizer.weight_decay, optimizer.layer_decay)
+        torch_optimizer = create_optimizer_v2(
+            groups, opt=optimizer.name, lr=recipe.peak_lr, weight_decay=0.0, betas=tuple(optimizer.betas), eps=optimizer.eps
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside DeepSpeed that a user can do nothing about
+            self._engine, *_ = deepspeed.initialize(
+                model=objective.to(device), optimizer=torch_optimizer, config=deepspeed_config(recipe), dist_init_required=False
+            )
+        self.objective = objective
+        self.device = device
+        self.stage = recipe.train.zero_stage
+
+    def set_schedule(self, learning_rate: float, weight_decay: float) -> None:
+        """Set the values for the next update; groups without decay keep none, layer decay scales the rate."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+            if group["weight_decay"] > 0:
+                group["weight_decay"] = weight_decay
+
+    def step(self, micro_batches: Sequence[dict[str, torch.Tensor]], progress: Progress, *, grad_norm: bool) -> Output:
+        """One optimiser step over the rank's micro-batches.
+
+        Args:
+            micro_batches: As many as `train.accumulation` says.
+            progress: Where the run is.
+            grad_norm: Add the global gradient norm (before clipping) to the metrics; costs a pass over the gradients.
+
+        Returns:
+            Loss and metrics of this rank averaged over its micro-batches; scalars on the device, without a host sync.
+        """
+        outputs: list[Output] = []
+        norm: torch.Tensor | float | None = None
+        for batch in micro_batches:
+            output = self._engine(batch, progress)
+            self._engine.backward(output.loss)  # divides by the number of micro-batches
+            outputs.append(Output(output.loss.detach(), output.metrics))
+            if grad_norm and self.stage == 0 and len(outputs) == len(micro_batches):
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
+            self._engine.step()  # updates at the last micro-batch only
+        if grad_norm and self.stage > 0:
+            norm = self._engine.get_global_grad_norm()
+        metrics = {name: _mean([output.metrics[name] for output in outputs]) for name in outputs[0].metrics}
+        if norm is not None:
+            metrics["grad_norm"] = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        return Output(_mean([output.loss for output in outputs]), metrics)
+
+    @torch.no_grad()
+    def backbone_weights(self) -> dict[str, torch.Tensor]:
+        """The backbone in fp32 under timm's names, on the CPU. A collective under ZeRO: call it on every rank."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = {}
+        for name, parameter in self.objective.backbone.vit.named_parameters():
+            master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            full[name] = (parameter if master is None else master).detach().float().cpu().reshape(_full_shape(parameter))
+        weights = self.objective.backbone.timm_state_dict()  # order and persistent buffers, as timm has them
+        return {name: full.get(name, tensor.detach().cpu()).clone() for name, tensor in weights.items()}
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's share of the training state. A collective."""
+        self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Restore model and optimiser from `save`. A collective.
+
+        Raises:
+            RuntimeError: The state does not fit this model, optimiser or ZeRO stage.
+        """
+        loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise RuntimeError(f"{directory}: DeepSpeed found no training state to restore")
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the optimiser's own state counts."""
+        return int(self._engine.global_steps)
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe; raw keys of `deepspeed:` are merged in last."""
+    train = recipe.train
+    config: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": recipe.optimizer.clip_grad or 0.0,
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
+            "allgather_bucket_size": REDUCE_BUCKET_ELEMENTS,
+        },
+        "zero_allow_untested_optimizer": True,  # AdamW built by us, with our parameter groups
+        "bf16": {"enabled": train.precision == "bf16"},
+        "steps_per_print": None,
+    }
+    return _merged(config, recipe.deepspeed)
+
+
+def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        is_nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if is_nested else value
+    return merged
+
+
+def _mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([value.detach().float() for value in values]).mean()
+
+
+def _full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Shape before ZeRO-3 partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,0 +1,131 @@
+"""Grade checkpoints: the same function by hand (`pretrain evaluate`), from Python, and as an evaluation task of a run.
+
+What is not here: the protocols (`evaluation`), when a run grades which checkpoint (`pretrain.run`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.errors import RequestError
+from pretrain.schema import EvaluationTask, Recipe
+
+if TYPE_CHECKING:
+    from evaluation.protocol import EvaluationResult
+
+__all__ = ["evaluate", "grade_task", "leaderboard", "missing_tasks"]
+
+NICENESS = 10  # an evaluation beside the trainers gets about a tenth of a contended core
+STORE = "evaluations"
+
+
+def grade_task(checkpoint: str, step: int, task: EvaluationTask, directory: str, storage: str) -> dict[str, Any]:
+    """Run one evaluation task in a process of its own; returns a record for `evaluations.jsonl`.
+
+    Args:
+        checkpoint: Directory with `backbone.safetensors`.
+        step: Its optimiser step.
+        task: Protocol, name of the data, size.
+        directory: Where the data lies.
+        storage: Root of runs and evaluations.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one core of what the trainers leave
+    os.nice(max(0, NICENESS - os.nice(0)))
+    result = _evaluate(Path(checkpoint), task, Path(directory), Path(storage))
+    return {"step": step, **_record(result)}
+
+
+def evaluate(
+    checkpoint: str | os.PathLike[str],
+    protocols: Sequence[str] | None = None,
+    data: Mapping[str, str | os.PathLike[str]] | None = None,
+    *,
+    storage: str | os.PathLike[str] = "runs",
+) -> list[EvaluationResult]:
+    """Grade a checkpoint.
+
+    Args:
+        checkpoint: A directory, `runs:/ID[/step]` or `models:/NAME@ALIAS`.
+        protocols: Names of protocols; default: those of the checkpoint's recipe, else every one that suits the data.
+        data: Name -> directory with train-*.tar and test-*.tar; default: the data of the checkpoint's recipe.
+        storage: Root of runs and evaluations.
+
+    Returns:
+        One result per protocol and data set, in the order asked for. Known results are not computed again.
+
+    Raises:
+        RequestError: An unknown checkpoint, protocol or data set, or data that a protocol cannot use.
+    """
+    from evaluation.data import EvaluationData
+    from evaluation.registry import names
+    from pretrain.registry import resolve_checkpoint
+
+    root = Path(storage)
+    path = resolve_checkpoint(str(checkpoint), root)
+    recipe = _recipe_of(path)
+    unknown = [name for name in protocols or () if name not in names()]
+    if unknown:
+        raise RequestError(*(f"protocol {name!r} is unknown; there are: {', '.join(sorted(names()))}" for name in unknown))
+    if data is None:
+        if recipe is None or not recipe.evaluation.tasks:
+            raise RequestError(f"{path}: its recipe names no evaluation data; give --data NAME=DIRECTORY")
+        tasks = [t for t in recipe.evaluation.tasks if not protocols or t.protocol in protocols]
+        directories = {name: Path(directory) for name, directory in recipe.evaluation.data.items()}
+        asked = [(task, directories[task.data]) for task in tasks]
+    else:
+        asked = []
+        for name, directory in data.items():
+            suitable = EvaluationData(name, Path(directory)).protocols()
+            asked += [(EvaluationTask(protocol, name), Path(directory)) for protocol in protocols or suitable]
+    if not asked:
+        raise RequestError(f"nothing to evaluate: the recipe has no task for {', '.join(protocols or ())}")
+    return [_evaluate(path, task, directory, root) for task, directory in asked]
+
+
+def missing_tasks(recipe: Recipe, step: int, done: set[tuple[int, str, str]]) -> list[EvaluationTask]:
+    """The recipe's tasks that have no result for `step` yet; `done` holds (step, protocol, data)."""
+    return [task for task in recipe.evaluation.tasks if (step, task.protocol, task.data) not in done]
+
+
+def leaderboard(storage: str | os.PathLike[str] = "runs") -> list[dict[str, Any]]:
+    """All evaluations of all runs under `storage`: run, step and the record of `evaluations.jsonl`, newest run first."""
+    from pretrain.journal import read_journal
+
+    rows = []
+    for path in sorted(Path(storage).glob("*/evaluations.jsonl"), reverse=True):
+        records, _ = read_journal(path)
+        rows += [{"run": path.parent.name, **record} for record in records if "metrics" in record]
+    return rows
+
+
+def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path) -> EvaluationResult:
+    from evaluation.data import EvaluationData
+    from evaluation.protocol import evaluate as run_protocol
+
+    return run_protocol(
+        path, task.protocol, EvaluationData(task.data, directory), store=storage / STORE, image_size=task.image_size
+    )
+
+
+def _record(result: EvaluationResult) -> dict[str, Any]:
+    return {
+        "time": time.time(),
+        "kind": "evaluation",
+        "protocol": result.protocol,
+        "data": result.data,
+        "metrics": result.metrics,
+        "key": result.key,
+        "seconds": result.seconds,
+        "cached": result.cached,
+    }
+
+
+def _recipe_of(checkpoint: Path) -> Recipe | None:
+    from pretrain.config import load_recipe
+
+    path = checkpoint / "recipe.yaml"
+    return load_recipe(str(path), []) if path.is_file() else None

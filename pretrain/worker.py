@@ -1,0 +1,278 @@
+"""The training loop. Ray starts it by default, torchrun can start it as well; it imports neither Ray nor MLflow.
+
+One step: take the rank's micro-batches from the stream, forward and backward through the objective, one optimiser step,
+the objective's after-step work. What the loop has to say goes to the run's journal (one JSON line per record, rank 0
+only); terminal, MLflow, evaluations and the report all read that file, so none of them can slow a step down.
+
+    torchrun --nproc-per-node 2 -m pretrain.worker RECIPE [key=value ...] --run-dir DIR
+
+What is not here: DeepSpeed (`pretrain.engine`), checkpoints (`pretrain.snapshot`), placement (`cluster`).
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from backbones.registry import create_backbone
+from data_pipelines.shards import open_dataset
+from data_pipelines.stream import Stream, StreamState
+from data_pipelines.views import views_from
+from objectives import registry as objectives
+from objectives.base import Objective, Output, Progress
+from pretrain import checkpoint, snapshot
+from pretrain.engine import Engine, init_distributed, pick_device
+from pretrain.errors import RequestError
+from pretrain.journal import Journal
+from pretrain.pictures import write_pictures
+from pretrain.schedule import learning_rate, weight_decay
+from pretrain.schema import Recipe
+
+__all__ = ["train"]
+
+Listener = Callable[[dict[str, Any]], None]
+START_STEPS = 2  # the first steps of a process pay for caches and allocations: they do not count as throughput
+
+
+def train(recipe: Recipe, run_dir: Path, *, listener: Listener | None = None, launched: float | None = None) -> None:
+    """Train to the recipe's last step, from the newest complete checkpoint in `run_dir` if there is one.
+
+    Args:
+        recipe: Resolved recipe.
+        run_dir: Directory of the run, the same on all ranks (shared storage when they are on several nodes).
+        listener: Gets each journal record on rank 0 as well.
+        launched: Unix time at which the user asked for the run; the start-up record counts from there.
+
+    Raises:
+        RuntimeError: World size and recipe disagree, or the loss is not finite.
+        CheckpointError: The newest checkpoint is damaged or does not fit this run.
+    """
+    clock = {"launched": launched or time.time(), "entered": time.time()}
+    device = pick_device(recipe.train.device)
+    rank, world_size = init_distributed(device)
+    if world_size != recipe.train.workers:
+        raise RuntimeError(f"{world_size} workers were started, but the recipe says train.workers={recipe.train.workers}")
+    clock["joined"] = time.time()
+
+    torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
+    objective = build_objective(recipe)
+    engine = Engine(objective, recipe, device)
+    torch.manual_seed(recipe.train.seed + 1 + rank)  # stochastic depth and the like differ between ranks
+    clock["built"] = time.time()
+
+    found = snapshot.newest(run_dir)
+    stream = build_stream(recipe, objective, rank, snapshot.stream_state(found[1]) if found else StreamState(0, 0))
+    with Journal(run_dir / "journal.jsonl") if rank == 0 else _Silence() as journal:
+        say = _speaker(journal, listener if rank == 0 else None)
+        step = found[0].step if found else 0
+        say("start", step=step, total_steps=recipe.train.steps, world_size=world_size, device=str(device))
+        if found:
+            say("resumed", **snapshot.restore(*found, engine, stream))
+        elif recipe.evaluation.baseline and not checkpoint.published(run_dir):
+            path = snapshot.take(run_dir, 0, engine, stream, recipe, training_state=False)
+            say("checkpoint", step=0, path=path.relative_to(run_dir))
+        run_steps(recipe, run_dir, engine, stream, step, say, clock)
+        say("finished", step=recipe.train.steps)
+    dist.barrier()  # all ranks: nobody leaves while rank 0 still publishes
+    dist.destroy_process_group()
+
+
+def run_steps(
+    recipe: Recipe,
+    run_dir: Path,
+    engine: Engine,
+    stream: Stream,
+    first_step: int,
+    say: Callable[..., None],
+    clock: dict[str, float],
+) -> None:
+    """The steps from `first_step` to the last one."""
+    total, accumulation = recipe.train.steps, recipe.train.accumulation or 1
+    batches = iter(stream)
+    window = _Window()
+    for step in range(first_step, total):
+        fetched = time.perf_counter()
+        micro_batches = [_to_device(next(batches), engine.device) for _ in range(accumulation)]
+        window.waited += time.perf_counter() - fetched
+        if step == first_step:
+            clock["first_batch"] = time.time()
+
+        done, progress = step + 1, Progress(step, total)
+        is_logged = done % recipe.train.log_every == 0 or done == total
+        rates = {"lr": learning_rate(recipe, step), "weight_decay": weight_decay(recipe, step)}
+        engine.set_schedule(rates["lr"], rates["weight_decay"])
+        output = engine.step(micro_batches, progress, grad_norm=is_logged)
+        engine.objective.after_step(progress)
+
+        window.steps += 1
+        if step == first_step:
+            _announce_startup(clock, say)
+        if is_logged:
+            values = _mean_over_ranks(output)  # host sync: only on logged steps
+            if not math.isfinite(values["loss"]):
+                raise RuntimeError(f"the loss is {values['loss']} at step {done}: lower optimizer.lr or set optimizer.clip_grad")
+            throughput = window.close(recipe.train.global_batch_size)
+            seen = {"samples_seen": done * recipe.train.global_batch_size, "memory_mb": _peak_memory_mb(engine.device)}
+            say("metrics", step=done, values={**values, **rates, **throughput, **seen})
+        pause = time.perf_counter()
+        if _is_due(done, total, recipe.train.pictures_every):
+            pictures = engine.objective.pictures(micro_batches[0])  # all ranks: a collective under ZeRO-3
+            if dist.get_rank() == 0:
+                say("pictures", step=done, path=write_pictures(run_dir, done, pictures).relative_to(run_dir))
+        if _is_due(done, total, recipe.train.checkpoint_every):
+            path = snapshot.take(run_dir, done, engine, stream, recipe)
+            say("checkpoint", step=done, path=path.relative_to(run_dir))
+        window.began += time.perf_counter() - pause  # pictures and checkpoints are not part of a step's time
+        if done - first_step == START_STEPS and window.steps > 1:
+            window.restart()
+    batches.close()  # ends the loader's processes
+
+
+def build_objective(recipe: Recipe) -> Objective:
+    """The recipe's objective around its backbone, initialised from torch's global generator."""
+    settings = recipe.backbone
+    backbone = create_backbone(
+        settings.name,
+        image_size=settings.image_size,
+        patch_size=settings.patch_size,
+        in_chans=settings.in_chans,
+        options=dict(settings.options),
+        pixel_mean=tuple(settings.pixel_mean),
+        pixel_std=tuple(settings.pixel_std),
+    )
+    return objectives.load(recipe.objective.name)(backbone, recipe.objective)
+
+
+def build_stream(recipe: Recipe, objective: Objective, rank: int, state: StreamState) -> Stream:
+    """This rank's share of the recipe's sample order, from `state` on, in the views that the objective asks for."""
+    return Stream(
+        open_dataset(recipe.data.train),
+        views_from(objective.views()),
+        global_batch_size=recipe.train.global_batch_size,
+        micro_batch_size=recipe.train.micro_batch_size,
+        rank=rank,
+        world_size=recipe.train.workers,
+        seed=recipe.train.seed,
+        state=state,
+        num_workers=recipe.data.loader_workers,
+        prefetch_batches=recipe.data.prefetch_batches,
+        block_size=recipe.data.block_size,
+        window=recipe.data.window,
+        num_streams=recipe.data.num_streams,
+    )
+
+
+class _Window:
+    """Time and steps since the last logged step."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps, self.waited, self.began = 0, 0.0, time.perf_counter()
+
+    def close(self, global_batch_size: int) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.began
+        values = {
+            "images_per_s": self.steps * global_batch_size / elapsed,
+            "step_s": elapsed / self.steps,
+            "data_wait_fraction": self.waited / elapsed,
+        }
+        self.restart()
+        return values
+
+
+class _Silence:
+    """The journal of every rank but the first."""
+
+    def __enter__(self) -> _Silence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def write(self, kind: str, **fields: Any) -> None:
+        return None
+
+
+def _speaker(journal: Journal | _Silence, listener: Listener | None) -> Callable[..., None]:
+    def say(kind: str, **fields: Any) -> None:
+        journal.write(kind, **fields)
+        if listener is not None:
+            listener({"time": time.time(), "kind": kind, **fields})
+
+    return say
+
+
+def _announce_startup(clock: dict[str, float], say: Callable[..., None]) -> None:
+    """Where the time before the first step went; seconds of wall clock, CPU seconds of this process."""
+    now = time.time()
+    say(
+        "startup",
+        total_s=now - clock["launched"],
+        placed_s=clock["entered"] - clock["launched"],
+        joined_s=clock["joined"] - clock["entered"],
+        built_s=clock["built"] - clock["joined"],
+        first_batch_s=clock["first_batch"] - clock["built"],
+        first_step_s=now - clock["first_batch"],
+        worker_cpu_s=time.process_time(),
+    )
+
+
+def _to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _mean_over_ranks(output: Output) -> dict[str, float]:
+    values = torch.stack([output.loss, *output.metrics.values()])
+    dist.all_reduce(values)  # all ranks, logged steps only; rank 0 writes the mean
+    return dict(zip(["loss", *output.metrics], (values / dist.get_world_size()).tolist(), strict=True))
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _is_due(done: int, total: int, every: int | None) -> bool:
+    return bool(every) and (done % every == 0 or done == total)
+
+
+def main() -> None:
+    """Entry point for torchrun: no Ray, no evaluations; checkpoints, journal and terminal lines as always."""
+    import argparse
+
+    from pretrain.config import load_recipe
+    from pretrain.progress import Terminal
+
+    parser = argparse.ArgumentParser(prog="torchrun ... -m pretrain.worker", description=main.__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--run-dir", type=Path, required=True, help="new, or one to go on with")
+    arguments = parser.parse_intermixed_args()
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+    except RequestError as error:
+        print("\n".join(f"error: {mistake}" for mistake in error.mistakes), file=sys.stderr)
+        raise SystemExit(2) from None
+
+    def listener(record: dict[str, Any]) -> None:
+        terminal.show(record)
+        if record["kind"] == "checkpoint":
+            checkpoint.prune(arguments.run_dir, keep_last=recipe.train.keep_last)
+
+    with Terminal(recipe) as terminal:
+        train(recipe, arguments.run_dir, listener=listener)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from backbones import load_backbone, save_backbone, weights_digest
+from backbones.errors import BackboneError
+from backbones.registry import create_backbone
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 2}
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    backbone = create_backbone("vit_tiny_patch16_224", image_size=16, patch_size=4, options=SMALL)
+    backbone.fix_sincos_positions()
+    return backbone
+
+
+@pytest.fixture
+def checkpoint(tmp_path, backbone):
+    """A checkpoint directory as the platform publishes it, with the digest of its one file."""
+    file = tmp_path / "backbone.safetensors"
+    save_backbone(file, backbone.timm_state_dict(), backbone.spec)
+    record = {"files": {file.name: {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}}}
+    (tmp_path / "checkpoint.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def test_load_backbone__same_features_from_directory_and_file(backbone, checkpoint, monkeypatch):
+    monkeypatch.setattr(torch, "load", None)  # nothing may be unpickled
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    expected = backbone.eval().features(x)
+    for path in (checkpoint, checkpoint / "backbone.safetensors", str(checkpoint)):
+        loaded = load_backbone(path)
+        assert not loaded.training
+        assert loaded.spec == backbone.spec
+        features = loaded.features(x)
+        for ours, theirs in ((features.patches, expected.patches), (features.registers, expected.registers)):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_save_backbone__plain_timm_loads_it_strictly(backbone, checkpoint):
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=0, **SMALL).eval()
+    plain.load_state_dict(load_file(checkpoint / "backbone.safetensors"), strict=True)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(plain.forward_features(x), backbone.eval().forward_features(x))
+
+
+def test_load_backbone__tampered_file_is_refused(checkpoint):
+    file = checkpoint / "backbone.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BackboneError, match="digest mismatch"):
+        load_backbone(checkpoint)
+
+
+def test_load_backbone__checkpoint_without_digest_is_refused(checkpoint):
+    (checkpoint / "checkpoint.json").write_text('{"files": {}}')
+    with pytest.raises(BackboneError, match=r"checkpoint\.json: no sha256"):
+        load_backbone(checkpoint)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -8])
+def test_load_backbone__truncated_file_is_refused(checkpoint, keep):
+    (checkpoint / "checkpoint.json").unlink()
+    file = checkpoint / "backbone.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    for read in (load_backbone, weights_digest):
+        with pytest.raises(BackboneError, match=r"backbone\.safetensors: "):
+            read(file)
+
+
+def test_load_backbone__missing_path_and_foreign_file(tmp_path):
+    with pytest.raises(BackboneError, match="no such file"):
+        load_backbone(tmp_path)
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(BackboneError, match="architecture is unknown"):
+        load_backbone(tmp_path / "other.safetensors")
+
+
+def test_load_backbone__tensors_must_fit(tmp_path, backbone):
+    file = tmp_path / "backbone.safetensors"
+    tensors = backbone.timm_state_dict()
+    tensors["cls_token"] = torch.zeros(1, 1, 8)
+    tensors["extra"] = tensors.pop("norm.bias")
+    save_backbone(file, tensors, backbone.spec)
+    with pytest.raises(BackboneError) as caught:
+        load_backbone(file)
+    for part in ("cls_token has shape (1, 1, 8)", "extra is not part", "norm.bias is missing"):
+        assert part in str(caught.value)
+
+
+def test_weights_digest__is_about_content_not_layout(tmp_path, backbone, checkpoint):
+    expected = weights_digest(checkpoint)
+    assert len(expected) == 64
+    reordered = dict(reversed(backbone.timm_state_dict().items()))
+    save_backbone(tmp_path / "again.safetensors", reordered, dict(reversed(backbone.spec.items())))
+    assert weights_digest(tmp_path / "again.safetensors") == expected
+
+    changed = backbone.timm_state_dict() | {"norm.bias": torch.full((32,), 1e-7)}
+    save_backbone(tmp_path / "changed.safetensors", changed, backbone.spec)
+    assert weights_digest(tmp_path / "changed.safetensors") != expected
+    other_pixels = backbone.spec | {"pixel_mean": [0.5, 0.5, 0.5]}
+    save_backbone(tmp_path / "pixels.safetensors", backbone.timm_state_dict(), other_pixels)
+    assert weights_digest(tmp_path / "pixels.safetensors") != expected
+    half = {name: tensor.bfloat16() for name, tensor in backbone.timm_state_dict().items()}
+    save_backbone(tmp_path / "half.safetensors", half, backbone.spec)
+    assert weights_digest(tmp_path / "half.safetensors") != expected
+
+
+def test_weights_digest__needs_no_torch(checkpoint):
+    code = (
+        f"import sys; from backbones import weights_digest; print(weights_digest({str(checkpoint)!r})); "
+        "assert 'torch' not in sys.modules"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == weights_digest(checkpoint)

@@ -1,0 +1,340 @@
+"""The stream: each sample once per epoch, the same ids and pixels whatever the ranks and workers, exact resume."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipelines.decode import decode_image
+from data_pipelines.order import key
+from data_pipelines.shards import Dataset, open_dataset
+from data_pipelines.source import DataError
+from data_pipelines.stream import Stream, StreamState
+from data_pipelines.views import View, ViewRandom, random_resized_crop, sample_seed
+
+Tiny = Callable[[Sequence[int]], Dataset]
+Write = Callable[[Path, Sequence[tuple[str, bytes]]], Path]
+Record = tuple[int, int, int]  # sample id, device seed, CRC-32 of all its pixels
+
+VIEWS = (View("image", 6),)
+
+
+def stream(dataset: Dataset, views: Sequence[View] = VIEWS, **changes: Any) -> Stream:
+    settings: dict[str, Any] = {
+        "global_batch_size": 8,
+        "micro_batch_size": 8,
+        "rank": 0,
+        "world_size": 1,
+        "seed": 3,
+        "block_size": 3,
+        "window": 2,
+        "num_streams": 4,
+    }
+    return Stream(dataset, views, **{**settings, **changes})
+
+
+def records(batch: dict[str, torch.Tensor]) -> list[Record]:
+    names = sorted(batch.keys() - {"sample_id", "seed"})
+    found = []
+    for row, (sample_id, seed) in enumerate(zip(batch["sample_id"].tolist(), batch["seed"].tolist(), strict=True)):
+        pixels = [batch[name][row] if batch[name].ndim == 4 else batch[name][:, row] for name in names]
+        found.append((sample_id, seed, zlib.crc32(b"".join(p.contiguous().numpy().tobytes() for p in pixels))))
+    return found
+
+
+def steps(dataset: Dataset, num_steps: int, world_size: int = 1, **changes: Any) -> list[list[Record]]:
+    """Records of each optimizer step over all ranks, sorted: what must not depend on the layout."""
+    by_step: list[list[Record]] = [[] for _ in range(num_steps)]
+    for rank in range(world_size):
+        one = stream(dataset, rank=rank, world_size=world_size, **changes)
+        batches = iter(one)
+        for step in range(num_steps):
+            for batch in itertools.islice(batches, one.micro_batches_per_step):
+                assert len(batch["sample_id"]) == one.micro_batch_size
+                by_step[step] += records(batch)
+        del batches
+    return [sorted(step) for step in by_step]
+
+
+def loader_processes() -> int:
+    return len(multiprocessing.active_children())
+
+
+@pytest.fixture
+def no_process_left() -> Iterator[None]:
+    before = loader_processes()
+    yield
+    deadline = time.monotonic() + 10
+    while loader_processes() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert loader_processes() == before
+
+
+@pytest.mark.parametrize("counts", [[1], [23], [1, 1, 1], [7, 5, 6], [40, 3, 1, 17]])
+@pytest.mark.parametrize(("global_batch", "micro", "world_size"), [(8, 8, 1), (8, 2, 2), (12, 1, 4), (6, 2, 3)])
+def test_stream__each_sample_once_per_epoch(
+    tiny_dataset: Tiny, counts: list[int], global_batch: int, micro: int, world_size: int
+) -> None:
+    dataset = tiny_dataset(counts)
+    n = dataset.num_samples
+    num_steps = -(-3 * n // global_batch)
+    seen = [
+        r[0]
+        for step in steps(dataset, num_steps, world_size, global_batch_size=global_batch, micro_batch_size=micro)
+        for r in step
+    ]
+    times = np.bincount(seen, minlength=n)
+    whole, rest = divmod(len(seen), n)
+    assert set(times.tolist()) <= {whole, whole + 1} and int((times == whole + 1).sum()) == rest
+    reference = [
+        r[0] for step in steps(dataset, num_steps, global_batch_size=global_batch, micro_batch_size=1) for r in step
+    ]
+    assert seen == reference
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stream__ids_and_pixels_do_not_depend_on_ranks_workers_or_micro_batch(
+    grocery: Dataset, num_workers: int, no_process_left: None
+) -> None:
+    views = (View("large", 24, count=2), View("small", 8))
+    layout = {"views": views, "global_batch_size": 24, "block_size": 40, "window": 4, "num_streams": 8}
+    expected = steps(grocery, 3, 1, micro_batch_size=24, **layout)
+    for world_size, micro in [(1, 8), (2, 12), (2, 3), (4, 6), (3, 4)]:
+        assert steps(grocery, 3, world_size, micro_batch_size=micro, num_workers=num_workers, **layout) == expected
+
+
+def test_stream__order_of_batches_does_not_depend_on_workers(grocery: Dataset, no_process_left: None) -> None:
+    one, two = (list(itertools.islice(stream(grocery, num_workers=workers), 9)) for workers in (0, 2))
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_stream__resume_equals_uninterrupted(
+    tiny_dataset: Tiny, num_workers: int, world_size: int, no_process_left: None
+) -> None:
+    dataset = tiny_dataset([7, 5, 9])  # 21 samples, batches of 8: most steps of a pass straddle two epochs somewhere
+    layout: dict[str, Any] = {"micro_batch_size": 2, "num_workers": num_workers, "world_size": world_size}
+    expected = steps(dataset, 8, **layout)
+    for begin in (1, 2, 3, 6):
+        state = stream(dataset).state_at(begin)
+        assert steps(dataset, 8 - begin, state=state, **layout) == expected[begin:]
+
+
+def test_stream__resume_at_every_position(tiny_dataset: Tiny) -> None:
+    dataset = tiny_dataset([4, 3])
+    whole = [r for step in steps(dataset, 30, global_batch_size=1, micro_batch_size=1) for r in step]
+    for position in range(21):
+        state = StreamState(*divmod(position, 7))
+        tail = [r for step in steps(dataset, 9, global_batch_size=1, micro_batch_size=1, state=state) for r in step]
+        assert tail == whole[position : position + 9]
+
+
+def test_stream__resume_with_other_world_size(tiny_dataset: Tiny) -> None:
+    dataset = tiny_dataset([7, 5, 9])
+    expected = steps(dataset, 6)
+    found: list[list[Record]] = []
+    for world_size, micro, num_steps in [(2, 4, 1), (4, 1, 2), (1, 2, 1), (8, 1, 2)]:
+        state = stream(dataset).state_at(len(found))
+        found += steps(dataset, num_steps, world_size, micro_batch_size=micro, state=state)
+    assert found == expected
+
+
+def test_stream__state_at(tiny_dataset: Tiny) -> None:
+    one = stream(tiny_dataset([7, 5, 9]), state=StreamState(1, 4))
+    assert [one.state_at(step) for step in (0, 1, 3, 21)] == [
+        StreamState(0, 0),
+        StreamState(0, 8),
+        StreamState(1, 3),
+        StreamState(8, 0),
+    ]
+
+
+def test_stream__batch_holds_what_it_says(grocery: Dataset) -> None:
+    views = (View("global", 32, count=2), View("local", 16, count=3), View("one", 8))
+    batch = next(iter(stream(grocery, views, seed=9, state=StreamState(2, 5))))
+    assert {name: (tuple(t.shape), t.dtype) for name, t in batch.items()} == {
+        "global": ((2, 8, 3, 32, 32), torch.uint8),
+        "local": ((3, 8, 3, 16, 16), torch.uint8),
+        "one": ((8, 3, 8, 8), torch.uint8),
+        "sample_id": ((8,), torch.int64),
+        "seed": ((8,), torch.int64),
+    }
+    assert all(tensor.is_contiguous() for tensor in batch.values())
+    for row in (0, 7):  # rebuilt by hand: the crops of one view come from one generator, one after the other
+        sample_id = int(batch["sample_id"][row])
+        seed = sample_seed(9, 2, sample_id)
+        assert int(batch["seed"][row]) == (seed if seed < 1 << 63 else seed - (1 << 64))
+        image = decode_image(grocery.read(sample_id)["jpg"])
+        for number, view in enumerate(views):
+            rng = ViewRandom(key(number, base=seed))
+            crops = torch.stack([random_resized_crop(image, view, rng) for _ in range(view.count)])
+            assert torch.equal(batch[view.name][row] if view.count == 1 else batch[view.name][:, row], crops.squeeze(0))
+
+
+def test_stream__crops_change_with_epoch_and_seed(tiny_dataset: Tiny) -> None:
+    dataset = tiny_dataset([8])
+    first, second = steps(dataset, 2)
+    other = steps(dataset, 1, seed=4)[0]
+    ids = [[r[0] for r in part] for part in (first, second, other)]
+    assert ids == [list(range(8))] * 3
+    for part in (second, other):
+        assert all(a[1] != b[1] for a, b in zip(first, part, strict=True))
+        assert sum(a[2] != b[2] for a, b in zip(first, part, strict=True)) >= 7
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_stream__leaves_the_global_generators_alone(tiny_dataset: Tiny, num_workers: int) -> None:
+    """Dropout and the like must draw the same after a resume as without one."""
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+    next(iter(stream(tiny_dataset([8]), num_workers=num_workers)))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index]
+    assert random.getstate() == before[2]
+
+
+def test_stream__iterating_again_begins_at_its_state(tiny_dataset: Tiny) -> None:
+    one = stream(tiny_dataset([7, 5]), state=StreamState(0, 3))
+    first, again = (records(next(iter(one))) for _ in range(2))
+    assert first == again
+
+
+@pytest.mark.parametrize("how", ["del", "close", "break", "error"])
+def test_stream__dropped_iterator_ends_its_workers(tiny_dataset: Tiny, how: str, no_process_left: None) -> None:
+    before = loader_processes()
+    batches = iter(stream(tiny_dataset([30]), num_workers=2))
+    next(batches)
+    assert loader_processes() == before + 2
+    if how == "close":
+        batches.close()  # type: ignore[attr-defined]
+    elif how == "break":
+        for _ in batches:
+            break
+    elif how == "error":
+        with pytest.raises(RuntimeError):
+            for _ in batches:
+                raise RuntimeError
+    del batches
+
+
+def test_stream__process_ends_although_an_iterator_is_open(grocery: Dataset) -> None:
+    code = (
+        "import sys; from data_pipelines.shards import open_dataset; from data_pipelines.stream import Stream\n"
+        "from data_pipelines.views import View\n"
+        f"dataset = open_dataset({str(grocery.shards[0].path)!r})\n"
+        "stream = Stream(dataset, [View('image', 8)], global_batch_size=4, micro_batch_size=4, rank=0, world_size=1,\n"
+        "                seed=0, num_workers=2)\n"
+        "batches = iter(stream); print(sorted(next(batches)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "['image', 'sample_id', 'seed']\n", "")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stream__broken_sample_is_named_in_one_line(
+    tmp_path: Path, write_tar: Write, grocery: Dataset, num_workers: int, no_process_left: None
+) -> None:
+    photos = [(f"{i}.jpg", grocery.read(i)["jpg"]) for i in range(6)]
+    path = write_tar(tmp_path / "a.tar", [*photos, ("bad-one.jpg", b"not a picture")])
+    batches = iter(stream(open_dataset(path), global_batch_size=1, micro_batch_size=1, num_workers=num_workers))
+    with pytest.raises(DataError) as caught:
+        list(itertools.islice(batches, 7))
+    message = str(caught.value)
+    assert message.startswith(f"shard {path}, sample 'bad-one', field jpg: not a JPEG") and "\n" not in message
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_stream__damage_while_running_is_named(tiny_dataset: Tiny, num_workers: int, no_process_left: None) -> None:
+    dataset = tiny_dataset([6])
+    path = dataset.shards[0].path
+    os.truncate(path, 700)
+    with pytest.raises(DataError, match=rf"shard {path}, sample '0000\d': needs bytes .*, the file ends at"):
+        next(iter(stream(dataset, num_workers=num_workers)))
+
+
+def test_stream__needs_an_image_field(tmp_path: Path, write_tar: Write) -> None:
+    dataset = open_dataset(write_tar(tmp_path / "a.tar", [("1.cls", b"1"), ("1.npy", b"")]))
+    with pytest.raises(
+        DataError, match="no field jpg or jpeg or png or webp in every sample; every sample has cls, npy"
+    ):
+        stream(dataset)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_batch_size": 10, "micro_batch_size": 4}, r"global_batch_size=10 is not a multiple of .* 1 \* 4 = 4"),
+        ({"world_size": 3}, r"world_size \* micro_batch_size = 3 \* 8 = 24"),
+        ({"global_batch_size": 0}, "global_batch_size=0 is not allowed; it is at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0"),
+        ({"world_size": 0}, "world_size=0"),
+        ({"rank": 1}, r"rank=1 is outside 0\.\.0"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"prefetch_batches": 0}, "prefetch_batches=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"window": 0}, "window=0"),
+        ({"state": StreamState(0, 9)}, r"StreamState\(epoch=0, position=9\) is not allowed; .* position in 0\.\.8"),
+        ({"state": StreamState(-1, 0)}, r"epoch is from 0"),
+        ({"views": ()}, "no view is asked for"),
+        ({"views": (View("a", 8), View("a", 9))}, "view name 'a' is used twice"),
+    ],
+)
+def test_stream__refuses(tiny_dataset: Tiny, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        stream(tiny_dataset([4, 5]), **changes)
+
+
+def test_stream__order_signature_guards_resume(tiny_dataset: Tiny) -> None:
+    dataset = tiny_dataset([4, 5])
+    saved = stream(dataset).order_signature
+    assert saved == {
+        "version": 1,
+        "dataset": dataset.digest,
+        "num_samples": 9,
+        "seed": 3,
+        "block_size": 3,
+        "window": 2,
+        "num_streams": 4,
+    }
+    stream(dataset, world_size=4, micro_batch_size=1, num_workers=2).require_order(saved)
+    for name, value in (("seed", 4), ("block_size", 2), ("window", 9), ("num_streams", 8)):
+        with pytest.raises(DataError, match=rf"cannot resume exactly: {name} was {saved[name]}, is {value};"):
+            stream(dataset, VIEWS, **{name: value}).require_order(saved)
+    with pytest.raises(DataError, match=r"dataset was .*, num_samples was 9, is 10"):
+        stream(tiny_dataset([4, 6])).require_order(saved)
+    with pytest.raises(DataError, match="version was None, is 1"):
+        stream(dataset).require_order({name: value for name, value in saved.items() if name != "version"})
+
+
+@pytest.mark.slow
+def test_stream__cifar10_epoch_of_shared_data(shared_data: Path, no_process_left: None) -> None:
+    dataset = open_dataset(shared_data / "cifar10" / "train-*.tar")
+    whole = stream(
+        dataset,
+        (View("image", 32),),
+        global_batch_size=500,
+        micro_batch_size=250,
+        num_workers=2,
+        block_size=256,
+        window=16,
+        num_streams=8,
+    )
+    batches = list(itertools.islice(whole, 40))
+    ids = torch.cat([batch["sample_id"] for batch in batches])
+    assert sorted(ids.tolist()) == list(range(10_000))
+    labels = np.array([int(dataset.read(i)["cls"]) for i in ids[:500].tolist()])
+    assert np.bincount(labels, minlength=10).min() > 25  # a batch mixes classes

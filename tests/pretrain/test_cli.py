@@ -1,0 +1,229 @@
+"""The command line: its frozen surface, exit codes, and what a cheap answer may cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import pretrain.grade
+import pretrain.run  # noqa: F401 (the tests put other functions in its place)
+from data_pipelines.source import DataError
+from pretrain.cli import cli, main
+from pretrain.errors import RequestError, RunFailed
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "numpy", "ray", "mlflow", "deepspeed", "timm", "torchvision", "pandas", "matplotlib")
+
+
+def test_cli__surface_is_frozen() -> None:
+    """A new command or option is a promise to users: it has to be added here as well."""
+    surface = {
+        name: [
+            parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
+            for parameter in command.params
+        ]
+        for name, command in cli.commands.items()
+    }
+    assert surface == {
+        "run": ["RECIPE", "[KEY=VALUE]...", "--address"],
+        "resume": ["RUN_ID", "--storage"],
+        "evaluate": ["CHECKPOINT", "--protocol", "--data", "--storage"],
+        "leaderboard": ["--protocol", "--data", "--storage"],
+        "pull": ["NAME[@ALIAS]", "DEST", "--full", "--storage"],
+        "report": ["RUN_ID", "--storage"],
+        "recipes": ["NAME"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "dmeo"], ["error: recipe dmeo: unknown; known are demo, "]),
+        (["run"], ["error: Missing argument 'RECIPE'."]),
+        (["runn"], ["error: No such command 'runn'."]),
+        (["run", "demo", "--adress", "x"], ["error: No such option '--adress'."]),
+        (
+            ["run", "demo", "train.stepz=3", "train.zero_stage=9"],
+            [
+                "error: command line: train.stepz=3: unknown setting; did you mean 'train.steps'?",
+                "error: command line: train.zero_stage=9: expected a whole number in [0, 3]",
+            ],
+        ),
+        (["recipes", "dmeo"], ["error: recipe dmeo: unknown; known are demo, "]),
+        (["resume", "demo-1"], ["error: run demo-1: not in "]),
+        (["report", "demo-1"], ["error: run demo-1: not in "]),
+        (["leaderboard", "--protocol", "liner"], ["error: protocol liner: unknown; known are knn, linear, "]),
+        (
+            ["evaluate", "nowhere", "--protocol", "liner", "--data", "x", "--data", "a=nothing"],
+            [
+                "error: checkpoint nowhere: no such directory",
+                "error: protocol liner: unknown; known are knn, linear, ",
+                "error: --data x: expected NAME=DIRECTORY",
+                "error: --data a=nothing: no such directory",
+            ],
+        ),
+        (["pull", "a/b"], ["error: "]),
+    ],
+)
+def test_main__wrong_request_is_2_with_one_line_per_mistake(
+    arguments: list[str],
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert captured.out == "" and len(lines) == len(said), captured.err
+    for line, start in zip(lines, said, strict=True):
+        assert line.startswith(start)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_main__nothing_asked_for_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "Usage: pretrain" in capsys.readouterr().err
+
+
+def test_main__recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert {line.split()[0] for line in listed.splitlines()} >= {"demo", "mae_cifar10", "mae_vitb16_imagenet"}
+    assert main(["recipes", "demo"]) == 0
+    assert capsys.readouterr().out == (ROOT / "pretrain/recipes/demo.yaml").read_text()
+
+
+@pytest.fixture
+def run_stub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
+    """Put a function in the place of the work behind `pretrain run`."""
+    return lambda function: monkeypatch.setattr(sys.modules["pretrain.run"], "run", function)
+
+
+def test_main__run_gets_the_resolved_recipe(run_stub: Callable[..., None]) -> None:
+    seen: list[Any] = []
+    run_stub(seen.append)
+    assert main(["run", "demo", "train.steps=200", "--address", "ray://head:1"]) == 0
+    (recipe,) = seen
+    assert (recipe.name, recipe.train.steps, recipe.cluster.address) == ("demo", 200, "ray://head:1")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RunFailed("worker 1 was killed three times", Path("runs/x/logs")), 1, ["worker 1 was", "the log is runs/x/logs"]),
+        (RunFailed("it stopped"), 1, ["it stopped"]),
+        (RequestError("one", "two"), 2, ["one", "two"]),
+        (DataError("shard a.tar: cut off"), 2, ["shard a.tar: cut off"]),
+        (KeyboardInterrupt(), 130, ["interrupted"]),
+    ],
+)
+def test_main__errors_of_the_work(
+    error: BaseException,
+    code: int,
+    said: list[str],
+    run_stub: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(recipe: object) -> None:
+        raise error
+
+    run_stub(fail)
+    assert main(["run", "demo"]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(said)
+    assert all(line.startswith(f"error: {start}") for line, start in zip(lines, said, strict=True))
+
+
+def test_main__unexpected_error_leaves_its_traceback_in_a_file(
+    run_stub: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(recipe: object) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run_stub(fail)
+    assert main(["run", "demo"]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: RuntimeError: first line"
+    assert "Traceback" in Path(second.removeprefix("error: the traceback is in ")).read_text()
+
+
+def test_main__leaderboard_is_sorted_and_filtered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def record(run: str, step: int, protocol: str, metric: str, score: float) -> None:
+        (tmp_path / run).mkdir(exist_ok=True)
+        with (tmp_path / run / "evaluations.jsonl").open("a") as file:
+            line = {"time": 0.0, "kind": "evaluation", "step": step, "protocol": protocol, "data": "mine"}
+            file.write(json.dumps({**line, "metrics": {metric: score}, "key": "k", "seconds": 1.0, "cached": False}) + "\n")
+
+    record("a", 10, "linear", "top1", 0.5)
+    record("b", 20, "linear", "top1", 0.75)
+    record("b", 20, "segmentation", "miou", 0.4)
+    assert main(["leaderboard", "--storage", str(tmp_path)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        ["protocol", "data", "metric", "score", "run", "step"],
+        ["linear", "mine", "top1", "0.7500", "b", "20"],
+        ["linear", "mine", "top1", "0.5000", "a", "10"],
+        ["segmentation", "mine", "miou", "0.4000", "b", "20"],
+    ]
+    assert main(["leaderboard", "--storage", str(tmp_path), "--protocol", "segmentation"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["leaderboard", "--storage", str(tmp_path), "--data", "mien"]) == 2
+    assert "did you mean 'mine'?" in capsys.readouterr().err
+
+
+CHEAP = {
+    "help": (["--help"], 0),
+    "recipes": (["recipes"], 0),
+    "unknown recipe": (["run", "dmeo"], 2),
+    "wrong settings": (["run", "demo", "train.steps=many", "backbone.name=vit_tin_patch16_224", "objective.x=1"], 2),
+    "missing data": (["run", "mae_cifar10", "data.root=nowhere"], 2),
+    "wrong evaluation": (["evaluate", "nowhere", "--protocol", "liner"], 2),
+    "wrong run": (["resume", "nowhere"], 2),
+}
+MEASURE = f"""
+import json, resource, sys
+from pretrain.cli import main
+code = main(sys.argv[1:])
+usage = resource.getrusage(resource.RUSAGE_SELF)
+heavy = [name for name in {HEAVY!r} if name in sys.modules]
+print(json.dumps([code, heavy, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024]))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment whose byte code is written once, as in an installation."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("pyc"))}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environment
+
+
+@pytest.mark.parametrize("case", CHEAP)
+def test_main__cheap_answers_are_cheap(case: str, compiled: dict[str, str], tmp_path: Path) -> None:
+    """Below 0.5 CPU-seconds and 80 MB, and none of the heavy packages is imported (issue 2, part 1)."""
+    arguments, expected = CHEAP[case]
+    seconds = []
+    for _ in range(4):  # the first one compiles
+        command = [sys.executable, "-c", MEASURE, *arguments]
+        result = subprocess.run(command, env=compiled, cwd=tmp_path, capture_output=True, text=True, check=True)
+        code, heavy, cpu_s, rss_mb = json.loads(result.stdout.splitlines()[-1])
+        assert code == expected, result.stderr
+        assert heavy == []
+        assert rss_mb < 80
+        seconds.append(cpu_s)
+    assert statistics.median(seconds[1:]) < 0.5
