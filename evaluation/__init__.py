@@ -16,7 +16,7 @@ _HOMES = {
     "evaluate": "evaluation.protocol",
 }
 
-__all__ = ["EvaluationData", "EvaluationError", "EvaluationResult", "evaluate"]  # noqa: F822 (resolved lazily below)
+__all__ = ["EvaluationData", "EvaluationError", "EvaluationResult", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ class LabelMaps:
         return int(self._dataset.num_samples)
 
     def read(self, sample_idx: int) -> tuple[npt.NDArray[np.int64], str | None]:
-        """Returns the label map (H, W), ignored pixels `IGNORED`, and the name of the sample's sequence if it has one."""
+        """Returns the label map (H, W), `IGNORED` where ignored, and the sequence of the sample, if it has one."""
         sample = self._dataset.read(sample_idx)
         key = str(sample["__key__"])
         labels = decode_mask(sample["seg.png"]).astype(np.int64)
@@ -112,7 +113,7 @@ class LabelMaps:
         return labels, self._sequences.get(key)
 
 
-def class_label(sample: dict[str, Any], num_classes: int | None) -> int:
+def class_label(sample: Mapping[str, Any], num_classes: int | None) -> int:
     """Returns the class index of `sample`, checked against the number of classes when that is known."""
     label = decode_label(sample["cls"])
     if label < 0 or (num_classes is not None and label >= num_classes):

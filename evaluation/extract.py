@@ -2,8 +2,8 @@
 
 Two kinds: "pooled" holds the CLS token and the mean of patch tokens after the final norm in float32, from resized and
 centre-cropped images; "patches" holds the patch map after the final norm in float16, from whole images squeezed to the
-asked size (a crop would lose labelled pixels). Register tokens enter neither. The backbone runs in eval and inference mode;
-rows are placed by sample index, so the batch size decides nothing. Heads are in `linear`, `knn` and `segmentation`.
+asked size (a crop would lose labelled pixels). Register tokens enter neither. The backbone runs in eval and inference
+mode; rows are placed by sample index, so the batch size decides nothing. Heads are in `linear`, `knn`, `segmentation`.
 
 Legend: B batch, N patch tokens, D width, n samples.
 """
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbones.vit import ViTBackbone
 from data_pipelines.decode import IMAGE_FIELDS, decode_image
 from data_pipelines.shards import Dataset
 from data_pipelines.source import DataError
@@ -30,6 +29,9 @@ from data_pipelines.views import eval_view
 from evaluation.data import LabelMaps, OpenedData, class_label
 from evaluation.registry import EvaluationError, Protocol
 from evaluation.store import ArrayWriter
+
+if TYPE_CHECKING:  # timm takes seconds to import, and cached features need no backbone
+    from backbones.vit import ViTBackbone
 
 __all__ = ["Dense", "Pooled", "feature_recipe", "pooled_splits", "write_features"]
 

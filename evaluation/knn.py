@@ -1,8 +1,8 @@
 """Weighted nearest-neighbour classification (Wu et al. 2018, arXiv 1805.01978; the vote of DINO).
 
-The k training images with the highest cosine similarity vote with weight exp(similarity / temperature). k and temperature
-are fixed in advance; accuracies at other k are diagnostics and never the headline. Neighbours that tie with the k-th all
-vote, so the result does not depend on the order of the training images; tied classes go to the lowest class id.
+The k training images with the highest cosine similarity vote with weight exp(similarity / temperature). k and the
+temperature are fixed in advance; accuracies at other k are diagnostics and never the headline. Neighbours that tie with
+the k-th all vote, so the order of the training images decides nothing; tied classes go to the lowest class id.
 
 Legend: Q queries, B bank rows, D width, C classes.
 """

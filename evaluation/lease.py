@@ -1,9 +1,9 @@
 """One computation per key over all processes: a lock file with an owner, a heartbeat and an expiry.
 
 The file is created with O_EXCL and names host, process and a token. An owner that died (its process is gone, or its
-heartbeat is older than `EXPIRY_S`) loses the lease to whoever looks next. Judging and removing a dead lease happens under
-`flock`, so two onlookers cannot both take it. If clocks or file systems defeat all of this, the worst case is the same
-result computed twice; publication is atomic either way.
+heartbeat is older than `EXPIRY_S`) loses the lease to whoever looks next. Judging and removing a dead lease happens
+under `flock`, so two onlookers cannot both take it. If clocks or file systems defeat all of this, the worst case is the
+same result computed twice; publication is atomic either way.
 """
 
 from __future__ import annotations

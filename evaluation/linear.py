@@ -20,6 +20,7 @@ from torch import Tensor
 
 from evaluation.extract import Pooled
 from evaluation.metrics import Outcome, mean_class_accuracy, top_k_accuracy, wilson_interval
+from evaluation.registry import EvaluationError
 from evaluation.selection import NEVER_HELD_OUT, choose_cell, stratified_folds
 
 __all__ = ["Heads", "fit_heads", "score"]
@@ -34,6 +35,8 @@ def score(
     """Trains and grades the probe; see the module for what is chosen on what."""
     x_train, x_test = _standardised(_joined(train).to(device), _joined(test).to(device))
     y_train, y_test = train.labels.to(device), test.labels.to(device)
+    if len(train.labels) < 2:
+        raise EvaluationError(f"linear needs at least 2 training images, got {len(train.labels)}")
     fold = stratified_folds(train.labels, num_folds=params["folds"], seed=seed).to(device)  # (n,)
     if len(fold) >= params["holdout_from"]:
         fold[fold > 0] = NEVER_HELD_OUT
@@ -82,7 +85,7 @@ def score(
 
 @dataclass(frozen=True)
 class Heads:
-    """Linear classifiers for every (fold left out, learning rate); the last fold index is the head that saw all images."""
+    """Linear classifiers for every (fold left out, learning rate); the last of the folds left nothing out."""
 
     weight: Tensor  # (D, C, folds + 1, lrs)
     bias: Tensor  # (C, folds + 1, lrs)
@@ -108,8 +111,8 @@ def fit_heads(
 ) -> Heads:
     """Trains every head together: SGD with momentum, zero initialisation, cosine to zero.
 
-    The heads share each matrix product and nothing else. A head that leaves fold f out gives rows of that fold no weight,
-    which equals training without them. The gradient is written out: for mean cross-entropy it is
+    The heads share each matrix product and nothing else. A head that leaves fold f out gives rows of that fold no
+    weight, which equals training without them. The gradient is written out: for mean cross-entropy it is
     x^T (softmax(x W + b) - onehot(y)) / B.
 
     Args:

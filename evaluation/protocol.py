@@ -1,9 +1,9 @@
 """`evaluate`: (checkpoint, protocol, data) -> result, computed once.
 
-The key of a result is the SHA-256 of the weights digest (names, dtypes, shapes and bytes of what the backbone loads, and
-its architecture; not the path, not the step), the feature recipe, the data digest and the protocol with its version and
-parameters. Batch size and device are outside it: they decide no score. The store is asked first, then the feature cache;
-only then is the backbone loaded and run. When to evaluate what, and where, is decided elsewhere.
+The key of a result is the SHA-256 of the weights digest (names, dtypes, shapes and bytes of what the backbone loads,
+and its architecture; not the path, not the step), the feature recipe, the data digest and the protocol with its version
+and parameters. Batch size and device are outside it: they decide no score. The store is asked first, then the feature
+cache; only then is the backbone loaded and run. When to evaluate what, and where, is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 from safetensors import safe_open
 
 from backbones.io import BACKBONE_FILE, load_backbone, weights_digest
+from evaluation import registry
 from evaluation.data import EvaluationData, LabelMaps, OpenedData
 from evaluation.extract import Dense, Pooled, feature_recipe, pooled_splits, write_features
-from evaluation.registry import EvaluationError, Protocol, image_size_px, load_head, protocol
+from evaluation.registry import EvaluationError, Protocol, image_size_px, load_head
 from evaluation.store import ArrayWriter, EvaluationResult, FeatureCache, ResultStore, digest_of
 
 __all__ = ["EvaluationResult", "evaluate"]
@@ -29,7 +30,7 @@ __all__ = ["EvaluationResult", "evaluate"]
 
 def evaluate(
     checkpoint: Path,
-    protocol_name: str,
+    protocol: str,
     data: EvaluationData,
     *,
     store: Path,
@@ -43,7 +44,7 @@ def evaluate(
 
     Args:
         checkpoint: directory with `backbone.safetensors`, or that file.
-        protocol_name: one of `registry.names()`.
+        protocol: one of `registry.names()`.
         store: storage root; results go to `store/evaluations`, features to `store/features`.
         image_size: pixels per side, (height, width) for dense protocols, None for the backbone's own size.
         batch_size: images per forward pass; decides speed and memory, no score.
@@ -51,11 +52,11 @@ def evaluate(
         force: compute and replace the result even when it is stored; intact features are used again.
 
     Raises:
-        EvaluationError: unknown protocol, data that does not fit it, a size the patches do not tile, non-finite features.
+        EvaluationError: unknown protocol, data that does not fit it, a size patches do not tile, non-finite features.
         BackboneError, DataError (both `ValueError`): missing or damaged weights or shards.
     """
     started = time.perf_counter()
-    spec = protocol(protocol_name)
+    spec = registry.protocol(protocol)
     opened = data.open(spec)
     weights = weights_digest(checkpoint)
     recipe = feature_recipe(spec, _size(checkpoint, spec, image_size))
@@ -74,7 +75,7 @@ def evaluate(
         outcome = load_head(spec)(train, test, num_classes=num_classes, params=spec.params, seed=seed, device=on_device)
         if set(outcome.metrics) != set(spec.metrics):
             raise EvaluationError(
-                f"protocol {spec.name!r} reported {sorted(outcome.metrics)}, its registration says {sorted(spec.metrics)}"
+                f"protocol {spec.name!r} reported {sorted(outcome.metrics)}, but registers {sorted(spec.metrics)}"
             )
         return EvaluationResult(
             key=key,

@@ -1,8 +1,8 @@
 """Names and fixed facts of the evaluation protocols, readable without torch.
 
 A `Protocol` states everything that decides a score besides weights and data: version, tokens, labels and head
-parameters. All of it enters the evaluation key, so a changed number here is a new result, never a silent reuse; a change
-of the code behind `target` raises `version`. Other packages add protocols through the entry-point group
+parameters. All of it enters the evaluation key, so a changed number here is a new result, never a silent reuse; a
+change of the code behind `target` raises `version`. Other packages add protocols through the entry-point group
 `pretrain.evaluations`, whose entries load to `Protocol` objects. The heads themselves are not here.
 """
 
@@ -33,7 +33,7 @@ class Protocol:
         target: "module:function" of the head, called as
             `score(train, test, *, num_classes, params, seed, device) -> Outcome`.
         version: raised whenever the code behind `target` changes what it computes.
-        tokens: "pooled" gives the head `extract.Pooled` splits (CLS and mean of patches), "patches" gives `extract.Dense`.
+        tokens: "pooled" gives the head `extract.Pooled` (CLS and mean of patches), "patches" gives `extract.Dense`.
         label: sample field that holds the target, "cls" or "seg.png".
         metrics: names reported, fractions in [0, 1]; the first is the headline.
         params: every number the head depends on.

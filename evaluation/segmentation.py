@@ -1,11 +1,11 @@
 """Linear segmentation on frozen patch tokens, in the manner of DINOv2/DINOv3's linear head.
 
 Patch tokens after the final norm are standardised per channel (a BatchNorm whose statistics are those of the whole
-training set), one linear layer gives logits per patch, these are upsampled bilinearly (align_corners=False) to the size of
-the label map, and cross-entropy is taken there; shrinking the labels instead is another objective and costs points.
-Bilinear upsampling is linear, so the loss on all pixels is estimated without bias from pixels drawn at random, at which
-only those logits are computed. One head per learning rate is trained in the same pass. The learning rate is chosen on
-held-out training images (whole sequences where the data names them); the reported head is refitted on all of them.
+training set), one linear layer gives logits per patch, these are upsampled bilinearly (align_corners=False) to the size
+of the label map, and cross-entropy is taken there; shrinking the labels instead is another objective and costs points.
+The loss over all pixels is estimated without bias from pixels drawn at random, and upsampled logits are computed at
+these only. One head per learning rate is trained in the same pass. The learning rate is chosen on held-out training
+images (whole sequences where the data names them); the reported head is refitted on all of them.
 
 mIoU comes from one confusion matrix over the test set at label resolution. Beside it stands what a position prior, the
 per-pixel majority over the training labels, gets without looking at any image. Decoders with training are not here.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch import Tensor
 from evaluation.data import IGNORED, LabelMaps
 from evaluation.extract import Dense
 from evaluation.metrics import Outcome, bootstrap_miou, confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
+from evaluation.registry import EvaluationError
 from evaluation.selection import NEVER_HELD_OUT, choose_cell, random_folds, sequence_folds
 
 __all__ = ["Standardiser", "logits_at_pixels", "score", "upsampled"]
@@ -40,6 +42,8 @@ def score(
     train: Dense, test: Dense, *, num_classes: int, params: Mapping[str, Any], seed: int, device: torch.device
 ) -> Outcome:
     """Trains and grades the head; see the module for what is chosen on what."""
+    if len(train.labels) < 2:
+        raise EvaluationError(f"segmentation needs at least 2 training images, got {len(train.labels)}")
     pixels = _draw_pixels(train.labels, num_classes, params["pixels_per_image"], seed)
     fit = _Fit(train.patches, pixels, Standardiser.of(train.patches, device), num_classes, params, seed, device)
     fold, rule = _folds(pixels.sequences, params, seed)
@@ -153,7 +157,7 @@ def _draw_pixels(maps: LabelMaps, num_classes: int, pixels_per_image: int, seed:
         row, col = np.nonzero(at_size != IGNORED)
         counts[at_size[row, col], row, col] += 1
     if counts is None or (drawn == IGNORED).all():
-        raise ValueError("no labelled pixel in the training images")
+        raise EvaluationError("no labelled pixel in the training images: every label is ignore_index")
     return _Pixels(points, drawn, counts.argmax(axis=0), sequences)
 
 
@@ -209,9 +213,8 @@ class _Fit:
             for lr, weight, bias in zip(lrs, weights, biases, strict=True)
         ]
         optimizer = torch.optim.AdamW(cells, betas=params["betas"], weight_decay=params["weight_decay"])
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: _warm_cosine(step, steps, params["warmup"])
-        )
+        warm_cosine = partial(_warm_cosine, steps=steps, warmup=params["warmup"])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine)
         for rows in _shuffled(image_idx, batch_size, steps, generator):
             drawn = torch.randint(self.pixels.labels.shape[1], (params["pixels_per_step"],), generator=generator)
             logits = self.logits(self.patches[rows.numpy()], torch.cat(weights), torch.cat(biases))
@@ -227,11 +230,13 @@ class _Fit:
         tokens = self.standardise(torch.from_numpy(np.array(patches)).to(self.device).float())
         return F.linear(tokens, weight, bias).permute(0, 3, 1, 2)
 
+    def _at_pixels(self, logits: Tensor, points: Tensor) -> Tensor:
+        """Logits (B, G, C, P) of every head at `points` (B, P, 2), from patch logits (B, G * C, h, w)."""
+        return logits_at_pixels(logits, points.to(self.device)).unflatten(1, (-1, self.num_classes))
+
     def _loss(self, logits: Tensor, points: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy per head (G,) over the pixels that are not ignored."""
-        at_pixels = logits_at_pixels(logits, points.to(self.device)).unflatten(
-            1, (-1, self.num_classes)
-        )  # (B, G, C, P)
+        at_pixels = self._at_pixels(logits, points)  # (B, G, C, P)
         labels = labels.to(self.device).long()[:, None].expand(-1, at_pixels.shape[1], -1)  # (B, G, P)
         loss = F.cross_entropy(at_pixels.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")  # (B, G, P)
         num_valid = (labels[:, 0] != IGNORED).sum().clamp(min=1)
@@ -245,13 +250,11 @@ class _Fit:
         for rows in image_idx.split(self.params["batch_size"]):
             points, labels = self.pixels.points[rows], self.pixels.labels[rows]
             logits = self.logits(self.patches[rows.numpy()], weight, bias)
-            at_pixels = logits_at_pixels(logits, points.to(self.device)).unflatten(1, (-1, self.num_classes))
-            predicted = at_pixels.argmax(dim=2).cpu()  # (B, G, P)
+            predicted = self._at_pixels(logits, points).argmax(dim=2).cpu()  # (B, G, P)
             loss += self._loss(logits, points, labels).double().cpu() * len(rows) / len(image_idx)
             for cell in range(len(confusion)):
-                confusion[cell] += confusion_matrix(
-                    predicted[:, cell].flatten(), labels.flatten().long(), self.num_classes
-                )
+                guess = predicted[:, cell].flatten()
+                confusion[cell] += confusion_matrix(guess, labels.flatten().long(), self.num_classes)
         return [(mean_iou(matrix), float(value)) for matrix, value in zip(confusion, loss, strict=True)]
 
 

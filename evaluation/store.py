@@ -1,9 +1,9 @@
 """Results by evaluation key and frozen features by feature key, each computed once and published whole.
 
-Layout under one root: `evaluations/KEY.json` and `features/KEY/{NAME.npy, meta.json}`. A feature entry is written aside,
-its `meta.json` (recipe and a SHA-256 per array) last, and renamed into place, so a killed writer leaves nothing that looks
-complete; an entry that does not match its checksums is removed and made again. Least recently used entries go first when
-the cache exceeds its size limit. Who computes is decided in `lease`.
+Layout under one root: `evaluations/KEY.json` and `features/KEY/{NAME.npy, meta.json}`. A feature entry is written
+aside, its `meta.json` (recipe and a SHA-256 per array) last, and renamed into place, so a killed writer leaves nothing
+that looks complete; an entry that does not match its checksums is removed and made again. Least recently used entries
+go first when the cache exceeds its size limit. Who computes is decided in `lease`.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _axes(title: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_title(title, pad=8)
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.margins(x=0.02)
     return figure, axes
 

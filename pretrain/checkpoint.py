@@ -108,6 +108,8 @@ def publish(run_dir: Path, step: int, manifest: dict[str, Any]) -> Path:
         TRAINING_STATE: (staged / TRAINING_STATE).is_dir(),
     }
     (staged / MANIFEST).write_text(json.dumps(complete, indent=1, sort_keys=True) + "\n")
+    for name in files:  # safetensors writes files that only their owner can read; the umask decides
+        (staged / name).chmod((staged / MANIFEST).stat().st_mode)
     _flush(staged / MANIFEST)
     for directory in [*(p for p in staged.rglob("*") if p.is_dir()), staged]:
         _flush(directory)

@@ -7,7 +7,6 @@ torch, Ray, MLflow or DeepSpeed. The work itself is in `pretrain.run`, `pretrain
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -155,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, click.Abort):
         _complain(["interrupted"])
-        return 130
+        return 1
     except RequestError as error:
         _complain(error.mistakes)
         return 2
@@ -271,7 +270,3 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

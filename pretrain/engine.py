@@ -129,6 +129,14 @@ class Engine:
         weights = self.objective.backbone.timm_state_dict()  # order and persistent buffers, as timm has them
         return {name: full.get(name, tensor.detach().cpu()).clone() for name, tensor in weights.items()}
 
+    def pictures(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the objective has to show for a batch. A collective under ZeRO-3, which must gather the parameters."""
+        import deepspeed
+
+        parameters = list(self.objective.parameters()) if self.stage == 3 else []
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
+            return self.objective.pictures(batch)
+
     def save(self, directory: Path) -> None:
         """Write this rank's share of the training state. A collective."""
         self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)

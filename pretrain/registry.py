@@ -352,7 +352,7 @@ def _registered_by(mlflow_run_id: str, step: str, uri: str) -> Path:
         number = max(found, default=None) if step == "last" else int(step)
     if number is None or number not in found:
         raise RequestError(
-            f"MLflow run {mlflow_run_id} has registered no checkpoint of step {step}; there are: {_listed(sorted(found))}"
+            f"MLflow run {mlflow_run_id}: no registered checkpoint of step {step}; there are: {_listed(sorted(found))}"
         )
     return _cached(found[number], uri)
 

@@ -12,6 +12,7 @@ What is not here: DeepSpeed (`pretrain.engine`), checkpoints (`pretrain.snapshot
 from __future__ import annotations
 
 import math
+import os
 import resource
 import sys
 import time
@@ -68,12 +69,14 @@ def train(recipe: Recipe, run_dir: Path, *, listener: Listener | None = None, la
     torch.manual_seed(recipe.train.seed + 1 + rank)  # stochastic depth and the like differ between ranks
     clock["built"] = time.time()
 
+    pids = [0] * world_size
+    dist.all_gather_object(pids, os.getpid())  # all ranks; rank 0 writes down which process is which rank
     found = snapshot.newest(run_dir)
     stream = build_stream(recipe, objective, rank, snapshot.stream_state(found[1]) if found else StreamState(0, 0))
     with Journal(run_dir / "journal.jsonl") if rank == 0 else _Silence() as journal:
         say = _speaker(journal, listener if rank == 0 else None)
         step = found[0].step if found else 0
-        say("start", step=step, total_steps=recipe.train.steps, world_size=world_size, device=str(device))
+        say("start", step=step, total_steps=recipe.train.steps, world_size=world_size, device=str(device), pids=pids)
         if found:
             say("resumed", **snapshot.restore(*found, engine, stream))
         elif recipe.evaluation.baseline and not checkpoint.published(run_dir):
@@ -124,7 +127,7 @@ def run_steps(
             say("metrics", step=done, values={**values, **rates, **throughput, **seen})
         pause = time.perf_counter()
         if _is_due(done, total, recipe.train.pictures_every):
-            pictures = engine.objective.pictures(micro_batches[0])  # all ranks: a collective under ZeRO-3
+            pictures = engine.pictures(micro_batches[0])
             if dist.get_rank() == 0:
                 say("pictures", step=done, path=write_pictures(run_dir, done, pictures).relative_to(run_dir))
         if _is_due(done, total, recipe.train.checkpoint_every):

@@ -69,8 +69,9 @@ def test_load_recipe__paper_setting_is_the_papers() -> None:
     assert recipe.train.micro_batch_size == 64 and recipe.train.accumulation == 1
     assert recipe.optimizer.warmup_steps == round(recipe.train.steps * 40 / 800)
     assert recipe.train.steps == -(-800 * 1_281_167 // 4096)
-    assert isinstance(recipe.objective, MAEConfig)
-    assert (recipe.objective.decoder_dim, recipe.objective.decoder_depth, recipe.objective.decoder_heads) == (512, 8, 16)
+    mae = recipe.objective
+    assert isinstance(mae, MAEConfig)
+    assert (mae.decoder_dim, mae.decoder_depth, mae.decoder_heads) == (512, 8, 16)
 
 
 def test_load_recipe__result_is_plain_and_frozen(minimal: str) -> None:

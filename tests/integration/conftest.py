@@ -1,0 +1,109 @@
+"""Real processes: a small recipe on the demo photos, and a launcher that starts the training loop as torchrun would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pretrain.journal import read_journal
+
+RECIPE = """
+name: small
+objective: {name: mae, decoder_dim: 48, decoder_depth: 1, decoder_heads: 3}
+backbone: {name: vit_tiny_patch16_224, image_size: 32, patch_size: 8, options: {depth: 2, embed_dim: 48, num_heads: 3}}
+data: {train: "package:demo_data/grocery/train-*.tar", loader_workers: 1}
+optimizer: {base_lr: 2.0e-3, warmup_steps: 2, clip_grad: 1.0}
+train: {steps: 12, global_batch_size: 32, micro_batch_size: 8, workers: 2, log_every: 1, checkpoint_every: 4}
+evaluation:
+  data: {grocery: "package:demo_data/grocery"}
+  tasks: [{protocol: knn, data: grocery}]
+  select: knn/grocery/top1
+tracking: {experiment: tests, model_name: small}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+class Loop:
+    """The training loop in `ranks` processes of its own, without Ray."""
+
+    def __init__(self, recipe: Path, run_dir: Path, overrides: tuple[str, ...], ranks: int) -> None:
+        self.run_dir = run_dir
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.log = run_dir / "loop.log"
+        command = [sys.executable, "-m", "pretrain.worker", str(recipe), *overrides, "--run-dir", str(run_dir)]
+        self.processes = []
+        for rank in range(ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            environment = os.environ | {name: str(value) for name, value in place.items()}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+            with self.log.open("a") as log:
+                self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+
+    def wait(self, timeout_s: float = 240) -> None:
+        for process in self.processes:
+            assert process.wait(timeout_s) == 0, self.log.read_text()[-3000:]
+
+    def kill_after_step(self, step: int, timeout_s: float = 240) -> None:
+        """SIGKILL all ranks once the journal has the metrics of `step`."""
+        wait_until(lambda: max(read_losses(self.run_dir), default=0) >= step, timeout_s, self.log)
+        for process in self.processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+
+def read_losses(run_dir: Path) -> dict[int, float]:
+    """Step -> loss; a step that was trained twice must have had the same loss twice."""
+    found: dict[int, float] = {}
+    for record in read_journal(run_dir / "journal.jsonl")[0]:
+        if record["kind"] == "metrics":
+            assert found.setdefault(record["step"], record["values"]["loss"]) == record["values"]["loss"]
+    return found
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, log: Path) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()[-3000:] if log.exists() else "nothing was written"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def launch(recipe: Path, tmp_path: Path) -> Iterator[Callable[..., Loop]]:
+    started: list[Loop] = []
+
+    def start(name: str, *overrides: str, ranks: int = 2) -> Loop:
+        started.append(Loop(recipe, tmp_path / "runs" / name, overrides, ranks))
+        return started[-1]
+
+    yield start
+    for loop in started:
+        for process in loop.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def losses() -> Callable[[Path], dict[int, float]]:
+    return read_losses
+
+
+@pytest.fixture
+def wait_for() -> Callable[[Callable[[], bool], float, Path], None]:
+    return wait_until

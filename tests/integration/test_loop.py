@@ -1,0 +1,73 @@
+"""The training loop without Ray: two gloo processes, killed and resumed, and under torchrun itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain import checkpoint
+from pretrain.journal import read_journal
+
+pytestmark = pytest.mark.integration
+
+Launch = Callable[..., Any]
+Losses = Callable[[Path], dict[int, float]]
+
+
+def test_loop__killed_and_resumed_equals_uninterrupted(launch: Launch, losses: Losses) -> None:
+    whole = launch("whole")
+    whole.wait()
+    expected = losses(whole.run_dir)
+    assert sorted(expected) == list(range(1, 13))
+    assert expected[12] < expected[1]
+
+    broken = launch("broken")
+    broken.kill_after_step(6)
+    launch("broken").wait()
+    assert losses(broken.run_dir) == expected  # bit for bit, steps trained twice included
+
+    records = read_journal(broken.run_dir / "journal.jsonl")[0]
+    (resumed,) = [record for record in records if record["kind"] == "resumed"]
+    assert resumed["step"] == resumed["optimizer_step"] == 4
+    assert resumed["tensors"] == resumed["tensors_total"] > 20
+    assert resumed["samples_seen"] == 4 * 32
+    final = [(run / "checkpoints/step-00000012/backbone.safetensors").read_bytes() for run in (whole.run_dir, broken.run_dir)]
+    assert final[0] == final[1]
+
+
+def test_loop__damaged_checkpoint_is_refused_by_name(launch: Launch) -> None:
+    first = launch("damaged", "train.steps=4")
+    first.wait()
+    found = checkpoint.latest(first.run_dir)
+    assert found is not None
+    state = next((found.path / "training_state/deepspeed").glob("*optim_states.pt"))
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    again = launch("damaged")
+    assert [process.wait(240) for process in again.processes] == [1, 1]
+    assert f"{state.name}: contents differ from the SHA-256" in again.log.read_text()
+
+
+def test_loop__wrong_request_is_one_line_and_exit_code_2(launch: Launch) -> None:
+    loop = launch("wrong", "train.stepz=4", ranks=1)
+    assert loop.processes[0].wait(60) == 2
+    assert "train.steps" in loop.log.read_text()
+    assert "Traceback" not in loop.log.read_text()
+
+
+@pytest.mark.slow
+def test_torchrun__two_processes(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "pretrain.worker", str(recipe), "train.steps=4", "train.zero_stage=2", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 4/4  loss" in done.stdout
+    manifest = json.loads((tmp_path / "run/checkpoints/step-00000004/checkpoint.json").read_text())
+    assert (manifest["world_size"], manifest["zero_stage"], manifest["samples_seen"]) == (2, 2, 128)

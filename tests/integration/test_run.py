@@ -1,0 +1,92 @@
+"""The whole platform: Ray places two ZeRO workers, one is killed, evaluations and MLflow run beside, the result is pulled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.journal import read_journal
+
+pytestmark = pytest.mark.integration
+
+Launch = Callable[..., Any]
+Losses = Callable[[Path], dict[int, float]]
+
+
+def test_run__killed_worker_recovers_is_graded_and_pulled(
+    launch: Launch,
+    losses: Losses,
+    wait_for: Callable[..., None],
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    storage = tmp_path / "storage"
+    log = tmp_path / "run.log"
+    with log.open("w") as file:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "pretrain", "run", str(recipe), f"storage={storage}"], stdout=file, stderr=file
+        )
+    try:
+        wait_for(lambda: bool(list(storage.glob("small-*/journal.jsonl"))), 240, log)
+        (run_dir,) = storage.glob("small-*")
+        wait_for(lambda: max(losses(run_dir), default=0) >= 6, 240, log)
+        start = next(record for record in read_journal(run_dir / "journal.jsonl")[0] if record["kind"] == "start")
+        os.kill(start["pids"][1], signal.SIGKILL)
+        assert run.wait(400) == 0, log.read_text()[-3000:]
+    finally:
+        run.kill()
+
+    whole = launch("whole")  # the same recipe, undisturbed and without Ray
+    whole.wait()
+    assert losses(run_dir) == losses(whole.run_dir)
+    resumed = [record for record in read_journal(run_dir / "journal.jsonl")[0] if record["kind"] == "resumed"]
+    assert [record["step"] for record in resumed] == [4]
+
+    graded = {(record["step"], record["protocol"]) for record in read_journal(run_dir / "evaluations.jsonl")[0]}
+    assert graded == {(step, "knn") for step in (0, 4, 8, 12)}
+    assert all("metrics" in record for record in read_journal(run_dir / "evaluations.jsonl")[0])
+    text = log.read_text()
+    for line in ("loss", "knn/grocery top1", "images/s", "report.html", "pretrain pull small@best", "mlflow ui"):
+        assert line in text
+    assert (run_dir / "report.html").is_file()
+
+    _check_pulled(storage, tmp_path / "pulled")
+
+
+def _check_pulled(storage: Path, destination: Path) -> None:
+    """What a user does next: pull the best backbone and load it into plain timm."""
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{storage}/mlflow.db"}
+    command = [sys.executable, "-m", "pretrain", "pull", "small@best", str(destination)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    import timm
+    from safetensors.torch import load_file
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=48, num_heads=3, num_classes=0
+    )
+    model.load_state_dict(load_file(destination / "backbone.safetensors"), strict=True)
+
+
+def test_run__failed_evaluation_is_recorded_and_stops_nothing(recipe: Path, tmp_path: Path, losses: Losses) -> None:
+    data = tmp_path / "unusable"
+    data.mkdir()
+    for name in ("train-000000.tar", "test-000000.tar"):
+        (data / name).write_bytes(b"not a tar archive" * 100)
+    command = [sys.executable, "-m", "pretrain", "run", str(recipe), f"storage={tmp_path / 'storage'}", "train.steps=4"]
+    command += ["train.workers=1", "train.checkpoint_every=4", f"evaluation.data.grocery={data}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run_dir,) = (tmp_path / "storage").glob("small-*")
+    records = read_journal(run_dir / "evaluations.jsonl")[0]
+    assert records and all("train-000000.tar" in record["error"] for record in records)
+    assert sorted(losses(run_dir)) == [1, 2, 3, 4]

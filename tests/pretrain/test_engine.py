@@ -1,0 +1,192 @@
+"""DeepSpeed under the loop: ZeRO stages and bf16 against one plain PyTorch loop, with two gloo ranks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from objectives.base import Progress
+from objectives.configs import MAEConfig
+from pretrain.engine import Engine, deepspeed_config, init_distributed
+from pretrain.schedule import learning_rate, weight_decay
+from pretrain.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.worker import build_objective
+
+STEPS, MICRO, ACCUMULATION, RANKS = 4, 4, 2, 2
+RECIPE = Recipe(
+    name="engine",
+    objective=MAEConfig(decoder_dim=48, decoder_depth=1, decoder_heads=3),
+    backbone=BackboneConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 2, "embed_dim": 48, "num_heads": 3}),
+    data=DataConfig(train="unused"),
+    optimizer=OptimizerConfig(lr=1e-3, warmup_steps=1, layer_decay=0.9, clip_grad=0.5, weight_decay_end=0.2),
+    train=TrainConfig(
+        steps=STEPS,
+        global_batch_size=MICRO * ACCUMULATION * RANKS,
+        micro_batch_size=MICRO,
+        accumulation=ACCUMULATION,
+        checkpoint_every=STEPS,
+    ),
+)
+
+
+def _batches(step: int, rank: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    images = torch.randint(0, 256, (ACCUMULATION, MICRO, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    seeds = torch.randint(0, 2**62, (ACCUMULATION, MICRO), generator=generator)
+    return [{"image": image, "seed": seed} for image, seed in zip(images, seeds, strict=True)]
+
+
+def _train(engine: Engine, recipe: Recipe, first: int, last: int) -> list[list[float]]:
+    seen = []
+    for step in range(first, last):
+        engine.set_schedule(learning_rate(recipe, step), weight_decay(recipe, step))
+        output = engine.step(_batches(step, dist.get_rank()), Progress(step, STEPS), grad_norm=True)
+        loss = output.loss.clone()
+        dist.all_reduce(loss)
+        seen.append([float(loss) / RANKS, float(output.metrics["grad_norm"])])
+    return seen
+
+
+def _rank(rank: int, port: int, directory: str) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    with (Path(directory) / f"log-{rank}").open("w") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+        init_distributed(torch.device("cpu"))
+        found: dict[str, Any] = {}
+        for precision, stages in (("fp32", (0, 1, 2, 3)), ("bf16", (1, 3))):
+            for stage in stages:
+                recipe = replace(RECIPE, train=replace(RECIPE.train, zero_stage=stage, precision=precision))
+                found[f"{precision}-{stage}"] = _one_setting(recipe, Path(directory) / f"{precision}-{stage}")
+        if rank == 0:
+            (Path(directory) / "found.json").write_text(json.dumps(found))
+        dist.destroy_process_group()
+
+
+def _one_setting(recipe: Recipe, directory: Path) -> dict[str, Any]:
+    """Half the steps, save, the other half; then load into a fresh engine and do the other half again."""
+    torch.manual_seed(0)
+    engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
+    before = engine.backbone_weights()
+    seen = _train(engine, recipe, 0, STEPS // 2)
+    engine.save(directory)
+    half = engine.backbone_weights()
+    seen += _train(engine, recipe, STEPS // 2, STEPS)
+    after = engine.backbone_weights()
+    captions = sorted(engine.pictures(_batches(0, 0)[0]))
+
+    torch.manual_seed(1)  # other initial weights: all must come from the file
+    again = Engine(build_objective(recipe), recipe, torch.device("cpu"))
+    again.load(directory)
+    restored, optimizer_steps = again.backbone_weights(), again.optimizer_steps
+    repeated = _train(again, recipe, STEPS // 2, STEPS)
+    return {
+        "seen": seen,
+        "repeated": repeated,
+        "optimizer_steps": optimizer_steps,
+        "restored": all(torch.equal(half[name], restored[name]) for name in half),
+        "moved": sum(not torch.equal(before[name], after[name]) for name in before),
+        "dtypes": sorted({str(tensor.dtype) for tensor in after.values()}),
+        "repeated_weights": all(torch.equal(tensor, again.backbone_weights()[name]) for name, tensor in after.items()),
+        "captions": captions,
+        "norm": float(sum(tensor.square().sum() for tensor in after.values())),
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("engine")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, args=(port, str(directory)), nprocs=RANKS)
+    return json.loads((directory / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Any]:
+    """The same four steps in one process: AdamW, global-norm clipping, the mean over all micro-batches."""
+    torch.manual_seed(0)
+    objective = build_objective(RECIPE)
+    optimizer = torch.optim.AdamW(objective.param_groups(0.05, 0.9), lr=1.0, betas=(0.9, 0.95))
+    decays = [group["weight_decay"] > 0 for group in optimizer.param_groups]
+    seen = []
+    for step in range(STEPS):
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            group["lr"] = learning_rate(RECIPE, step) * group["lr_scale"]
+            group["weight_decay"] = weight_decay(RECIPE, step) if decay else 0.0
+        batches = [batch for rank in range(RANKS) for batch in _batches(step, rank)]
+        loss = torch.stack([objective(batch, Progress(step, STEPS)).loss for batch in batches]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), 0.5)
+        optimizer.step()
+        seen.append([loss.item(), norm.item()])
+    weights = objective.backbone.timm_state_dict()
+    return {"seen": seen, "norm": float(sum(tensor.square().sum() for tensor in weights.values()))}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_engine__zero_stages_equal_a_plain_loop(stage: int, found: dict[str, Any], plain: dict[str, Any]) -> None:
+    result = found[f"fp32-{stage}"]
+    torch.testing.assert_close(torch.tensor(result["seen"]), torch.tensor(plain["seen"]), rtol=2e-5, atol=0)
+    assert result["norm"] == pytest.approx(plain["norm"], rel=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["fp32-0", "fp32-1", "fp32-2", "fp32-3", "bf16-1", "bf16-3"])
+def test_engine__saved_state_continues_bit_exactly(setting: str, found: dict[str, Any]) -> None:
+    result = found[setting]
+    assert result["restored"] and result["repeated_weights"]
+    assert result["repeated"] == result["seen"][STEPS // 2 :]
+    assert result["optimizer_steps"] == STEPS // 2
+    assert result["moved"] > 20
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_engine__bf16_stays_close_and_exports_fp32_master(stage: int, found: dict[str, Any], plain: dict[str, Any]) -> None:
+    result = found[f"bf16-{stage}"]
+    torch.testing.assert_close(torch.tensor(result["seen"]), torch.tensor(plain["seen"]), rtol=3e-2, atol=0)
+    assert result["dtypes"] == ["torch.float32"]
+    assert result["norm"] == pytest.approx(plain["norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_engine__pictures_under_every_partitioning(stage: int, found: dict[str, Any]) -> None:
+    assert found[f"fp32-{stage}"]["captions"] == ["masked", "original", "reconstruction"]
+
+
+def test_deepspeed_config__raw_keys_are_merged_last() -> None:
+    recipe = replace(RECIPE, deepspeed={"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True})
+    config = deepspeed_config(recipe)
+    assert config["zero_optimization"]["overlap_comm"] is False
+    assert config["zero_optimization"]["stage"] == RECIPE.train.zero_stage
+    assert config["wall_clock_breakdown"] is True
+    assert copy.deepcopy(recipe.deepspeed)["zero_optimization"] == {"overlap_comm": False}  # the recipe is not changed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: NCCL and CUDA tensors")
+def test_engine__runs_on_cuda() -> None:
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
+    os.environ.update(place)
+    device = torch.device("cuda", 0)
+    init_distributed(device)
+    recipe = replace(RECIPE, train=replace(RECIPE.train, workers=1, global_batch_size=MICRO * ACCUMULATION, precision="bf16"))
+    engine = Engine(build_objective(recipe), recipe, device)
+    engine.set_schedule(1e-3, 0.05)
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in _batches(0, 0)]
+    assert torch.isfinite(engine.step(batches, Progress(0, STEPS), grad_norm=True).loss)
+    dist.destroy_process_group()
