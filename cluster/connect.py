@@ -5,6 +5,7 @@ What is not here: placing workers (`cluster.workers`) and evaluation tasks (`clu
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
 
     address = address or os.environ.get("RAY_ADDRESS") or None
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level="warning")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(
             address="local",
@@ -64,7 +65,7 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
             resources={EVALUATION_SLOT: float(evaluation_slots)},
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address="127.0.0.1",  # nothing of a private instance is reachable from outside this machine
         )

@@ -37,8 +37,11 @@ class WorkerGroup:
     max_failures: int
 
 
+@dataclass
 class _TorchrunEnvironment(BackendConfig):
-    """Rendezvous by environment variables only: importing `ray.train.torch` costs driver and controller torch itself."""
+    """Rendezvous by environment variables: `ray.train.torch` would import torch in driver and controller as well."""
+
+    loopback: bool = False  # a private instance: ranks meet on 127.0.0.1
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -49,7 +52,9 @@ class _TorchrunBackend(Backend):
     share_cuda_visible_devices = True  # LOCAL_RANK picks the device, as under torchrun
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        assert isinstance(backend_config, _TorchrunEnvironment)
         address, port = worker_group.execute_single(0, _address_and_free_port)
+        local = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"} if backend_config.loopback else {}
         for rank, worker in enumerate(worker_group.get_workers()):
             context = worker.distributed_context
             worker_group.execute_single(
@@ -62,6 +67,7 @@ class _TorchrunBackend(Backend):
                     "LOCAL_RANK": str(context.local_rank),
                     "WORLD_SIZE": str(context.world_size),
                     "LOCAL_WORLD_SIZE": str(context.local_world_size),
+                    **local,
                 },
             )
 
@@ -100,7 +106,7 @@ class _PrivateTrainer(DataParallelTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unneeded)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        settings["scaling_policy"] = _FixedLocalGroup(self.scaling_config)
+        settings["scaling_policy"] = _FixedLocalGroup(self.scaling_config)  # type: ignore[arg-type]  # Train v1 and v2
         return super()._initialize_and_run_controller(**settings)
 
 
@@ -133,7 +139,7 @@ def run_workers(
     trainer = trainer_class(
         function,
         train_loop_config=settings,
-        backend_config=_TorchrunEnvironment(),
+        backend_config=_TorchrunEnvironment(loopback=cluster.private),
         scaling_config=ScalingConfig(
             num_workers=group.num_workers, use_gpu=group.gpus_per_worker > 0, resources_per_worker=resources
         ),

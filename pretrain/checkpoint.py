@@ -1,8 +1,8 @@
 """Checkpoints: directories that appear complete or not at all, and are verified before anything of them is used.
 
-A checkpoint is written aside as `.step-XXXXXXXX.partial`, flushed to disk with `checkpoint.json` (digests of every file)
-last, and renamed. Whatever is named `step-XXXXXXXX` is therefore complete; a crash leaves at most a `.partial`, which the
-next publication of that step overwrites.
+A checkpoint is written aside as `.step-XXXXXXXX.partial`, flushed to disk with `checkpoint.json` (digests of every
+file) last, and renamed. Whatever is named `step-XXXXXXXX` is therefore complete; a crash leaves at most a `.partial`,
+which the next publication of that step overwrites.
 
     step-00000100/  backbone.safetensors  recipe.yaml  checkpoint.json  training_state/ (DeepSpeed's shards, RNG states)
 
@@ -43,6 +43,7 @@ __all__ = [
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 TRAINING_STATE = "training_state"
+REMEDY = "delete this checkpoint to resume from the one before"
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -113,7 +114,9 @@ def publish(run_dir: Path, step: int, manifest: dict[str, Any]) -> Path:
     _flush(staged / MANIFEST)
     for directory in [*(p for p in staged.rglob("*") if p.is_dir()), staged]:
         _flush(directory)
-    if final.exists():  # the same step again after a restart from an earlier checkpoint: bit-equal weights, newer file times
+    if (
+        final.exists()
+    ):  # the same step again after a restart from an earlier checkpoint: bit-equal weights, newer file times
         remove(final)
     staged.rename(final)
     _flush(final.parent)
@@ -134,7 +137,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest.get('format') if isinstance(manifest, dict) else '?'}, expected {FORMAT}")
+        raise CheckpointError(
+            f"{path}: format {manifest.get('format') if isinstance(manifest, dict) else '?'}, expected {FORMAT}"
+        )
     return manifest
 
 
@@ -148,11 +153,9 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     for name, expected in manifest["files"].items():
         path = checkpoint / name
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; {MANIFEST} lists it, delete this checkpoint to resume from the one before")
+            raise CheckpointError(f"{path}: missing, {MANIFEST} lists it; {REMEDY}")
         if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-            raise CheckpointError(
-                f"{path}: contents differ from the SHA-256 in {MANIFEST}; delete this checkpoint to resume from the one before"
-            )
+            raise CheckpointError(f"{path}: contents differ from the SHA-256 in {MANIFEST}; {REMEDY}")
     return manifest
 
 

@@ -1,7 +1,7 @@
 """The DeepSpeed seam: everything the training loop asks of DeepSpeed, and the settings we give it.
 
-ZeRO stages 0 to 3, fp32 and bf16, CPU with gloo and CUDA with NCCL behind one small class. `optimizer.*` and `train.*`
-of a recipe are the short form; `deepspeed:` passes raw keys on.
+ZeRO stages 0 to 3, fp32 and bf16, CPU with gloo and CUDA with NCCL behind one small class. `optimizer.*` and
+`train.*` of a recipe are the short form; `deepspeed:` passes raw keys on.
 
 What is not here: the loop (`pretrain.worker`), schedules, what a checkpoint directory looks like (`pretrain.checkpoint`).
 """
@@ -72,12 +72,20 @@ class Engine:
         optimizer = recipe.optimizer
         groups = objective.param_groups(optimizer.weight_decay, optimizer.layer_decay)
         torch_optimizer = create_optimizer_v2(
-            groups, opt=optimizer.name, lr=recipe.peak_lr, weight_decay=0.0, betas=tuple(optimizer.betas), eps=optimizer.eps
+            groups,
+            opt=optimizer.name,
+            lr=recipe.peak_lr,
+            weight_decay=0.0,
+            betas=tuple(optimizer.betas),
+            eps=optimizer.eps,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside DeepSpeed that a user can do nothing about
             self._engine, *_ = deepspeed.initialize(
-                model=objective.to(device), optimizer=torch_optimizer, config=deepspeed_config(recipe), dist_init_required=False
+                model=objective.to(device),
+                optimizer=torch_optimizer,
+                config=deepspeed_config(recipe),
+                dist_init_required=False,
             )
         self.objective = objective
         self.device = device
@@ -108,7 +116,9 @@ class Engine:
             self._engine.backward(output.loss)  # divides by the number of micro-batches
             outputs.append(Output(output.loss.detach(), output.metrics))
             if grad_norm and self.stage == 0 and len(outputs) == len(micro_batches):
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
+                norm = torch.nn.utils.get_total_norm(
+                    [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+                )
             self._engine.step()  # updates at the last micro-batch only
         if grad_norm and self.stage > 0:
             norm = self._engine.get_global_grad_norm()
@@ -125,7 +135,9 @@ class Engine:
         full = {}
         for name, parameter in self.objective.backbone.vit.named_parameters():
             master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            full[name] = (parameter if master is None else master).detach().float().cpu().reshape(_full_shape(parameter))
+            full[name] = (
+                (parameter if master is None else master).detach().float().cpu().reshape(_full_shape(parameter))
+            )
         weights = self.objective.backbone.timm_state_dict()  # order and persistent buffers, as timm has them
         return {name: full.get(name, tensor.detach().cpu()).clone() for name, tensor in weights.items()}
 

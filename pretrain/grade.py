@@ -5,6 +5,7 @@ What is not here: the protocols (`evaluation`), when a run grades which checkpoi
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "grade_task", "leaderboard", "missing_tasks"]
 
 NICENESS = 10  # an evaluation beside the trainers gets about a tenth of a contended core
-STORE = "evaluations"
 
 
 def grade_task(checkpoint: str, step: int, task: EvaluationTask, directory: str, storage: str) -> dict[str, Any]:
@@ -60,29 +60,25 @@ def evaluate(
     Raises:
         RequestError: An unknown checkpoint, protocol or data set, or data that a protocol cannot use.
     """
-    from evaluation.data import EvaluationData
     from evaluation.registry import names
     from pretrain.registry import resolve_checkpoint
 
-    root = Path(storage)
+    root = Path(storage).absolute()
     path = resolve_checkpoint(str(checkpoint), root)
-    recipe = _recipe_of(path)
-    unknown = [name for name in protocols or () if name not in names()]
-    if unknown:
-        raise RequestError(*(f"protocol {name!r} is unknown; there are: {', '.join(sorted(names()))}" for name in unknown))
-    if data is None:
-        if recipe is None or not recipe.evaluation.tasks:
-            raise RequestError(f"{path}: its recipe names no evaluation data; give --data NAME=DIRECTORY")
-        tasks = [t for t in recipe.evaluation.tasks if not protocols or t.protocol in protocols]
-        directories = {name: Path(directory) for name, directory in recipe.evaluation.data.items()}
-        asked = [(task, directories[task.data]) for task in tasks]
+    if unknown := [name for name in protocols or () if name not in names()]:
+        raise RequestError(*(f"protocol {name!r} is unknown; there are: {', '.join(names())}" for name in unknown))
+    if data is not None:
+        asked = [
+            (EvaluationTask(protocol, name), Path(directory))
+            for name, directory in data.items()
+            for protocol in protocols or _suitable_protocols(Path(directory))
+        ]
     else:
-        asked = []
-        for name, directory in data.items():
-            suitable = EvaluationData(name, Path(directory)).protocols()
-            asked += [(EvaluationTask(protocol, name), Path(directory)) for protocol in protocols or suitable]
+        settings = _recipe_of(path).evaluation
+        tasks = [task for task in settings.tasks if not protocols or task.protocol in protocols]
+        asked = [(task, Path(settings.data[task.data])) for task in tasks]
     if not asked:
-        raise RequestError(f"nothing to evaluate: the recipe has no task for {', '.join(protocols or ())}")
+        raise RequestError(f"{path}: its recipe has no such evaluation task; give --data NAME=DIRECTORY")
     return [_evaluate(path, task, directory, root) for task, directory in asked]
 
 
@@ -92,13 +88,17 @@ def missing_tasks(recipe: Recipe, step: int, done: set[tuple[int, str, str]]) ->
 
 
 def leaderboard(storage: str | os.PathLike[str] = "runs") -> list[dict[str, Any]]:
-    """All evaluations of all runs under `storage`: run, step and the record of `evaluations.jsonl`, newest run first."""
+    """All evaluations under `storage`: those of runs (run, step and record), then those made by hand."""
     from pretrain.journal import read_journal
 
     rows = []
     for path in sorted(Path(storage).glob("*/evaluations.jsonl"), reverse=True):
         records, _ = read_journal(path)
         rows += [{"run": path.parent.name, **record} for record in records if "metrics" in record]
+    of_runs = {row["key"] for row in rows}
+    for path in sorted((Path(storage) / "evaluations").glob("*.json")):
+        if path.stem not in of_runs:
+            rows.append({"run": "(by hand)", "step": "", **json.loads(path.read_text())})
     return rows
 
 
@@ -106,9 +106,8 @@ def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path) 
     from evaluation.data import EvaluationData
     from evaluation.protocol import evaluate as run_protocol
 
-    return run_protocol(
-        path, task.protocol, EvaluationData(task.data, directory), store=storage / STORE, image_size=task.image_size
-    )
+    data = EvaluationData(task.data, directory)
+    return run_protocol(path, task.protocol, data, store=storage, image_size=task.image_size)
 
 
 def _record(result: EvaluationResult) -> dict[str, Any]:
@@ -124,8 +123,19 @@ def _record(result: EvaluationResult) -> dict[str, Any]:
     }
 
 
-def _recipe_of(checkpoint: Path) -> Recipe | None:
+def _recipe_of(checkpoint: Path) -> Recipe:
     from pretrain.config import load_recipe
 
     path = checkpoint / "recipe.yaml"
-    return load_recipe(str(path), []) if path.is_file() else None
+    if not path.is_file():
+        raise RequestError(f"{checkpoint}: no recipe.yaml in it that names evaluation data; give --data NAME=DIRECTORY")
+    return load_recipe(path, check_files=False)
+
+
+def _suitable_protocols(directory: Path) -> list[str]:
+    """Protocols whose labels the data has."""
+    from data_pipelines.shards import open_dataset
+    from evaluation.registry import names, protocol
+
+    fields = open_dataset(str(directory / "train-*.tar")).fields
+    return [name for name in names() if protocol(name).label in fields]

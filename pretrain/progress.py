@@ -62,14 +62,18 @@ class Terminal:
             handler(record)
 
     def _show_start(self, record: dict[str, Any]) -> None:
-        self.say(f"training on {record['world_size']} x {record['device']}, steps {record['step']} to {record['total_steps']}")
+        self.say(
+            f"training on {record['world_size']} x {record['device']}, steps {record['step']} to {record['total_steps']}"
+        )
         if self._task is None:
             self._task = self._bar.add_task("training", total=self._total, status="")
         self._bar.update(self._task, completed=record["step"])
 
     def _show_startup(self, record: dict[str, Any]) -> None:
         parts = ("placed", "joined", "built", "first_batch", "first_step")
-        self.say(f"first step after {record['total_s']:.1f} s: " + ", ".join(f"{p} {record[p + '_s']:.1f}" for p in parts))
+        self.say(
+            f"first step after {record['total_s']:.1f} s: " + ", ".join(f"{p} {record[p + '_s']:.1f}" for p in parts)
+        )
 
     def _show_resumed(self, record: dict[str, Any]) -> None:
         self.say(resumed_line(record))
@@ -95,7 +99,9 @@ class Terminal:
             self.say(f"evaluation {name} of step {record['step']} failed: {record['error']}")
             return
         headline, score = next(iter(record["metrics"].items()))
-        self.say(f"evaluation of step {record['step']}: {name}/{headline} {score:.1%}{' (known)' if record['cached'] else ''}")
+        self.say(
+            f"evaluation of step {record['step']}: {name}/{headline} {score:.1%}{' (known)' if record['cached'] else ''}"
+        )
         if self._select in (None, f"{name}/{headline}"):
             self._probe = f"{name} {score:.1%} (step {record['step']})  "
 
@@ -111,6 +117,8 @@ def resumed_line(record: dict[str, Any]) -> str:
 
 def duration(seconds: float) -> str:
     """`75` -> `1:15`."""
-    return time.strftime("%H:%M:%S" if seconds >= 3600 else "%M:%S", time.gmtime(max(0, seconds))) if seconds < 86400 else (
-        f"{seconds / 86400:.1f} days"
+    return (
+        time.strftime("%H:%M:%S" if seconds >= 3600 else "%M:%S", time.gmtime(max(0, seconds)))
+        if seconds < 86400
+        else (f"{seconds / 86400:.1f} days")
     )

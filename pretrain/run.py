@@ -87,7 +87,7 @@ def resume(run_id: str, storage: str | os.PathLike[str] = "runs") -> RunResult:
     if not (run_dir / "recipe.yaml").is_file():
         known = sorted(path.parent.name for path in Path(storage).glob("*/recipe.yaml"))
         raise RequestError(f"run {run_id!r} is not in {storage}; there are: {', '.join(known[-8:]) or 'none'}")
-    return _Driver(load_recipe(str(run_dir / "recipe.yaml"), ()), run_dir, launched).drive()
+    return _Driver(load_recipe(run_dir / "recipe.yaml"), run_dir, launched).drive()
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ class _Driver:
             except KeyboardInterrupt:
                 raise RunFailed(f"stopped; go on with: pretrain resume {self.run_dir.name}") from None
             finally:
-                if not tracker.close(status):  # type: ignore[arg-type]
+                if not tracker.close(status):
                     self.terminal.say(f"MLflow has not received everything yet: {tracker.problem}")
         return self._finish(tracker.mlflow_run_id)
 
@@ -153,7 +153,9 @@ class _Driver:
             )
             arguments = {"recipe": self.recipe, "run_dir": str(self.run_dir), "launched": self.launched}
             training = _Background(
-                lambda: run_workers(cluster, train_worker, arguments, group, name="workers", storage=self.run_dir / "ray")
+                lambda: run_workers(
+                    cluster, train_worker, arguments, group, name="workers", storage=self.run_dir / "ray"
+                )
             )
             self._follow_journal(queue, show=False)  # a resumed run: what happened before
             if not self._is_trained():
@@ -191,7 +193,9 @@ class _Driver:
                 for task in grade.missing_tasks(self.recipe, found.step, done):
                     directory = self.recipe.evaluation.data[task.data]
                     label = (found.step, task.protocol, task.data)
-                    queue.submit(label, grade.grade_task, str(found.path), found.step, task, directory, self.recipe.storage)
+                    queue.submit(
+                        label, grade.grade_task, str(found.path), found.step, task, directory, self.recipe.storage
+                    )
 
     def _is_graded(self, step: int) -> bool:
         train, evaluation = self.recipe.train, self.recipe.evaluation

@@ -26,7 +26,9 @@ from pretrain.schema import Recipe
 __all__ = ["newest", "restore", "take"]
 
 
-def take(run_dir: Path, step: int, engine: Engine, stream: Stream, recipe: Recipe, *, training_state: bool = True) -> Path:
+def take(
+    run_dir: Path, step: int, engine: Engine, stream: Stream, recipe: Recipe, *, training_state: bool = True
+) -> Path:
     """Publish a checkpoint after `step` optimiser steps. A collective; returns the published directory.
 
     Args:

@@ -40,7 +40,10 @@ def print_summary(
     if metrics:
         first, last = metrics[0], metrics[-1]
         table.add_row(
-            "loss", "", f"{first['values']['loss']:.4f} (step {first['step']})", f"{last['values']['loss']:.4f} (step {last['step']})"
+            "loss",
+            "",
+            f"{first['values']['loss']:.4f} (step {first['step']})",
+            f"{last['values']['loss']:.4f} (step {last['step']})",
         )
     for task in recipe.evaluation.tasks:
         table.add_row(*_score_row(task.protocol, task.data, evaluations))

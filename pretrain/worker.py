@@ -60,7 +60,9 @@ def train(recipe: Recipe, run_dir: Path, *, listener: Listener | None = None, la
     device = pick_device(recipe.train.device)
     rank, world_size = init_distributed(device)
     if world_size != recipe.train.workers:
-        raise RuntimeError(f"{world_size} workers were started, but the recipe says train.workers={recipe.train.workers}")
+        raise RuntimeError(
+            f"{world_size} workers were started, but the recipe says train.workers={recipe.train.workers}"
+        )
     clock["joined"] = time.time()
 
     torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
@@ -121,7 +123,9 @@ def run_steps(
         if is_logged:
             values = _mean_over_ranks(output)  # host sync: only on logged steps
             if not math.isfinite(values["loss"]):
-                raise RuntimeError(f"the loss is {values['loss']} at step {done}: lower optimizer.lr or set optimizer.clip_grad")
+                raise RuntimeError(
+                    f"the loss is {values['loss']} at step {done}: lower optimizer.lr or set optimizer.clip_grad"
+                )
             throughput = window.close(recipe.train.global_batch_size)
             seen = {"samples_seen": done * recipe.train.global_batch_size, "memory_mb": _peak_memory_mb(engine.device)}
             say("metrics", step=done, values={**values, **rates, **throughput, **seen})
@@ -136,7 +140,7 @@ def run_steps(
         window.began += time.perf_counter() - pause  # pictures and checkpoints are not part of a step's time
         if done - first_step == START_STEPS and window.steps > 1:
             window.restart()
-    batches.close()  # ends the loader's processes
+    del batches  # ends the loader's processes
 
 
 def build_objective(recipe: Recipe) -> Objective:
@@ -156,6 +160,7 @@ def build_objective(recipe: Recipe) -> Objective:
 
 def build_stream(recipe: Recipe, objective: Objective, rank: int, state: StreamState) -> Stream:
     """This rank's share of the recipe's sample order, from `state` on, in the views that the objective asks for."""
+    assert recipe.train.micro_batch_size is not None  # filled in by `pretrain.rules`
     return Stream(
         open_dataset(recipe.data.train),
         views_from(objective.views()),
@@ -247,7 +252,7 @@ def _peak_memory_mb(device: torch.device) -> float:
 
 
 def _is_due(done: int, total: int, every: int | None) -> bool:
-    return bool(every) and (done % every == 0 or done == total)
+    return every is not None and every > 0 and (done % every == 0 or done == total)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def test_vote__golden(golden: dict[str, Any], golden_splits: tuple[Pooled, Poole
     assert shares[0].tolist() == pytest.approx(block["probs_row0"], abs=1e-5)
     assert shares[5].tolist() == pytest.approx(block["probs_row5"], abs=1e-5)
     if k == 5:
-        traps = golden["A_knn"]["traps"]
+        traps = golden["A_knn"]["by_k"]["traps"]
         assert all(predicted.tolist() != trap["pred"] for trap in traps.values())
         assert top_k_accuracy(shares, test.labels, 1) == golden["A_topk"]["micro_top1"]
         assert top_k_accuracy(shares, test.labels, 2) == golden["A_topk"]["micro_top2"]

@@ -75,7 +75,7 @@ def test_fit_heads__heads_are_independent_and_ignore_their_fold() -> None:
 def test_score__leaking_features_are_perfect() -> None:
     outcome = score(_noisy(80, 0.01, 0), _noisy(80, 0.01, 1), num_classes=4, params=PARAMS, seed=0, device=CPU)
     assert outcome.metrics["top1"] == outcome.metrics["val_top1"] == 1.0
-    assert outcome.metrics["top1_ci_high"] == 1.0
+    assert outcome.metrics["top1_ci_high"] == pytest.approx(1.0)
     assert set(outcome.metrics) == set(PROTOCOLS["linear"].metrics)
 
 
@@ -113,15 +113,6 @@ def test_score__repeats_exactly_and_depends_on_the_seed_only() -> None:
     first = score(train, test, num_classes=4, params=PARAMS, seed=0, device=CPU)
     torch.manual_seed(2)
     assert score(train, test, num_classes=4, params=PARAMS, seed=0, device=CPU) == first
-
-
-def test_score__warns_at_the_edge_of_the_grid() -> None:
-    params = {**PARAMS, "lrs": (1e-6, 1e-5, 3e-5)}  # all far too small: the largest wins and more would be better
-    outcome = score(_noisy(80, 0.8, 0), _noisy(80, 0.8, 1), num_classes=4, params=params, seed=0, device=CPU)
-    best = max(outcome.details["val_top1_by_lr"].values())
-    ends = [outcome.details["val_top1_by_lr"][str(lr)] for lr in (1e-5, 3e-5)]
-    assert outcome.details["at_grid_edge"] == (outcome.details["lr"] == 3e-5 and ends[1] > ends[0])
-    assert outcome.metrics["val_top1"] == best
 
 
 def test_score__one_training_image_is_refused() -> None:

@@ -78,7 +78,9 @@ def test_mean_iou__golden_and_not_the_wrong_variants(golden: dict[str, Any], per
     assert [mean_iou(image) for image in per_image] == pytest.approx(block["per_image"], abs=1e-8)
 
 
-def test_confusion__ignored_pixels_may_hold_any_prediction(maps: list[tuple[Tensor, Tensor]], per_image: Tensor) -> None:
+def test_confusion__ignored_pixels_may_hold_any_prediction(
+    maps: list[tuple[Tensor, Tensor]], per_image: Tensor
+) -> None:
     predicted, truth = maps[0]
     painted = torch.where(truth < 0, 5, predicted)
     assert not torch.equal(painted, predicted)

@@ -37,7 +37,9 @@ def test_loop__killed_and_resumed_equals_uninterrupted(launch: Launch, losses: L
     assert resumed["step"] == resumed["optimizer_step"] == 4
     assert resumed["tensors"] == resumed["tensors_total"] > 20
     assert resumed["samples_seen"] == 4 * 32
-    final = [(run / "checkpoints/step-00000012/backbone.safetensors").read_bytes() for run in (whole.run_dir, broken.run_dir)]
+    final = [
+        (run / "checkpoints/step-00000012/backbone.safetensors").read_bytes() for run in (whole.run_dir, broken.run_dir)
+    ]
     assert final[0] == final[1]
 
 
@@ -65,7 +67,15 @@ def test_loop__wrong_request_is_one_line_and_exit_code_2(launch: Launch) -> None
 @pytest.mark.slow
 def test_torchrun__two_processes(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "pretrain.worker", str(recipe), "train.steps=4", "train.zero_stage=2", "--run-dir", str(tmp_path / "run")]
+    command += [
+        "-m",
+        "pretrain.worker",
+        str(recipe),
+        "train.steps=4",
+        "train.zero_stage=2",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step 4/4  loss" in done.stdout

@@ -156,7 +156,9 @@ def test_engine__saved_state_continues_bit_exactly(setting: str, found: dict[str
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_engine__bf16_stays_close_and_exports_fp32_master(stage: int, found: dict[str, Any], plain: dict[str, Any]) -> None:
+def test_engine__bf16_stays_close_and_exports_fp32_master(
+    stage: int, found: dict[str, Any], plain: dict[str, Any]
+) -> None:
     result = found[f"bf16-{stage}"]
     torch.testing.assert_close(torch.tensor(result["seen"]), torch.tensor(plain["seen"]), rtol=3e-2, atol=0)
     assert result["dtypes"] == ["torch.float32"]
@@ -184,7 +186,9 @@ def test_engine__runs_on_cuda() -> None:
     os.environ.update(place)
     device = torch.device("cuda", 0)
     init_distributed(device)
-    recipe = replace(RECIPE, train=replace(RECIPE.train, workers=1, global_batch_size=MICRO * ACCUMULATION, precision="bf16"))
+    recipe = replace(
+        RECIPE, train=replace(RECIPE.train, workers=1, global_batch_size=MICRO * ACCUMULATION, precision="bf16")
+    )
     engine = Engine(build_objective(recipe), recipe, device)
     engine.set_schedule(1e-3, 0.05)
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in _batches(0, 0)]
