@@ -3,7 +3,7 @@
 ZeRO stages 0 to 3, fp32 and bf16, CPU with gloo and CUDA with NCCL behind one small class. `optimizer.*` and
 `train.*` of a recipe are the short form; `deepspeed:` passes raw keys on.
 
-What is not here: the loop (`pretrain.worker`), schedules, what a checkpoint directory looks like (`pretrain.checkpoint`).
+What is not here: the loop (`pretrain.worker`), schedules, the layout of checkpoints (`pretrain.checkpoint`).
 """
 
 from __future__ import annotations

@@ -62,9 +62,8 @@ class Terminal:
             handler(record)
 
     def _show_start(self, record: dict[str, Any]) -> None:
-        self.say(
-            f"training on {record['world_size']} x {record['device']}, steps {record['step']} to {record['total_steps']}"
-        )
+        place = f"{record['world_size']} x {record['device']}"
+        self.say(f"training on {place}, steps {record['step']} to {record['total_steps']}")
         if self._task is None:
             self._task = self._bar.add_task("training", total=self._total, status="")
         self._bar.update(self._task, completed=record["step"])
@@ -99,9 +98,8 @@ class Terminal:
             self.say(f"evaluation {name} of step {record['step']} failed: {record['error']}")
             return
         headline, score = next(iter(record["metrics"].items()))
-        self.say(
-            f"evaluation of step {record['step']}: {name}/{headline} {score:.1%}{' (known)' if record['cached'] else ''}"
-        )
+        known = " (known)" if record["cached"] else ""
+        self.say(f"evaluation of step {record['step']}: {name}/{headline} {score:.1%}{known}")
         if self._select in (None, f"{name}/{headline}"):
             self._probe = f"{name} {score:.1%} (step {record['step']})  "
 

@@ -1,7 +1,7 @@
 """What a running training puts into a checkpoint and takes out of it again: the collective half of checkpointing.
 
-Every rank writes its share (DeepSpeed's shards, its RNG states); rank 0 adds the backbone as safetensors and the recipe,
-and publishes. Restoring verifies digests first and then counts what really came back.
+Every rank writes its share (DeepSpeed's shards, its RNG states); rank 0 adds the backbone as safetensors and the
+recipe, and publishes. Restoring verifies digests first and then counts what really came back.
 
 What is not here: the files and their atomic publication (`pretrain.checkpoint`), when to do either (`pretrain.worker`).
 """
@@ -73,7 +73,7 @@ def take(
 
 
 def newest(run_dir: Path) -> tuple[checkpoint.Published, dict[str, Any]] | None:
-    """The newest resumable checkpoint and its manifest, verified on rank 0. A collective: all ranks get the same answer.
+    """The newest resumable checkpoint and its manifest, verified on rank 0. A collective: all ranks agree.
 
     Raises:
         CheckpointError: On every rank when the files do not match their digests.
@@ -113,7 +113,8 @@ def restore(found: checkpoint.Published, manifest: dict[str, Any], engine: Engin
     equal = [name for name, tensor in saved.items() if name in loaded and torch.equal(tensor, loaded[name])]
     if len(equal) != len(saved) or engine.optimizer_steps != found.step:
         raise checkpoint.CheckpointError(
-            f"{found.path}: {len(equal)} of {len(saved)} backbone tensors came back equal, optimiser at step {engine.optimizer_steps}"
+            f"{found.path}: {len(equal)} of {len(saved)} backbone tensors came back equal, "
+            f"optimiser at step {engine.optimizer_steps}"
         )
     return {
         "step": found.step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -56,17 +57,16 @@ def test_fit_heads__heads_are_independent_and_ignore_their_fold() -> None:
     split = _noisy(40, 0.5, seed=0)
     x, y = split.patch_mean.double(), split.labels
     fold = torch.arange(40) % 4
-    shared = {"momentum": 0.9, "steps": 30, "num_classes": 4, "seed": 0}
-    together = fit_heads(x, y, fold=fold, num_folds=4, lrs=(0.01, 0.1), batch_size=40, **shared)
+    fit = partial(fit_heads, momentum=0.9, steps=30, num_classes=4, seed=0)
+    together = fit(x, y, fold=fold, num_folds=4, lrs=(0.01, 0.1), batch_size=40)
     rest = fold != 2
-    alone = fit_heads(
+    alone = fit(
         x[rest],
         y[rest],
         fold=torch.full((30,), NEVER_HELD_OUT),
         num_folds=1,
         lrs=(0.1,),
         batch_size=30,
-        **shared,
     )
     assert torch.allclose(together.weight[:, :, 2, 1], alone.weight[:, :, 1, 0], rtol=1e-9, atol=1e-12)
     assert torch.allclose(together.losses[:, 2, 1], alone.losses[:, 1, 0], rtol=1e-9)

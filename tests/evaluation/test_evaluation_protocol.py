@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-import evaluation.extract
 from backbones.vit import ViTBackbone
 from data_pipelines.source import DataError
 from evaluation import EvaluationData, EvaluationError, EvaluationResult, evaluate
@@ -258,7 +257,7 @@ def test_extract__images_are_squeezed_not_cropped(
         assert images.float().amax() > 150  # the bright square is inside, wherever it was
         return original(self, images)
 
-    monkeypatch.setattr(evaluation.extract.torch, "get_num_threads", lambda: 3)  # threads keep the order
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # threads keep the order
     monkeypatch.setattr(ViTBackbone, "preprocess", seen)
     evaluate(checkpoint(), "segmentation", halves, store=tmp_path, image_size=(8, 24), batch_size=1)
     assert shapes == {(3, 8, 24)}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -237,11 +238,9 @@ def test_lease__threads_of_one_process_compute_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("owner", ["other host", "empty", "reused pid"])
-def test_lease__an_expired_or_reused_owner_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str
-) -> None:
+def test_lease__an_expired_or_reused_owner_is_replaced(tmp_path: Path, owner: str) -> None:
     path = tmp_path / "a.lease"
-    own: dict[str, Any] = {"host": lease.socket.gethostname(), "pid": os.getpid(), "started": "1", "token": "t"}
+    own: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "started": "1", "token": "t"}
     content = {"other host": json.dumps({**own, "host": "elsewhere"}), "empty": "", "reused pid": json.dumps(own)}
     path.write_text(content[owner])
     if owner != "reused pid":  # these only die by age

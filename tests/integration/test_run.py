@@ -1,4 +1,4 @@
-"""The whole platform: Ray places two ZeRO workers, one is killed, evaluations and MLflow run beside, the result is pulled."""
+"""The whole platform: two ZeRO workers on Ray, one is killed; evaluations and MLflow beside; the result is pulled."""
 
 from __future__ import annotations
 
