@@ -105,7 +105,7 @@ PROTOCOLS: dict[str, Protocol] = {
                     "weight_decay": 1e-3,
                     "betas": (0.9, 0.999),
                     "batch_size": 8,
-                    "min_steps": 300,
+                    "min_steps": 200,
                     "epochs": 8,
                     "warmup": 0.05,
                     "pixels_per_image": 4096,  # label pixels drawn once per training image
