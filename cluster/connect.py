@@ -59,7 +59,7 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
         # Ray starts its workers at niceness 15; here trainers run at ours and evaluations lower theirs.
-        os.environ["RAY_worker_niceness"] = "0"
+        os.environ.update(RAY_worker_niceness="0")
         ray.init(
             address="local",
             num_cpus=num_cpus,

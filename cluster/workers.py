@@ -19,6 +19,8 @@ from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.backend import Backend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -35,6 +37,7 @@ class WorkerGroup:
     cpus_per_worker: float
     gpus_per_worker: float
     max_failures: int
+    fatal: tuple[type[BaseException], ...] = ()  # raised by a worker, these end the run at once
 
 
 @dataclass
@@ -94,7 +97,32 @@ class _FixedLocalGroup(FixedScalingPolicy):
         return None
 
 
-class _PrivateTrainer(DataParallelTrainer):
+class _MendableOnly(DefaultFailurePolicy):
+    """Restart after what a restart can mend (a dead process or node, a lost connection), not after a wrong setting."""
+
+    def __init__(self, failure_config: Any, fatal: tuple[type[BaseException], ...]) -> None:
+        super().__init__(failure_config)
+        self._fatal = fatal
+
+    def _is_retryable_error(self, training_failed_error: Any) -> bool:
+        failures = getattr(training_failed_error, "worker_failures", {}).values()
+        raised = [failure._base_exc for failure in failures if isinstance(failure, UserExceptionWithTraceback)]
+        if any(isinstance(error, self._fatal) for error in raised):
+            return False
+        return super()._is_retryable_error(training_failed_error)
+
+
+class _Trainer(DataParallelTrainer):
+    """Ray Train with our failure policy."""
+
+    fatal: tuple[type[BaseException], ...] = ()
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        settings["failure_policy"] = _MendableOnly(self.run_config.failure_config, self.fatal)
+        return super()._initialize_and_run_controller(**settings)
+
+
+class _PrivateTrainer(_Trainer):
     """Ray Train on an instance of our own, without the three helper actors that serve shared clusters and Ray Data.
 
     Each of them imports pandas, pyarrow and Ray Data in a process of its own (about 4 CPU-seconds); a private instance
@@ -135,7 +163,7 @@ def run_workers(
     resources = {"CPU": group.cpus_per_worker}
     if group.gpus_per_worker:
         resources["GPU"] = group.gpus_per_worker
-    trainer_class = _PrivateTrainer if cluster.private else DataParallelTrainer
+    trainer_class = _PrivateTrainer if cluster.private else _Trainer
     trainer = trainer_class(
         function,
         train_loop_config=settings,
@@ -147,6 +175,7 @@ def run_workers(
             name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=group.max_failures)
         ),
     )
+    trainer.fatal = group.fatal
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:

@@ -30,11 +30,11 @@ def pick_device(wanted: str) -> torch.device:
     """`auto`, `cpu` or `cuda` -> the device of this process (LOCAL_RANK picks the GPU).
 
     Raises:
-        RuntimeError: `cuda` is asked for and there is none.
+        ValueError: `cuda` is asked for and there is none.
     """
     has_cuda = torch.cuda.is_available()
     if wanted == "cuda" and not has_cuda:
-        raise RuntimeError("train.device=cuda, but torch sees no GPU; use train.device=cpu or auto")
+        raise ValueError("train.device=cuda, but torch sees no GPU; use train.device=cpu or auto")
     if wanted == "cpu" or not has_cuda:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -54,6 +54,7 @@ def resolve(draft: Recipe, findings: Findings, *, check_files: bool) -> Recipe:
     _check_backbone(draft.backbone, findings)
     _check_optimizer(draft, findings)
     _check_periods(draft.train, findings)
+    _check_precision(draft.train, findings)
     _check_deepspeed(draft.deepspeed, findings)
     recipe = replace(
         draft,
@@ -173,6 +174,12 @@ def _check_periods(train: TrainConfig, findings: Findings) -> None:
     if findings.sound("train.checkpoint_every", "train.steps") and train.checkpoint_every > train.steps:
         problem = f"above train.steps={train.steps}; expected a whole number in [1, {train.steps}]"
         findings.add("train.checkpoint_every", train.checkpoint_every, problem)
+
+
+def _check_precision(train: TrainConfig, findings: Findings) -> None:
+    if findings.sound("train.precision", "train.zero_stage") and train.precision == "bf16" and train.zero_stage == 0:
+        problem = "DeepSpeed's stage 0 trains worse in bf16 than its stages 1 to 3; use train.zero_stage=1 with it"
+        findings.add("train.precision", train.precision, problem)
 
 
 def _check_deepspeed(raw: Mapping[str, Any], findings: Findings) -> None:

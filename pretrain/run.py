@@ -150,6 +150,7 @@ class _Driver:
                 cpus_per_worker=settings.cpus_per_worker,
                 gpus_per_worker=self._gpus_per_worker(cluster.num_gpus),
                 max_failures=self.recipe.train.max_failures,
+                fatal=(ValueError, ArithmeticError, checkpoint.CheckpointError),
             )
             arguments = {"recipe": self.recipe, "run_dir": str(self.run_dir), "launched": self.launched}
             training = _Background(

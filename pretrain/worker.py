@@ -53,16 +53,15 @@ def train(recipe: Recipe, run_dir: Path, *, listener: Listener | None = None, la
         launched: Unix time at which the user asked for the run; the start-up record counts from there.
 
     Raises:
-        RuntimeError: World size and recipe disagree, or the loss is not finite.
+        ValueError: World size and recipe disagree.
+        FloatingPointError: The loss is not finite.
         CheckpointError: The newest checkpoint is damaged or does not fit this run.
     """
     clock = {"launched": launched or time.time(), "entered": time.time()}
     device = pick_device(recipe.train.device)
     rank, world_size = init_distributed(device)
     if world_size != recipe.train.workers:
-        raise RuntimeError(
-            f"{world_size} workers were started, but the recipe says train.workers={recipe.train.workers}"
-        )
+        raise ValueError(f"{world_size} workers were started, but train.workers={recipe.train.workers}")
     clock["joined"] = time.time()
 
     torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
@@ -123,9 +122,8 @@ def run_steps(
         if is_logged:
             values = _mean_over_ranks(output)  # host sync: only on logged steps
             if not math.isfinite(values["loss"]):
-                raise RuntimeError(
-                    f"the loss is {values['loss']} at step {done}: lower optimizer.lr or set optimizer.clip_grad"
-                )
+                remedy = "lower optimizer.lr or set optimizer.clip_grad"
+                raise FloatingPointError(f"the loss is {values['loss']} at step {done}: {remedy}")
             throughput = window.close(recipe.train.global_batch_size)
             seen = {"samples_seen": done * recipe.train.global_batch_size, "memory_mb": _peak_memory_mb(engine.device)}
             say("metrics", step=done, values={**values, **rates, **throughput, **seen})

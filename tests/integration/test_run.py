@@ -90,3 +90,14 @@ def test_run__failed_evaluation_is_recorded_and_stops_nothing(recipe: Path, tmp_
     records = read_journal(run_dir / "evaluations.jsonl")[0]
     assert records and all("train-000000.tar" in record["error"] for record in records)
     assert sorted(losses(run_dir)) == [1, 2, 3, 4]
+
+
+def test_run__wrong_setting_is_not_retried(recipe: Path, tmp_path: Path) -> None:
+    """What only the model can tell (width 48 in 5 heads) ends the run at the first attempt, with one line."""
+    command = [sys.executable, "-m", "pretrain", "run", str(recipe), f"storage={tmp_path / 'storage'}"]
+    command += ["train.workers=1", "objective.decoder_heads=5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 1
+    assert "training failed: " in done.stderr and "heads" in done.stderr and "Traceback" not in done.stderr
+    (worker_log,) = (tmp_path / "storage").glob("small-*/logs/worker-0.log")
+    assert worker_log.read_text().count("attempt") <= 1

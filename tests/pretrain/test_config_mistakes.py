@@ -132,6 +132,11 @@ def test_load_recipe__channels_and_pixel_statistics_belong_together(recipe: Path
     ("overrides", "line"),
     [
         (
+            ["train.precision=bf16", "train.zero_stage=0"],
+            "train.precision=bf16: DeepSpeed's stage 0 trains worse in bf16 than its stages 1 to 3; "
+            "use train.zero_stage=1 with it",
+        ),
+        (
             ["train.global_batch_size=65"],
             "train.global_batch_size=65: micro ? x accumulation ? x workers 2 can not be the global batch 65; "
             "nearest: train.global_batch_size=64 or 66, train.workers=1 or 5",
