@@ -4,8 +4,8 @@
 
 `grocery`: photos of the Grocery Store Dataset subset, shorter side 96 px, for pretraining and classification probes.
 `chair`: renders of one chair with true masks, for a dense score. A render on white would be solved by "white is
-background" and a centred one by position, so each chair is scaled and placed at random on a random crop of a grocery
-photo: of a train photo in the train split, of a test photo in the test split.
+background", a centred one by position and a single chair by its green, so each chair gets a hue, a size and a place at
+random, on a random crop of a grocery photo: of a train photo in the train split, of a test photo in the test split.
 
 Running it again with the same Pillow gives the same bytes: every choice is a hash of split and number, and the tars are
 USTAR without times and owners. Not here: the downloads; the source folder is described in its own README.
@@ -83,8 +83,8 @@ Renders of the "chair" scene of the NeRF synthetic data release (Mildenhall et a
 Neural Radiance Fields for View Synthesis", ECCV 2020). The README of that release names the author of the model and its
 licence: chair by 1DInc, CC0 (Creative Commons Zero, no rights reserved).
 
-Changed: the renders were reduced in size, cropped to the chair, scaled and placed at random over the photos named
-above; masks were made from their alpha channel.
+Changed: the renders were reduced in size, cropped to the chair, turned in hue, scaled and placed at random over the
+photos named above; masks were made from their alpha channel.
 """
 
 
@@ -120,7 +120,7 @@ def chair_samples(renders: Sequence[tuple[str, bytes]], photos: Dataset, split: 
 def _placed(render: Image.Image, rng: ViewRandom) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The chair cut out, its longer side scaled to 50..95 % of the picture, somewhere inside it."""
     # Premultiplied, since resizing straight alpha would bleed the invisible colour behind the edge.
-    chair = render.convert("RGBa").crop(render.getchannel("A").getbbox())
+    chair = _recoloured(render, rng.below(256)).convert("RGBa").crop(render.getchannel("A").getbbox())
     scale = SIZE * rng.uniform(0.5, 0.95) / max(chair.size)
     width, height = round(chair.width * scale), round(chair.height * scale)
     left, top = rng.below(SIZE - width + 1), rng.below(SIZE - height + 1)
@@ -128,6 +128,14 @@ def _placed(render: Image.Image, rng: ViewRandom) -> np.ndarray[Any, np.dtype[np
     resized = chair.resize((width, height), Image.Resampling.BICUBIC)
     canvas[top : top + height, left : left + width] = np.asarray(resized)
     return canvas
+
+
+def _recoloured(render: Image.Image, turn: int) -> Image.Image:
+    """The chair with its hues turned by turn / 256 of a circle."""
+    hue, saturation, value = render.convert("RGB").convert("HSV").split()
+    turned = Image.merge("HSV", (hue.point(lambda level: (level + turn) % 256), saturation, value)).convert("RGB")
+    turned.putalpha(render.getchannel("A"))
+    return turned
 
 
 def _renders(archive: Path, split: str) -> list[tuple[str, bytes]]:
