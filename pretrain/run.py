@@ -215,10 +215,10 @@ class _Driver:
             self._prune(queue)
 
     def _prune(self, queue: EvaluationQueue) -> None:
-        """Keep the newest checkpoints, the best ones, and all that an evaluation still needs."""
+        """Keep the newest checkpoints, the best ones, the random baseline, and all that an evaluation still needs."""
         train = self.recipe.train
         best = sorted(self._scores().items(), key=lambda item: item[1], reverse=True)[: train.keep_best]
-        pinned = {label[0] for label in queue.pending} | {step for step, _ in best}
+        pinned = {0} | {label[0] for label in queue.pending} | {step for step, _ in best}
         checkpoint.prune(self.run_dir, keep_last=train.keep_last, pinned=pinned)
 
     def _scores(self) -> dict[int, float]:

@@ -56,7 +56,8 @@ def print_summary(
     console.print(f"run         {run_dir}", markup=False)
     console.print(f"report      {report}", markup=False)
     console.print(f"MLflow      {_uri(storage)}", markup=False)
-    console.print(f"try next    pretrain pull {name}@best ./{name}-backbone", markup=False)
+    place = "" if storage == Path("runs").absolute() else f" --storage {storage}"
+    console.print(f"try next    pretrain pull {name}@best ./{name}-backbone{place}", markup=False)
     console.print(f"            mlflow ui --backend-store-uri {_uri(storage)}", markup=False)
 
 
