@@ -53,7 +53,6 @@ def resolve(draft: Recipe, findings: Findings, *, check_files: bool) -> Recipe:
     _check_names(draft, findings)
     _check_backbone(draft.backbone, findings)
     _check_optimizer(draft, findings)
-    _check_periods(draft.train, findings)
     _check_precision(draft.train, findings)
     _check_deepspeed(draft.deepspeed, findings)
     recipe = replace(
@@ -168,12 +167,6 @@ def _check_optimizer(draft: Recipe, findings: Findings) -> None:
         steps = draft.train.steps
         problem = f"has to be below train.steps={steps}; expected a whole number in [0, {steps - 1}]"
         findings.add("optimizer.warmup_steps", optimizer.warmup_steps, problem)
-
-
-def _check_periods(train: TrainConfig, findings: Findings) -> None:
-    if findings.sound("train.checkpoint_every", "train.steps") and train.checkpoint_every > train.steps:
-        problem = f"above train.steps={train.steps}; expected a whole number in [1, {train.steps}]"
-        findings.add("train.checkpoint_every", train.checkpoint_every, problem)
 
 
 def _check_precision(train: TrainConfig, findings: Findings) -> None:
