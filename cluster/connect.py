@@ -51,10 +51,13 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
     Raises:
         ConnectionError: No cluster answers at `address`.
     """
+    address = address or os.environ.get("RAY_ADDRESS") or None
     _quiet_environment()
+    if address is None:
+        # Whatever the name says: without it Ray replaces 127.0.0.1 by an address that others can reach.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS") or None
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:

@@ -9,6 +9,7 @@ What is not here: the loop (`pretrain.worker`), schedules, the layout of checkpo
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,14 +47,33 @@ def init_distributed(device: torch.device) -> tuple[int, int]:
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=_loopback_store(rank, world_size), rank=rank, world_size=world_size)
     import deepspeed
     import deepspeed.ops
 
     # A shared-memory all-reduce for inference on CPUs, compiled with a C++ compiler at first use: not needed to train.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+    deepspeed.init_distributed(backend)
+    return rank, world_size
+
+
+def _loopback_store(rank: int, world_size: int) -> dist.Store | None:
+    """Where ranks on one machine meet: a store that listens on 127.0.0.1 only; torch's own listens on every address.
+
+    None, torch's default, for ranks on several machines and under torchrun, which has a store of its own.
+    """
+    if os.environ["MASTER_ADDR"] != "127.0.0.1" or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    port, listening = int(os.environ["MASTER_PORT"]), None
+    if rank == 0:
+        server = socket.socket()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", port))
+        server.listen()
+        listening = server.detach()
+    return dist.TCPStore("127.0.0.1", port, world_size, rank == 0, master_listen_fd=listening)
 
 
 class Engine:

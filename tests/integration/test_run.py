@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pretrain.journal import read_journal
@@ -39,6 +40,7 @@ def test_run__killed_worker_recovers_is_graded_and_pulled(
         wait_for(lambda: bool(list(storage.glob("small-*/journal.jsonl"))), 240, log)
         (run_dir,) = storage.glob("small-*")
         wait_for(lambda: max(losses(run_dir), default=0) >= 6, 240, log)
+        assert _addresses_listened_on(run.pid) == {"127.0.0.1"}  # nothing of a private run can be reached from outside
         start = next(record for record in read_journal(run_dir / "journal.jsonl")[0] if record["kind"] == "start")
         os.kill(start["pids"][1], signal.SIGKILL)
         assert run.wait(400) == 0, log.read_text()[-3000:]
@@ -60,6 +62,16 @@ def test_run__killed_worker_recovers_is_graded_and_pulled(
     assert (run_dir / "report.html").is_file()
 
     _check_pulled(storage, tmp_path / "pulled")
+
+
+def _addresses_listened_on(pid: int) -> set[str]:
+    """Of the sockets of a process and all its descendants."""
+    found = set()
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.add(connection.laddr.ip.removeprefix("::ffff:"))
+    return found
 
 
 def _check_pulled(storage: Path, destination: Path) -> None:
