@@ -20,7 +20,8 @@ from pretrain.journal import read_journal
 
 PARTS = {
     "placed_s": "Ray up, workers placed",
-    "joined_s": "torch, timm, DeepSpeed imported, ranks joined",
+    "imported_s": "torch and timm imported",
+    "joined_s": "DeepSpeed imported, ranks joined",
     "built_s": "model, DeepSpeed engine",
     "first_batch_s": "stream, random backbone saved, first batch",
     "first_step_s": "first step",

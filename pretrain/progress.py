@@ -69,7 +69,7 @@ class Terminal:
         self._bar.update(self._task, completed=record["step"])
 
     def _show_startup(self, record: dict[str, Any]) -> None:
-        parts = ("placed", "joined", "built", "first_batch", "first_step")
+        parts = ("placed", "imported", "joined", "built", "first_batch", "first_step")
         self.say(
             f"first step after {record['total_s']:.1f} s: " + ", ".join(f"{p} {record[p + '_s']:.1f}" for p in parts)
         )

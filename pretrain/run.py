@@ -92,6 +92,7 @@ def resume(run_id: str, storage: str | os.PathLike[str] = "runs") -> RunResult:
 
 def train_worker(settings: dict[str, Any]) -> None:
     """What Ray runs on each worker: the same loop as under torchrun, with its output in the run's log files."""
+    placed = time.time()
     run_dir = Path(settings["run_dir"])
     log = run_dir / "logs" / f"worker-{os.environ['RANK']}.log"
     with log.open("a") as file:
@@ -99,7 +100,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         os.dup2(file.fileno(), sys.stderr.fileno())
     from pretrain.worker import train
 
-    train(settings["recipe"], run_dir, launched=settings["launched"])
+    train(settings["recipe"], run_dir, launched=settings["launched"], placed=placed)
 
 
 class _Driver:

@@ -43,7 +43,14 @@ Listener = Callable[[dict[str, Any]], None]
 START_STEPS = 2  # the first steps of a process pay for caches and allocations: they do not count as throughput
 
 
-def train(recipe: Recipe, run_dir: Path, *, listener: Listener | None = None, launched: float | None = None) -> None:
+def train(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    listener: Listener | None = None,
+    launched: float | None = None,
+    placed: float | None = None,
+) -> None:
     """Train to the recipe's last step, from the newest complete checkpoint in `run_dir` if there is one.
 
     Args:
@@ -51,13 +58,15 @@ def train(recipe: Recipe, run_dir: Path, *, listener: Listener | None = None, la
         run_dir: Directory of the run, the same on all ranks (shared storage when they are on several nodes).
         listener: Gets each journal record on rank 0 as well.
         launched: Unix time at which the user asked for the run; the start-up record counts from there.
+        placed: Unix time at which this process was ready to import this module.
 
     Raises:
         ValueError: World size and recipe disagree.
         FloatingPointError: The loss is not finite.
         CheckpointError: The newest checkpoint is damaged or does not fit this run.
     """
-    clock = {"launched": launched or time.time(), "entered": time.time()}
+    entered = time.time()
+    clock = {"launched": launched or entered, "placed": placed or entered, "entered": entered}
     device = pick_device(recipe.train.device)
     rank, world_size = init_distributed(device)
     if world_size != recipe.train.workers:
@@ -224,7 +233,8 @@ def _announce_startup(clock: dict[str, float], say: Callable[..., None]) -> None
     say(
         "startup",
         total_s=now - clock["launched"],
-        placed_s=clock["entered"] - clock["launched"],
+        placed_s=clock["placed"] - clock["launched"],
+        imported_s=clock["entered"] - clock["placed"],
         joined_s=clock["joined"] - clock["entered"],
         built_s=clock["built"] - clock["joined"],
         first_batch_s=clock["first_batch"] - clock["built"],
