@@ -15,6 +15,7 @@ IMPORTED := deepspeed, timm, ray.train.torch, rich.progress, mlflow.store.tracki
 venv: $(READY)
 
 # uv makes and fills the environment when it is installed; else pip puts it into the environment first.
+# `compat` adds this directory to the path: the default finder loses against any directory called pretrain beside it.
 # The last step compiles what a run imports, even where PYTHONDONTWRITEBYTECODE is set: without byte code each worker
 # process starts three times as slowly. Compiling all of the 20 000 files would take four times as long as this.
 $(READY): pyproject.toml requirements/dev.txt
@@ -29,7 +30,7 @@ $(READY): pyproject.toml requirements/dev.txt
 	    uv=$(BIN)/uv; \
 	fi; \
 	$$uv pip install --python $(BIN)/python -r requirements/dev.txt; \
-	$$uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	$$uv pip install --python $(BIN)/python --no-deps --no-build-isolation -C editable_mode=compat -e .
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -c "import $(IMPORTED)" >/dev/null
 	touch $@
 
