@@ -59,7 +59,7 @@ def init_distributed(device: torch.device) -> tuple[int, int]:
     return rank, world_size
 
 
-def _loopback_store(rank: int, world_size: int) -> dist.Store | None:
+def _loopback_store(rank: int, world_size: int) -> Any:
     """Where ranks on one machine meet: a store that listens on 127.0.0.1 only; torch's own listens on every address.
 
     None, torch's default, for ranks on several machines and under torchrun, which has a store of its own.
@@ -73,7 +73,9 @@ def _loopback_store(rank: int, world_size: int) -> dist.Store | None:
         server.bind(("127.0.0.1", port))
         server.listen()
         listening = server.detach()
-    return dist.TCPStore("127.0.0.1", port, world_size, rank == 0, master_listen_fd=listening)
+    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, world_size, rank == 0, master_listen_fd=listening
+    )
 
 
 class Engine:

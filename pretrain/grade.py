@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,8 +111,6 @@ def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path) 
 
 def _record(result: EvaluationResult) -> dict[str, Any]:
     return {
-        "time": time.time(),
-        "kind": "evaluation",
         "protocol": result.protocol,
         "data": result.data,
         "metrics": result.metrics,

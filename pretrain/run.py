@@ -11,12 +11,13 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -30,7 +31,9 @@ from pretrain.schema import Recipe
 from pretrain.summary import print_summary
 
 if TYPE_CHECKING:
+    from cluster.connect import Cluster
     from cluster.queue import EvaluationQueue
+    from pretrain.tracking import Status
 
 __all__ = ["RunResult", "resume", "run", "train_worker"]
 
@@ -72,7 +75,11 @@ def run(recipe: Recipe | str, overrides: Sequence[str] = ()) -> RunResult:
     run_dir = Path(recipe.storage) / run_id
     run_dir.mkdir(parents=True)
     (run_dir / "recipe.yaml").write_text(to_yaml(recipe))
-    return _Driver(recipe, run_dir, launched).drive()
+    try:
+        return _Driver(recipe, run_dir, launched).drive()
+    except RequestError:
+        shutil.rmtree(run_dir)  # a wrong request leaves nothing behind
+        raise
 
 
 def resume(run_id: str, storage: str | os.PathLike[str] = "runs") -> RunResult:
@@ -117,62 +124,65 @@ class _Driver:
         with _only_driver(self.run_dir), self.terminal, _ending_cleanly():
             self.terminal.say(f"run {self.run_dir.name} in {self.run_dir}")
             tracker = self._tracker()
-            tracker.start()
-            status = "KILLED"
+            status: Status | None = None
             try:
-                self._train_and_evaluate()
+                with self._cluster() as cluster:
+                    tracker.start()
+                    status = "KILLED"
+                    self._train_and_evaluate(cluster)
                 status = "FINISHED"
             except RunFailed:
                 status = "FAILED"
                 raise
+            except ConnectionError as error:
+                address = self.recipe.cluster.address or os.environ.get("RAY_ADDRESS")
+                raise RequestError(f"cluster.address={address}: no Ray answers there ({_last_line(error)})") from None
             except KeyboardInterrupt:
                 raise RunFailed(f"stopped; go on with: pretrain resume {self.run_dir.name}") from None
             finally:
-                if not tracker.close(status):
+                if status is not None and not tracker.close(status):
                     self.terminal.say(f"MLflow has not received everything yet: {tracker.problem}")
-        return self._finish(tracker.mlflow_run_id)
+        return self._finish()
 
-    def _train_and_evaluate(self) -> None:
+    def _cluster(self) -> AbstractContextManager[Cluster]:
         from cluster.connect import connect
 
-        settings = self.recipe.cluster
-        with connect(
+        settings, workers = self.recipe.cluster, self.recipe.train.workers
+        return connect(
             settings.address,
-            num_cpus=max(1, self.recipe.train.workers * settings.cpus_per_worker),
-            num_gpus=None if settings.gpus_per_worker is None else self.recipe.train.workers * settings.gpus_per_worker,
+            num_cpus=max(1, workers * settings.cpus_per_worker),
+            num_gpus=None if settings.gpus_per_worker is None else workers * settings.gpus_per_worker,
             evaluation_slots=self.recipe.evaluation.slots,
-        ) as cluster:
-            from cluster.queue import EvaluationQueue
-            from cluster.workers import WorkerGroup, run_workers
+        )
 
-            queue = EvaluationQueue(cluster)
-            group = WorkerGroup(
-                num_workers=self.recipe.train.workers,
-                cpus_per_worker=settings.cpus_per_worker,
-                gpus_per_worker=self._gpus_per_worker(cluster.num_gpus),
-                max_failures=self.recipe.train.max_failures,
-                fatal=(ValueError, ArithmeticError, checkpoint.CheckpointError),
-            )
-            arguments = {"recipe": self.recipe, "run_dir": str(self.run_dir), "launched": self.launched}
-            training = _Background(
-                lambda: run_workers(
-                    cluster, train_worker, arguments, group, name="workers", storage=self.run_dir / "ray"
-                )
-            )
-            self._follow_journal(queue, show=False)  # a resumed run: what happened before
-            if not self._is_trained():
-                training.start()
-            while training.is_alive() or queue.pending:
-                self._follow_journal(queue)
-                self._collect(queue)
-                time.sleep(POLL_S)
+    def _train_and_evaluate(self, cluster: Cluster) -> None:
+        from cluster.queue import EvaluationQueue
+        from cluster.workers import WorkerGroup, run_workers
+
+        queue = EvaluationQueue(cluster)
+        group = WorkerGroup(
+            num_workers=self.recipe.train.workers,
+            cpus_per_worker=self.recipe.cluster.cpus_per_worker,
+            gpus_per_worker=self._gpus_per_worker(cluster.num_gpus),
+            max_failures=self.recipe.train.max_failures,
+            fatal=(ValueError, ArithmeticError, checkpoint.CheckpointError),
+        )
+        arguments = {"recipe": self.recipe, "run_dir": str(self.run_dir), "launched": self.launched}
+        training = _Background(
+            lambda: run_workers(cluster, train_worker, arguments, group, name="workers", storage=self.run_dir / "ray")
+        )
+        self._follow_journal(queue, show=False)  # a resumed run: what happened before
+        if not self._is_trained():
+            training.start()
+        is_training = True
+        while is_training or queue.pending:
+            is_training = training.is_alive()  # asked first: the journal is read once more after its end
             self._follow_journal(queue)
-            if training.error is not None:
-                self._journal_failure(training.error)
-                raise RunFailed(f"training failed: {_last_line(training.error)}", self.run_dir / "logs")
-            while queue.pending:
-                self._collect(queue)
-                time.sleep(POLL_S)
+            self._collect(queue)
+            time.sleep(POLL_S)
+        if training.error is not None:
+            self._journal_failure(training.error)
+            raise RunFailed(f"training failed: {_last_line(training.error)}", self.run_dir / "logs")
 
     def _follow_journal(self, queue: EvaluationQueue, *, show: bool = True) -> None:
         """React to what the workers have written since the last call."""
@@ -209,9 +219,8 @@ class _Driver:
         for (step, protocol, data), record, error in queue.finished():
             if error is not None:
                 record = {"step": step, "protocol": protocol, "data": data, "error": _last_line(error)}
-            record.pop("kind", None)
             with Journal(self.evaluations) as journal:
-                journal.write("evaluation", **{name: value for name, value in record.items() if name != "time"})
+                journal.write("evaluation", **record)
             self.terminal.show({"kind": "evaluation", **record})
             self._prune(queue)
 
@@ -263,7 +272,7 @@ class _Driver:
         with Journal(self.run_dir / "journal.jsonl") as journal:
             journal.write("failed", error=_last_line(error))
 
-    def _finish(self, mlflow_run_id: str | None) -> RunResult:
+    def _finish(self) -> RunResult:
         from pretrain.report import write_report
 
         report = write_report(self.run_dir)

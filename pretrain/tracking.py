@@ -45,7 +45,7 @@ from pretrain.registry import checked_name
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["Tracker", "default_uri", "redact", "sync"]
+__all__ = ["Status", "Tracker", "default_uri", "redact", "sync"]
 
 log = logging.getLogger(__name__)
 
