@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,35 @@ def test_run__killed_worker_recovers_is_graded_and_pulled(
     assert (run_dir / "report.html").is_file()
 
     _check_pulled(storage, tmp_path / "pulled")
+
+
+def test_resume__after_the_driver_was_killed(
+    losses: Losses, wait_for: Callable[..., None], recipe: Path, tmp_path: Path
+) -> None:
+    storage, log = tmp_path / "storage", tmp_path / "run.log"
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "pretrain", "run", str(recipe), f"storage={storage}"]
+        command += ["train.steps=120", "train.checkpoint_every=40"]  # long enough not to end before the kill is noticed
+        run = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        wait_for(lambda: bool(list(storage.glob("small-*/journal.jsonl"))), 240, log)
+        (run_dir,) = storage.glob("small-*")
+        wait_for(lambda: max(losses(run_dir), default=0) >= 45, 240, log)
+        descendants = psutil.Process(run.pid).children(recursive=True)
+        descendants = [process for process in descendants if "Agent" not in process.name()]  # Ray's two linger a minute
+    finally:
+        run.kill()
+        run.wait()
+    _, alive = psutil.wait_procs(descendants, timeout=60)
+    assert not alive  # Ray and the workers go with the driver
+
+    command = [sys.executable, "-m", "pretrain", "resume", run_dir.name, "--storage", str(storage)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"resumed at step (40|80): backbone tensors (\d+)/\2 equal", done.stdout), done.stdout
+    assert sorted(losses(run_dir)) == list(range(1, 121))  # and steps trained twice had equal losses
+    graded = {record["step"] for record in read_journal(run_dir / "evaluations.jsonl")[0] if "metrics" in record}
+    assert graded == {0, 40, 80, 120}
 
 
 def _addresses_listened_on(pid: int) -> set[str]:
