@@ -110,10 +110,13 @@ def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path) 
 
 
 def _record(result: EvaluationResult) -> dict[str, Any]:
+    from evaluation.registry import protocol
+
+    ordered = protocol(result.protocol).metrics  # headline first, also in a result that comes from the store
     return {
         "protocol": result.protocol,
         "data": result.data,
-        "metrics": result.metrics,
+        "metrics": {name: result.metrics[name] for name in ordered if name in result.metrics},
         "key": result.key,
         "seconds": result.seconds,
         "cached": result.cached,
