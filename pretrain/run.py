@@ -78,7 +78,8 @@ def run(recipe: Recipe | str, overrides: Sequence[str] = ()) -> RunResult:
     try:
         return _Driver(recipe, run_dir, launched).drive()
     except RequestError:
-        shutil.rmtree(run_dir)  # a wrong request leaves nothing behind
+        if not (run_dir / "journal.jsonl").exists():
+            shutil.rmtree(run_dir)  # a wrong request leaves nothing behind; a run that began to train is never deleted
         raise
 
 
@@ -135,6 +136,9 @@ class _Driver:
                 status = "FAILED"
                 raise
             except ConnectionError as error:
+                if status is not None:  # connected once: a lost cluster, not a wrong address
+                    message = f"lost the cluster; go on with: pretrain resume {self.run_dir.name}"
+                    raise RunFailed(message, self.run_dir / "logs") from error
                 address = self.recipe.cluster.address or os.environ.get("RAY_ADDRESS")
                 raise RequestError(f"cluster.address={address}: no Ray answers there ({_last_line(error)})") from None
             except KeyboardInterrupt:
