@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from data_pipelines.source import DataError
+from data_pipelines.errors import DataError
 
 __all__ = ["IMAGE_FIELDS", "MAX_PIXELS", "decode_image", "decode_label", "decode_mask", "open_image"]
 

@@ -28,7 +28,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from data_pipelines.source import DataError
+from data_pipelines.errors import DataError
 
 __all__ = ["ShardIndex", "load_index", "scan_shard"]
 

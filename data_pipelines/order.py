@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from data_pipelines.source import DataError
+from data_pipelines.errors import DataError
 
 __all__ = [
     "GOLDEN",

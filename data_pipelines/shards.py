@@ -1,10 +1,9 @@
 """A set of shards as one array of samples: `open_dataset(source).read(sample_id)`.
 
-Samples are read at random through the index of each shard (`index`): one `pread` and one CRC-32 per sample, no tar
-parsing. `pread` has no file position, so forked loader workers share descriptors safely; a pickled dataset drops
-them, since a descriptor number means another file in another process.
+Samples are read at random through the index of each shard (`index`): one range of bytes and one CRC-32 per sample, no
+tar parsing.
 
-Not here: in which order samples are read (`order`), what their bytes mean (`decode`).
+Not here: where bytes come from (`stores`), in which order samples are read (`order`), what their bytes mean (`decode`).
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import zlib
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,21 +20,26 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.errors import CorruptSampleError, DataError
 from data_pipelines.index import ShardIndex, load_index
-from data_pipelines.source import DataError, expand_source
+from data_pipelines.source import expand_source
+from data_pipelines.stores import Store
 
 __all__ = ["Dataset", "Shard", "open_dataset"]
-
-_MAX_OPEN_FILES = 256
 
 
 @dataclass(frozen=True)
 class Shard:
     """One tar file."""
 
-    path: Path
+    location: str  # absolute local path or URL
     num_samples: int
     num_bytes: int
+
+    @property
+    def path(self) -> Path:
+        """The file, when it is a local one."""
+        return Path(self.location)
 
 
 def open_dataset(source: str | Path | Sequence[str | Path]) -> Dataset:
@@ -46,8 +48,8 @@ def open_dataset(source: str | Path | Sequence[str | Path]) -> Dataset:
     Raises:
         DataError: nothing found, or a shard is damaged; names shard, member or offset, expected and actual.
     """
-    paths = expand_source(source)
-    return Dataset(paths, [load_index(path) for path in paths])
+    locations = expand_source(source)
+    return Dataset(locations, [load_index(Path(location)) for location in locations])
 
 
 class Dataset:
@@ -60,15 +62,15 @@ class Dataset:
         fields: names that every sample has, such as `jpg`, `cls`, `seg.png`.
     """
 
-    def __init__(self, paths: Sequence[Path], indices: Sequence[ShardIndex]) -> None:
+    def __init__(self, locations: Sequence[str], indices: Sequence[ShardIndex]) -> None:
         self._indices = list(indices)
-        named = zip(paths, indices, strict=True)
-        self.shards = tuple(Shard(path, index.num_samples, index.num_bytes) for path, index in named)
+        named = zip(locations, indices, strict=True)
+        self.shards = tuple(Shard(location, index.num_samples, index.num_bytes) for location, index in named)
         self.counts = tuple(shard.num_samples for shard in self.shards)
         self.num_samples = sum(self.counts)
         self.fields = frozenset[str].intersection(*(index.common_fields for index in indices))
         self._ends = list(accumulate(self.counts))
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, least recently used first
+        self._store = Store()
 
     @cached_property
     def digest(self) -> str:
@@ -101,10 +103,10 @@ class Dataset:
         number, local = self._locate(sample_id)
         index = self._indices[number]
         start, size = int(index.start[local]), int(index.size[local])
-        content = self._pread(number, size, start, sample_id)
+        content = self._store.read(self.shards[number].location, start, size)
         crc = zlib.crc32(content)
         if crc != index.crc32[local]:
-            raise DataError(
+            raise CorruptSampleError(
                 f"{self.where(sample_id)}: bytes {start}..{start + size} have CRC-32 {crc:08x}, expected "
                 f"{index.crc32[local]:08x}: the shard changed or is damaged; copy it again or remove its index"
             )
@@ -115,7 +117,7 @@ class Dataset:
     def where(self, sample_id: int) -> str:
         """Shard and key of a sample, as error messages name it."""
         number, local = self._locate(sample_id)
-        return f"shard {self.shards[number].path}, sample {self._indices[number].key(local)!r}"
+        return f"shard {self.shards[number].location}, sample {self._indices[number].key(local)!r}"
 
     def require_field(self, *candidates: str) -> str:
         """The first of `candidates` that every sample has.
@@ -138,36 +140,6 @@ class Dataset:
         number = bisect_right(self._ends, sample_id)
         return number, sample_id - (self._ends[number] - self.counts[number])
 
-    def _pread(self, number: int, size: int, start: int, sample_id: int) -> bytes:
-        try:
-            content = os.pread(self._file(number), size, start)
-        except OSError as error:
-            raise DataError(f"{self.where(sample_id)}: cannot read: {error.strerror}") from None
-        if len(content) != size:
-            raise DataError(
-                f"{self.where(sample_id)}: needs bytes {start}..{start + size}, the file ends at "
-                f"{start + len(content)}; it was cut after it was indexed: copy it again"
-            )
-        return content
-
-    def _file(self, number: int) -> int:
-        if number in self._files:
-            self._files.move_to_end(number)
-            return self._files[number]
-        descriptor = os.open(self.shards[number].path, os.O_RDONLY | os.O_CLOEXEC)
-        self._files[number] = descriptor
-        if len(self._files) > _MAX_OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        return descriptor
-
     def close(self) -> None:
         """Close the shard files; the next read opens what it needs again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __del__(self) -> None:
-        if "_files" in self.__dict__:  # construction may have failed before
-            self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}
+        self._store.close()

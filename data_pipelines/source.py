@@ -16,7 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["DataError", "expand_source"]
+from data_pipelines.errors import DataError
+
+__all__ = ["expand_source"]
 
 SHARD_SUFFIX = ".tar"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -24,11 +26,7 @@ _BRACE = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-class DataError(ValueError):
-    """The data, or what was said about it, is wrong; the message is one line that names the file and the remedy."""
-
-
-def expand_source(source: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+def expand_source(source: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
     """Find the shards of a source.
 
     Args:
@@ -48,7 +46,7 @@ def expand_source(source: str | Path | Sequence[str | Path]) -> tuple[Path, ...]
     for first, second in pairwise(paths):
         if first == second:
             raise DataError(f"shard {first} is named twice by the source {source!r}; name each shard once")
-    return tuple(paths)
+    return tuple(map(str, paths))
 
 
 def _expand_one(pattern: str) -> list[Path]:

@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from data_pipelines.decode import IMAGE_FIELDS, open_image
+from data_pipelines.errors import DataError
 from data_pipelines.order import ORDER_VERSION, SampleOrder, key, rank_positions
+from data_pipelines.randomness import ViewRandom, sample_seed
 from data_pipelines.shards import Dataset
-from data_pipelines.source import DataError
-from data_pipelines.views import View, ViewRandom, random_resized_crop, require_distinct, sample_seed
+from data_pipelines.views import View, random_resized_crop, require_distinct
 
 __all__ = ["Stream", "StreamState"]
 

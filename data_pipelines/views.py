@@ -25,13 +25,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from data_pipelines.order import GOLDEN, key, splitmix64
-from data_pipelines.source import DataError
+from data_pipelines.errors import DataError
+from data_pipelines.randomness import ViewRandom
 
-__all__ = ["View", "ViewRandom", "eval_view", "random_resized_crop", "sample_seed", "views_from"]
+__all__ = ["View", "eval_view", "random_resized_crop", "views_from"]
 
 RESERVED_NAMES = ("sample_id", "seed")  # other entries of a batch
-_SAMPLE = 3  # what a key is for; `order` uses 1 and 2
 _CROP_ATTEMPTS = 10
 
 ImageLike = npt.NDArray[np.uint8] | Image.Image
@@ -112,33 +111,6 @@ def _is_number(value: object) -> bool:
 
 def _is_pair(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(_is_number(part) for part in value)
-
-
-class ViewRandom:
-    """SplitMix64: integers only, so draws are the same everywhere; no set-up cost, unlike a numpy generator."""
-
-    __slots__ = ("_key",)
-
-    def __init__(self, key: int) -> None:
-        self._key = key
-
-    def uniform(self, low: float, high: float) -> float:
-        """A float in `[low, high)`."""
-        return low + (high - low) * (self._next() >> 11) * 2.0**-53
-
-    def below(self, n: int) -> int:
-        """An integer in `[0, n)`."""
-        return (self._next() * n) >> 64
-
-    def _next(self) -> int:
-        value = splitmix64(self._key)
-        self._key = (self._key + GOLDEN) & ((1 << 64) - 1)
-        return value
-
-
-def sample_seed(seed: int, epoch: int, sample_id: int) -> int:
-    """64-bit key of everything random about one sample in one epoch; view `i` draws from `key(i, base=...)` of it."""
-    return key(seed, epoch, _SAMPLE, sample_id)
 
 
 def random_resized_crop(image: ImageLike, view: View, rng: ViewRandom) -> torch.Tensor:

@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipelines.decode import IMAGE_FIELDS, decode_image
+from data_pipelines.errors import DataError
 from data_pipelines.shards import Dataset
-from data_pipelines.source import DataError
 from data_pipelines.views import eval_view
 from evaluation.data import LabelMaps, OpenedData, class_label
 from evaluation.registry import EvaluationError, Protocol

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from backbones.names import model_names
-from data_pipelines.source import DataError, expand_source
+from data_pipelines.errors import DataError
+from data_pipelines.source import expand_source
 from evaluation import registry as evaluations
 from pretrain.findings import Findings, nearest
 from pretrain.schema import BackboneConfig, EvaluationConfig, Recipe, TrainConfig

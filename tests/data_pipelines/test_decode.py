@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.decode import MAX_PIXELS, decode_image, decode_label, decode_mask
+from data_pipelines.errors import DataError
 from data_pipelines.shards import Dataset, open_dataset
-from data_pipelines.source import DataError
 
 
 def encoded(pixels: np.ndarray, fmt: str = "PNG", mode: str | None = None) -> bytes:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipelines.errors import DataError
 from data_pipelines.index import ShardIndex, load_index, scan_shard
-from data_pipelines.source import DataError
 
 MEMBER = 512 + 1024  # header + data of each member below, padded
 SAMPLE = 2 * MEMBER

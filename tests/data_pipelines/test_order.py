@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from data_pipelines.errors import DataError
 from data_pipelines.order import EpochOrder, SampleOrder, key, permutation, rank_positions, sample_ids
-from data_pipelines.source import DataError
 
 MASK = (1 << 64) - 1
 

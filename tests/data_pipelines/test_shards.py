@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.errors import DataError
 from data_pipelines.index import scan_shard
 from data_pipelines.shards import Dataset, open_dataset
-from data_pipelines.source import DataError
 
 Tiny = Callable[[Sequence[int]], Dataset]
 
@@ -94,10 +94,10 @@ def test_dataset_read__flipped_byte_is_found_through_a_sidecar(tiny_dataset: Tin
 def test_dataset_read__cut_or_gone_after_indexing(tiny_dataset: Tiny) -> None:
     dataset = tiny_dataset([2, 1])
     os.truncate(dataset.shards[0].path, 700)
-    with pytest.raises(DataError, match=r"sample '00000': needs bytes 0..\d+, the file ends at 700"):
+    with pytest.raises(DataError, match=r"tiny-000000.tar: needs bytes 0..\d+, the file ends at 700"):
         dataset.read(0)
     dataset.shards[1].path.unlink()
-    with pytest.raises(DataError, match=r"tiny-000001.tar, sample '00002': cannot read: No such file"):
+    with pytest.raises(DataError, match=r"tiny-000001.tar at offset 0: cannot read: No such file"):
         dataset.read(2)
 
 
@@ -159,7 +159,7 @@ def test_dataset__spawned_reader(tiny_dataset: Tiny) -> None:
 
 
 def test_dataset__open_files_are_bounded_and_closed(tiny_dataset: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipelines.shards._MAX_OPEN_FILES", 3)
+    monkeypatch.setattr("data_pipelines.stores._MAX_OPEN_FILES", 3)
     dataset = tiny_dataset([1] * 8)
 
     def open_shards() -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.source import DataError, expand_source
+from data_pipelines.errors import DataError
+from data_pipelines.source import expand_source
 
 
 @pytest.fixture

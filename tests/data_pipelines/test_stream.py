@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from data_pipelines.decode import decode_image
+from data_pipelines.errors import DataError
 from data_pipelines.order import key
+from data_pipelines.randomness import ViewRandom, sample_seed
 from data_pipelines.shards import Dataset, open_dataset
-from data_pipelines.source import DataError
 from data_pipelines.stream import Stream, StreamState
-from data_pipelines.views import View, ViewRandom, random_resized_crop, sample_seed
+from data_pipelines.views import View, random_resized_crop
 
 Tiny = Callable[[Sequence[int]], Dataset]
 Write = Callable[[Path, Sequence[tuple[str, bytes]]], Path]

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from data_pipelines.decode import decode_image
+from data_pipelines.errors import DataError
+from data_pipelines.randomness import ViewRandom, sample_seed
 from data_pipelines.shards import Dataset
-from data_pipelines.source import DataError
-from data_pipelines.views import View, ViewRandom, eval_view, random_resized_crop, sample_seed, views_from
+from data_pipelines.views import View, eval_view, random_resized_crop, views_from
 
 
 def coordinates(height: int, width: int) -> np.ndarray:

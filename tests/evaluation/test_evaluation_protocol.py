@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from backbones.vit import ViTBackbone
-from data_pipelines.source import DataError
+from data_pipelines.errors import DataError
 from evaluation import EvaluationData, EvaluationError, EvaluationResult, evaluate
 from evaluation.registry import PROTOCOLS
 

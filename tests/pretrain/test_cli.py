@@ -16,7 +16,7 @@ import pytest
 
 import pretrain.grade
 import pretrain.run  # noqa: F401 (the tests put other functions in its place)
-from data_pipelines.source import DataError
+from data_pipelines.errors import DataError
 from pretrain.cli import cli, main
 from pretrain.errors import RequestError, RunFailed
 
