@@ -53,13 +53,16 @@ def run(recipe: str, settings: tuple[str, ...], address: str | None) -> None:
 
 @cli.command()
 @click.argument("run_id")
+@click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)
 @_storage
-def resume(run_id: str, storage: str) -> None:
-    """Go on with a run from its last complete checkpoint."""
-    _run_directory(run_id, storage)
+def resume(run_id: str, settings: tuple[str, ...], storage: str) -> None:
+    """Go on with a run from its last complete checkpoint, on other workers if you say so (train.workers=1)."""
+    from pretrain.config import load_for_resume
+
+    load_for_resume(_run_directory(run_id, storage) / "recipe.yaml", settings)  # refused before anything heavy starts
     from pretrain.run import resume
 
-    resume(run_id, storage)
+    resume(run_id, storage, settings)
 
 
 @cli.command()

@@ -44,6 +44,7 @@ __all__ = [
     "Recipe",
     "TrackingConfig",
     "TrainConfig",
+    "load_for_resume",
     "load_recipe",
     "recipe_description",
     "recipe_names",
@@ -52,6 +53,25 @@ __all__ = [
 ]
 
 _RECIPES = Path(__file__).parent / "recipes"
+# What a resume may change: how and where the work is done, never what is learned.
+_RESUMABLE = (
+    "train.workers",
+    "train.micro_batch_size",
+    "train.accumulation",
+    "train.max_failures",
+    "train.keep_last",
+    "train.keep_best",
+    "data.train",
+    "data.loader_workers",
+    "data.prefetch_batches",
+    "data.max_corrupt_fraction",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.fetch",
+    "cluster.address",
+    "cluster.cpus_per_worker",
+    "cluster.gpus_per_worker",
+)
 _INSIDE_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\}")
 
@@ -113,6 +133,30 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, chec
     recipe = rules.resolve(draft, findings, check_files=check_files)
     findings.raise_if_any()
     return recipe
+
+
+def load_for_resume(path: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a run that goes on, with what may change about it changed.
+
+    With another number of workers the global batch stays; unless the overrides say how it is divided, the micro-batch
+    stays too where that works out, else one micro-batch per worker is taken.
+
+    Raises:
+        RequestError: a setting may not change any more, or the result does not work out.
+    """
+    pairs = dict(text.partition("=")[::2] for text in overrides)
+    forbidden = [key for key in pairs if key not in _RESUMABLE]
+    if forbidden:
+        allowed = f"a resume may change {', '.join(_RESUMABLE)}"
+        raise RequestError(*(f"{key}={pairs[key]}: fixed when the run began; {allowed}" for key in forbidden))
+    divided = "train.micro_batch_size" in pairs or "train.accumulation" in pairs
+    derived: list[str] = []
+    if "train.workers" in pairs and not divided:
+        train = load_recipe(path, check_files=False).train
+        micro = train.micro_batch_size
+        is_whole = pairs["train.workers"].isdigit() and train.global_batch_size % (int(pairs["train.workers"]) * micro) == 0
+        derived = ["train.accumulation=null", *([] if is_whole else ["train.micro_batch_size=null"])]
+    return load_recipe(path, (*derived, *overrides))
 
 
 def to_yaml(recipe: Recipe) -> str:

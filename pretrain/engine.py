@@ -8,7 +8,9 @@ What is not here: the loop (`pretrain.worker`), schedules, the layout of checkpo
 
 from __future__ import annotations
 
+import argparse
 import os
+import shutil
 import socket
 import warnings
 from collections.abc import Mapping, Sequence
@@ -185,6 +187,44 @@ class Engine:
         if loaded is None:
             raise RuntimeError(f"{directory}: DeepSpeed found no training state to restore")
 
+    def load_resharded(self, directory: Path, scratch: Path) -> None:
+        """Restore what another number of ranks saved, through DeepSpeed's universal form (arXiv:2406.18820).
+
+        A collective. Stage 0 shards nothing, so its state is read as it is.
+
+        Args:
+            directory: Where `save` wrote; not changed.
+            scratch: Takes the universal form while it is read; on storage that all ranks see.
+
+        Raises:
+            RuntimeError: As for `load`.
+        """
+        if self.stage == 0:
+            self.load(directory)
+            return
+        rank = dist.get_rank()
+        if rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)  # of a restart that was interrupted
+            _write_universal(directory / TAG, scratch / TAG)
+        dist.barrier()  # all ranks: the universal form is complete
+        groups = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self._engine.optimizer.param_groups
+        ]
+        self._engine._config.load_universal_checkpoint = True
+        try:
+            self.load(scratch)
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+        # Stage 3 gives every group the settings of the first one, and all shards one step counter to increment.
+        for group, own in zip(self._engine.optimizer.param_groups, groups, strict=True):
+            group.update(own)
+        for state in self._engine.optimizer.optimizer.state.values():
+            state["step"] = state["step"].clone()
+        dist.barrier()  # all ranks have read it
+        if rank == 0:
+            shutil.rmtree(scratch)
+
     @property
     def optimizer_steps(self) -> int:
         """Updates that the optimiser's own state counts."""
@@ -209,6 +249,23 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "steps_per_print": None,
     }
     return _merged(config, recipe.deepspeed)
+
+
+def _write_universal(sharded: Path, universal: Path) -> None:
+    """Join the shards of all ranks into one file per parameter and optimiser moment."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    ds_to_universal.main(
+        argparse.Namespace(
+            input_folder=str(sharded),
+            output_folder=str(universal),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
 
 
 def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

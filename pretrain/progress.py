@@ -106,10 +106,12 @@ class Terminal:
 
 def resumed_line(record: dict[str, Any]) -> str:
     """What a resume restored, in one line."""
+    saved, rngs = record["saved_world_size"], record["rng_states"]
+    ranks = f"RNG of {rngs} ranks" if rngs else f"resharded from {saved} ranks, which begin new RNGs"
     return (
         f"resumed at step {record['step']}: backbone tensors {record['tensors']}/{record['tensors_total']} equal, "
-        f"optimiser at step {record['optimizer_step']}, RNG of {record['rng_states']} ranks, stream at sample "
-        f"{record['samples_seen']} (epoch {record['epoch']}, position {record['position']})"
+        f"optimiser at step {record['optimizer_step']}, {ranks}, "
+        f"stream at sample {record['samples_seen']} (epoch {record['epoch']}, position {record['position']})"
     )
 
 

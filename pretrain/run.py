@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pretrain import checkpoint, grade
-from pretrain.config import load_recipe, to_yaml
+from pretrain.config import load_for_resume, load_recipe, to_yaml
 from pretrain.errors import RequestError, RunFailed
 from pretrain.journal import Journal, read_journal
 from pretrain.progress import Terminal
@@ -74,7 +74,6 @@ def run(recipe: Recipe | str, overrides: Sequence[str] = ()) -> RunResult:
     run_id = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dir = Path(recipe.storage) / run_id
     run_dir.mkdir(parents=True)
-    (run_dir / "recipe.yaml").write_text(to_yaml(recipe))
     try:
         return _Driver(recipe, run_dir, launched).drive()
     except RequestError:
@@ -83,19 +82,26 @@ def run(recipe: Recipe | str, overrides: Sequence[str] = ()) -> RunResult:
         raise
 
 
-def resume(run_id: str, storage: str | os.PathLike[str] = "runs") -> RunResult:
+def resume(run_id: str, storage: str | os.PathLike[str] = "runs", overrides: Sequence[str] = ()) -> RunResult:
     """Go on with a run from its newest complete checkpoint, with the recipe it was started with.
 
+    Args:
+        run_id: Name of the run.
+        storage: Directory of the runs.
+        overrides: `key=value` texts for what may change, such as `train.workers=1`; kept for later resumes.
+
     Raises:
-        RequestError: There is no such run, or another process drives it.
+        RequestError: There is no such run, another process drives it, or an override is not allowed.
         RunFailed: As for `run`.
     """
     launched = time.time()
     run_dir = Path(storage).absolute() / run_id
-    if not (run_dir / "recipe.yaml").is_file():
+    written = run_dir / "recipe.yaml"
+    if not written.is_file():
         known = sorted(path.parent.name for path in Path(storage).glob("*/recipe.yaml"))
         raise RequestError(f"run {run_id!r} is not in {storage}; there are: {', '.join(known[-8:]) or 'none'}")
-    return _Driver(load_recipe(run_dir / "recipe.yaml"), run_dir, launched).drive()
+    recipe = load_for_resume(written, overrides)
+    return _Driver(recipe, run_dir, launched).drive()
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -124,6 +130,7 @@ class _Driver:
         (self.run_dir / "logs").mkdir(exist_ok=True)
         with _only_driver(self.run_dir), self.terminal, _ending_cleanly():
             self.terminal.say(f"run {self.run_dir.name} in {self.run_dir}")
+            self._write_recipe()
             tracker = self._tracker()
             status: Status | None = None
             try:
@@ -147,6 +154,12 @@ class _Driver:
                 if status is not None and not tracker.close(status):
                     self.terminal.say(f"MLflow has not received everything yet: {tracker.problem}")
         return self._finish()
+
+    def _write_recipe(self) -> None:
+        """Also what a resume changed; an old file stays until the new one is whole."""
+        changed = self.run_dir / ".recipe.yaml"
+        changed.write_text(to_yaml(self.recipe))
+        changed.replace(self.run_dir / "recipe.yaml")
 
     def _cluster(self) -> AbstractContextManager[Cluster]:
         from cluster.connect import connect

@@ -94,21 +94,29 @@ def newest(run_dir: Path) -> tuple[checkpoint.Published, dict[str, Any]] | None:
 def restore(found: checkpoint.Published, manifest: dict[str, Any], engine: Engine, stream: Stream) -> dict[str, Any]:
     """Bring engine and RNG back to where the checkpoint was taken. A collective.
 
+    With another number of ranks the training state is resharded and each rank begins a new RNG (which only stochastic
+    layers draw from); the samples still to come are the same.
+
     Returns:
         What was restored, for people: tensors restored and in all, optimiser step, RNG, stream position.
 
     Raises:
         DataError: The checkpoint was taken on another sample order.
-        CheckpointError: It was taken with another world size or ZeRO stage, or the weights that came back are not the
-            ones that were saved.
+        CheckpointError: It was taken with another ZeRO stage, or the weights that came back are not the ones that were
+            saved.
     """
     stream.require_order(manifest["stream"]["order"])
-    for name, value in (("world_size", dist.get_world_size()), ("zero_stage", engine.stage)):
-        if manifest[name] != value:
-            raise checkpoint.CheckpointError(f"{found.path}: taken with {name}={manifest[name]}, this run has {value}")
+    if manifest["zero_stage"] != engine.stage:
+        stages = f"zero_stage={manifest['zero_stage']}, this run has {engine.stage}"
+        raise checkpoint.CheckpointError(f"{found.path}: taken with {stages}")
     state_dir = found.path / checkpoint.TRAINING_STATE
-    engine.load(state_dir)
-    _set_rng_states(load_file(state_dir / f"rng-{dist.get_rank():05d}.safetensors"), engine.device)
+    is_same_world = manifest["world_size"] == dist.get_world_size()
+    if is_same_world:
+        engine.load(state_dir)
+        _set_rng_states(load_file(state_dir / f"rng-{dist.get_rank():05d}.safetensors"), engine.device)
+    else:
+        engine.load_resharded(state_dir, found.path.with_name(f".{found.path.name}.universal"))
+        torch.manual_seed(torch.initial_seed() + found.step)
     saved, loaded = load_file(found.path / "backbone.safetensors"), engine.backbone_weights()
     equal = [name for name, tensor in saved.items() if name in loaded and torch.equal(tensor, loaded[name])]
     if len(equal) != len(saved) or engine.optimizer_steps != found.step:
@@ -121,7 +129,8 @@ def restore(found: checkpoint.Published, manifest: dict[str, Any], engine: Engin
         "tensors": len(equal),
         "tensors_total": len(saved),
         "optimizer_step": engine.optimizer_steps,
-        "rng_states": dist.get_world_size(),
+        "rng_states": dist.get_world_size() if is_same_world else 0,
+        "saved_world_size": manifest["world_size"],
         "samples_seen": manifest["samples_seen"],
         "epoch": manifest["stream"]["epoch"],
         "position": manifest["stream"]["position"],

@@ -58,21 +58,25 @@ def _train(engine: Engine, recipe: Recipe, first: int, last: int) -> list[list[f
     return seen
 
 
-def _rank(rank: int, port: int, directory: str) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+SETTINGS = {
+    f"{precision}-{stage}": replace(RECIPE, train=replace(RECIPE.train, zero_stage=stage, precision=precision))
+    for precision, stages in (("fp32", (0, 1, 2, 3)), ("bf16", (1, 3)))
+    for stage in stages
+}
+
+
+def _rank(rank: int, world_size: int, port: int, directory: Path) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()})
     torch.set_num_threads(1)
-    with (Path(directory) / f"log-{rank}").open("w") as log:
+    with (directory / f"log-{world_size}-{rank}").open("w") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
         init_distributed(torch.device("cpu"))
-        found: dict[str, Any] = {}
-        for precision, stages in (("fp32", (0, 1, 2, 3)), ("bf16", (1, 3))):
-            for stage in stages:
-                recipe = replace(RECIPE, train=replace(RECIPE.train, zero_stage=stage, precision=precision))
-                found[f"{precision}-{stage}"] = _one_setting(recipe, Path(directory) / f"{precision}-{stage}")
+        work = _one_setting if world_size == RANKS else _continued_alone
+        found = {name: work(recipe, directory / name) for name, recipe in SETTINGS.items()}
         if rank == 0:
-            (Path(directory) / "found.json").write_text(json.dumps(found))
+            (directory / f"found-{world_size}.json").write_text(json.dumps(found))
         dist.destroy_process_group()
 
 
@@ -106,14 +110,47 @@ def _one_setting(recipe: Recipe, directory: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    directory = tmp_path_factory.mktemp("engine")
+def _continued_alone(recipe: Recipe, directory: Path) -> dict[str, Any]:
+    """The second half again in one process, which takes the micro-batches of both ranks."""
+    recipe = replace(recipe, train=replace(recipe.train, workers=1, accumulation=ACCUMULATION * RANKS))
+    torch.manual_seed(2)
+    engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
+    engine.load_resharded(directory, directory.with_name(f"{directory.name}-scratch"))
+    seen = []
+    for step in range(STEPS // 2, STEPS):
+        engine.set_schedule(learning_rate(recipe, step), weight_decay(recipe, step))
+        batches = [batch for rank in range(RANKS) for batch in _batches(step, rank)]
+        output = engine.step(batches, Progress(step, STEPS), grad_norm=True)
+        seen.append([float(output.loss), float(output.metrics["grad_norm"])])
+    weights = engine.backbone_weights()
+    return {
+        "seen": seen,
+        "optimizer_steps": engine.optimizer_steps,
+        "norm": float(sum(tensor.square().sum() for tensor in weights.values())),
+    }
+
+
+def _run_ranks(world_size: int, directory: Path) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(directory)), nprocs=RANKS)
-    return json.loads((directory / "found.json").read_text())
+    mp.spawn(_rank, args=(world_size, port, directory), nprocs=world_size)
+    return json.loads((directory / f"found-{world_size}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def found(directory: Path) -> dict[str, Any]:
+    return _run_ranks(RANKS, directory)
+
+
+@pytest.fixture(scope="module")
+def alone(directory: Path, found: dict[str, Any]) -> dict[str, Any]:
+    return _run_ranks(1, directory)
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +183,25 @@ def test_engine__zero_stages_equal_a_plain_loop(stage: int, found: dict[str, Any
     assert result["norm"] == pytest.approx(plain["norm"], rel=1e-6)
 
 
-@pytest.mark.parametrize("setting", ["fp32-0", "fp32-1", "fp32-2", "fp32-3", "bf16-1", "bf16-3"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_engine__saved_state_continues_bit_exactly(setting: str, found: dict[str, Any]) -> None:
     result = found[setting]
     assert result["restored"] and result["repeated_weights"]
     assert result["repeated"] == result["seen"][STEPS // 2 :]
     assert result["optimizer_steps"] == STEPS // 2
     assert result["moved"] > 20
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_engine__goes_on_with_another_number_of_ranks(
+    setting: str, found: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    before, after = found[setting], alone[setting]
+    tolerance = 3e-2 if setting.startswith("bf16") else 2e-5
+    both = torch.tensor(after["seen"]), torch.tensor(before["seen"][STEPS // 2 :])
+    torch.testing.assert_close(*both, rtol=tolerance, atol=0)
+    assert after["norm"] == pytest.approx(before["norm"], rel=1e-3 if setting.startswith("bf16") else 1e-6)
+    assert after["optimizer_steps"] == STEPS
 
 
 @pytest.mark.parametrize("stage", [1, 3])
