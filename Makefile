@@ -44,13 +44,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Resolve the newest versions that pyproject.toml allows, for Python 3.11, and make sure that 3.12 takes the same ones.
+# Resolve the newest versions that pyproject.toml allows, for Python 3.11, and make sure that 3.12 needs no others.
 resolve = uv pip compile pyproject.toml --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet
 header = '\# Every package of the environment; made by `make requirements`, for Linux with Python 3.11 and 3.12.'
 requirements:
 	$(resolve) --python-version 3.11 --extra dev --upgrade | { echo $(header); cat; } > requirements/dev.txt
 	$(resolve) --python-version 3.11 --constraint requirements/dev.txt | { echo $(header); cat; } > requirements/runtime.txt
-	$(resolve) --python-version 3.12 --extra dev --constraint requirements/dev.txt | diff - <(sed 1d requirements/dev.txt)
+	$(resolve) --python-version 3.12 --extra dev --constraint requirements/dev.txt | { ! grep -vxFf requirements/dev.txt; }
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

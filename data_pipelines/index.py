@@ -2,11 +2,13 @@
 
 A cut or damaged tar often reads back as a shorter one without any error (tarfile, like webdataset, stops silently at
 a bad header), so the scan demands a clean end of archive and adjacent, complete, unrepeated samples. The index holds,
-per sample, one byte range with its CRC-32 and the place of each field in it; reading a sample is then one `pread`
+per sample, one byte range with its CRC-32 and the place of each field in it; reading a sample is then one ranged read
 (see `shards`).
 
-Kept as an npz without pickles, written atomically: as a sidecar `<shard>.tar.index.npz` when someone put one beside
-the shard, else in `$PRETRAIN_CACHE/index` (default `~/.cache/pretrain/index`).
+On disk an index is a safetensors container (8 bytes: size of the header; JSON header; arrays) of two tensors:
+`samples`, the row of each sample (`_row_type`) as bytes, and `keys`, the UTF-8 of all keys joined. It is mapped into
+memory: opening costs little, processes share its pages, and nothing is ever unpickled. It lies beside the shard as
+`<shard>.tar.index`, else in `$PRETRAIN_CACHE/index` (default `~/.cache/pretrain/index`).
 
 Legend: S samples, F kinds of field.
 """
@@ -14,76 +16,153 @@ Legend: S samples, F kinds of field.
 from __future__ import annotations
 
 import hashlib
+import json
+import mmap
 import os
+import struct
 import tarfile
 import tempfile
 import warnings
-import zipfile
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.errors import DataError
+from data_pipelines.locations import PIPE, is_local, redact, scheme_of
+from data_pipelines.stores import Store
 
-__all__ = ["ShardIndex", "load_index", "scan_shard"]
+__all__ = ["ShardIndex", "load_index", "scan_shard", "sidecar", "split_location"]
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = "pretrain-index/1"
 _TAR_BLOCK = 512
-_ABSENT = 0xFFFFFFFF  # offset of a field that a sample lacks
+_ABSENT = 0xFFFFFFFF  # begin and end of a field that a sample lacks
 _MAX_SAMPLE_BYTES = 0xFFFFFFFE  # offsets inside a sample are 32 bits wide
 
 
-@dataclass(frozen=True)
+def _row_type(num_fields: int) -> np.dtype[np.void]:
+    """One sample; `struct` reads the same bytes as "<QIIII" followed by two "I" per field."""
+    return np.dtype(
+        [
+            ("start", "<u8"),  # offset of the sample's first tar header
+            ("size", "<u4"),  # bytes from there to the end of its last member, padding included
+            ("crc32", "<u4"),  # of these bytes
+            ("key_begin", "<u4"),
+            ("key_end", "<u4"),
+            ("fields", "<u4", (num_fields, 2)),  # begin and end from `start` on; 0xFFFFFFFF: the sample lacks it
+        ]
+    )
+
+
+@dataclass(frozen=True, eq=False)
 class ShardIndex:
     """Byte ranges of one shard, in the order of the tar."""
 
-    format: int
     num_bytes: int  # of the whole tar
+    field_names: tuple[str, ...]  # (F,) sorted
+    rows: npt.NDArray[np.void]  # (S,) of `_row_type(F)`
     keys: npt.NDArray[np.uint8]  # UTF-8 of all keys, joined
-    key_end: npt.NDArray[np.int64]  # (S,) where each key ends in `keys`
-    start: npt.NDArray[np.int64]  # (S,) offset of the sample's first tar header
-    size: npt.NDArray[np.uint32]  # (S,) bytes from there to the end of its last member, padding included
-    crc32: npt.NDArray[np.uint32]  # (S,) of that range
-    field_names: npt.NDArray[np.str_]  # (F,) sorted
-    field_offset: npt.NDArray[np.uint32]  # (S, F) relative to `start`; 0xFFFFFFFF where the sample lacks the field
-    field_size: npt.NDArray[np.uint32]  # (S, F)
 
     @property
     def num_samples(self) -> int:
-        return len(self.start)
+        return len(self.rows)
+
+    @property
+    def start(self) -> npt.NDArray[np.uint64]:
+        """(S,) offset of each sample in the shard."""
+        return self.rows["start"]
+
+    @property
+    def size(self) -> npt.NDArray[np.uint32]:
+        """(S,) bytes of each sample, tar headers and padding included."""
+        return self.rows["size"]
+
+    @property
+    def crc32(self) -> npt.NDArray[np.uint32]:
+        """(S,) of these bytes."""
+        return self.rows["crc32"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, in memory or in the mapped file."""
+        return int(self.rows.nbytes + self.keys.nbytes)
+
+    def row(self, sample: int) -> tuple[int, ...]:
+        """The numbers of one sample (in `[0, num_samples)`, not checked), in the order of `_row_type`.
+
+        Plain integers out of `struct`, since numpy scalars would cost ten times as much.
+        """
+        return self._struct.unpack_from(self._row_bytes, sample * self._struct.size)
+
+    def cut(self, row: tuple[int, ...], content: bytes) -> dict[str, Any]:
+        """The fields of a sample, cut out of the bytes of its range, and its key as `"__key__"`."""
+        sample: dict[str, Any] = {"__key__": str(self._key_bytes[row[3] : row[4]], "utf-8")}
+        at = 5
+        for name in self.field_names:  # a comprehension over zipped slices takes twice as long
+            if row[at] != _ABSENT:
+                sample[name] = content[row[at] : row[at + 1]]
+            at += 2
+        return sample
 
     def key(self, sample: int) -> str:
-        begin = int(self.key_end[sample - 1]) if sample else 0
-        return self.keys[begin : int(self.key_end[sample])].tobytes().decode()
+        row = self.row(sample)
+        return str(self._key_bytes[row[3] : row[4]], "utf-8")
 
     def field_ranges(self, sample: int) -> dict[str, tuple[int, int]]:
         """Field name -> (begin, end) inside the sample's byte range."""
-        offsets, sizes = self.field_offset[sample].tolist(), self.field_size[sample].tolist()
-        named = zip(self._names, offsets, sizes, strict=True)
-        return {name: (offset, offset + size) for name, offset, size in named if offset != _ABSENT}
+        row = self.row(sample)
+        ranges = zip(self.field_names, row[5::2], row[6::2], strict=True)
+        return {name: (begin, end) for name, begin, end in ranges if begin != _ABSENT}
 
     @cached_property
-    def _names(self) -> list[str]:
-        return [str(name) for name in self.field_names]
+    def _struct(self) -> struct.Struct:
+        return struct.Struct(f"<QIIII{2 * len(self.field_names)}I")
+
+    @cached_property
+    def _row_bytes(self) -> memoryview:
+        return self.rows.view(np.uint8).data
+
+    @cached_property
+    def _key_bytes(self) -> memoryview:
+        return self.keys.data
 
     @cached_property
     def common_fields(self) -> frozenset[str]:
         """Fields that every sample has."""
-        everywhere = (self.field_offset != _ABSENT).all(axis=0)
-        return frozenset(name for name, present in zip(self._names, everywhere, strict=True) if present)
+        everywhere = (self.rows["fields"][:, :, 0] != _ABSENT).all(axis=0)  # (F,)
+        return frozenset(name for name, present in zip(self.field_names, everywhere, strict=True) if present)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over names, ranges and content CRCs; independent of where the shard lies and how it is called."""
-        sha = hashlib.sha256(f"pretrain-shard-index {self.format} {self.num_bytes} {' '.join(self._names)}\n".encode())
-        for array in (self.keys, self.key_end, self.start, self.size, self.crc32, self.field_offset, self.field_size):
-            sha.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
+        sha = hashlib.sha256(f"pretrain-shard-index 1 {self.num_bytes} {' '.join(self.field_names)}\n".encode())
+        begin, end = self.rows["fields"][:, :, 0], self.rows["fields"][:, :, 1]
+        sha.update(self._key_bytes)
+        sha.update(self.rows["key_end"].astype("<i8").data)
+        sha.update(self.rows["start"].astype("<i8").data)
+        for column in (self.rows["size"], self.rows["crc32"], begin, np.where(begin == _ABSENT, _ABSENT, end - begin)):
+            sha.update(np.ascontiguousarray(column, "<u4").data)
         return sha.hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The safetensors container; equal indices give equal bytes."""
+        rows, keys = self._row_bytes, self._key_bytes
+        header = {
+            "__metadata__": {
+                "format": INDEX_FORMAT,
+                "num_bytes": str(self.num_bytes),
+                "fields": json.dumps(self.field_names),
+            },
+            "samples": {"dtype": "U8", "shape": [len(self.rows), self._struct.size], "data_offsets": [0, len(rows)]},
+            "keys": {"dtype": "U8", "shape": [len(keys)], "data_offsets": [len(rows), len(rows) + len(keys)]},
+        }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of 8
+        return b"".join((struct.pack("<Q", len(text)), text, rows, keys))
 
     def save(self, path: Path) -> None:
         """Write atomically: a reader sees the whole index or none."""
@@ -91,7 +170,7 @@ class ShardIndex:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                np.savez(file, allow_pickle=False, **{f.name: np.asarray(getattr(self, f.name)) for f in fields(self)})
+                file.write(self.to_bytes())
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
@@ -101,44 +180,90 @@ class ShardIndex:
             raise
 
     @classmethod
-    def load(cls, path: Path, num_bytes: int) -> ShardIndex | None:
-        """The index stored at `path` if it is whole and made for a shard of `num_bytes`, else None."""
+    def open(cls, source: Path | bytes, num_bytes: int) -> ShardIndex | None:
+        """The index in a file (mapped) or in bytes, if it is whole and made for a shard of `num_bytes`, else None."""
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                if int(stored["format"]) != INDEX_FORMAT or int(stored["num_bytes"]) != num_bytes:
-                    return None
-                arrays = {f.name: stored[f.name] for f in fields(cls) if f.name not in ("format", "num_bytes")}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            content = source if isinstance(source, bytes) else _mapped(source)
+            (header_size,) = struct.unpack_from("<Q", content)
+            header = json.loads(content[8 : 8 + header_size])
+            facts = header["__metadata__"]
+            if facts["format"] != INDEX_FORMAT or int(facts["num_bytes"]) != num_bytes:
+                return None
+            names = tuple(map(str, json.loads(facts["fields"])))
+            samples, keys = (_tensor(content, 8 + header_size, header[name]) for name in ("samples", "keys"))
+            index = cls(num_bytes, names, samples.view(_row_type(len(names))), keys)
+        except (OSError, ValueError, KeyError, TypeError, struct.error):
             return None
-        index = cls(format=INDEX_FORMAT, num_bytes=num_bytes, **arrays)
-        samples, kinds = len(index.start), len(index.field_names)
-        whole = (
-            index.key_end.shape == index.size.shape == index.crc32.shape == (samples,)
-            and index.field_offset.shape == index.field_size.shape == (samples, kinds)
-            and samples > 0
-            and int((index.start + index.size).max()) <= num_bytes
+        return index if index._is_whole() else None
+
+    def _is_whole(self) -> bool:
+        """False if a range leaves what it lies in, so that no damaged index makes a read go wrong in silence."""
+        rows, ends = self.rows, self.rows["fields"][:, :, 1]
+        return bool(
+            len(rows) > 0
+            and (rows["start"] + rows["size"] <= self.num_bytes).all()
+            and (rows["key_begin"] <= rows["key_end"]).all()
+            and int(rows["key_end"][-1]) == len(self.keys)
+            and ((ends == _ABSENT) | (ends <= rows["size"][:, None])).all()
         )
-        return index if whole else None
 
 
-def load_index(shard: Path) -> ShardIndex:
-    """The index of `shard`: its sidecar, else the cached one, else a new scan that is then cached."""
-    try:
-        status = shard.stat()
-    except OSError as error:
-        raise DataError(f"cannot open shard {shard}: {error.strerror}") from None
-    index = ShardIndex.load(shard.with_name(f"{shard.name}.index.npz"), status.st_size)
+def _mapped(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _tensor(content: bytes | mmap.mmap, base: int, entry: dict[str, Any]) -> npt.NDArray[np.uint8]:
+    begin, end = entry["data_offsets"]
+    return np.frombuffer(content, np.uint8, end - begin, base + begin)
+
+
+def split_location(location: str) -> tuple[str, str, str]:
+    """Folder, file name and query string (with its `?`) of a location."""
+    path, mark, query = (location, "", "") if is_local(location) else location.partition("?")
+    folder, _, name = path.rpartition("/")
+    return folder, name, mark + query
+
+
+def sidecar(shard: str) -> str:
+    """Location of the index beside a shard."""
+    folder, name, query = split_location(shard)
+    return f"{folder}/{name}.index{query}"
+
+
+def load_index(location: str, store: Store, *, num_bytes: int | None = None, digest: str = "") -> ShardIndex:
+    """The index of a shard: its sidecar, else the cached one, else a new scan (of the whole shard) that is then cached.
+
+    Args:
+        location: absolute path or URL.
+        store: where bytes come from.
+        num_bytes: size of the shard where it is listed; saves a request when the shard is remote.
+        digest: of the index where it is listed, so that a remote shard that was replaced is not taken for the old one.
+
+    Raises:
+        DataError: the shard is missing, does not have `num_bytes`, or is damaged.
+    """
+    local = is_local(location)
+    size = store.size(location) if local or num_bytes is None else num_bytes
+    if num_bytes not in (None, size):
+        raise DataError(
+            f"shard {redact(location)} has {size} bytes, expected {num_bytes} (dataset.json, or when it was opened "
+            "first); copy the shard and its dataset.json again"
+        )
+    version = os.stat(location).st_mtime_ns if local else digest
+    identity = hashlib.sha256(f"{location}\n{size}\n{version}".encode()).hexdigest()
+    cached = _cache_folder() / f"{identity}.index"
+    index = ShardIndex.open(Path(sidecar(location)), size) if local else None
+    index = index or ShardIndex.open(cached, size)
     if index is not None:
         return index
-    identity = f"{shard.absolute()}\n{status.st_size}\n{status.st_mtime_ns}"
-    cached = _cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()}.npz"
-    index = ShardIndex.load(cached, status.st_size)
-    if index is None:
-        index = scan_shard(shard)
-        try:
-            index.save(cached)
-        except OSError as error:  # a read-only home costs a scan per process, no more
-            warnings.warn(f"cannot keep shard indices in {cached.parent} ({error}); set PRETRAIN_CACHE", stacklevel=2)
+    if not local and scheme_of(location) != PIPE and (content := store.read_file(sidecar(location))):
+        index = ShardIndex.open(content, size)
+    index = index or scan_shard(store.local_copy(location), redact(location))
+    try:
+        index.save(cached)
+    except OSError as error:  # a read-only home costs a scan per process, no more
+        warnings.warn(f"cannot keep shard indices in {cached.parent} ({error}); set PRETRAIN_CACHE", stacklevel=2)
     return index
 
 
@@ -150,7 +275,7 @@ def _cache_folder() -> Path:
 class _Samples:
     """Members collected into samples while the scan walks the tar."""
 
-    def __init__(self, shard: Path) -> None:
+    def __init__(self, shard: str) -> None:
         self.shard = shard
         self.keys: list[str] = []
         self.starts: list[int] = []
@@ -163,6 +288,10 @@ class _Samples:
         if not stem or not dot or not extension:
             raise DataError(f"{self.where(member)} has no KEY.FIELD name; rename or remove it")
         key, field = f"{folder}{slash}{stem}", extension.lower()
+        try:
+            member.name.encode()
+        except UnicodeEncodeError:  # tarfile keeps bytes that are no UTF-8 as surrogates
+            raise DataError(f"{self.where(member)} has a name that is not UTF-8; rename it") from None
         if not self.keys or self.keys[-1] != key:
             self.keys.append(key)
             self.starts.append(member.offset)
@@ -181,16 +310,17 @@ class _Samples:
         return f"shard {self.shard}: member {member.name!r} at offset {member.offset}"
 
 
-def scan_shard(shard: Path) -> ShardIndex:
-    """Read a whole tar, check its structure and compute the CRC-32 of every sample.
+def scan_shard(path: Path, name: str | None = None) -> ShardIndex:
+    """Read a whole tar, check its structure and compute the CRC-32 of every sample; errors call it `name`.
 
     Raises:
         DataError: the file is empty, no plain tar, cut, or damaged in a header; a sample is repeated, split or unnamed;
             a member is not a regular file. The message names shard, member and offset.
     """
+    shard = name or str(path)
     samples = _Samples(shard)
     try:
-        with open(shard, "rb") as file:
+        with open(path, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
             _walk(shard, file, num_bytes, samples)
             _reject_repeats(samples)
@@ -201,7 +331,7 @@ def scan_shard(shard: Path) -> ShardIndex:
     return _pack(samples, num_bytes, crcs)
 
 
-def _walk(shard: Path, file: BinaryIO, num_bytes: int, samples: _Samples) -> None:
+def _walk(shard: str, file: BinaryIO, num_bytes: int, samples: _Samples) -> None:
     if num_bytes == 0:
         raise DataError(f"shard {shard} is empty (0 bytes); copy or write it again")
     end = 0
@@ -232,7 +362,7 @@ def _walk(shard: Path, file: BinaryIO, num_bytes: int, samples: _Samples) -> Non
         raise DataError(f"shard {shard} holds no sample ({num_bytes} bytes); remove it or write it again")
 
 
-def _require_clean_end(shard: Path, file: BinaryIO, end: int, num_bytes: int) -> None:
+def _require_clean_end(shard: str, file: BinaryIO, end: int, num_bytes: int) -> None:
     """A tar ends with two zero blocks and nothing but zeros after them; a cut or a bad header leaves something else."""
     clean = num_bytes - end >= 2 * _TAR_BLOCK
     file.seek(end)
@@ -258,24 +388,17 @@ def _reject_repeats(samples: _Samples) -> None:
 
 def _pack(samples: _Samples, num_bytes: int, crcs: list[int]) -> ShardIndex:
     names = sorted(set().union(*samples.fields))
-    offset = np.full((len(samples.keys), len(names)), _ABSENT, np.uint32)
-    size = offset.copy()
-    for row, (start, members) in enumerate(zip(samples.starts, samples.fields, strict=True)):
+    keys = [key.encode() for key in samples.keys]
+    key_ends = np.cumsum([len(key) for key in keys])
+    rows = np.zeros(len(keys), _row_type(len(names)))
+    rows["start"] = samples.starts
+    rows["size"] = np.array(samples.ends) - samples.starts
+    rows["crc32"] = crcs
+    rows["key_begin"][1:], rows["key_end"] = key_ends[:-1], key_ends
+    rows["fields"] = _ABSENT
+    for row, members in zip(rows, samples.fields, strict=True):
         for column, name in enumerate(names):
             if name in members:
-                begin, length = members[name]
-                offset[row, column], size[row, column] = begin - start, length
-    keys = [key.encode() for key in samples.keys]
-    starts = np.array(samples.starts, np.int64)
-    return ShardIndex(
-        format=INDEX_FORMAT,
-        num_bytes=num_bytes,
-        keys=np.frombuffer(b"".join(keys), np.uint8),
-        key_end=np.cumsum([len(key) for key in keys], dtype=np.int64),
-        start=starts,
-        size=(np.array(samples.ends, np.int64) - starts).astype(np.uint32),
-        crc32=np.array(crcs, np.uint32),
-        field_names=np.array(names, np.str_),
-        field_offset=offset,
-        field_size=size,
-    )
+                begin = members[name][0] - int(row["start"])
+                row["fields"][column] = begin, begin + members[name][1]
+    return ShardIndex(num_bytes, tuple(names), rows, np.frombuffer(b"".join(keys), np.uint8))

@@ -62,15 +62,21 @@ def key(*parts: int, base: int = 0) -> int:
 
 def permutation(n: int, key: int) -> Ids:
     """Permute `range(n)` by sorting the hash of every index under `key`."""
-    x = np.arange(n, dtype=np.uint64) ^ np.uint64(key)
+    x = np.arange(n, dtype=np.uint64)
+    x ^= np.uint64(key)
     x += np.uint64(GOLDEN)  # array arithmetic on uint64 wraps, as splitmix64 wants
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MUL_1)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MUL_2)
-    return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(_MUL_1)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(_MUL_2)
+    x ^= x >> np.uint64(31)
+    return np.argsort(x)  # splitmix64 is a bijection, so no two hashes are equal and any kind of sort gives this
 
 
 class EpochOrder:
-    """Position in one epoch -> sample id, in memory of a few windows.
+    """Position in one epoch -> sample id, in memory of 4 bytes per block and a few windows.
+
+    1e9 samples in 100 000 shards and blocks of 256 take 23 MB, and 75 MB for the second in which it is built.
 
     Args:
         counts: samples per shard; ids run through the shards in this order.
@@ -84,20 +90,18 @@ class EpochOrder:
     def __init__(
         self, counts: Sequence[int], *, seed: int, epoch: int, block_size: int, window: int, num_streams: int
     ) -> None:
-        shard_len = np.asarray(counts, np.int64)
-        self.num_samples = int(shard_len.sum())
-        self.window, self.num_streams = window, num_streams
+        self._shard_len = np.asarray(counts, np.int64)
+        self.num_samples = int(self._shard_len.sum())
+        self.block_size, self.window, self.num_streams = block_size, window, num_streams
         self._window_key = key(seed, epoch, _WINDOW)
 
-        blocks = -(-shard_len // block_size)  # (shards,)
-        shard = np.repeat(np.arange(len(shard_len)), blocks)  # (blocks,)
-        inside = (np.arange(len(shard)) - np.repeat(np.cumsum(blocks) - blocks, blocks)) * block_size
-        block_perm = permutation(len(shard), key(seed, epoch, _BLOCKS))
-        self._start = ((np.cumsum(shard_len) - shard_len)[shard] + inside)[block_perm]
-        self._length = np.minimum(block_size, shard_len[shard] - inside)[block_perm]
-        ends = np.concatenate([[0], np.cumsum(self._length)])
-        window_edges = np.minimum(np.arange(0, len(shard) + window, window), len(shard))
-        self._window_start = ends[window_edges]
+        blocks = -(-self._shard_len // block_size)  # (shards,)
+        num_blocks = int(blocks.sum())
+        self._first_block = np.cumsum(blocks) - blocks  # (shards,)
+        self._first_id = np.cumsum(self._shard_len) - self._shard_len  # (shards,)
+        # The one large array, kept as narrow as its values allow: the range of ids of a block follows from its number.
+        self._blocks = permutation(num_blocks, key(seed, epoch, _BLOCKS)).astype(np.min_scalar_type(num_blocks))
+        self._window_start = self._window_starts(num_blocks, blocks)
 
         # Stream = global position mod num_streams also across epochs: this epoch begins inside a round of the streams.
         self._lead = (epoch * self.num_samples) % num_streams
@@ -118,13 +122,25 @@ class EpochOrder:
             ids[here] = self._window_ids(int(window))[rank[here] - self._window_start[window]]
         return ids
 
+    def _window_starts(self, num_blocks: int, blocks: Ids) -> Ids:
+        """Rank of the first sample of each window, and of the end: (windows + 1,)."""
+        length = np.full(num_blocks, self.block_size, np.min_scalar_type(self.block_size))
+        used = blocks > 0
+        last = (self._first_block + blocks - 1)[used]
+        length[last] = (self._shard_len - (blocks - 1) * self.block_size)[used]
+        windows = np.add.reduceat(length[self._blocks], np.arange(0, num_blocks, self.window), dtype=np.int64)
+        return np.concatenate([[0], np.cumsum(windows)])
+
     def _window_ids(self, window: int) -> Ids:
         if window in self._windows:
             self._windows.move_to_end(window)
             return self._windows[window]
-        blocks = slice(window * self.window, (window + 1) * self.window)
-        ranges = [np.arange(s, s + n) for s, n in zip(self._start[blocks], self._length[blocks], strict=True)]
-        ids = np.concatenate(ranges)
+        blocks = self._blocks[window * self.window : (window + 1) * self.window].astype(np.int64)
+        shard = np.searchsorted(self._first_block, blocks, side="right") - 1
+        inside = (blocks - self._first_block[shard]) * self.block_size
+        length = np.minimum(self.block_size, self._shard_len[shard] - inside)
+        shift = self._first_id[shard] + inside - (np.cumsum(length) - length)
+        ids = np.arange(length.sum()) + np.repeat(shift, length)
         ids = ids[permutation(len(ids), key(window, base=self._window_key))]
         self._windows[window] = ids
         if len(self._windows) > 2 * self.num_streams + 2:  # every stream works on one window and may be leaving another

@@ -1,28 +1,42 @@
 """Bytes of shards, wherever they lie: `Store.read(location, begin, size)`.
 
-A location is an absolute local path. `pread` has no file position, so forked loader workers share descriptors safely;
-a pickled store drops them, since a descriptor number means another file in another process.
+A location is an absolute local path, a URL, or a command (`locations`). Local files are read in place: `pread` has no
+file position, so forked loader workers share descriptors safely. What is remote comes through a cache on the local disk
+(`cache`), in blocks or as whole shards.
+
+A store may be pickled and forked: descriptors, connections and threads stay behind, since they mean nothing, or the
+wrong thing, in another process. Not here: the requests themselves (`remote`).
 """
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
+from data_pipelines.locations import is_local
+from data_pipelines.remote import FetchOptions
+from data_pipelines.remote_shards import RemoteShards
 
-__all__ = ["Store"]
+__all__ = ["FetchOptions", "Store"]
 
 _MAX_OPEN_FILES = 256
 
 
 class Store:
-    """Reads byte ranges of files; opens each at its first read and keeps the most recently used open."""
+    """Reads byte ranges of files; opens each local one at its first read and keeps the most recently used open."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: FetchOptions | None = None) -> None:
         self._files: OrderedDict[str, int] = OrderedDict()  # location -> descriptor, least recently used first
+        self._options = options or FetchOptions()
+
+    @cached_property
+    def _remote(self) -> RemoteShards:
+        return RemoteShards(self._options)
 
     def size(self, location: str) -> int:
         """Bytes of the whole file.
@@ -30,6 +44,8 @@ class Store:
         Raises:
             DataError: it cannot be opened.
         """
+        if not is_local(location):
+            return self._remote.size(location)
         try:
             return os.stat(location).st_size
         except OSError as error:
@@ -39,8 +55,10 @@ class Store:
         """Exactly `size` bytes from `begin`.
 
         Raises:
-            DataError: the file is gone, or ends before; names location and offset.
+            DataError: the file is gone, cannot be fetched, or ends before; names location and offset.
         """
+        if not is_local(location):
+            return self._remote.read(location, begin, size)
         try:
             content = os.pread(self._descriptor(location), size, begin)
         except OSError as error:
@@ -53,23 +71,41 @@ class Store:
         return content
 
     def read_file(self, location: str) -> bytes | None:
-        """A small file whole (an index, a manifest); None if there is none."""
+        """A small file whole (an index, a manifest), not cached; None if there is none, or none that may be read."""
+        if not is_local(location):
+            return self._remote.read_file(location)
         try:
             return Path(location).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def local_copy(self, location: str) -> Path:
-        """A local file with the bytes of `location`, valid until the cache needs its place."""
-        return Path(location)
+        """A local file with the bytes of `location`; a fetched one stays at least until the next call."""
+        return Path(location) if is_local(location) else self._remote.local_copy(location)
 
-    def prefetch(self, ranges: list[tuple[str, int, int]]) -> None:
-        """Fetch (location, begin, size) ranges that are not here yet, several at a time; local files are here."""
+    def glob(self, pattern: str) -> list[str]:
+        """Remote locations that match, sorted.
+
+        Raises:
+            DataError: the store cannot be listed.
+        """
+        return self._remote.glob(pattern)
+
+    def prefetch(self, ranges: Sequence[tuple[str, int, int]]) -> None:
+        """Begin to fetch (location, begin, size) ranges that are not here yet, several at a time, and return.
+
+        What fails is reported by the `read` that needs it.
+        """
+        remote = [part for part in ranges if not is_local(part[0])]
+        if remote:
+            self._remote.prefetch(remote)
 
     def close(self) -> None:
-        """Close the files; the next read opens what it needs again."""
+        """Close files, connections and threads; the next read opens what it needs again."""
         while self._files:
             os.close(self._files.popitem()[1])
+        if "_remote" in self.__dict__:
+            self._remote.close()
 
     def _descriptor(self, location: str) -> int:
         if location in self._files:

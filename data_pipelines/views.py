@@ -1,120 +1,202 @@
-"""Samples to views: the random crops an objective asks for, and the one crop evaluation looks at.
+"""From a sample to the views of it that an objective asks for.
 
-A view is plain data, so an objective states its needs without importing this package. Only crop, resize and flip
-happen here; per-pixel operations (normalise, colour, blur) are cheaper on a batch on the device. Output is uint8
-(C, H, W).
+Only what has to happen before samples are stacked happens here: images stay 8 bits, colours and blur are drawn here
+and applied to whole batches (`photometric`).
 
-Random resized crop as in Szegedy et al. 2015 and torchvision: area and log aspect ratio uniform, 10 attempts, then a
-centre crop. Crop and resize are one PIL pass (bicubic, antialiased); at the border of the crop the filter sees the
-pixels beside it.
+Everything random comes from `ViewRandom`s keyed by (seed, epoch, sample id, view), so views do not depend on ranks or
+workers. Crops, masks and colours have keys of their own: asking for one of them does not change the others.
 
-All draws come from one `ViewRandom` keyed by (seed, epoch, sample id, view), so pixels do not depend on ranks or
-workers.
+Not here: what views there are (`view_specs`), geometry (`crops`, `points`, `volumes`), masks (`masks`), decoders
+(`decode`).
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
+from torch import Tensor
 
-from data_pipelines.errors import DataError
+from data_pipelines.crops import (
+    ArrayPicture,
+    Crop,
+    ImageLike,
+    PhotoPicture,
+    Picture,
+    ValuePicture,
+    draw_box,
+    eval_view,
+    photo_crop,
+    rgb_image,
+)
+from data_pipelines.decode import IMAGE_FIELDS, Photo, chosen_decoder, decode_array, decode_label, decode_mask
+from data_pipelines.errors import CorruptSampleError, DataError
+from data_pipelines.order import key
+from data_pipelines.photometric import PARAMS_SUFFIX, reference
+from data_pipelines.points import PointsView
 from data_pipelines.randomness import ViewRandom
+from data_pipelines.specs import nearest, require_choice
+from data_pipelines.view_specs import KINDS, AnyView, ArrayView, LabelView, View, require_distinct, views_from
+from data_pipelines.volumes import Placement, VolumeView, as_volume
 
-__all__ = ["View", "eval_view", "random_resized_crop", "views_from"]
+__all__ = [
+    "AnyView",
+    "ArrayView",
+    "LabelView",
+    "PointsView",
+    "View",
+    "ViewMaker",
+    "VolumeView",
+    "eval_view",
+    "random_resized_crop",
+    "require_distinct",
+    "views_from",
+]
 
-RESERVED_NAMES = ("sample_id", "seed")  # other entries of a batch
-_CROP_ATTEMPTS = 10
+RESAMPLERS = ("pil", "torch")
+_COLOURS, _MASKS = 1, 2  # what a view's further keys are for
 
-ImageLike = npt.NDArray[np.uint8] | Image.Image
+_ARRAY_FIELDS = ("npy", "npz")
+_DEFAULT_FIELDS = {
+    "image": IMAGE_FIELDS + _ARRAY_FIELDS,
+    "points": ("points.npy", "points.npz", *_ARRAY_FIELDS),
+    "volume": ("volume.npy", "volume.npz", *_ARRAY_FIELDS),
+    "label": ("cls",),
+}
 
 
-@dataclass(frozen=True)
-class View:
-    """One kind of crop.
+class _Source(NamedTuple):
+    """What is decoded once per sample and shared by the views that read it alike."""
+
+    field: str
+    holds: str  # photo, numbers, values, volume, array or label
+    array: str | None = None
+    channels: tuple[int, ...] | None = None
+
+
+class ViewMaker:
+    """Makes the views of samples; picklable, holds no state of its own.
+
+    Args:
+        views: see `views_from`.
+        fields: names that every sample has.
+        decoder: of JPEGs: `pil`, `simplejpeg`, or `auto` for simplejpeg where it is installed. The same pixels, see
+            `decode`.
+        scaled: decode a JPEG at half the size (or a quarter, an eighth) when every crop of it is still shrunk after
+            that: faster on large photos, changes the pixels.
+        resampler: of photos: `pil`, or `torch`, three times as fast; other pixels, see `crops`.
 
     Attributes:
-        name: entry of the batch.
-        size: side in pixels.
-        count: crops of this kind per sample.
-        scale: least and greatest share of the image area, in (0, 1].
-        ratio: least and greatest width / height.
-        hflip: probability of a horizontal flip.
-    """
-
-    name: str
-    size: int
-    count: int = 1
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name or self.name in RESERVED_NAMES:
-            raise DataError(
-                f"view name {self.name!r} is not allowed; give a name other than {', '.join(RESERVED_NAMES)}"
-            )
-        for field, value in (("size", self.size), ("count", self.count)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise DataError(f"view {self.name!r}: {field}={value!r} is not allowed; it is an integer from 1")
-        for field, pair, high in (("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf)):
-            if not _is_pair(pair) or not 0 < pair[0] <= pair[1] <= high or math.isinf(pair[1]):
-                limit = f"0 < low <= high{' <= 1' if high == 1.0 else ''}"
-                raise DataError(f"view {self.name!r}: {field}={pair!r} is not allowed; it is [low, high] with {limit}")
-        if not _is_number(self.hflip) or not 0 <= self.hflip <= 1:
-            raise DataError(f"view {self.name!r}: hflip={self.hflip!r} is not allowed; it is a probability in 0..1")
-
-
-def views_from(specs: Sequence[Mapping[str, Any]]) -> tuple[View, ...]:
-    """Views from the plain data an objective states.
+        views: as given.
+        reads: fields that the views are made of.
+        decoder: the decoder in use.
 
     Raises:
-        DataError: a key is unknown or missing, a value out of range, a name used twice, or no view at all.
+        DataError: a field is missing or does not suit its view; names the fields there are.
     """
-    allowed = [field.name for field in fields(View)]
-    views: list[View] = []
-    for spec in specs:
-        for name in spec:
-            if name not in allowed:
-                near = difflib.get_close_matches(str(name), allowed, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise DataError(f"view {dict(spec)!r}: unknown key {name!r}; allowed: {', '.join(allowed)}{hint}")
-        for name in ("name", "size"):
-            if name not in spec:
-                raise DataError(f"view {dict(spec)!r}: {name!r} is missing")
-        pairs = {name: tuple(spec[name]) for name in ("scale", "ratio") if isinstance(spec.get(name), list)}
-        views.append(View(**{**spec, **pairs}))
-    require_distinct(views)
-    return tuple(views)
+
+    def __init__(
+        self,
+        views: Sequence[AnyView],
+        fields: frozenset[str],
+        *,
+        decoder: str = "auto",
+        scaled: bool = False,
+        resampler: str = "pil",
+    ) -> None:
+        require_distinct(views)
+        require_choice("data", "resampler", resampler, RESAMPLERS)
+        self.decoder, self.scaled, self.resampler = chosen_decoder(decoder), scaled, resampler
+        self.views = tuple(views)
+        self._plan = [(view, _source(view, fields)) for view in views]
+        self.reads = frozenset(source.field for _, source in self._plan)
+        self._stack_dim = {view.name: 1 if view.count > 1 else 0 for view in views}
+
+    def __call__(self, sample: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+        """The views of one sample.
+
+        Args:
+            sample: bytes by field.
+            seed: 64-bit key of the sample, see `sample_seed`; view i draws from keys made of it and i.
+
+        Returns:
+            Per view its entries, each with a first dimension `count` when that is more than 1.
+
+        Raises:
+            CorruptSampleError: a field does not decode, or is not what a view can use; begins with the field.
+        """
+        opened: dict[_Source, Any] = {}
+        shown: dict[str, Any] = {}  # crops or placements by view
+        for number, (view, source) in enumerate(self._plan):
+            with _naming(source.field):
+                if source not in opened:
+                    opened[source] = self._open(source, sample[source.field])
+                rng = ViewRandom(key(number, base=seed))
+                if isinstance(view, View):
+                    picture = opened[source]
+                    shown[view.name] = view.draw_crops((picture.width, picture.height), rng, shown)
+                elif isinstance(view, VolumeView):
+                    shown[view.name] = _placements(view, opened[source].shape[1:], rng, shown)
+        if self.scaled:
+            self._reduce(opened, shown)
+        entries: dict[str, Tensor] = {}
+        for number, (view, source) in enumerate(self._plan):
+            with _naming(source.field):
+                entries |= _entries(view, opened[source], shown.get(view.name), key(number, base=seed))
+        return entries
+
+    def collate(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Stack what `__call__` made of several samples: (b, ...), or (count, b, ...) for views that count more.
+
+        Raises:
+            DataError: an entry has not the same shape and type in all samples.
+        """
+        batch = {}
+        for name in samples[0]:
+            parts = [sample[name] for sample in samples]
+            if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts):
+                kinds = sorted({f"{tuple(part.shape)} {part.dtype}" for part in parts})
+                raise DataError(
+                    f"view {name!r} cannot be stacked: the samples have {' and '.join(kinds)}; all data of a stream "
+                    "must agree in type, channels, and the shape of plain arrays"
+                )
+            batch[name] = torch.stack(parts, self._stack_dim[name.split(".")[0]])
+        return batch
+
+    def _open(self, source: _Source, data: bytes) -> Any:
+        if source.holds == "photo":
+            return PhotoPicture(Photo(data, self.decoder), self.resampler)
+        if source.holds == "label":
+            return decode_label(data)
+        if source.holds == "values" and source.field.endswith("png"):
+            return ValuePicture(decode_mask(data)[None])
+        values = decode_array(data, source.array)
+        if source.holds == "volume":
+            return as_volume(values)
+        if source.holds == "array":
+            return values
+        return (ValuePicture if source.holds == "values" else ArrayPicture)(_as_channels(values, source.channels))
+
+    def _reduce(self, opened: Mapping[_Source, Any], shown: Mapping[str, Any]) -> None:
+        """Let each photo be decoded at the smallest size at which none of its crops has to be enlarged."""
+        for source, picture in opened.items():
+            if not isinstance(picture, PhotoPicture):
+                continue
+            with _naming(source.field):
+                room = min(
+                    min(crop.box_in(picture.width, picture.height)[2:]) / view.size
+                    for view, own in self._plan
+                    if isinstance(view, View) and own == source
+                    for crop in shown[view.name]
+                )
+            picture.reduce(max(factor for factor in (1, 2, 4, 8) if factor <= max(1, room)))
 
 
-def require_distinct(views: Sequence[View]) -> None:
-    """Refuse an empty list and a name used twice."""
-    names = [view.name for view in views]
-    if not names:
-        raise DataError("no view is asked for; a stream needs at least one")
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"view name {name!r} is used twice; names are the entries of a batch")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(_is_number(part) for part in value)
-
-
-def random_resized_crop(image: ImageLike, view: View, rng: ViewRandom) -> torch.Tensor:
-    """Cut a random rectangle, resize it to a square and maybe flip it.
+def random_resized_crop(image: ImageLike, view: View, rng: ViewRandom) -> Tensor:
+    """Cut a random rectangle, resize it to a square and maybe flip it; by PIL, as `ViewMaker` does unless told else.
 
     Args:
         image: (H, W, 3) uint8 array, or an RGB PIL image (which saves a copy).
@@ -124,58 +206,123 @@ def random_resized_crop(image: ImageLike, view: View, rng: ViewRandom) -> torch.
     Returns:
         (3, size, size) uint8.
     """
-    photo = _photo(image)
-    left, top, width, height = _draw_box(photo.width, photo.height, view, rng)
+    photo = rgb_image(image)
+    box = draw_box(photo.width, photo.height, view.scale, view.ratio, rng)
     is_flipped = rng.uniform(0.0, 1.0) < view.hflip
-    box = (left, top, left + width, top + height)
-    crop = np.asarray(photo.resize((view.size, view.size), Image.Resampling.BICUBIC, box=box))  # (size, size, 3)
-    if is_flipped:
-        crop = crop[:, ::-1]
-    return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))  # (3, size, size)
+    return torch.from_numpy(np.ascontiguousarray(photo_crop(photo, box, view.size, is_flipped)))
 
 
-def _draw_box(width: int, height: int, view: View, rng: ViewRandom) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a random rectangle inside the image."""
-    log_low, log_high = math.log(view.ratio[0]), math.log(view.ratio[1])
-    for _ in range(_CROP_ATTEMPTS):
-        area = width * height * rng.uniform(*view.scale)
-        ratio = math.exp(rng.uniform(log_low, log_high))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return rng.below(width - w + 1), rng.below(height - h + 1), w, h
-    ratio = min(max(width / height, view.ratio[0]), view.ratio[1])  # centre crop of the nearest allowed aspect
-    w, h = max(1, min(width, round(height * ratio))), max(1, min(height, round(width / ratio)))
-    return (width - w) // 2, (height - h) // 2, w, h
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise CorruptSampleError(f"field {field}: {error}") from None
 
 
-def eval_view(image: ImageLike, size: int) -> torch.Tensor:
-    """Resize the shorter side and cut the centre, as ImageNet evaluation does.
+def _entries(view: AnyView, content: Any, shown: Any, base: int) -> dict[str, Tensor]:
+    """All entries of a view of one sample; `base` is the key of the view."""
+    if isinstance(view, View):
+        return _image_entries(view, content, shown, base)
+    if isinstance(view, LabelView):
+        return {view.name: torch.tensor(content)}
+    if isinstance(view, ArrayView):
+        return {view.name: torch.from_numpy(np.array(content))}
+    if isinstance(view, PointsView):
+        rng = ViewRandom(base)
+        return {view.name: _counted(np.stack([view.make(content, rng) for _ in range(view.count)]))}
+    entries = {view.name: _counted(np.stack([view.cut(content, placement) for placement in shown]))}
+    if view.return_size:
+        entries[f"{view.name}.size"] = _counted(np.array([view.shown_size(placement) for placement in shown]))
+    return entries
 
-    The shorter side becomes `size * 256 / 224`; when `size < 64` it becomes `size`, since there is no border to spare.
 
-    Args:
-        image: (H, W, 3) uint8 array or an RGB PIL image.
-        size: side of the result in pixels.
+def _image_entries(view: View, picture: Picture, crops: Sequence[Crop], base: int) -> dict[str, Tensor]:
+    pixels = np.empty((len(crops), picture.num_channels, view.size, view.size), picture.dtype)
+    for crop, out in zip(crops, pixels, strict=True):
+        picture.cut(crop, out)
+    entries = {view.name: _counted(pixels)}
+    if view.return_box:
+        entries[f"{view.name}.box"] = _counted(np.array([crop.as_row() for crop in crops], np.float32))
+    for number, mask in enumerate(view.mask):
+        rng, side = ViewRandom(key(_MASKS, number, base=base)), view.size // mask.patch
+        entries[f"{view.name}.{mask.name}"] = _counted(np.stack([mask.draw(side, side, rng) for _ in crops]))
+    if view.photometric is not None:
+        rng = ViewRandom(key(_COLOURS, base=base))
+        if view.photometric.mode == "reference":
+            changed = [reference(torch.from_numpy(crop), view.photometric, rng).numpy() for crop in pixels]
+            entries[view.name] = _counted(np.stack(changed))
+        else:
+            rows = np.array([view.photometric.draw(rng) for _ in crops], np.float32)
+            entries[view.name + PARAMS_SUFFIX] = _counted(rows)
+    return entries
 
-    Returns:
-        (3, size, size) uint8.
+
+def _placements(
+    view: VolumeView, shape: tuple[int, ...], rng: ViewRandom, shown: Mapping[str, Any]
+) -> Sequence[Placement]:
+    if view.same_crop_as is not None:
+        placements: Sequence[Placement] = shown[view.same_crop_as]
+        return placements
+    return [view.place(shape, rng) for _ in range(view.count)]
+
+
+def _counted(values: Any) -> Tensor:
+    """(count, ...) to a tensor, without the dimension when the count is 1."""
+    return torch.from_numpy(values[0] if len(values) == 1 else values)
+
+
+def _as_channels(values: Any, channels: tuple[int, ...] | None) -> Any:
+    """(C, H, W) of (H, W) or (C, H, W), of the channels asked for."""
+    if values.ndim not in (2, 3):
+        raise DataError(f"array of shape {values.shape} is no picture (H, W) or (C, H, W)")
+    if values.ndim == 2:
+        values = values[None]
+    if channels is None:
+        return values
+    if max(channels) >= len(values):
+        raise DataError(f"there is no channel {max(channels)}; the array has {len(values)}")
+    return values[list(channels)]
+
+
+def _source(view: AnyView, fields: frozenset[str]) -> _Source:
+    """Where a view reads, and as what.
+
+    Raises:
+        DataError: not every sample has the field, or its name says that it holds something else.
     """
-    photo = _photo(image)
-    shorter = size if size < 64 else round(size * 256 / 224)
-    if photo.width <= photo.height:
-        resized = (shorter, max(shorter, shorter * photo.height // photo.width))
-    else:
-        resized = (max(shorter, shorter * photo.width // photo.height), shorter)
-    if resized != photo.size:
-        photo = photo.resize(resized, Image.Resampling.BICUBIC)
-    left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
-    pixels = np.asarray(photo)[top : top + size, left : left + size]  # (size, size, 3)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, size, size)
+    kind = next(name for name, cls in KINDS.items() if isinstance(view, cls))
+    field = _field(view, kind, fields)
+    if isinstance(view, LabelView):
+        return _Source(field, "label")
+    suffix = field.rsplit(".", 1)[-1]
+    if not isinstance(view, View):
+        _require_suffix(view, field, suffix, _ARRAY_FIELDS)
+        return _Source(field, "volume" if kind == "volume" else "array", view.array)
+    wants_values = view.resize == "nearest"
+    _require_suffix(view, field, suffix, ("png", *_ARRAY_FIELDS) if wants_values else _DEFAULT_FIELDS["image"])
+    if suffix in _ARRAY_FIELDS:
+        if view.photometric is not None:
+            raise DataError(f"view {view.name!r}: photometric is for RGB photos, and field {field!r} holds an array")
+        return _Source(field, "values" if wants_values else "numbers", view.array, view.channels)
+    if view.channels is not None or view.array is not None:
+        raise DataError(f"view {view.name!r}: channels and array are for npy and npz fields; field is {field!r}")
+    return _Source(field, "values" if wants_values else "photo")
 
 
-def _photo(image: ImageLike) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise DataError(f"image of shape {image.shape} and type {image.dtype} is not (H, W, 3) uint8")
-    return Image.fromarray(image)
+def _field(view: AnyView, kind: str, fields: frozenset[str]) -> str:
+    if isinstance(view, View) and view.resize == "nearest" and view.field is None:
+        raise DataError(f"view {view.name!r}: resize='nearest' needs field, the mask or depth map to read")
+    candidates = (view.field,) if view.field is not None else _DEFAULT_FIELDS[kind]
+    for name in candidates:
+        if name in fields:
+            return name
+    raise DataError(
+        f"view {view.name!r}: no field {' or '.join(candidates)} in every sample; every sample has "
+        f"{', '.join(sorted(fields)) or 'none'}{nearest(candidates[0], fields)}"
+    )
+
+
+def _require_suffix(view: AnyView, field: str, suffix: str, readable: Sequence[str]) -> None:
+    if suffix not in readable:
+        raise DataError(f"view {view.name!r}: field {field!r} does not end in {', '.join(readable)}")

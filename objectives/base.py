@@ -1,19 +1,30 @@
 """What every objective is to the training loop.
 
 The loop calls `forward` once per micro-batch and `after_step` once per optimiser step; it knows nothing else about an
-objective. NOT here: schedules and optimisers (`pretrain.engine`), how views are cut (`data_pipelines.views`).
+objective. Everything a subclass may rely on, and everything it must keep to, is in this file.
+
+* All work with gradients happens inside one `forward`, the only entry that an engine sees.
+* `forward` changes no state: activation checkpointing may run it twice, and a step with a non-finite loss is thrown
+  away. Statistics that it gathers wait for `after_step`, which is not called for such a step.
+* All randomness comes from the batch's "seed", so that a step does not depend on ranks or on restarts.
+* State is parameters, persistent buffers and the teacher. All three are saved and come back bit for bit.
+
+NOT here: schedules of the optimiser (`pretrain.engine`), how views are cut (`data_pipelines.views`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from backbones.vit import ViTBackbone
+from objectives.teacher import ReadWeight, Teacher
 
 __all__ = ["Objective", "Output", "Progress"]
 
@@ -40,11 +51,13 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         Config: dataclass of the settings.
-        backbone: what is exported and graded.
+        backbone: the encoder that is trained.
+        teacher: moving average of the student's modules, with a `backbone` among them; None without one.
     """
 
     Config: ClassVar[type]
     backbone: ViTBackbone
+    teacher: Teacher | None = None
 
     @abstractmethod
     def views(self) -> list[dict[str, Any]]:
@@ -60,8 +73,19 @@ class Objective(nn.Module, ABC):
             progress: for schedules inside the objective.
         """
 
-    def after_step(self, progress: Progress) -> None:
-        """Work after an optimiser step, such as moving an average; nothing by default."""
+    def after_step(self, progress: Progress, read: ReadWeight) -> None:
+        """Work after an optimiser step, such as moving the teacher or a centre; nothing by default.
+
+        All ranks call it alike, so collectives are allowed. `progress` is that of the step just taken, `read` gives
+        a parameter's whole float32 value.
+        """
+
+    def diagnose(self, metrics: Mapping[str, float], progress: Progress) -> str | None:
+        """What is wrong with a run that shows these metrics (means over ranks), in one line; None: nothing.
+
+        Called on logged steps. A line that comes several times in a row is reported as a collapse.
+        """
+        return None
 
     @abstractmethod
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,6 +93,34 @@ class Objective(nn.Module, ABC):
 
         Runs outside the engine's forward, so an engine that shards parameters (ZeRO-3) has to gather them around it.
         """
+
+    @property
+    def exported(self) -> ViTBackbone:
+        """The encoder that is exported and graded: the teacher's, if there is one."""
+        return self.backbone if self.teacher is None else self.teacher.backbone  # type: ignore[return-value]
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """All state beside the parameters: persistent buffers and the teacher. The same on every rank."""
+        persistent = self.state_dict().keys()
+        buffers = {name: tensor for name, tensor in self.named_buffers() if name in persistent}
+        teacher = {} if self.teacher is None else self.teacher.state_dict()
+        return {
+            **{f"buffer.{name}": tensor for name, tensor in buffers.items()},
+            **{f"teacher.{name}": tensor for name, tensor in teacher.items()},
+        }
+
+    @torch.no_grad()
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore from `extra_state`.
+
+        Raises:
+            KeyError: names are missing or unknown.
+        """
+        own = self.extra_state()
+        if own.keys() != state.keys():
+            raise KeyError(f"extra state differs in {', '.join(sorted(own.keys() ^ state.keys()))}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
 
     def param_groups(self, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
         """Trainable parameters as torch optimiser groups; call it before an engine shards them.

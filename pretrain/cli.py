@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from pretrain import __version__
+from pretrain.data_commands import data
 from pretrain.errors import RequestError, RunFailed
 
 __all__ = ["cli", "main"]
@@ -142,6 +143,9 @@ def recipes(name: str | None) -> None:
     width = max(map(len, recipe_names()))
     for known in recipe_names():
         click.echo(f"{known:<{width}}  {recipe_description(known)}")
+
+
+cli.add_command(data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -149,12 +149,14 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Recipe:
     if forbidden:
         allowed = f"a resume may change {', '.join(_RESUMABLE)}"
         raise RequestError(*(f"{key}={pairs[key]}: fixed when the run began; {allowed}" for key in forbidden))
-    divided = "train.micro_batch_size" in pairs or "train.accumulation" in pairs
-    derived: list[str] = []
-    if "train.workers" in pairs and not divided:
+    open_keys = {"train.micro_batch_size", "train.accumulation"} - set(pairs)
+    derived = [f"{key}=null" for key in open_keys] if len(open_keys) == 1 else []
+    if "train.workers" in pairs and len(open_keys) == 2:
         train = load_recipe(path, check_files=False).train
         micro = train.micro_batch_size
-        is_whole = pairs["train.workers"].isdigit() and train.global_batch_size % (int(pairs["train.workers"]) * micro) == 0
+        workers = int(pairs["train.workers"]) if pairs["train.workers"].isdigit() else 0
+        assert micro is not None  # a saved recipe has it filled in
+        is_whole = workers * micro > 0 and train.global_batch_size % (workers * micro) == 0
         derived = ["train.accumulation=null", *([] if is_whole else ["train.micro_batch_size=null"])]
     return load_recipe(path, (*derived, *overrides))
 

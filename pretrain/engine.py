@@ -15,7 +15,7 @@ import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -80,6 +80,30 @@ def _loopback_store(rank: int, world_size: int) -> Any:
     )
 
 
+class StepResult(NamedTuple):
+    """Loss and metrics of one step, and whether it was applied (it is not when a loss was not finite)."""
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+    applied: bool
+
+
+class _StepGuard:
+    """Makes the steps of a torch optimiser do nothing while `skips` is set.
+
+    Whatever is around the optimiser (gradient reduction, master weights, shards) goes through its usual motions and
+    drops the gradients; weights and moments stay as they are, in every ZeRO stage.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.skips = False
+        self._step = optimizer.step
+        optimizer.step = self._guarded  # type: ignore[method-assign]
+
+    def _guarded(self, *arguments: Any, **options: Any) -> Any:
+        return None if self.skips else self._step(*arguments, **options)
+
+
 class Engine:
     """An objective under DeepSpeed.
 
@@ -103,6 +127,9 @@ class Engine:
             betas=tuple(optimizer.betas),
             eps=optimizer.eps,
         )
+        self._guard = _StepGuard(torch_optimizer)
+        if objective.teacher is not None:
+            objective.teacher.to(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside DeepSpeed that a user can do nothing about
             self._engine, *_ = deepspeed.initialize(
@@ -122,48 +149,87 @@ class Engine:
             if group["weight_decay"] > 0:
                 group["weight_decay"] = weight_decay
 
-    def step(self, micro_batches: Sequence[dict[str, torch.Tensor]], progress: Progress, *, grad_norm: bool) -> Output:
-        """One optimiser step over the rank's micro-batches.
+    def step(
+        self, micro_batches: Sequence[dict[str, torch.Tensor]], progress: Progress, *, grad_norm: bool
+    ) -> StepResult:
+        """One optimiser step over the rank's micro-batches, with what the objective does after it.
+
+        When a loss is not finite on any rank, no rank changes weights, optimiser state or objective.
 
         Args:
             micro_batches: As many as `train.accumulation` says.
             progress: Where the run is.
-            grad_norm: Add the global gradient norm (before clipping) to the metrics; costs a pass over the gradients.
+            grad_norm: Add gradient norms (before clipping), of all and of each part, to the metrics; costs a pass over
+                the gradients.
 
         Returns:
-            Loss and metrics of this rank averaged over its micro-batches; scalars on the device, without a host sync.
+            Loss and metrics of this rank averaged over its micro-batches; scalars on the device.
         """
         outputs: list[Output] = []
-        norm: torch.Tensor | float | None = None
-        for batch in micro_batches:
+        norms: dict[str, torch.Tensor] = {}
+        for number, batch in enumerate(micro_batches, start=1):
             output = self._engine(batch, progress)
             self._engine.backward(output.loss)  # divides by the number of micro-batches
             outputs.append(Output(output.loss.detach(), output.metrics))
-            if grad_norm and self.stage == 0 and len(outputs) == len(micro_batches):
-                norm = torch.nn.utils.get_total_norm(
-                    [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-                )
+            if number == len(micro_batches):
+                norms = self._grad_norms() if grad_norm else {}
+                self._guard.skips = not self._all_finite(outputs)
             self._engine.step()  # updates at the last micro-batch only
-        if grad_norm and self.stage > 0:
-            norm = self._engine.get_global_grad_norm()
+        # ZeRO-3, and bf16, also drop a step whose gradient is not finite though the loss is.
+        applied = not (self._guard.skips or getattr(self._engine.optimizer, "overflow", False))
+        if applied:
+            self.objective.after_step(progress, self.read_weight)
+        elif self.stage == 3 and (kept_whole := self._engine.optimizer.persistent_parameters):
+            kept_whole[0].all_gather(kept_whole)  # a dropped step leaves them sharded, which the next one cannot trace
         metrics = {name: _mean([output.metrics[name] for output in outputs]) for name in outputs[0].metrics}
-        if norm is not None:
-            metrics["grad_norm"] = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
-        return Output(_mean([output.loss for output in outputs]), metrics)
+        return StepResult(_mean([output.loss for output in outputs]), metrics | norms, applied)
+
+    @torch.no_grad()
+    def _all_finite(self, outputs: Sequence[Output]) -> bool:
+        """Whether every loss of every rank is. Collective, and a host sync, which overlaps with the backward pass."""
+        finite = torch.stack([output.loss for output in outputs]).isfinite().all().float()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
+
+    @torch.no_grad()
+    def _grad_norms(self) -> dict[str, torch.Tensor]:
+        """`grad_norm` of everything and `grad_norm/PART` of each part of the objective. Collective under ZeRO."""
+        from deepspeed.utils import safe_get_full_grad
+
+        squares: dict[str, torch.Tensor] = {}
+        for name, parameter in self.objective.named_parameters():
+            if parameter.requires_grad:
+                gradient = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
+                if gradient is not None:
+                    part, square = name.partition(".")[0], gradient.float().square().sum()
+                    squares[part] = squares[part] + square if part in squares else square
+        total = torch.stack(list(squares.values())).sum()
+        parts = {f"grad_norm/{part}": square.sqrt() for part, square in squares.items()}
+        return {"grad_norm": total.sqrt(), **(parts if len(parts) > 1 else {})}
+
+    @torch.no_grad()
+    def read_weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """The whole float32 value of a parameter, in its own shape. A collective when ZeRO or bf16 keep it elsewhere.
+
+        A frozen parameter has no float32 master: its value is as precise as the engine's type.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        is_here = self.stage < 3 and parameter.dtype == torch.float32
+        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad and not is_here else None
+        return (parameter if master is None else master).detach().float().reshape(_full_shape(parameter))
 
     @torch.no_grad()
     def backbone_weights(self) -> dict[str, torch.Tensor]:
-        """The backbone in fp32 under timm's names, on the CPU. A collective under ZeRO: call it on every rank."""
-        from deepspeed.utils import safe_get_full_fp32_param
+        """The exported backbone in fp32 under timm's names, on the CPU. A collective under ZeRO: call it on every rank.
 
-        full = {}
-        for name, parameter in self.objective.backbone.vit.named_parameters():
-            master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            full[name] = (
-                (parameter if master is None else master).detach().float().cpu().reshape(_full_shape(parameter))
-            )
-        weights = self.objective.backbone.timm_state_dict()  # order and persistent buffers, as timm has them
-        return {name: full.get(name, tensor.detach().cpu()).clone() for name, tensor in weights.items()}
+        That is the teacher's if the objective has one.
+        """
+        exported = self.objective.exported
+        weights = exported.timm_state_dict()  # order and persistent buffers, as timm has them
+        own = self.objective.backbone
+        full = {name: self.read_weight(p) for name, p in own.vit.named_parameters()} if exported is own else {}
+        return {name: full.get(name, tensor.detach()).cpu().clone() for name, tensor in weights.items()}
 
     def pictures(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the objective has to show for a batch. A collective under ZeRO-3, which must gather the parameters."""

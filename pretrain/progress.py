@@ -92,6 +92,9 @@ class Terminal:
     def _show_checkpoint(self, record: dict[str, Any]) -> None:
         self.say(f"checkpoint at step {record['step']}: {record['path']}")
 
+    def _show_warning(self, record: dict[str, Any]) -> None:
+        self.say(f"WARNING at step {record['step']}: {record['text']}")
+
     def _show_evaluation(self, record: dict[str, Any]) -> None:
         name = f"{record['protocol']}/{record['data']}"
         if "error" in record:

@@ -167,7 +167,7 @@ def _facts(
     facts = [
         ("objective", str(recipe["objective"]["name"])),
         ("backbone", str(recipe["backbone"]["name"])),
-        ("data", str(recipe["data"]["train"])),
+        ("data", recipe["data"]["train"] or ", ".join(part["name"] for part in recipe["data"]["mixture"])),
         ("steps", f"{max(training, default=0)} of {train['steps']}"),
         ("batch", f"{train['global_batch_size']} images, {train['workers']} workers, ZeRO {train['zero_stage']}"),
         ("precision", str(train["precision"])),
@@ -179,6 +179,7 @@ def _facts(
         facts.append(("wall time", _duration(ended - began)))
     if resumed := sum(record["kind"] == "resumed" for record in journal):
         facts.append(("resumed", f"{resumed} x"))
+    facts += [("warning", f"step {r['step']}: {r['text']}") for r in journal if r["kind"] == "warning"][-8:]
     return facts
 
 

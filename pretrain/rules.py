@@ -11,15 +11,17 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from backbones.names import model_names
 from data_pipelines.errors import DataError
-from data_pipelines.source import expand_source
+from data_pipelines.locations import redact, scheme_of
+from data_pipelines.source import check_source
 from evaluation import registry as evaluations
 from pretrain.findings import Findings, nearest
-from pretrain.schema import BackboneConfig, EvaluationConfig, Recipe, TrainConfig
+from pretrain.schema import BackboneConfig, DataConfig, EvaluationConfig, Recipe, TrainConfig
 
 __all__ = ["evaluation_data_problem", "nearest_file", "resolve"]
 
@@ -58,7 +60,7 @@ def resolve(draft: Recipe, findings: Findings, *, check_files: bool) -> Recipe:
     _check_deepspeed(draft.deepspeed, findings)
     recipe = replace(
         draft,
-        data=replace(draft.data, root=absolute(draft.data.root), train=str(absolute(draft.data.train))),
+        data=_with_absolute_paths(draft.data),
         train=_with_batch_arithmetic(draft.train, findings),
         evaluation=replace(
             draft.evaluation, data={name: absolute(path) for name, path in draft.evaluation.data.items()}
@@ -66,8 +68,7 @@ def resolve(draft: Recipe, findings: Findings, *, check_files: bool) -> Recipe:
         tracking=replace(draft.tracking, model_name=draft.tracking.model_name or draft.name),
         storage=_checked_storage(draft.storage, findings),
     )
-    if check_files:
-        _check_shards(draft.data.train, findings)
+    _check_data(draft.data, findings, check_files=check_files)
     if recipe.evaluation.enabled:
         if check_files:
             _check_evaluation_data(recipe.evaluation, findings)
@@ -78,9 +79,9 @@ def resolve(draft: Recipe, findings: Findings, *, check_files: bool) -> Recipe:
 def absolute(path: str | None) -> Any:
     """The absolute form of a path: `package:` is in the installed package, `~` at home, others in the current folder.
 
-    URLs and None come back as they are.
+    URLs, commands and None come back as they are.
     """
-    if path is None or "://" in path:
+    if path is None or "://" in path or scheme_of(path) == "pipe":
         return path
     if path.startswith("package:"):
         return str(_PACKAGE / path.removeprefix("package:"))
@@ -237,12 +238,42 @@ def _nearest_divisors(number: int, wanted: int) -> list[int]:
     return sorted({below, above})
 
 
-def _check_shards(source: str, findings: Findings) -> None:
-    if findings.sound("data.train"):
-        try:
-            expand_source(absolute(source))
-        except DataError as error:
-            findings.add("data.train", source, str(error))
+def _with_absolute_paths(data: DataConfig) -> DataConfig:
+    return replace(
+        data,
+        root=absolute(data.root),
+        train=absolute(data.train),
+        mixture=[replace(part, shards=absolute(part.shards)) for part in data.mixture],
+        cache_dir=absolute(data.cache_dir),
+    )
+
+
+def _check_data(data: DataConfig, findings: Findings, *, check_files: bool) -> None:
+    if findings.sound("data.train", "data.mixture") and (data.train is None) == (not data.mixture):
+        if data.train is None:
+            findings.add_missing("data.train", findings.origin("name"), "data.train=SHARDS, or a list in data.mixture")
+        else:
+            key = findings.latest("data.train", "data.mixture")
+            value = data.train if key == "data.train" else [part.name for part in data.mixture]
+            findings.add(key, value, "data.train and data.mixture are both given; add data.train=null or mixture=[]")
+    if findings.sound("data.limit", "data.mixture") and data.limit is not None and data.mixture:
+        findings.add("data.limit", data.limit, "limits data.train; in a mixture give each part its own limit")
+    sources = {"data.train": data.train}
+    for index, part in enumerate(data.mixture):
+        key = f"data.mixture[{index}]"
+        sources[f"{key}.shards"] = part.shards
+        if findings.sound(key) and (part.weight is None) == (part.repeat is None):
+            findings.add(f"{key}.weight", part.weight, "give one of weight (share) and repeat (passes) to each part")
+        if findings.sound(key) and part.name in [other.name for other in data.mixture[:index]]:
+            findings.add(f"{key}.name", part.name, "named twice; give each part its own name")
+    if findings.sound("data.decoder") and data.decoder == "simplejpeg" and find_spec("simplejpeg") is None:
+        findings.add("data.decoder", data.decoder, "not installed: pip install 'pretrain[fast]', or use auto or pil")
+    for key, source in sources.items():
+        if check_files and source is not None and findings.sound(key):
+            try:
+                check_source(absolute(source), allow_pipe=data.allow_pipe)
+            except DataError as error:
+                findings.add(key, redact(source), str(error))
 
 
 def _checked_storage(storage: str, findings: Findings) -> str:

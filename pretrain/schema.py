@@ -16,6 +16,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "EvaluationTask",
+    "MixturePart",
     "OptimizerConfig",
     "Recipe",
     "TrackingConfig",
@@ -68,16 +69,58 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
+class MixturePart:
+    """One of several data sets that are mixed. Exactly one of weight and repeat is set."""
+
+    name: str = setting("what messages call it")
+    shards: str = setting("as data.train", metavar="SHARDS")
+    weight: float | None = setting("share of the samples, relative to the other parts", None, range=(1e-6, 1e9))
+    repeat: float | None = setting("passes over it in one pass over the mixture", None, range=(1e-6, 1e9))
+    limit: int | None = setting("use only the first n samples; null: all", None, range=(1, None))
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """What to learn from. The sample order is a pure function of train.seed and the last three values."""
+    """What to learn from: one of train and mixture. The sample order is a pure function of it, train.seed,
+    block_size, window and num_streams.
+    """
 
     root: str | None = setting("directory other paths of the recipe may refer to as ${data.root}", None, metavar="DIR")
-    train: str = setting("shards: a directory, dir/train-*.tar, train-{000..003}.tar or one tar", metavar="SHARDS")
+    train: str | None = setting(
+        "shards: a directory, dir/train-*.tar, train-{000..003}.tar, one tar; also http(s)://, s3://, gs://",
+        None,
+        metavar="SHARDS",
+    )
+    mixture: list[MixturePart] = setting("several data sets instead of data.train", [])
+    limit: int | None = setting("use only the first n samples of data.train; null: all", None, range=(1, None))
     loader_workers: int = setting("decoding processes per training worker; 0: in the worker itself", 1, range=(0, 256))
     prefetch_batches: int = setting("micro-batches each decoding process prepares ahead", 2, range=(1, 1024))
     block_size: int = setting("neighbouring samples that are read together", 256, range=(1, None))
     window: int = setting("blocks that are mixed with each other", 16, range=(1, None))
     num_streams: int = setting("independent sequences the samples are dealt to", 8, range=(1, None))
+    decoder: str = setting(
+        "of JPEGs; auto: simplejpeg where it is installed, else PIL", "auto", choices=("auto", "pil", "simplejpeg")
+    )
+    resampler: str = setting(
+        "what scales crops; torch takes a third of PIL's time and crops before it scales, as torchvision does",
+        "torch",
+        choices=("torch", "pil"),
+    )
+    scaled_decoding: bool = setting("let the decoder halve photos much larger than their views; changes pixels", False)
+    max_corrupt_fraction: float = setting(
+        "share of damaged samples that are replaced by others; 0: the first one ends the run", 0.0, range=(0.0, 0.5)
+    )
+    record_samples: bool = setting("write the ids of the samples of each step to samples/rank-*.jsonl", False)
+    fetch: str = setting(
+        "remote shards: by range, whole (shard), or whatever the server can (auto)",
+        "auto",
+        choices=("auto", "range", "shard"),
+    )
+    cache_dir: str | None = setting("where remote shards are kept; null: $PRETRAIN_CACHE/shards", None, metavar="DIR")
+    cache_gb: float = setting(
+        "bound of that cache in GB (1e9 bytes), for all processes of a node", 32.0, range=(0.01, 1e6)
+    )
+    allow_pipe: bool = setting("accept pipe:COMMAND as a shard; the command is run", False)
 
 
 @dataclass(frozen=True)
@@ -117,6 +160,10 @@ class TrainConfig:
     keep_last: int = setting("newest checkpoints whose training state is kept", 2, range=(1, None))
     keep_best: int = setting("best checkpoints by evaluation.select that are kept besides", 1, range=(0, None))
     max_failures: int = setting("restarts of the worker group before the run gives up", 3, range=(0, None))
+    max_skipped_steps: int = setting(
+        "steps with a non-finite loss that are skipped before the run ends", 10, range=(0, None)
+    )
+    stop_on_collapse: bool = setting("end the run when the objective finds its features or loss collapsed", False)
     pictures_every: int | None = setting("steps between pictures; 0: none; null: as checkpoints", None, range=(0, None))
 
 

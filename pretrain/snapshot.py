@@ -25,6 +25,8 @@ from pretrain.schema import Recipe
 
 __all__ = ["newest", "restore", "take"]
 
+EXTRA_STATE = "objective.safetensors"  # buffers and teacher of the objective, the same on every rank
+
 
 def take(
     run_dir: Path, step: int, engine: Engine, stream: Stream, recipe: Recipe, *, training_state: bool = True
@@ -52,7 +54,10 @@ def take(
     weights = engine.backbone_weights()
     path = checkpoint.checkpoint_path(run_dir, step)
     if rank == 0:
-        save_backbone(staged / "backbone.safetensors", weights, engine.objective.backbone.spec)
+        if training_state:
+            extra = {name: tensor.detach().cpu().clone() for name, tensor in engine.objective.extra_state().items()}
+            save_file(extra, state_dir / EXTRA_STATE)
+        save_backbone(staged / "backbone.safetensors", weights, engine.objective.exported.spec)
         (staged / "recipe.yaml").write_text(to_yaml(recipe))
     dist.barrier()  # all ranks have written: digests may be taken
     if rank == 0:
@@ -65,7 +70,7 @@ def take(
             "zero_stage": recipe.train.zero_stage,
             "precision": recipe.train.precision,
             "objective": recipe.objective.name,
-            "backbone": engine.objective.backbone.spec,
+            "backbone": engine.objective.exported.spec,
         }
         checkpoint.publish(run_dir, step, manifest)
     dist.barrier()  # all ranks: a restart from here on finds this checkpoint
@@ -117,6 +122,7 @@ def restore(found: checkpoint.Published, manifest: dict[str, Any], engine: Engin
     else:
         engine.load_resharded(state_dir, found.path.with_name(f".{found.path.name}.universal"))
         torch.manual_seed(torch.initial_seed() + found.step)
+    engine.objective.load_extra_state(load_file(state_dir / EXTRA_STATE))
     saved, loaded = load_file(found.path / "backbone.safetensors"), engine.backbone_weights()
     equal = [name for name, tensor in saved.items() if name in loaded and torch.equal(tensor, loaded[name])]
     if len(equal) != len(saved) or engine.optimizer_steps != found.step:

@@ -10,6 +10,7 @@ What arrives:
                   last checkpoint: steps already sent are dropped, per metric.
     checkpoints   a logged model plus a version of the registered model. Step 0, the random backbone that scores are
                   compared with, is a floor and no product: its scores are recorded, it gets no version.
+    warnings      tags `warning/collapse` and `warning/non_finite_loss`, the last one of each.
     evaluations   `eval/PROTOCOL/DATA/METRIC` at the step of the checkpoint, on the run, the model and the version.
                   Each (step, protocol, data) once, however often the driver reports it.
     alias best    the version with the highest `select` score, over all runs that share the model name; without `select`
@@ -309,6 +310,9 @@ class Tracker:
             return partial(self._send_checkpoint, step, self._inside(record["path"]))
         if kind == "pictures" and (picture := self._inside(record["path"])).is_file():
             return lambda run: run.log_picture(picture)
+        if kind == "warning":
+            value = f"step {record['step']}: {record['text']}"[:1000]
+            return partial(MlflowRun.tag, key=f"warning/{record['about']}", value=value)
         if kind == "failed":
             return partial(MlflowRun.tag, key="error", value=str(record["error"])[:1000])
         return None

@@ -11,12 +11,12 @@ What is not here: DeepSpeed (`pretrain.engine`), checkpoints (`pretrain.snapshot
 
 from __future__ import annotations
 
-import math
+import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,22 @@ import torch
 import torch.distributed as dist
 
 from backbones.registry import create_backbone
-from data_pipelines.shards import open_dataset
+from data_pipelines.mixture import Mixture, Part
+from data_pipelines.photometric import PARAMS_SUFFIX
+from data_pipelines.shards import Dataset, open_dataset
+from data_pipelines.stores import FetchOptions
 from data_pipelines.stream import Stream, StreamState
 from data_pipelines.views import views_from
 from objectives import registry as objectives
-from objectives.base import Objective, Output, Progress
+from objectives.base import Objective, Progress
 from pretrain import checkpoint, snapshot
-from pretrain.engine import Engine, init_distributed, pick_device
+from pretrain.engine import Engine, StepResult, init_distributed, pick_device
 from pretrain.errors import RequestError
 from pretrain.journal import Journal
 from pretrain.pictures import write_pictures
 from pretrain.schedule import learning_rate, weight_decay
-from pretrain.schema import Recipe
+from pretrain.schema import DataConfig, Recipe
+from pretrain.watch import Watch
 
 __all__ = ["train"]
 
@@ -62,7 +66,8 @@ def train(
 
     Raises:
         ValueError: World size and recipe disagree.
-        FloatingPointError: The loss is not finite.
+        FloatingPointError: Too many steps had a loss that is not finite, or the run collapsed and
+            `train.stop_on_collapse` is set.
         CheckpointError: The newest checkpoint is damaged or does not fit this run.
     """
     entered = time.time()
@@ -82,11 +87,13 @@ def train(
     pids = [0] * world_size
     dist.all_gather_object(pids, os.getpid())  # all ranks; rank 0 writes down which process is which rank
     found = snapshot.newest(run_dir)
-    stream = build_stream(recipe, objective, rank, snapshot.stream_state(found[1]) if found else StreamState(0, 0))
+    state = snapshot.stream_state(found[1]) if found else StreamState(0, 0)
+    stream = build_stream(recipe, objective, rank, state, pin_memory=device.type == "cuda")
     with Journal(run_dir / "journal.jsonl") if rank == 0 else _Silence() as journal:
         say = _speaker(journal, listener if rank == 0 else None)
         step = found[0].step if found else 0
-        say("start", step=step, total_steps=recipe.train.steps, world_size=world_size, device=str(device), pids=pids)
+        place = {"world_size": world_size, "device": str(device), "pids": pids, "decoder": stream.decoder}
+        say("start", step=step, total_steps=recipe.train.steps, **place)
         if found:
             say("resumed", **snapshot.restore(*found, engine, stream))
         elif recipe.evaluation.baseline and not checkpoint.published(run_dir):
@@ -110,11 +117,14 @@ def run_steps(
     """The steps from `first_step` to the last one."""
     total, accumulation = recipe.train.steps, recipe.train.accumulation or 1
     batches = iter(stream)
-    window = _Window()
+    samples = _SampleRecord(run_dir) if recipe.data.record_samples else _Silence()
+    window, watch = _Window(), Watch(recipe.train, say)
     for step in range(first_step, total):
         fetched = time.perf_counter()
-        micro_batches = [_to_device(next(batches), engine.device) for _ in range(accumulation)]
+        loaded = [next(batches) for _ in range(accumulation)]
         window.waited += time.perf_counter() - fetched
+        samples.write(step + 1, loaded)
+        micro_batches = [stream.finish(_to_device(batch, engine.device)) for batch in loaded]
         if step == first_step:
             clock["first_batch"] = time.time()
 
@@ -122,20 +132,21 @@ def run_steps(
         is_logged = done % recipe.train.log_every == 0 or done == total
         rates = {"lr": learning_rate(recipe, step), "weight_decay": weight_decay(recipe, step)}
         engine.set_schedule(rates["lr"], rates["weight_decay"])
-        output = engine.step(micro_batches, progress, grad_norm=is_logged)
-        engine.objective.after_step(progress)
+        result = engine.step(micro_batches, progress, grad_norm=is_logged)
+        if not result.applied:
+            watch.skipped(done)
 
         window.steps += 1
         if step == first_step:
             _announce_startup(clock, say)
         if is_logged:
-            values = _mean_over_ranks(output)  # host sync: only on logged steps
-            if not math.isfinite(values["loss"]):
-                remedy = "lower optimizer.lr or set optimizer.clip_grad"
-                raise FloatingPointError(f"the loss is {values['loss']} at step {done}: {remedy}")
+            values = _mean_over_ranks(result)  # host sync: only on logged steps
+            if recipe.data.max_corrupt_fraction:
+                values["corrupt_samples"] = _sum_over_ranks(stream.num_corrupt, engine.device)
             throughput = window.close(recipe.train.global_batch_size)
             seen = {"samples_seen": done * recipe.train.global_batch_size, "memory_mb": _peak_memory_mb(engine.device)}
             say("metrics", step=done, values={**values, **rates, **throughput, **seen})
+            watch.judge(engine.objective.diagnose(values, progress), done)
         pause = time.perf_counter()
         if _is_due(done, total, recipe.train.pictures_every):
             pictures = engine.pictures(micro_batches[0])
@@ -165,11 +176,13 @@ def build_objective(recipe: Recipe) -> Objective:
     return objectives.load(recipe.objective.name)(backbone, recipe.objective)
 
 
-def build_stream(recipe: Recipe, objective: Objective, rank: int, state: StreamState) -> Stream:
+def build_stream(
+    recipe: Recipe, objective: Objective, rank: int, state: StreamState, *, pin_memory: bool = False
+) -> Stream:
     """This rank's share of the recipe's sample order, from `state` on, in the views that the objective asks for."""
     assert recipe.train.micro_batch_size is not None  # filled in by `pretrain.rules`
     return Stream(
-        open_dataset(recipe.data.train),
+        open_data(recipe.data),
         views_from(objective.views()),
         global_batch_size=recipe.train.global_batch_size,
         micro_batch_size=recipe.train.micro_batch_size,
@@ -182,7 +195,23 @@ def build_stream(recipe: Recipe, objective: Objective, rank: int, state: StreamS
         block_size=recipe.data.block_size,
         window=recipe.data.window,
         num_streams=recipe.data.num_streams,
+        max_corrupt_fraction=recipe.data.max_corrupt_fraction,
+        decoder=recipe.data.decoder,
+        scaled_decoding=recipe.data.scaled_decoding,
+        resampler=recipe.data.resampler,
+        pin_memory=pin_memory,
     )
+
+
+def open_data(data: DataConfig) -> Dataset | Mixture:
+    """The recipe's data set, or its mixture of several."""
+    fetch = FetchOptions(
+        cache_dir=data.cache_dir, cache_bytes=int(data.cache_gb * 1e9), mode=data.fetch, allow_pipe=data.allow_pipe
+    )
+    if data.train is not None:
+        return open_dataset(data.train, fetch=fetch, limit=data.limit)
+    opened = ((part, open_dataset(part.shards, fetch=fetch, limit=part.limit)) for part in data.mixture)
+    return Mixture([Part(part.name, dataset, weight=part.weight, repeat=part.repeat) for part, dataset in opened])
 
 
 class _Window:
@@ -214,8 +243,25 @@ class _Silence:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def write(self, kind: str, **fields: Any) -> None:
+    def write(self, *_: object, **fields: Any) -> None:
         return None
+
+
+class _SampleRecord:
+    """Which samples each step of this rank took: one JSON line per step, with sample ids in the order of the batches.
+
+    A step that was trained twice, after a restart from an earlier checkpoint, has two equal lines.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        path = run_dir / "samples" / f"rank-{dist.get_rank():05d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        self._file = path.open("a")
+
+    def write(self, step: int, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+        ids = [sample_id for batch in batches for sample_id in batch["sample_id"].tolist()]
+        self._file.write(json.dumps({"step": step, "world_size": dist.get_world_size(), "ids": ids}) + "\n")
+        self._file.flush()
 
 
 def _speaker(journal: Journal | _Silence, listener: Listener | None) -> Callable[..., None]:
@@ -244,13 +290,23 @@ def _announce_startup(clock: dict[str, float], say: Callable[..., None]) -> None
 
 
 def _to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    """Photometric parameters stay: from the host they steer the device without a sync."""
+    return {
+        name: tensor if name.endswith(PARAMS_SUFFIX) else tensor.to(device, non_blocking=True)
+        for name, tensor in batch.items()
+    }
 
 
-def _mean_over_ranks(output: Output) -> dict[str, float]:
+def _mean_over_ranks(output: StepResult) -> dict[str, float]:
     values = torch.stack([output.loss, *output.metrics.values()])
     dist.all_reduce(values)  # all ranks, logged steps only; rank 0 writes the mean
     return dict(zip(["loss", *output.metrics], (values / dist.get_world_size()).tolist(), strict=True))
+
+
+def _sum_over_ranks(count: int, device: torch.device) -> float:
+    total = torch.tensor(float(count), device=device)
+    dist.all_reduce(total)  # all ranks, logged steps only
+    return float(total)
 
 
 def _peak_memory_mb(device: torch.device) -> float:

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.decode import MAX_PIXELS, decode_image, decode_label, decode_mask
+from data_pipelines import decode
+from data_pipelines.decode import (
+    MAX_PIXELS,
+    Photo,
+    chosen_decoder,
+    decode_array,
+    decode_arrays,
+    decode_image,
+    decode_label,
+    decode_mask,
+)
 from data_pipelines.errors import DataError
 from data_pipelines.shards import Dataset, open_dataset
 
@@ -133,3 +143,161 @@ def test_decode_label__integers(data: bytes, label: int) -> None:
 def test_decode_label__refuses(data: bytes) -> None:
     with pytest.raises(DataError, match="is not an integer in ASCII"):
         decode_label(data)
+
+
+def jpeg(pixels: np.ndarray, mode: str | None = None, **settings: int) -> bytes:
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    (image.convert(mode) if mode else image).save(file, "JPEG", **settings)
+    return file.getvalue()
+
+
+def npy(values: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+def npz(*, is_compressed: bool = True, **arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    (np.savez_compressed if is_compressed else np.savez)(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+@pytest.fixture
+def fast() -> str:
+    pytest.importorskip("simplejpeg")
+    return "simplejpeg"
+
+
+@pytest.mark.parametrize("name", ["photos_caltech", "photos_grocery", "camvid"])
+def test_photo__decoders_give_the_same_pixels_of_real_photos(shared_data: Path, fast: str, name: str) -> None:
+    dataset = open_dataset(shared_data / name / "train-000000.tar")
+    for i in range(0, 100, 5):
+        data = dataset.read(i)["jpg"]
+        for factor in (1, 2, 4):
+            slow, quick = Photo(data), Photo(data, fast)
+            assert (slow.width, slow.height) == (quick.width, quick.height)
+            slow.reduce(factor)
+            quick.reduce(factor)
+            assert np.array_equal(slow.pixels, quick.pixels)
+            assert slow.pixels.shape[:2] == (-(-slow.height // factor), -(-slow.width // factor))
+            assert np.array_equal(np.asarray(quick.image), quick.pixels)
+
+
+def test_photo__decoders_agree_on_every_kind_of_jpeg(fast: str) -> None:
+    smooth = np.add.outer(np.arange(37), np.arange(53))[..., None] + np.array([0, 40, 90])
+    pixels = smooth.astype(np.uint8)
+    files = [jpeg(pixels, quality=q, subsampling=s) for q in (30, 95) for s in (0, 1, 2)]
+    files += [
+        jpeg(pixels, "L"),
+        jpeg(pixels, "CMYK"),
+        jpeg(pixels, progressive=1),
+        encoded(pixels),
+        encoded(pixels[:1]),
+    ]
+    for data in files:
+        assert np.array_equal(Photo(data).pixels, Photo(data, fast).pixels)
+
+
+@pytest.mark.parametrize("keep", [3, 100, 0.3, 0.9, -20])
+def test_photo__decoders_refuse_the_same_truncated_files(grocery: Dataset, fast: str, keep: float) -> None:
+    data = grocery.read(0)["jpg"]
+    cut = data[: int(keep * len(data)) if 0 < keep < 1 else int(keep)]
+    messages = []
+    for decoder in ("pil", fast):
+        with pytest.raises(DataError) as caught:
+            _ = Photo(cut, decoder).pixels
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_photo__what_the_fast_decoder_complains_about_pil_decides(grocery: Dataset, fast: str) -> None:
+    """Zeroed bytes inside pass in PIL (only a CRC finds them), so they pass with either decoder."""
+    data = bytearray(grocery.read(0)["jpg"])
+    data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
+    assert np.array_equal(Photo(bytes(data)).pixels, Photo(bytes(data), fast).pixels)
+
+
+def test_photo__size_is_known_before_the_pixels(pixels: np.ndarray) -> None:
+    photo = Photo(jpeg(pixels)[:-30])
+    assert (photo.width, photo.height) == (11, 7)
+    with pytest.raises(DataError, match="cannot decode image"):
+        _ = photo.pixels
+
+
+def test_photo__huge_jpeg_is_refused_by_its_header(fast: str) -> None:
+    data = bytearray(jpeg(np.zeros((8, 8, 3), np.uint8)))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 60000, 60000)
+    for decoder in ("pil", fast):
+        with pytest.raises(DataError, match=r"cannot decode|60000 x 60000 pixels exceeds the limit"):
+            Photo(bytes(data), decoder)
+
+
+def test_chosen_decoder__auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "find_spec", lambda _: None)
+    assert chosen_decoder("auto") == chosen_decoder("pil") == "pil"
+    with pytest.raises(DataError, match=r"'simplejpeg' is not installed; pip install 'pretrain\[fast\]'"):
+        chosen_decoder("simplejpeg")
+    monkeypatch.setattr(decode, "find_spec", lambda name: name)
+    assert chosen_decoder("auto") == chosen_decoder("simplejpeg") == "simplejpeg" and chosen_decoder("pil") == "pil"
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2", "<i8", "<f2", ">f8", "?"])
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 3, 4)])
+def test_decode_array__values_survive(dtype: str, shape: tuple[int, ...]) -> None:
+    values = np.asarray(np.random.default_rng(0).integers(0, 2000, shape)).astype(dtype)
+    for stored in (values, np.asfortranarray(values)):
+        found = decode_array(npy(stored))
+        assert np.array_equal(found, values) and found.dtype == values.dtype.newbyteorder("=")
+        assert found.dtype.isnative
+
+
+@pytest.mark.parametrize("is_compressed", [True, False])
+def test_decode_array__member_of_an_npz(is_compressed: bool) -> None:
+    data = npz(a=np.arange(4), b=np.ones((2, 2), np.float16), is_compressed=is_compressed)
+    assert decode_array(data, "a").tolist() == [0, 1, 2, 3] and decode_array(data, "b").dtype == np.float16
+    assert {name: values.shape for name, values in decode_arrays(data).items()} == {"a": (4,), "b": (2, 2)}
+    assert decode_array(npz(only=np.arange(3))).tolist() == [0, 1, 2]
+    assert decode_arrays(npy(np.arange(3)))[""].tolist() == [0, 1, 2]
+
+
+def damaged_zip() -> bytes:
+    data = bytearray(npz(a=np.random.default_rng(0).integers(0, 9, 500), is_compressed=False))
+    data[400] ^= 1
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "message"),
+    [
+        (b"", None, "cannot decode array of 0 bytes"),
+        (b"\x93NUMPY\x01\x00", None, "cannot decode array of 8 bytes"),
+        (b"PK\x03\x04" + b"x" * 30, None, "cannot decode array of 34 bytes"),
+        (pickle.dumps({"a": 1}), None, "cannot decode array"),
+        (npy(np.array([{"a": 1}], object)), None, "array holds object, not plain numbers; Python objects"),
+        (npz(a=np.array([{"a": 1}], object)), None, "array holds object, not plain numbers"),
+        (npy(np.array(["text"])), None, "array holds <U4, not plain numbers"),
+        (npy(np.zeros(2, np.complex64)), None, "array holds complex64"),
+        (npy(np.zeros((0, 3))), None, "array of shape (0, 3) and type float64 needs 0 bytes, there are 0"),
+        (npy(np.zeros(8))[:-8], None, "array of shape (8,) and type float64 needs 64 bytes, there are 56"),
+        (npy(np.zeros(8)) + b"x", None, "needs 64 bytes, there are 65"),
+        (npz(a=np.zeros(2), b=np.zeros(2)), None, "npz has no array None; it has a, b"),
+        (npz(a=np.zeros(2)), "b", "npz has no array 'b'; it has a"),
+        (npy(np.zeros(2)), "b", "not an npz with array 'b'"),
+        (damaged_zip(), "a", "Bad CRC-32"),
+    ],
+)
+def test_decode_array__refuses(data: bytes, name: str | None, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        decode_array(data, name)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_decode_array__claimed_size_is_not_allocated() -> None:
+    data = npy(np.zeros(4, np.uint8)).replace(b"(4,)", b"(1<<", 1)  # no literal: must not be evaluated
+    with pytest.raises(DataError, match="cannot decode array"):
+        decode_array(data)
+    huge = npy(np.zeros(4, np.uint8)).replace(b"(4,), }                 ", b"(99999999999999999,), } ", 1)
+    with pytest.raises(DataError, match=r"needs 99999999999999999 bytes, there are 4"):
+        decode_array(huge)

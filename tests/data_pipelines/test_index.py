@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import tarfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
+import safetensors.numpy
 
 from data_pipelines.errors import DataError
-from data_pipelines.index import ShardIndex, load_index, scan_shard
+from data_pipelines.index import ShardIndex, load_index, scan_shard, sidecar
+from data_pipelines.stores import Store
 
 MEMBER = 512 + 1024  # header + data of each member below, padded
 SAMPLE = 2 * MEMBER
@@ -35,6 +39,10 @@ def refused(shard: Path) -> str:
     message = str(caught.value)
     assert str(shard) in message and "\n" not in message
     return message
+
+
+def load(shard: Path) -> ShardIndex:
+    return load_index(str(shard), Store())
 
 
 def patch(shard: Path, offset: int, content: bytes) -> None:
@@ -139,6 +147,13 @@ def test_scan_shard__names(tmp_path: Path, write_tar: Write, names: list[str], m
     assert message in refused(write_tar(tmp_path / "a.tar", [(name, b"") for name in names]))
 
 
+def test_scan_shard__name_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+        tar.addfile(tarfile.TarInfo("caf\u00e9.jpg"))
+    assert "has a name that is not UTF-8" in refused(path)
+
+
 def test_scan_shard__links_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
@@ -150,57 +165,157 @@ def test_scan_shard__links_are_refused(tmp_path: Path) -> None:
 
 def test_load_index__missing_shard(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot open shard .*gone.tar: No such file"):
-        load_index(tmp_path / "gone.tar")
+        load(tmp_path / "gone.tar")
 
 
 def test_load_index__second_time_comes_from_the_cache(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = load_index(shard)
-    monkeypatch.setattr("data_pipelines.index.scan_shard", lambda path: pytest.fail("scanned again"))
-    second = load_index(shard)
+    first = load(shard)
+    monkeypatch.setattr("data_pipelines.index.scan_shard", lambda *_: pytest.fail("scanned again"))
+    second = load(shard)
     assert second.digest == first.digest and second.field_ranges(4) == first.field_ranges(4)
 
 
 def test_load_index__changed_shard_is_scanned_again(shard: Path) -> None:
-    before = load_index(shard)
+    before = load(shard)
     patch(shard, 600, b"new")
     os.utime(shard, ns=(0, 12345))
-    after = load_index(shard)
+    after = load(shard)
     assert after.digest != before.digest and after.crc32[0] != before.crc32[0]
 
 
 def test_load_index__sidecar_wins_when_it_fits(shard: Path, write_tar: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     index = scan_shard(shard)
-    sidecar = shard.with_name("a.tar.index.npz")
-    index.save(sidecar)
+    index.save(Path(sidecar(str(shard))))
     with monkeypatch.context() as patched:
-        patched.setattr("data_pipelines.index.scan_shard", lambda path: pytest.fail("scanned"))
-        assert load_index(shard).digest == index.digest
+        patched.setattr("data_pipelines.index.scan_shard", lambda *_: pytest.fail("scanned"))
+        assert load(shard).digest == index.digest
     write_tar(shard, [("other.jpg", b"x")])  # another size: the sidecar is stale
-    assert load_index(shard).key(0) == "other"
+    assert load(shard).key(0) == "other"
 
 
-@pytest.mark.parametrize("damage", ["cut", "pickle", "text", "shapes"])
-def test_shard_index__damaged_file_is_not_used(shard: Path, tmp_path: Path, damage: str) -> None:
-    path, index = tmp_path / "i.npz", scan_shard(shard)
-    index.save(path)
-    assert ShardIndex.load(path, index.num_bytes) is not None
-    if damage == "cut":
-        os.truncate(path, path.stat().st_size // 2)
-    elif damage == "pickle":
-        np.savez(path, format=np.array([{"a": 1}], dtype=object))
-    elif damage == "text":
-        path.write_text("not an index")
-    else:
-        stored = dict(np.load(path))
-        stored["size"] = stored["size"][:-1]
-        np.savez(path, **stored)
-    assert ShardIndex.load(path, index.num_bytes) is None
+class RemoteStore(Store):
+    """Files of a folder under URLs; counts what is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.asked: list[str] = []
+
+    def size(self, location: str) -> int:
+        self.asked.append(f"size {location}")
+        return self.local_copy(location).stat().st_size
+
+    def read_file(self, location: str) -> bytes | None:
+        self.asked.append(f"file {location}")
+        path = self.local_copy(location)
+        return path.read_bytes() if path.exists() else None
+
+    def local_copy(self, location: str) -> Path:
+        return self.folder / location.partition("?")[0].rpartition("/")[2]
+
+
+def test_load_index__of_a_remote_shard(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, index, store = "https://me:secret@host/data/a.tar?key=secret", scan_shard(shard), RemoteStore(shard.parent)
+    index.save(Path(sidecar(str(shard))))
+    monkeypatch.setattr("data_pipelines.index.scan_shard", lambda *_: pytest.fail("scanned"))
+    sidecar_url = "https://me:secret@host/data/a.tar.index?key=secret"
+    for expected in ([f"size {url}", f"file {sidecar_url}"], [f"size {url}"]):  # the second time from the cache
+        assert load_index(url, store).digest == index.digest
+        assert store.asked == expected
+        store.asked.clear()
+    assert load_index(url, store, num_bytes=index.num_bytes, digest="1").digest == index.digest
+    assert store.asked == [f"file {sidecar_url}"]  # a listed size is not asked for; another digest, another cache entry
+
+
+def test_load_index__remote_shard_without_sidecar_is_scanned_under_its_name(shard: Path) -> None:
+    store = RemoteStore(shard.parent)
+    assert load_index("s3://bucket/a.tar", store).digest == scan_shard(shard).digest
+    os.truncate(shard, 1000)
+    with pytest.raises(DataError, match=r"^shard s3://bucket/b/a.tar: member '0000.jpg' at offset 0 needs 1536 bytes"):
+        load_index("s3://bucket/b/a.tar?key=secret", store)
+
+
+def test_load_index__expected_size(shard: Path) -> None:
+    size = shard.stat().st_size
+    with pytest.raises(DataError, match=rf"shard {shard} has {size} bytes, expected 7 "):
+        load_index(str(shard), Store(), num_bytes=7)
+
+
+def test_shard_index__container_is_safetensors_and_deterministic(shard: Path) -> None:
+    index = scan_shard(shard)
+    content = index.to_bytes()
+    assert content == scan_shard(shard).to_bytes()
+    tensors = safetensors.numpy.load(content)
+    assert tensors["samples"].tobytes() == index.rows.tobytes() and tensors["samples"].shape == (10, 24 + 16)
+    assert tensors["keys"].tobytes() == b"".join(b"%04d" % number for number in range(10))
+    again = ShardIndex.open(content, index.num_bytes)
+    assert again is not None and again.digest == index.digest and again.to_bytes() == content
+    assert again.row(3) == (SAMPLE * 3, SAMPLE, int(index.crc32[3]), 12, 16, 512, 1212, 2048, 2648)
+
+
+def test_shard_index__mapped_file_is_not_copied(shard: Path, tmp_path: Path) -> None:
+    index = scan_shard(shard)
+    index.save(tmp_path / "i.index")
+    mapped = ShardIndex.open(tmp_path / "i.index", index.num_bytes)
+    assert mapped is not None and not mapped.rows.flags.owndata and not mapped.rows.flags.writeable
+    os.unlink(tmp_path / "i.index")  # what is mapped stays
+    assert mapped.digest == index.digest
+
+
+def _shorter(header: dict[str, Any]) -> None:
+    header["samples"]["data_offsets"][1] -= 8
+
+
+def _foreign(header: dict[str, Any]) -> None:
+    header["__metadata__"]["format"] = "other/1"
+
+
+def _more_fields(header: dict[str, Any]) -> None:
+    header["__metadata__"]["fields"] = '["jpg", "png", "txt"]'
+
+
+def _no_keys(header: dict[str, Any]) -> None:
+    del header["keys"]
+
+
+@pytest.mark.parametrize("damage", [_shorter, _foreign, _more_fields, _no_keys])
+def test_shard_index__wrong_header_is_not_used(shard: Path, damage: Callable[[dict[str, Any]], None]) -> None:
+    index = scan_shard(shard)
+    content = index.to_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    damage(header)
+    text = json.dumps(header).encode().ljust(size + 64)
+    assert ShardIndex.open(len(text).to_bytes(8, "little") + text + content[8 + size :], index.num_bytes) is None
+
+
+def test_shard_index__damaged_file_is_not_used(shard: Path, tmp_path: Path) -> None:
+    index, path = scan_shard(shard), tmp_path / "i.index"
+    content = index.to_bytes()
+    assert ShardIndex.open(content, index.num_bytes) is not None
+    assert ShardIndex.open(content, index.num_bytes + 1) is None  # of a shard of another size
+    for damaged in (b"", b"not an index", content[:7], content[:100], content[: len(content) // 2], content[:-1]):
+        path.write_bytes(damaged)
+        assert ShardIndex.open(path, index.num_bytes) is None
+        assert ShardIndex.open(damaged, index.num_bytes) is None
+    pickled = pickle.dumps(index.row(0))
+    assert ShardIndex.open(pickled, index.num_bytes) is None
+    assert ShardIndex.open(tmp_path / "gone.index", index.num_bytes) is None
+
+
+@pytest.mark.parametrize("column", ["start", "size", "key_begin", "key_end", "fields"])
+def test_shard_index__range_outside_is_not_used(shard: Path, column: str) -> None:
+    index = scan_shard(shard)
+    rows = index.rows.copy()
+    rows[column][-1] = 0xFFFFFFF0
+    damaged = ShardIndex(index.num_bytes, index.field_names, rows, index.keys)
+    assert ShardIndex.open(damaged.to_bytes(), index.num_bytes) is None
 
 
 def test_load_index__unwritable_cache_costs_a_warning(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRETRAIN_CACHE", str(shard))  # a file where the folder should be
     with pytest.warns(UserWarning, match="cannot keep shard indices"):
-        assert load_index(shard).num_samples == 10
+        assert load(shard).num_samples == 10
 
 
 def test_shard_index__digest_is_content_not_place(shard: Path, tmp_path: Path) -> None:
@@ -214,5 +329,10 @@ def test_shard_index__digest_is_content_not_place(shard: Path, tmp_path: Path) -
 def test_shard_index__save_leaves_no_temporary_file(shard: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scan_shard(shard).save(tmp_path / "kept" / "i.npz")
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["i.npz"]
+        scan_shard(shard).save(tmp_path / "kept" / "i.index")
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["i.index"]
+
+
+def test_shard_index__golden_digest(shard: Path) -> None:
+    """Of the first published form of the index; runs and evaluations are recorded under it."""
+    assert scan_shard(shard).digest == "e9ca2ef1d93e5b264530ba51e44479982d5465e23752d80b1af26fff5158ad3e"

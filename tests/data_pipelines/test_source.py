@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.source import expand_source
+from data_pipelines.source import check_source, expand_source
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def names(source: object) -> list[str]:
-    return [path.name for path in expand_source(source)]  # type: ignore[arg-type]
+    return [Path(path).name for path in expand_source(source)]  # type: ignore[arg-type]
 
 
 def test_expand_source__directory_glob_braces_file_and_list_are_sorted_and_absolute(
@@ -36,7 +37,7 @@ def test_expand_source__directory_glob_braces_file_and_list_are_sorted_and_absol
     assert names(f"file://{folder}/train-*.tar") == train
     assert names([folder / "val-000000.tar", f"{folder}/train-000000.tar"]) == [train[0], "val-000000.tar"]
     monkeypatch.chdir(folder)
-    assert expand_source("val-*.tar") == (folder / "val-000000.tar",)
+    assert expand_source("val-*.tar") == (str(folder / "val-000000.tar"),)
 
 
 def test_expand_source__existing_path_is_taken_literally(tmp_path: Path) -> None:
@@ -47,22 +48,124 @@ def test_expand_source__existing_path_is_taken_literally(tmp_path: Path) -> None
     assert names(odd / "x.tar") == ["x.tar"]
 
 
-@pytest.mark.parametrize(
-    "source",
-    ["pipe:echo x > {0}/owned; cat a.tar", "PIPE:cat a.tar", "http://h/a.tar", "s3://b/a.tar", "hf://d/a.tar", "s3:b"],
-)
-def test_expand_source__refuses_commands_and_remote_schemes(folder: Path, source: str) -> None:
-    scheme = source.partition(":")[0]
-    with pytest.raises(DataError, match=rf"scheme '{scheme}:' is not supported") as caught:
-        expand_source(source.replace("{0}", str(folder)))
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("source", ["pipe:echo x > {0}/owned; cat a.tar", "PIPE:cat a.tar"])
+def test_expand_source__commands_are_refused_unless_allowed(folder: Path, source: str) -> None:
+    source = source.replace("{0}", str(folder))
+    for ask in (expand_source, check_source):
+        with pytest.raises(DataError, match=r"is a command and is not run; set data.allow_pipe=true to allow it"):
+            ask(source)
+        assert expand_source(source, allow_pipe=True) == (source,)
     assert not (folder / "owned").exists()
 
 
-def test_expand_source__url_secrets_are_not_repeated() -> None:
+def test_expand_source__of_a_command_only_number_ranges_are_expanded() -> None:
+    source = "pipe:tar c {08..10} | awk '{print $1,$2}'"
+    assert expand_source(source, allow_pipe=True) == tuple(
+        f"pipe:tar c {number} | awk '{{print $1,$2}}'" for number in ("08", "09", "10")
+    )
+
+
+@pytest.mark.parametrize("source", ["hf://d/a.tar", "ftp://h/a.tar", "s3:b", "http:/h/a.tar"])
+def test_expand_source__other_schemes_are_refused_with_what_is_allowed(source: str) -> None:
+    scheme = source.partition(":")[0]
+    with pytest.raises(
+        DataError, match=rf"scheme '{scheme}' is not supported; allowed are local paths and file://"
+    ) as c:
+        expand_source(source)
+    assert "s3://" in str(c.value) and "\n" not in str(c.value)
+
+
+def test_expand_source__urls_by_name_and_braces_need_no_network() -> None:
+    source = [
+        "https://h/d/train-{000009..000011}.tar?sig=x",
+        "s3://b/{train,val}-0.tar",
+        "gs://b/a.tar",
+        "gcs://b/c.tar",
+    ]
+    check_source(source)
+    assert expand_source(source) == (
+        "gcs://b/c.tar",
+        "gs://b/a.tar",
+        "https://h/d/train-000009.tar?sig=x",
+        "https://h/d/train-000010.tar?sig=x",
+        "https://h/d/train-000011.tar?sig=x",
+        "s3://b/train-0.tar",
+        "s3://b/val-0.tar",
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("http://h/train-*.tar", "a web server cannot be listed; name the shards, as in train-{000000..000012}.tar"),
+        ("http://h/data", "http://h/data ends neither in .tar, as shards do, nor in '/', as directories do"),
+        ("https://me:secret@h/a.tgz?token=secret", "https://h/a.tgz ends neither in .tar"),
+        ("s3://b/train-*", "a glob names shards, as in train-*.tar"),
+        ("s3://key:secret@b/a.tar", "s3://b/a.tar: credentials do not belong into a s3:// URL"),
+        ("https://me:secret@h/a-{3..1}.tar", "runs backwards"),
+        ("https://me:secret@h/a-{3..1.tar", "cannot read the braces of https://h/a-{3..1.tar"),
+        ("http://h/{0..99999999999}.tar", "names more than 1000000 shards"),
+        (["https://me:secret@h/a.tar", "https://me:secret@h/a.tar"], "shard https://h/a.tar is named twice"),
+    ],
+)
+def test_check_source__wrong_urls_are_named_without_secrets(source: str | list[str], message: str) -> None:
     with pytest.raises(DataError) as caught:
-        expand_source("https://user:secret@host/a.tar?token=hidden")
-    assert "secret" not in str(caught.value) and "hidden" not in str(caught.value)
+        check_source(source)
+    assert message in str(caught.value)
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_check_source__knows_local_files_and_leaves_remote_stores_alone(folder: Path) -> None:
+    check_source([str(folder), "s3://b/prefix/", "http://h/d/", "s3://b/train-*.tar"])
+    with pytest.raises(DataError, match=r"no such shard: .*train-000009.tar"):
+        check_source(["s3://b/prefix/", f"{folder}/train-000009.tar"])
+
+
+class Listing:
+    """A store that knows one `dataset.json` and one listing."""
+
+    def __init__(self, manifest: object = None) -> None:
+        self.manifest, self.asked = manifest, []  # type: object, list[str]
+
+    def read_file(self, location: str) -> bytes | None:
+        self.asked.append(location)
+        return None if self.manifest is None else json.dumps(self.manifest).encode()
+
+    def glob(self, pattern: str) -> list[str]:
+        self.asked.append(pattern)
+        return [pattern.replace("*", "9"), pattern.replace("*", "8")]
+
+
+def manifest(*names: str) -> dict[str, object]:
+    entry = {"samples": 1, "bytes": 2048, "sha256": "0" * 64, "index_digest": "0" * 64}
+    shards = [{"name": name, **entry} for name in names]
+    split = {"samples": len(shards), "digest": "0" * 64, "shards": shards}
+    return {"format": "pretrain-dataset/1", "name": "x", "fields": {"jpg": "image"}, "splits": {"train": split}}
+
+
+def test_expand_source__remote_directory_is_listed_by_its_manifest() -> None:
+    store = Listing(manifest("train-1.tar", "train-0.tar"))
+    found = expand_source("https://h/d/?sig=x", store=store)  # type: ignore[arg-type]
+    assert found == ("https://h/d/train-0.tar?sig=x", "https://h/d/train-1.tar?sig=x")
+    assert store.asked == ["https://h/d/dataset.json?sig=x"]
+    for name in ("../a.tar", "http://elsewhere/a.tar", "a.zip"):
+        with pytest.raises(
+            DataError, match=r"https://h/d/dataset.json lists .*, which is not the file name of a shard"
+        ):
+            expand_source("https://h/d/", store=Listing(manifest(name)))  # type: ignore[arg-type]
+
+
+def test_expand_source__bucket_without_manifest_is_listed() -> None:
+    for foreign in (None, {"classes": []}):
+        store = Listing(foreign)
+        assert expand_source("s3://b/d/", store=store) == ("s3://b/d/8.tar", "s3://b/d/9.tar")  # type: ignore[arg-type]
+        assert store.asked == ["s3://b/d/dataset.json", "s3://b/d/*.tar"]
+
+
+def test_expand_source__webdataset_variables_play_no_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOPEN_REWRITE", "http://h/=pipe:cat ")
+    monkeypatch.setenv("WDS_REWRITE", "http://h/=pipe:cat ")
+    assert expand_source("http://h/a.tar") == ("http://h/a.tar",)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +198,7 @@ def test_expand_source__nothing_and_duplicates(folder: Path) -> None:
         expand_source([str(folder), f"{folder}/train-000000.tar"])
 
 
-def test_source__imports_neither_torch_nor_numpy() -> None:
-    code = "import sys, data_pipelines.source; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
+def test_source__imports_nothing_heavy() -> None:
+    heavy = ("torch", "numpy", "PIL", "fsspec", "asyncio")
+    code = f"import sys, data_pipelines.source; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

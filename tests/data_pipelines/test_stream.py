@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import multiprocessing
 import os
@@ -17,9 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_pipelines.decode import decode_image
 from data_pipelines.errors import DataError
+from data_pipelines.mixture import Mixture, Part
 from data_pipelines.order import key
 from data_pipelines.randomness import ViewRandom, sample_seed
 from data_pipelines.shards import Dataset, open_dataset
@@ -33,7 +36,7 @@ Record = tuple[int, int, int]  # sample id, device seed, CRC-32 of all its pixel
 VIEWS = (View("image", 6),)
 
 
-def stream(dataset: Dataset, views: Sequence[View] = VIEWS, **changes: Any) -> Stream:
+def stream(dataset: Dataset | Mixture, views: Sequence[View] = VIEWS, **changes: Any) -> Stream:
     settings: dict[str, Any] = {
         "global_batch_size": 8,
         "micro_batch_size": 8,
@@ -263,15 +266,78 @@ def test_stream__damage_while_running_is_named(tiny_dataset: Tiny, num_workers: 
     dataset = tiny_dataset([6])
     path = dataset.shards[0].path
     os.truncate(path, 700)
-    with pytest.raises(DataError, match=rf"shard {path}, sample '0000\d': needs bytes .*, the file ends at"):
+    with pytest.raises(DataError, match=rf"{path}: needs bytes .*, the file ends at"):
         next(iter(stream(dataset, num_workers=num_workers)))
 
 
-def test_stream__needs_an_image_field(tmp_path: Path, write_tar: Write) -> None:
-    dataset = open_dataset(write_tar(tmp_path / "a.tar", [("1.cls", b"1"), ("1.npy", b"")]))
+def _with_damage(tmp_path: Path, write_tar: Write, grocery: Dataset, num_bad: int) -> Dataset:
+    """40 photos, `num_bad` of them (b00, b01, ...) not decodable, spread over the shard."""
+    members = [(f"{i:02d}.jpg", grocery.read(i)["jpg"]) for i in range(40)]
+    for number in range(num_bad):
+        members[number * 40 // num_bad] = (f"b{number:02d}.jpg", b"\xff\xd8\xff no picture")
+    return open_dataset(write_tar(tmp_path / f"damaged-{num_bad}.tar", members))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stream__damaged_samples_are_replaced_and_positions_stay(
+    tmp_path: Path, write_tar: Write, grocery: Dataset, num_workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = _with_damage(tmp_path, write_tar, grocery, 2)
+    options = {"num_workers": num_workers, "max_corrupt_fraction": 0.05, "block_size": 8}
+    whole = stream(dataset, **options)
+    batches = list(itertools.islice(whole, 10))  # two epochs of 40
+    ids = torch.cat([batch["sample_id"] for batch in batches])
+    assert sorted(ids[:40].tolist()) == sorted(ids[40:].tolist()) == list(range(40))
+    assert whole.num_corrupt == 4
+    assert "replaced a damaged sample (1 so far): shard " in caplog.text and "sample 'b0" in caplog.text
+
+    # The substitute depends on the sample alone: the same after a resume, on other ranks, with other loaders.
+    resumed = stream(dataset, **options | {"num_workers": 1 - num_workers // 2}, state=StreamState(0, 24))
+    for batch, again in zip(batches[3:], itertools.islice(resumed, 7), strict=True):
+        assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+def test_stream__more_damage_than_allowed_ends_it(tmp_path: Path, write_tar: Write, grocery: Dataset) -> None:
+    dataset = _with_damage(tmp_path, write_tar, grocery, 8)
     with pytest.raises(
-        DataError, match="no field jpg or jpeg or png or webp in every sample; every sample has cls, npy"
+        DataError, match=r"\d of \d+ samples read here were damaged, more than data.max_corrupt_fraction=0.1 "
     ):
+        list(itertools.islice(stream(dataset, max_corrupt_fraction=0.1), 5))
+    with pytest.raises(DataError, match=r"sample 'b0\d', field jpg: .*; data.max_corrupt_fraction=0.001 replaces such"):
+        list(itertools.islice(stream(dataset), 5))
+
+
+def test_stream__nothing_sound_left(tmp_path: Path, write_tar: Write) -> None:
+    dataset = open_dataset(write_tar(tmp_path / "a.tar", [("1.jpg", b"none"), ("2.jpg", b"none")]))
+    with pytest.raises(DataError, match=r"sample \d and 15 substitutes are damaged; the last: shard"):
+        next(iter(stream(dataset, max_corrupt_fraction=0.4)))
+
+
+def test_stream__mixture_goes_on_anywhere_with_any_number_of_ranks(tmp_path: Path, write_tar: Write) -> None:
+    parts = []
+    for name, count in (("a", 7), ("b", 20)):
+        members = [(f"{name}{i}.png", _picture(i)) for i in range(count)]
+        parts.append(Part(name, open_dataset(write_tar(tmp_path / f"{name}.tar", members)), weight=1.0))
+    mixture = Mixture(parts)
+    expected = torch.cat([batch["sample_id"] for batch in itertools.islice(stream(mixture), 12)])  # 96 samples
+    assert (expected < 7).sum() == 48  # half of them, though a has a quarter of the samples
+    position = 5 * 8
+    state = StreamState(*divmod(position, mixture.num_samples))
+    ranks = [stream(mixture, rank=rank, world_size=2, micro_batch_size=4, state=state) for rank in range(2)]
+    for step, both in enumerate(itertools.islice(zip(*ranks, strict=True), 7)):
+        seen = torch.cat([batch["sample_id"] for batch in both])
+        assert sorted(seen.tolist()) == sorted(expected[position + 8 * step :][:8].tolist())
+
+
+def _picture(value: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, value, value)).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_stream__needs_an_image_field(tmp_path: Path, write_tar: Write) -> None:
+    dataset = open_dataset(write_tar(tmp_path / "a.tar", [("1.cls", b"1"), ("1.txt", b"")]))
+    with pytest.raises(DataError, match=r"no field jpg or jpeg or png or webp .*in every sample; every sample has cls"):
         stream(dataset)
 
 
@@ -288,8 +354,8 @@ def test_stream__needs_an_image_field(tmp_path: Path, write_tar: Write) -> None:
         ({"prefetch_batches": 0}, "prefetch_batches=0"),
         ({"seed": -1}, "seed=-1"),
         ({"window": 0}, "window=0"),
-        ({"state": StreamState(0, 9)}, r"StreamState\(epoch=0, position=9\) is not allowed; .* position in 0\.\.8"),
-        ({"state": StreamState(-1, 0)}, r"epoch is from 0"),
+        ({"state": StreamState(0, -1)}, r"StreamState\(epoch=0, position=-1\) is not allowed; epoch and position"),
+        ({"state": StreamState(-1, 0)}, r"are from 0"),
         ({"views": ()}, "no view is asked for"),
         ({"views": (View("a", 8), View("a", 9))}, "view name 'a' is used twice"),
     ],
@@ -310,10 +376,13 @@ def test_stream__order_signature_guards_resume(tiny_dataset: Tiny) -> None:
         "block_size": 3,
         "window": 2,
         "num_streams": 4,
+        "resampler": "pil",
+        "scaled_decoding": False,
     }
     stream(dataset, world_size=4, micro_batch_size=1, num_workers=2).require_order(saved)
-    for name, value in (("seed", 4), ("block_size", 2), ("window", 9), ("num_streams", 8)):
-        with pytest.raises(DataError, match=rf"cannot resume exactly: {name} was {saved[name]}, is {value};"):
+    changed = {"seed": 4, "block_size": 2, "window": 9, "num_streams": 8, "resampler": "torch"}
+    for name, value in changed.items():
+        with pytest.raises(DataError, match=rf"cannot resume exactly: {name} was {saved[name]!r}, is {value!r};"):
             stream(dataset, VIEWS, **{name: value}).require_order(saved)
     with pytest.raises(DataError, match=r"dataset was .*, num_samples was 9, is 10"):
         stream(tiny_dataset([4, 6])).require_order(saved)

@@ -1,4 +1,6 @@
-"""Crops: reproducible, inside the image, with the stated distribution; the evaluation crop equals the usual one."""
+"""Crops: reproducible, inside the image, with the stated distribution; the evaluation crop is the usual one. Plain data
+to views, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,8 @@ from PIL import Image
 
 from data_pipelines.decode import decode_image
 from data_pipelines.errors import DataError
+from data_pipelines.masks import BlockMask, RandomMask
+from data_pipelines.photometric import Photometric
 from data_pipelines.randomness import ViewRandom, sample_seed
 from data_pipelines.shards import Dataset
 from data_pipelines.views import View, eval_view, random_resized_crop, views_from
@@ -127,7 +131,8 @@ def test_views_from__plain_data() -> None:
     [
         (
             {"name": "v", "sise": 8},
-            "unknown key 'sise'; allowed: name, size, count, scale, ratio, hflip; did you mean 'size'?",
+            "unknown key 'sise'; allowed: name, size, count, scale, ratio, hflip, field, array, channels, resize, "
+            "same_crop_as, overlap_with, min_overlap, return_box, mask, photometric, kind; did you mean 'size'?",
         ),
         ({"name": "v"}, "'size' is missing"),
         ({"size": 8}, "'name' is missing"),
@@ -160,3 +165,38 @@ def test_views_from__names_are_distinct_and_there_is_one() -> None:
         views_from([{"name": "v", "size": 8}, {"name": "v", "size": 16}])
     with pytest.raises(DataError, match="no view is asked for"):
         views_from([])
+
+
+def test_views_from__masks_and_colours() -> None:
+    masks = [{"kind": "random", "patch": 8, "ratio": 0.75}, {"kind": "blocks", "patch": 4, "ratio": 0.5, "name": "b"}]
+    views = views_from([{"name": "v", "size": 32, "mask": masks, "photometric": {"blur_p": 0.5}}])
+    expected = (RandomMask(patch=8, ratio=0.75), BlockMask(patch=4, ratio=0.5, name="b"))
+    assert views == (View("v", 32, mask=expected, photometric=Photometric(blur_p=0.5)),)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": "images"}, "kind='images' is not allowed; it is one of image, points, volume, array, label; did you"),
+        ({"same_crop_as": "aa"}, "view 'v': same_crop_as='aa' is not allowed; it is one of a; did you mean 'a'?"),
+        ({"same_crop_as": "v"}, "same_crop_as='v' is not allowed"),
+        ({"same_crop_as": "a", "hflip": 0}, "hflip=0 has no effect, the crops are those of 'a'; leave it out"),
+        ({"overlap_with": "a"}, "overlap_with and min_overlap belong together"),
+        ({"overlap_with": "a", "min_overlap": 2}, "min_overlap=2 is not allowed"),
+        ({"overlap_with": "a", "min_overlap": 0.5, "count": 3}, "count=3 differs from 2 of 'a'"),
+        ({"resize": "bilinear"}, "resize='bilinear' is not allowed; it is one of bicubic, nearest"),
+        ({"channels": 3}, "channels=3 is not allowed; it is a list of channel numbers"),
+        ({"channels": [-1]}, "channels=-1 is not allowed"),
+        ({"resize": "nearest", "field": "x.png", "photometric": {}}, "photometric changes colours"),
+        ({"photometric": {"blurp": 1}}, "view 'v', photometric: unknown key 'blurp'"),
+        ({"mask": {"kind": "random", "patch": 3, "ratio": 0.5}}, "patch=3 does not divide the size of 8 pixels"),
+        ({"mask": {"kind": "random", "patch": 2, "ratio": 0.5, "name": "box"}}, "name='box' is taken"),
+        ({"mask": [{"kind": "grid", "patch": 2}] * 2}, "name='mask' is taken; give each mask a name of its own"),
+        ({"mask": {"kind": "groups", "patch": 8, "ratio": 0.5}}, "side=0.3 of 8 x 8 pixels is no more than one patch"),
+        ({"name": "v.w"}, "view name 'v.w' is not allowed; give a name other than sample_id, seed, without a dot"),
+    ],
+)
+def test_views_from__refuses_relations_and_extras(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        views_from([{"name": "a", "size": 8, "count": 2}, {"name": "v", "size": 8, **spec}])
+    assert "\n" not in str(caught.value)

@@ -62,10 +62,16 @@ class Loop:
 
     def kill_after_step(self, step: int, timeout_s: float = 240) -> None:
         """SIGKILL all ranks once the journal has the metrics of `step`."""
-        wait_until(lambda: max(read_losses(self.run_dir), default=0) >= step, timeout_s, self.log)
+        wait_until(lambda: self._newest_step() >= step, timeout_s, self.log)
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
             process.wait()
+
+    def _newest_step(self) -> int:
+        """Of the metrics that this process group has written."""
+        records = read_journal(self.run_dir / "journal.jsonl")[0]
+        begun = max((i for i, record in enumerate(records) if record["kind"] == "start"), default=len(records))
+        return max((record["step"] for record in records[begun:] if record["kind"] == "metrics"), default=0)
 
 
 def read_losses(run_dir: Path) -> dict[int, float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,43 @@ def test_loop__killed_and_resumed_equals_uninterrupted(launch: Launch, losses: L
         (run / "checkpoints/step-00000012/backbone.safetensors").read_bytes() for run in (whole.run_dir, broken.run_dir)
     ]
     assert final[0] == final[1]
+
+
+def test_loop__goes_on_with_another_number_of_ranks(launch: Launch, losses: Losses) -> None:
+    """Two ranks, then one, then two again: exactly the samples that remain, and nearly the same losses."""
+    options = ("data.record_samples=true", "evaluation.baseline=false")
+    whole = launch("whole", *options)
+    whole.wait()
+    launch("parts", *options).kill_after_step(6)  # checkpoints are taken every 4 steps
+    launch("parts", *options, "train.workers=1", ranks=1).kill_after_step(10)
+    parts = launch("parts", *options)
+    parts.wait()
+
+    (wanted,) = _samples(whole.run_dir).values()
+    found = _samples(parts.run_dir)
+    assert set(found[2]) | set(found[1]) == set(wanted) == set(range(1, 13))
+    assert all(ids == wanted[step] for steps in found.values() for step, ids in steps.items())
+    records = read_journal(parts.run_dir / "journal.jsonl")[0]
+    resumed = [record for record in records if record["kind"] == "resumed"]
+    assert [(record["step"], record["saved_world_size"]) for record in resumed] == [(4, 2), (8, 1)]
+    assert all(record["tensors"] == record["tensors_total"] for record in resumed)
+    expected = losses(whole.run_dir)
+    for record in records:
+        if record["kind"] == "metrics":
+            assert record["values"]["loss"] == pytest.approx(expected[record["step"]], rel=1e-4)
+
+
+def _samples(run_dir: Path) -> dict[int, dict[int, list[int]]]:
+    """World size -> step -> sorted ids of the samples of that step, where all ranks had come to record it."""
+    shares: dict[tuple[int, int], dict[str, list[int]]] = defaultdict(dict)
+    for path in (run_dir / "samples").glob("rank-*.jsonl"):
+        for record in map(json.loads, path.read_text().splitlines()):
+            shares[record["world_size"], record["step"]][path.name] = record["ids"]
+    found: dict[int, dict[int, list[int]]] = defaultdict(dict)
+    for (world_size, step), ranks in shares.items():
+        if len(ranks) == world_size:
+            found[world_size][step] = sorted(itertools.chain(*ranks.values()))
+    return found
 
 
 def test_loop__damaged_checkpoint_is_refused_by_name(launch: Launch) -> None:

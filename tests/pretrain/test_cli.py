@@ -35,12 +35,13 @@ def test_cli__surface_is_frozen() -> None:
     }
     assert surface == {
         "run": ["RECIPE", "[KEY=VALUE]...", "--address"],
-        "resume": ["RUN_ID", "--storage"],
+        "resume": ["RUN_ID", "[KEY=VALUE]...", "--storage"],
         "evaluate": ["CHECKPOINT", "--protocol", "--data", "--storage"],
         "leaderboard": ["--protocol", "--data", "--storage"],
         "pull": ["NAME[@ALIAS]", "DEST", "--full", "--storage"],
         "report": ["RUN_ID", "--storage"],
         "recipes": ["NAME"],
+        "data": [],
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from data_pipelines.source import expand_source
 from objectives.configs import MAEConfig
-from pretrain.config import load_recipe, recipe_description, recipe_names, recipe_path, to_yaml
+from pretrain.config import load_for_resume, load_recipe, recipe_description, recipe_names, recipe_path, to_yaml
 from pretrain.errors import RequestError
 from pretrain.schema import Recipe
 
@@ -158,6 +158,35 @@ def test_load_recipe__batch_arithmetic_is_filled_in(
     train = load_recipe(minimal, overrides).train
     assert (train.micro_batch_size, train.accumulation) == (micro, accumulation)
     assert train.micro_batch_size * train.accumulation * train.workers == train.global_batch_size
+
+
+def test_load_recipe__mixture(shards: Path, minimal: str) -> None:
+    parts = "[{name: a, shards: shards, weight: 3, limit: 10}, {name: b, shards: shards/train-*.tar, repeat: 2}]"
+    data = load_recipe(minimal, ["data.train=null", f"data.mixture={parts}"]).data
+    assert [(part.name, part.shards, part.weight, part.repeat, part.limit) for part in data.mixture] == [
+        ("a", str(shards), 3.0, None, 10),
+        ("b", f"{shards}/train-*.tar", None, 2.0, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "workers", "micro", "accumulation"),
+    [
+        ([], 2, 16, 1),
+        (["train.workers=1"], 1, 16, 2),  # the micro-batch that fits a worker's memory stays
+        (["train.workers=4"], 4, 8, 1),  # four of 16 would be more than the global batch
+        (["train.workers=1", "train.micro_batch_size=32"], 1, 32, 1),
+        (["train.workers=1", "train.accumulation=4"], 1, 8, 4),
+    ],
+)
+def test_load_for_resume__global_batch_stays(
+    minimal: str, tmp_path: Path, overrides: list[str], workers: int, micro: int, accumulation: int
+) -> None:
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(to_yaml(load_recipe(minimal)))
+    train = load_for_resume(saved, overrides).train
+    assert (train.workers, train.micro_batch_size, train.accumulation) == (workers, micro, accumulation)
+    assert train.global_batch_size == 32
 
 
 def test_load_recipe__base_lr_is_per_256_samples(minimal: str) -> None:

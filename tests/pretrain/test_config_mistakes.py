@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import load_recipe
+from pretrain.config import load_for_resume, load_recipe
 from pretrain.errors import RequestError
 
 MINIMAL = """
@@ -92,7 +92,14 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         # files
         ("data.train=shard/*.tar", "data.train=shard/*.tar: no .tar shard matches"),
         ("data.train=shards/train-{000000..000001}.tar", "no such shard"),
-        ("data.train=s3://bucket/train.tar", "scheme 's3:' is not supported"),
+        ("data.train=ftp://host/train.tar", "ftp"),
+        ("data.train='pipe:cat train.tar'", "data.allow_pipe=true"),
+        (
+            "data.mixture=[{name: a, shards: shards, weight: 1}]",
+            "data.train and data.mixture are both given; add data.train=null",
+        ),
+        ("data.max_corrupt_fraction=0.9", "expected a number in [0, 0.5]"),
+        ("data.fetch=all", "expected one of auto, range, shard"),
         ("evaluation.data.mine=shardz", "no such directory; did you mean"),
         ("storage=s3://bucket", "expected a local directory"),
         ("storage=mine.yaml", "is a file; expected a directory"),
@@ -112,6 +119,34 @@ def test_load_recipe__mistake(recipe: Path, override: str, line: str) -> None:
     found = mistakes(recipe, override)
     assert len(found) == 1, found
     assert found[0].startswith("command line: ") and line in found[0]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "line"),
+    [
+        ("[]", "data.train is required: data.train=SHARDS, or a list in data.mixture"),
+        ("[{name: a, shards: shards}]", "data.mixture[0].weight=null: give one of weight (share) and repeat (passes)"),
+        ("[{name: a, shards: shards, weight: 1, repeat: 1}]", "data.mixture[0].weight=1.0: give one of weight"),
+        (
+            "[{name: a, shards: shards, weight: 1}, {name: a, shards: shards, weight: 1}]",
+            "data.mixture[1].name=a: named twice",
+        ),
+        ("[{name: a, shards: shardz, weight: 1}]", "data.mixture[0].shards=shardz: "),
+        ("[{name: a, shards: shards, weight: 1, limt: 3}]", "did you mean 'data.mixture[].limit'?"),
+        ("[{name: a, shards: shards, weight: 0}]", "data.mixture[0].weight=0.0: expected a number in [1e-06, "),
+    ],
+)
+def test_load_recipe__mistake_in_a_mixture(recipe: Path, mixture: str, line: str) -> None:
+    found = mistakes(recipe, "data.train=null", f"data.mixture={mixture}")
+    assert len(found) == 1, found
+    assert line in found[0]
+
+
+def test_load_for_resume__refuses_what_would_change_the_run(recipe: Path) -> None:
+    with pytest.raises(RequestError) as refused:
+        load_for_resume(recipe, ["train.seed=3", "train.workers=1", "optimizer.lr=1"])
+    assert [line.partition(": ")[0] for line in refused.value.mistakes] == ["train.seed=3", "optimizer.lr=1"]
+    assert "fixed when the run began; a resume may change train.workers, " in refused.value.mistakes[0]
 
 
 def test_load_recipe__unknown_model_names_the_nearest(recipe: Path) -> None:

@@ -55,7 +55,29 @@ def _train(engine: Engine, recipe: Recipe, first: int, last: int) -> list[list[f
         loss = output.loss.clone()
         dist.all_reduce(loss)
         seen.append([float(loss) / RANKS, float(output.metrics["grad_norm"])])
+        parts = torch.stack([output.metrics[f"grad_norm/{part}"] for part in ("backbone", "decoder")])
+        assert output.applied
+        torch.testing.assert_close(parts.norm(), output.metrics["grad_norm"])
     return seen
+
+
+def _is_skipped_whole(engine: Engine, recipe: Recipe) -> bool:
+    """One rank has one micro-batch with a loss that is not a number: nobody's weights move, the next step works."""
+    poisoned = _batches(9, dist.get_rank())
+    if dist.get_rank() == dist.get_world_size() - 1:
+        poisoned[0]["image"] = torch.full((MICRO, 3, 32, 32), torch.nan)
+    before = engine.backbone_weights()
+    skipped = engine.step(poisoned, Progress(STEPS, STEPS), grad_norm=False)
+    unmoved = engine.backbone_weights()
+    applied = engine.step(_batches(9, dist.get_rank()), Progress(STEPS, STEPS), grad_norm=False)
+    after = engine.backbone_weights()
+    return (
+        not skipped.applied
+        and applied.applied
+        and all(torch.equal(before[name], unmoved[name]) for name in before)
+        and any(not torch.equal(before[name], after[name]) for name in before)
+        and all(tensor.isfinite().all() for tensor in after.values())
+    )
 
 
 SETTINGS = {
@@ -97,6 +119,7 @@ def _one_setting(recipe: Recipe, directory: Path) -> dict[str, Any]:
     again.load(directory)
     restored, optimizer_steps = again.backbone_weights(), again.optimizer_steps
     repeated = _train(again, recipe, STEPS // 2, STEPS)
+    repeated_weights = again.backbone_weights()
     return {
         "seen": seen,
         "repeated": repeated,
@@ -104,7 +127,8 @@ def _one_setting(recipe: Recipe, directory: Path) -> dict[str, Any]:
         "restored": all(torch.equal(half[name], restored[name]) for name in half),
         "moved": sum(not torch.equal(before[name], after[name]) for name in before),
         "dtypes": sorted({str(tensor.dtype) for tensor in after.values()}),
-        "repeated_weights": all(torch.equal(tensor, again.backbone_weights()[name]) for name, tensor in after.items()),
+        "repeated_weights": all(torch.equal(tensor, repeated_weights[name]) for name, tensor in after.items()),
+        "skipped": _is_skipped_whole(again, recipe),
         "captions": captions,
         "norm": float(sum(tensor.square().sum() for tensor in after.values())),
     }
@@ -190,6 +214,11 @@ def test_engine__saved_state_continues_bit_exactly(setting: str, found: dict[str
     assert result["repeated"] == result["seen"][STEPS // 2 :]
     assert result["optimizer_steps"] == STEPS // 2
     assert result["moved"] > 20
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_engine__skips_a_step_with_a_non_finite_loss_on_all_ranks(setting: str, found: dict[str, Any]) -> None:
+    assert found[setting]["skipped"]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

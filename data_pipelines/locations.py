@@ -1,0 +1,53 @@
+"""What a location is: an absolute local path, a URL of a remote store, or `pipe:COMMAND`.
+
+Plain text work, nothing is opened and nothing heavy is imported. Not here: sources that stand for several shards
+(`source`), reading (`stores`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+__all__ = ["HTTP", "OBJECT_STORES", "PIPE", "is_local", "redact", "scheme_of", "sibling"]
+
+HTTP = ("http", "https")
+OBJECT_STORES = ("s3", "gs", "gcs")
+PIPE = "pipe"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_USER = re.compile(r"(\w://)[^/\s]*@")
+_QUERY = re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
+_OBJECT_QUERY = re.compile(r"(\w://[^\s?#'\"]*)[?#][^\s'\"]*=[^\s'\"]*")  # a lone ? is a wildcard there
+
+
+def is_local(location: str) -> bool:
+    return location.startswith("/")
+
+
+def scheme_of(location: str) -> str | None:
+    """Lower-case scheme of a URL or `pipe:`; None for a path."""
+    scheme = _SCHEME.match(location)
+    return scheme.group(1).lower() if scheme else None
+
+
+def redact(text: str) -> str:
+    """Text as messages may show it: URLs without user, password and query, `pipe:` without arguments.
+
+    Text that starts with `pipe:` is taken for a location as a whole; a short digest tells two commands apart.
+    """
+    if scheme_of(text) == PIPE:
+        command = text.partition(":")[2].split()
+        return f"pipe:{command[0] if command else ''} (command {hashlib.sha256(text.encode()).hexdigest()[:8]})"
+    return _OBJECT_QUERY.sub(r"\1", _QUERY.sub(r"\1", _USER.sub(r"\1", text)))
+
+
+def sibling(location: str, name: str) -> str | None:
+    """The location of a file beside `location`, with the query (a signature, say) kept; a command has no siblings."""
+    if is_local(location):
+        return str(Path(location).with_name(name))
+    if scheme_of(location) == PIPE:
+        return None
+    url = urlsplit(location)
+    return urlunsplit(url._replace(path=f"{url.path.rpartition('/')[0]}/{name}"))

@@ -1,0 +1,333 @@
+"""Colour jitter, greyscale, blur and solarisation: drawn per crop in the loader worker, applied to whole batches.
+
+Two modes, which are two different augmentations:
+
+* `linear` (default). The worker draws one row of numbers per crop; `apply` changes all pixels of a batch on the
+  device that it is on, in a fixed order: brightness, contrast, saturation, hue, grey, clamp, blur, solarise. All but
+  the last three are linear in the pixels, hence one 3 x 3 matrix per crop. Hue turns the colour plane of YIQ, which
+  keeps brightness. Against torchvision on float images, single steps agree to 2e-5 as long as nothing leaves [0, 1];
+  hue differs (there it is a shift in HSV), and so does the order (there it is random).
+* `reference`. torchvision's own functions on one image, in the worker: the same drawn amounts, in an order drawn like
+  that of its ColorJitter, rounded to 8 bits after each step. Several times slower.
+
+Blur is a Gaussian of 9 taps that is cut off at 4 pixels and reflected at the border, as in DINOv2 and DINOv3; DINO and
+BYOL used that of PIL. Not here: crops and flips (`crops`), normalisation (the backbone's).
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data_pipelines.errors import DataError
+from data_pipelines.randomness import ViewRandom
+
+__all__ = ["NUM_PARAMS", "PARAMS_SUFFIX", "Photometric", "apply", "finish", "reference"]
+
+NUM_PARAMS = 7  # brightness, contrast, saturation, hue, is_grey, blur sigma, solarise level
+PARAMS_SUFFIX = ".photometric"  # the rows of view "x" are the entry "x.photometric" of a batch
+MODES = ("linear", "reference")
+
+_UNTOUCHED = (1.0, 1.0, 1.0, 0.0)  # brightness, contrast, saturation, hue that change nothing
+_NEVER = 256.0  # a solarise level that no pixel reaches
+_RADIUS = 4  # pixels the blur looks to each side
+_STRIP = 56  # rows of a blur matrix multiplied at once, so that most of its zeros are left out
+_PIECE_BYTES = 1 << 19  # float pixels changed together on a CPU: they and a copy fit its level-2 cache
+
+_LUMA = (0.2989, 0.587, 0.114)  # torchvision's greyscale
+_YIQ = (_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
+
+
+@dataclass(frozen=True)
+class Photometric:
+    """What may happen to the pixels of a crop; by default nothing.
+
+    DINO's setting for its crops: `jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey_p=0.2`, and
+    `blur_p` of 1.0, 0.1, 0.5 with `solarise_p` of 0, 0.2, 0 for the first global, the second global and local crops.
+
+    Attributes:
+        jitter_p: probability of the colour jitter, that is of the next four together.
+        brightness, contrast, saturation: the factor is uniform in `[max(0, 1 - x), 1 + x]`.
+        hue: the turn is uniform in `[-hue, hue]`, in whole turns of the colour circle; at most 0.5.
+        grey_p: probability of greyscale.
+        blur_p: probability of Gaussian blur.
+        blur_sigma: least and greatest standard deviation in pixels, drawn uniformly.
+        solarise_p: probability of inverting the bright pixels.
+        solarise_level: first inverted value, 0 .. 255.
+        mode: `linear` or `reference`, see above.
+    """
+
+    jitter_p: float = 1.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    grey_p: float = 0.0
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarise_p: float = 0.0
+    solarise_level: int = 128
+    mode: str = "linear"
+
+    def __post_init__(self) -> None:
+        for name in ("jitter_p", "grey_p", "blur_p", "solarise_p"):
+            self._require_range(name, 1.0, "a probability in 0..1")
+        for name in ("brightness", "contrast", "saturation"):
+            self._require_range(name, math.inf, "a number from 0")
+        self._require_range("hue", 0.5, "a number in 0..0.5")
+        self._require_range("solarise_level", 255, "an integer in 0..255")
+        if not isinstance(self.solarise_level, int):
+            raise self._error("solarise_level", "an integer in 0..255")
+        pair = self.blur_sigma
+        if not _is_pair(pair) or not 0 < pair[0] <= pair[1] < math.inf:
+            raise self._error("blur_sigma", "[low, high] with 0 < low <= high, in pixels")
+        if self.mode not in MODES:
+            raise self._error("mode", " or ".join(MODES) + _nearest(self.mode, MODES))
+
+    @classmethod
+    def from_mapping(cls, spec: Mapping[str, Any]) -> Photometric:
+        """From the plain data an objective states.
+
+        Raises:
+            DataError: not a mapping, an unknown key, or a value out of range.
+        """
+        if not isinstance(spec, Mapping):
+            raise DataError(f"photometric: {spec!r} is not allowed; it is a mapping such as {{'blur_p': 0.5}}")
+        allowed = [field.name for field in fields(cls)]
+        for name in spec:
+            if name not in allowed:
+                raise DataError(
+                    f"photometric: unknown key {name!r}; allowed: {', '.join(allowed)}{_nearest(name, allowed)}"
+                )
+        sigma = spec.get("blur_sigma")
+        return cls(**{**spec, "blur_sigma": tuple(sigma)} if isinstance(sigma, list) else spec)
+
+    def draw(self, rng: ViewRandom) -> list[float]:
+        """One crop's row of `NUM_PARAMS` numbers; always the same count of draws, whatever the probabilities."""
+        is_jittered, is_grey, is_blurred, is_solarised = (
+            rng.uniform(0.0, 1.0) < p for p in (self.jitter_p, self.grey_p, self.blur_p, self.solarise_p)
+        )
+        factors = [rng.uniform(max(0.0, 1 - x), 1 + x) for x in (self.brightness, self.contrast, self.saturation)]
+        colour = [*factors, rng.uniform(-self.hue, self.hue)]
+        sigma = rng.uniform(*self.blur_sigma)
+        return [
+            *(colour if is_jittered else _UNTOUCHED),
+            float(is_grey),
+            sigma if is_blurred else 0.0,
+            float(self.solarise_level) if is_solarised else _NEVER,
+        ]
+
+    def _require_range(self, name: str, high: float, allowed: str) -> None:
+        value = getattr(self, name)
+        if not _is_number(value) or not 0 <= value <= high or math.isinf(value):
+            raise self._error(name, allowed)
+
+    def _error(self, name: str, allowed: str) -> DataError:
+        return DataError(f"photometric: {name}={getattr(self, name)!r} is not allowed; it is {allowed}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _nearest(name: object, allowed: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), allowed, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class _PhotometricView(Protocol):
+    """What `finish` looks at of a view."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def photometric(self) -> Photometric | None: ...
+
+
+def finish(batch: Mapping[str, Tensor], views: Sequence[_PhotometricView]) -> dict[str, Tensor]:
+    """Apply the drawn rows of all views, on the device that their images are on, and drop them.
+
+    Args:
+        batch: a view's images at its name, uint8 (..., 3, H, W); its rows at `name + PARAMS_SUFFIX`, float32
+            (..., NUM_PARAMS), which may stay in host memory.
+        views: those with a `photometric` of mode `linear` are changed.
+
+    Returns:
+        The batch without rows; changed views are float32 (..., 3, H, W) in [0, 1], everything else is as it was.
+    """
+    names = [view.name for view in views if view.photometric is not None and view.photometric.mode == "linear"]
+    # All rows come to the host before any work is queued: at most one wait for the device, none if they never left.
+    rows = {name: batch[name + PARAMS_SUFFIX].cpu() for name in names}
+    finished = {name: value for name, value in batch.items() if name.removesuffix(PARAMS_SUFFIX) not in rows}
+    for name in names:
+        images = batch[name]
+        changed = apply(images.flatten(0, -4), rows[name].flatten(0, -2))
+        finished[name] = changed.view(images.shape)
+    return finished
+
+
+@torch.no_grad()
+def apply(images: Tensor, params: Tensor) -> Tensor:
+    """Change each image by its row, in mode `linear`.
+
+    On a CPU the batch goes through in pieces that stay in the cache; elsewhere in one piece and, given `params` in
+    host memory, without waiting for the device. An image's result depends on the others at most by the rounding of
+    matrix products: 1e-6, or 1e-3 on a GPU where TF32 is switched on.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        params: (B, NUM_PARAMS), rows of `Photometric.draw`.
+
+    Returns:
+        (B, 3, H, W) float32 in [0, 1]; rows that change nothing give `images / 255`.
+
+    Raises:
+        DataError: another shape or type.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        raise DataError(
+            f"photometric: images of shape {tuple(images.shape)} and type {images.dtype} are not (B, 3, H, W) uint8; "
+            "colours need three channels of 8 bits"
+        )
+    if params.shape != (len(images), NUM_PARAMS):
+        raise DataError(f"photometric: parameters of shape {tuple(params.shape)} are not ({len(images)}, {NUM_PARAMS})")
+    device, params = images.device, params.cpu().double()
+    sigma, level = params[:, 5], params[:, 6]
+    is_coloured = (params[:, :4] != params.new_tensor(_UNTOUCHED)).any(1) | (params[:, 4] > 0)
+    steps: list[tuple[list[bool], Callable[..., None], tuple[Tensor, ...]]] = [
+        (chosen.tolist(), step, tuple(setting.float().to(device) for setting in settings))
+        for chosen, step, settings in (
+            (is_coloured, _recolour, _colour_matrices(params)),
+            (sigma > 0, _blur, (_blur_taps(sigma),)),
+            (level < _NEVER, _solarise, (level / 255,)),
+        )
+    ]
+    finished = torch.empty(images.shape, device=device)
+    piece = max(1, _PIECE_BYTES // (4 * images.shape[1:].numel()) if device.type == "cpu" else len(images))
+    with torch.autocast(device.type, enabled=False):
+        for first in range(0, len(images), piece):
+            part = slice(first, first + piece)
+            pixels = finished[part].copy_(images[part]).div_(255)  # a view: what follows changes `finished`
+            for chosen, step, settings in steps:
+                _change(pixels, chosen[part], step, [setting[part] for setting in settings])
+    return finished
+
+
+def _change(pixels: Tensor, chosen: list[bool], step: Callable[..., None], settings: Sequence[Tensor]) -> None:
+    """Put the images that a step is drawn for through it, in place."""
+    if all(chosen):
+        step(pixels, *settings)
+    elif any(chosen):
+        index = torch.tensor(chosen).nonzero().squeeze(1).to(pixels.device)
+        some = pixels.index_select(0, index)
+        step(some, *(setting.index_select(0, index) for setting in settings))
+        pixels.index_copy_(0, index, some)
+
+
+def _colour_matrices(params: Tensor) -> tuple[Tensor, Tensor]:
+    """The jitter and grey of each row as `own @ pixel + mean @ mean_pixel`, both (B, 3, 3).
+
+    With luma weights w, brightness b and contrast c: contrast gives c b x + (1 - c) b (w . mean x) (1, 1, 1), and
+    what comes after it multiplies by a matrix. Differences from the identity are what is scaled, so neutral amounts
+    give exactly the identity.
+    """
+    brightness, contrast, saturation, hue, is_grey = (x.view(-1, 1, 1) for x in params[:, :5].unbind(1))
+    eye, to_yiq = torch.eye(3, dtype=params.dtype), params.new_tensor(_YIQ)
+    grey = to_yiq[0].expand(3, 3)  # every channel becomes w . pixel
+    to_rgb, angle = torch.linalg.inv(to_yiq), 2 * math.pi * hue
+    in_plane = to_rgb @ torch.diag(params.new_tensor([0.0, 1.0, 1.0])) @ to_yiq
+    quarter_turn = to_rgb @ params.new_tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]]) @ to_yiq
+    turn = eye + (angle.cos() - 1) * in_plane + angle.sin() * quarter_turn
+    mix = (eye + is_grey * (grey - eye)) @ turn @ (eye + (1 - saturation) * (grey - eye))
+    return brightness * contrast * mix, brightness * (1 - contrast) * mix @ grey
+
+
+def _recolour(pixels: Tensor, own: Tensor, mean: Tensor) -> None:
+    flat = pixels.flatten(2)  # (n, 3, H W)
+    torch.clamp(torch.baddbmm(mean @ flat.mean(2, keepdim=True), own, flat), 0, 1, out=flat)
+
+
+def _blur_taps(sigma: Tensor) -> Tensor:
+    """(B, _RADIUS + 1) weights of the pixels at distance 0, 1, ...; both sides together sum to 1."""
+    distance = torch.arange(_RADIUS + 1, dtype=sigma.dtype)
+    taps = torch.exp(-0.5 * (distance / sigma.clamp_min(1e-3).unsqueeze(1)).square())
+    taps[taps < 1e-9] = 0.0  # far below the rounding of float32, and products of such small numbers are slow
+    return taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1])
+
+
+def _blur(pixels: Tensor, taps: Tensor) -> None:
+    """Rows, then columns, as products with banded matrices: cheaper than convolutions on a CPU and at home on a GPU."""
+    lines, blurred = pixels.flatten(1, 2), torch.empty_like(pixels)  # lines (n, 3 H, W)
+    for strip, near, band in _bands(pixels.shape[3], taps):
+        torch.bmm(lines[..., near], band.mT, out=blurred.flatten(1, 2)[..., strip])
+    for strip, near, band in _bands(pixels.shape[2], taps):
+        torch.matmul(band[:, None], blurred[:, :, near], out=pixels[:, :, strip])
+
+
+def _bands(size: int, taps: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The blur along a line of `size` pixels in strips: which pixels result, from which, and the (n, to, from) weights.
+
+    A strip leaves out most of the zeros of the (size, size) matrix.
+    """
+    for strip, near, spread in _spread(size, taps.device):
+        yield strip, near, (taps @ spread.flatten(1)).view(-1, *spread.shape[1:])
+
+
+@functools.lru_cache(maxsize=16)
+def _spread(size: int, device: torch.device) -> list[tuple[slice, slice, Tensor]]:
+    """Per strip (_RADIUS + 1, to, from): where the weight of each distance goes; reflected at the border."""
+    spread, here = torch.zeros(_RADIUS + 1, size, size), torch.arange(size)
+    period = max(1, 2 * (size - 1))
+    for offset in range(-_RADIUS, _RADIUS + 1):
+        there = (here + offset) % period
+        spread[abs(offset)].index_put_((here, torch.minimum(there, period - there)), torch.ones(()), accumulate=True)
+    strips = [
+        (slice(first, first + _STRIP), slice(max(0, first - _RADIUS), first + _STRIP + _RADIUS))
+        for first in range(0, size, _STRIP)
+    ]
+    return [(strip, near, spread[:, strip, near].contiguous().to(device)) for strip, near in strips]
+
+
+def _solarise(pixels: Tensor, level: Tensor) -> None:
+    is_bright = pixels.clone().ge_(level.view(-1, 1, 1, 1))  # 1.0 or 0.0
+    torch.sub(is_bright, pixels, out=pixels).abs_()  # exactly 1 - pixel or pixel; torch.where is slow on a CPU
+
+
+def reference(image: Image.Image | Tensor, spec: Photometric, rng: ViewRandom) -> Tensor:
+    """Change one image by torchvision's own functions, in mode `reference`.
+
+    Args:
+        image: an RGB PIL image or (3, H, W) uint8; torchvision rounds the two a little differently.
+        spec: what to draw; first a row as in `Photometric.draw`, then the order of the four parts of the jitter.
+        rng: advanced by the draws made.
+
+    Returns:
+        (3, H, W) uint8.
+    """
+    from torchvision.transforms import functional as tv  # here, since `linear` needs no torchvision
+
+    *jitter, is_grey, sigma, level = spec.draw(rng)
+    parts = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
+    todo = [(part, x) for part, x, same in zip(parts, jitter, _UNTOUCHED, strict=True) if x != same]
+    while todo:
+        part, amount = todo.pop(rng.below(len(todo)))
+        image = part(image, amount)
+    if is_grey:
+        image = tv.rgb_to_grayscale(image, num_output_channels=3)
+    if sigma:
+        image = tv.gaussian_blur(image, 2 * _RADIUS + 1, sigma)
+    if level != _NEVER:
+        image = tv.solarize(image, level)
+    return image if isinstance(image, Tensor) else tv.pil_to_tensor(image)

@@ -1,0 +1,168 @@
+"""From an item to its fields: bytes as found, or resized and re-encoded; masks untouched by interpolation."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from data_pipelines.conversion import Conversion, Encoding, Sample, convert, parse_encoding
+from data_pipelines.decode import decode_image, decode_mask
+from data_pipelines.errors import DataError
+from data_pipelines.inputs import Item, Piece
+from data_pipelines.pixel_sums import PixelSums
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (20, 30, 3), np.uint8)
+MASK = RNG.integers(0, 5, (20, 30), np.uint8)
+
+
+def encoded(array: npt.NDArray[Any], form: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, form, **options)
+    return file.getvalue()
+
+
+def converted(folder: Path, fields: dict[str, bytes], *, label: int | None = None, **options: Any) -> Sample:
+    """Write each field to a file of its own and convert an item of them."""
+    for name, data in fields.items():
+        (folder / f"x.{name}").write_bytes(data)
+    pieces = tuple(Piece(name, f"x.{name}", 0, len(data)) for name, data in fields.items())
+    options = {"family": "images", "root": str(folder), **options}
+    return convert(Item("some/x.jpg", pieces, label), Conversion(**options))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_convert__keeps_the_bytes_of_images(tmp_path: Path, form: str) -> None:
+    data = encoded(PIXELS, form)
+    sample = converted(tmp_path, {"jpg": data}, label=3)
+    assert sample.fields == {"jpg": data, "cls": b"3", "json": b'{"source":"some/x.jpg"}'}
+    assert sample.label == 3
+
+
+def test_convert__counts_pixels_exactly(tmp_path: Path) -> None:
+    sums = PixelSums()
+    for _ in range(2):
+        sums.add(converted(tmp_path, {"png": encoded(PIXELS)}).sums)
+    values = PIXELS.astype(np.int64).reshape(-1, 3)
+    assert sums.total == (2 * values.sum(0)).tolist()
+    assert sums.squares == (2 * (values**2).sum(0)).tolist()
+    assert sums.pixels == 1200
+
+
+def test_convert__resizes_image_and_mask_alike(tmp_path: Path) -> None:
+    sample = converted(tmp_path, {"png": encoded(PIXELS), "seg.png": encoded(MASK)}, size=10)
+    image, mask = decode_image(sample.fields["png"]), decode_mask(sample.fields["seg.png"])
+    expected = np.array(Image.fromarray(PIXELS).resize((15, 10), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(image, expected)
+    np.testing.assert_array_equal(mask, MASK[1::2, 1::2])
+    assert sample.sums.pixels == 150
+
+
+def test_convert__nearest_pixel_by_centres_keeps_16_bits(tmp_path: Path) -> None:
+    depth = np.arange(12 * 9, dtype=np.uint16).reshape(9, 12) * 500
+    sample = converted(tmp_path, {"depth.png": encoded(depth)}, family="tars", size=3)
+    np.testing.assert_array_equal(decode_mask(sample.fields["depth.png"]), depth[1::3, 1::3])
+
+
+def test_convert__small_images_stay_as_they_are(tmp_path: Path) -> None:
+    data = {"png": encoded(PIXELS), "seg.png": encoded(MASK)}
+    sample = converted(tmp_path, data, size=20)
+    assert {name: sample.fields[name] for name in data} == data
+
+
+def test_convert__resized_images_keep_their_format(tmp_path: Path) -> None:
+    for form, head in (("JPEG", b"\xff\xd8"), ("WEBP", b"RIFF"), ("PNG", b"\x89PNG")):
+        assert converted(tmp_path, {"jpg": encoded(PIXELS, form)}, size=10).fields["jpg"].startswith(head)
+
+
+def test_convert__re_encoding_renames_the_field_and_leaves_masks(tmp_path: Path) -> None:
+    fields = {"left.jpg": encoded(PIXELS, "JPEG"), "seg.png": encoded(MASK)}
+    sample = converted(tmp_path, fields, encoding=Encoding("WEBP", 50))
+    assert set(sample.fields) == {"left.webp", "seg.png", "json"}
+    assert sample.fields["left.webp"].startswith(b"RIFF")
+    assert sample.fields["seg.png"] == fields["seg.png"]
+
+
+def test_convert__palette_masks_keep_their_indices(tmp_path: Path) -> None:
+    picture = Image.fromarray(MASK).convert("P")
+    picture.putpalette([7 * i % 256 for i in range(768)])
+    picture.putdata(MASK.ravel().tolist())
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    sample = converted(tmp_path, {"png": encoded(PIXELS), "seg.png": file.getvalue()}, num_classes=5)
+    assert sample.fields["seg.png"] == file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "named"),
+    [
+        ({"jpg": b"no picture"}, {}, "not a JPEG or PNG or WEBP image"),
+        ({"jpg": b""}, {}, "the file is empty"),
+        ({"jpg": encoded(PIXELS, "JPEG")[:-300]}, {}, "cannot decode image"),
+        ({"png": encoded(PIXELS), "seg.png": encoded(MASK[:10])}, {}, "differ in size: png 20x30, seg.png 10x30"),
+        ({"png": encoded(PIXELS), "seg.png": encoded(PIXELS)}, {}, "mask has 3 channels"),
+        ({"png": encoded(PIXELS), "seg.png": encoded(MASK)}, {"num_classes": 4}, "mask has the value 4; there are 4"),
+        ({"png": encoded(PIXELS)}, {"num_classes": 4, "label": 4}, "class 4 is outside 0..3"),
+        ({"cls": b"4"}, {"family": "tars", "num_classes": 4}, "class 4 is outside 0..3"),
+        ({"cls": b"four"}, {"family": "tars"}, "not an integer"),
+        ({"json": b"[1]"}, {"family": "tars"}, "json holds a list; it must be an object"),
+        ({"pose.npy": b"\x93NUMPY"}, {"family": "tars"}, "array"),
+    ],
+)
+def test_convert__says_what_is_wrong(
+    tmp_path: Path, fields: dict[str, bytes], options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(DataError, match=named):
+        converted(tmp_path, fields, **options)
+
+
+def test_convert__ignored_values_are_allowed_in_masks(tmp_path: Path) -> None:
+    fields = {"png": encoded(PIXELS), "seg.png": encoded(np.where(MASK == 4, 11, MASK).astype(np.uint8))}
+    assert converted(tmp_path, fields, num_classes=4, ignore_index=11).fields["seg.png"] == fields["seg.png"]
+    with pytest.raises(DataError, match="value 11"):
+        converted(tmp_path, fields, num_classes=4)
+
+
+def test_convert__missing_and_changed_files_are_rejected(tmp_path: Path) -> None:
+    conversion = Conversion("images", str(tmp_path))
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        convert(Item("gone.jpg", (Piece("jpg", "gone.jpg", 0, 9),)), conversion)
+    (tmp_path / "a.jpg").write_bytes(b"12345")
+    with pytest.raises(DataError, match="5 bytes, 9 when it was listed"):
+        convert(Item("a.jpg", (Piece("jpg", "a.jpg", 0, 9),)), conversion)
+
+
+def test_convert__json_of_a_tar_keeps_its_facts(tmp_path: Path) -> None:
+    sample = converted(tmp_path, {"json": b'{"z": 1, "licence": "\\u00a9"}'}, family="tars")
+    assert json.loads(sample.fields["json"]) == {"source": "some/x.jpg", "z": 1, "licence": "©"}
+    kept = converted(tmp_path, {"json": b'{"source": "the first"}'}, family="tars")
+    assert json.loads(kept.fields["json"]) == {"source": "the first"}
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        (90, Encoding("JPEG", 90)),
+        ("85", Encoding("JPEG", 85)),
+        ("jpeg", Encoding("JPEG", 95)),
+        ("JPG:70", Encoding("JPEG", 70)),
+        ("webp:80", Encoding("WEBP", 80)),
+        ("png", Encoding("PNG")),
+    ],
+)
+def test_parse_encoding__reads_format_and_quality(text: str | int, encoding: Encoding) -> None:
+    assert parse_encoding(text) == encoding
+    assert parse_encoding(str(encoding)) == encoding
+
+
+@pytest.mark.parametrize("text", ["bmp", "jpeg:0", "jpeg:101", "webp:high", "png:9", "", 0])
+def test_parse_encoding__refuses_the_rest(text: str | int) -> None:
+    with pytest.raises(DataError, match="write jpeg:QUALITY or webp:QUALITY"):
+        parse_encoding(text)

@@ -1,0 +1,93 @@
+"""Lists of paths: with and without header, labels as numbers or names, text or parquet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.errors import DataError
+from data_pipelines.input_lists import list_rows
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def rows(source: Path) -> list[tuple[str, int | None]]:
+    return [(item.name, item.label) for item in list_rows(source).items]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.csv", "path,label\nb.jpg,dog\n\n'a,1.jpg',cat\nc/d.jpg,dog\n".replace("'", '"')),
+        ("list.csv", "\ufefflabel,more,path\ndog,x,b.jpg\ncat,x,'a,1.jpg'\ndog,x,c/d.jpg\n".replace("'", '"')),
+        ("list.csv", "b.jpg,dog\n'a,1.jpg',cat\nc/d.jpg,dog\n".replace("'", '"')),
+        ("list.tsv", "path\tlabel\nb.jpg\tdog\na,1.jpg\tcat\nc/d.jpg\tdog\n"),
+        ("list.txt", "# made by hand\nb.jpg dog\na,1.jpg cat\n\nc/d.jpg  dog\n"),
+        ("list.lst", "b.jpg dog\na,1.jpg cat\nc/d.jpg dog"),
+    ],
+)
+def test_list_rows__reads_paths_and_labels(tmp_path: Path, name: str, text: str) -> None:
+    source = write(tmp_path, name, text)
+    assert rows(source) == [("a,1.jpg", 0), ("b.jpg", 1), ("c/d.jpg", 1)]
+    listing = list_rows(source)
+    assert (listing.classes, listing.name, listing.family) == (("cat", "dog"), "list", "images")
+    assert listing.root == str(tmp_path)
+
+
+def test_list_rows__numbers_are_class_indices(tmp_path: Path) -> None:
+    source = write(tmp_path, "list.csv", "a.jpg,7\nb.jpg,0\n")
+    assert rows(source) == [("a.jpg", 7), ("b.jpg", 0)]
+    assert list_rows(source).classes is None
+
+
+def test_list_rows__labels_are_optional(tmp_path: Path) -> None:
+    assert rows(write(tmp_path, "list.txt", "b.ply\na.off\n")) == [("a.off", None), ("b.ply", None)]
+    assert rows(write(tmp_path, "list.csv", "path\na.jpg\n")) == [("a.jpg", None)]
+
+
+def test_list_rows__knows_the_size_of_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path, "a.jpg", "12345")
+    listing = list_rows(write(tmp_path, "list.txt", "a.jpg\ngone.jpg\n"))
+    assert [item.pieces[0].size for item in listing.items] == [5, 0]
+    assert listing.newest == ((tmp_path / "a.jpg").stat().st_mtime_ns, "a.jpg")
+
+
+def test_list_rows__reads_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"label": [1, 0], "path": ["b.jpg", "a.jpg"], "other": [0.5, 0.25]})
+    parquet.write_table(table, tmp_path / "list.parquet")
+    assert rows(tmp_path / "list.parquet") == [("a.jpg", 0), ("b.jpg", 1)]
+    parquet.write_table(pyarrow.table({"file": ["b.jpg"]}), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match="has columns file; a column 'path' is needed"):
+        list_rows(tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"cannot read .*broken\.parquet"):
+        list_rows(write(tmp_path, "broken.parquet", "no parquet at all"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("empty.txt", "# nothing\n", "names no file"),
+        ("twice.txt", "b.jpg\na.jpg\nb.jpg\n", "names 'b.jpg' twice"),
+        ("mixed.txt", "a.jpg\nb.ply\n", "several or unknown kinds, such as a.jpg, b.ply"),
+        ("film.txt", "a.mp4\n", "several or unknown kinds, such as a.mp4"),
+        ("half.txt", "a.jpg 1\nb.jpg\n", "1 of 2 rows have no label"),
+        ("head.csv", "paths,label\na.jpg,1\n", "no column 'path' .* is 'paths' the column of paths"),
+        ("short.csv", "label,path\n1,a.jpg\n2\n", "line 3: 1 columns, 2 are needed"),
+    ],
+)
+def test_list_rows__names_what_is_wrong(tmp_path: Path, name: str, text: str, named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        list_rows(write(tmp_path, name, text))
+
+
+def test_list_rows__refuses_what_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"a.jpg\n\xff\xfe.jpg\n")
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        list_rows(tmp_path / "list.txt")

@@ -1,0 +1,207 @@
+"""`describe` and `contact_sheet`: what they say and what they paint."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.errors import DataError
+from data_pipelines.index import scan_shard, sidecar
+from data_pipelines.shards import Dataset, open_dataset
+from data_pipelines.show import contact_sheet, describe
+from data_pipelines.thumbnails import thumbnail
+
+Members = Sequence[tuple[str, bytes]]
+WriteTar = Callable[[Path, Members], Path]
+
+rng = np.random.default_rng(0)
+SIZE = 32
+
+
+def png(values: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    return file.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def picture(kind: str, data: bytes, ignore_index: int | None = None) -> np.ndarray:
+    """(H, W, 3) of the thumbnail."""
+    image = thumbnail(kind, data, SIZE, ignore_index)
+    assert image is not None and image.mode == "RGB"
+    return np.array(image)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, write_tar: WriteTar) -> Dataset:
+    """Three red, green and blue photos with masks, labels and some text; the second has a damaged photo."""
+    colours = np.eye(3, dtype=np.uint8) * 255
+    members = [
+        member
+        for number, colour in enumerate(colours)
+        for member in (
+            (f"s{number}.cls", b"%d" % number),
+            (f"s{number}.json", b'{"from": "h\xc3\xa9re"}'),
+            (f"s{number}.png", b"no" if number == 1 else png(np.broadcast_to(colour, (8, 12, 3)).copy())),
+            (f"s{number}.seg.png", png(np.full((8, 12), number, np.uint8))),
+        )
+    ]
+    (tmp_path / "dataset.json").write_text('{"classes": ["ant", "bee"], "ignore_index": 2}')
+    return open_dataset(write_tar(tmp_path / "a.tar", members))
+
+
+def test_describe__says_what_a_sample_holds(dataset: Dataset) -> None:
+    first, *fields = describe(dataset, 0)
+    assert first == f"0: shard {dataset.shards[0].location}, sample 's0'"
+    assert [line.split()[0] for line in fields] == ["cls", "json", "png", "seg.png"]
+    said = [line.split("bytes  ")[1] for line in fields]
+    assert said == ["ant (0)", '{"from": "hére"}', "image 12 x 8", "mask uint8 (8, 12)"]
+    assert describe(dataset, 2)[1].endswith("  2")  # a label without a class name
+    assert "not a JPEG or PNG or WEBP image" in describe(dataset, 1)[3]
+    assert len(describe(dataset, 0, "cls")) == 2
+
+
+def test_describe__wrong_requests(dataset: Dataset) -> None:
+    with pytest.raises(DataError, match=r"no field seg\.pn in every sample.*nearest: seg\.png"):
+        describe(dataset, 0, "seg.pn")
+    with pytest.raises(DataError, match=r"sample id 3 is outside 0\.\.2"):
+        describe(dataset, 3)
+
+
+def test_describe__long_texts_and_unknown_fields(tmp_path: Path, write_tar: WriteTar) -> None:
+    arrays = io.BytesIO()
+    np.savez(arrays, image=np.zeros((2, 3), np.uint8), window=np.zeros(2, np.float32))
+    members = [("a.txt", b"four \n" * 500), ("a.pkl", b"..."), ("a.npz", arrays.getvalue())]
+    lines = describe(open_dataset(write_tar(tmp_path / "a.tar", members)), 0)
+    assert lines[1].endswith("array image uint8 (2, 3), window float32 (2,)")
+    assert lines[2].endswith("not read")
+    assert lines[3].endswith("...") and len(lines[3]) < 450
+
+
+def test_contact_sheet__shows_samples_side_by_side(dataset: Dataset) -> None:
+    sheet = contact_sheet(dataset, [0, 2], SIZE)
+    pixels = np.array(sheet)
+    left, right = pixels[:, : sheet.width // 2], pixels[:, sheet.width // 2 :]
+    assert (left == (255, 0, 0)).all(axis=2).sum() == SIZE * 21  # 12 x 8 enlarged to 32 x 21
+    assert (right == (0, 0, 255)).all(axis=2).sum() == SIZE * 21
+    assert (pixels == (0, 0, 0)).all(axis=2).sum() == SIZE * 21  # the mask of the last one is all `ignore_index`
+    assert (pixels[-20:] > 150).any()  # the captions
+    only = np.array(contact_sheet(dataset, [0, 2], SIZE, "seg.png"))
+    assert only.shape[1] < pixels.shape[1] and not (only == (255, 0, 0)).all(axis=2).any()
+
+
+def test_contact_sheet__damaged_samples_have_a_place(dataset: Dataset) -> None:
+    """One that does not decode, one whose bytes are not those of the index."""
+    shard = Path(dataset.shards[0].location)
+    scan_shard(shard).save(Path(sidecar(str(shard))))
+    content = bytearray(shard.read_bytes())
+    content[512] ^= 1
+    shard.write_bytes(content)
+    damaged = open_dataset(shard)
+    pixels = np.array(contact_sheet(damaged, [0, 1, 2], SIZE))
+    assert pixels.shape == np.array(contact_sheet(dataset, [2, 2, 2], SIZE)).shape
+    assert (pixels == (0, 0, 255)).all(axis=2).sum() == SIZE * 21
+    assert not (pixels == (255, 0, 0)).all(axis=2).any()
+
+
+def test_contact_sheet__breaks_into_rows(tiny_dataset: Callable[[Sequence[int]], Dataset]) -> None:
+    sheet = contact_sheet(tiny_dataset([30]), range(30), 128)
+    assert sheet.width <= 1612 and sheet.height > 3 * 128
+
+
+def test_contact_sheet__nothing_to_draw(dataset: Dataset) -> None:
+    with pytest.raises(DataError, match="field cls of these samples can"):
+        contact_sheet(dataset, [0], SIZE, "cls")
+    with pytest.raises(DataError, match=r"no field jgp in every sample"):
+        contact_sheet(dataset, [0], SIZE, "jgp")
+
+
+def test_thumbnail__the_same_class_has_the_same_colour_everywhere() -> None:
+    one, other = (
+        picture("mask", png(values)) for values in (np.full((9, 9), 7, np.uint8), np.full((5, 8), 7, np.uint8))
+    )
+    assert one[0, 0].tolist() == other[0, 0].tolist()
+    classes = {tuple(picture("mask", png(np.full((8, 8), n, np.uint8)))[0, 0]) for n in range(64)}
+    assert len(classes) == 64
+    assert picture("mask", png(np.full((8, 8), 255, np.uint8)), 255).max() == 0
+    wide = picture("mask", png(np.full((8, 8), 1000, np.uint16)), 11)
+    assert wide.max() > 0
+
+
+def test_thumbnail__depth_is_stretched_and_its_holes_are_black() -> None:
+    depth = np.tile(np.linspace(1000, 3000, 32).astype(np.uint16), (32, 1))
+    depth[:, :8] = 0
+    seen = picture("depth", png(depth))[:, :, 0]
+    assert seen[:, :8].max() == 0 and seen[:, 9:].min() < 20 and seen[:, -1].min() == 255
+
+
+def test_thumbnail__bands_are_stretched_one_by_one() -> None:
+    """(C, H, W): the first three channels, whatever their ranges; with fewer, grey."""
+    ramp = np.tile(np.arange(32.0), (32, 1))
+    seen = picture("array", npy(np.stack([ramp * 1e6, ramp[:, ::-1] - 5, ramp.T * 1e-6, ramp]).astype(np.float32)))
+    assert seen[0, -1].tolist() == [255, 0, 0] and seen[-1, 0].tolist() == [0, 255, 255]
+    grey = picture("array", npy(np.stack([ramp, ramp.T])))
+    assert (grey == grey[..., :1]).all() and grey[0, -1, 0] == 255
+
+
+@pytest.mark.parametrize("kind", ["volume", "array"])
+def test_thumbnail__volumes_are_three_slices(kind: str) -> None:
+    volume = np.zeros((16, 16, 16), np.float32)
+    volume[8] = 1  # the middle across the first axis is all ones, the others have one bright line
+    volume[0, 0, 0] = -1
+    seen = picture(kind, npy(volume))
+    assert seen.shape == (SIZE, 3 * SIZE, 3)
+    assert (seen[16:18, SIZE:] == 255).all() and not (seen[2:14, SIZE:] == 255).any()
+
+
+def test_thumbnail__volumes_of_labels_and_of_colours() -> None:
+    labels = np.zeros((16, 12, 8), np.int16)
+    labels[8] = 3
+    seen = picture("mask", npy(labels))
+    assert seen.shape == (SIZE, 21 + 16 + 24, 3) or seen.shape[0] == SIZE
+    assert seen[0, 0].tolist() == picture("mask", png(np.full((8, 8), 3, np.uint8)))[0, 0].tolist()
+    grid = rng.random((4, 16, 16, 16)).astype(np.float16)
+    assert picture("array", npy(grid)).shape == (SIZE, 3 * SIZE, 3)
+
+
+def test_thumbnail__near_points_are_brighter() -> None:
+    cloud = np.concatenate([rng.uniform(-1, 1, (4000, 2)), np.full((4000, 1), -1.0)], axis=1)
+    cloud[2000:, 2] = 1
+    cloud[2000:, :2] *= 0.3
+    seen = picture("points", npy(np.concatenate([cloud, cloud], axis=1)))  # further columns are passed over
+    assert seen.shape == (SIZE, SIZE, 3)
+    assert len(np.unique(seen[..., 0])) > 10 and seen[12:20, 12:20].mean() > seen[:4].mean()
+    assert picture("points", npy(np.full((3, 3), np.nan))).max() < 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "array"),
+    [
+        ("array", np.zeros((4, 4))),  # a pose
+        ("array", np.zeros(100)),
+        ("array", np.zeros((2, 2, 16, 16, 16))),
+        ("points", np.zeros((10, 2))),
+        ("points", np.zeros(3)),
+    ],
+)
+def test_thumbnail__numbers_are_no_pictures(kind: str, array: np.ndarray) -> None:
+    assert thumbnail(kind, npy(array), SIZE) is None
+
+
+@pytest.mark.parametrize("name", ["camvid", "cifar10", "points_psb", "volumes_hippocampus"])
+def test_contact_sheet__real_data(name: str, shared_data: Path) -> None:
+    (shard, *_) = sorted((shared_data / name).glob("test-*.tar"))
+    dataset = open_dataset(shard)
+    pixels = np.array(contact_sheet(dataset, range(4), 64))
+    assert pixels[: pixels.shape[0] // 2].std() > 20
+    assert len(describe(dataset, 3)) >= 2

@@ -1,0 +1,312 @@
+"""Bytes by location: local files, object stores (a local S3 server), commands."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.registry import _registry
+
+from data_pipelines.errors import DataError
+from data_pipelines.locations import redact, sibling
+from data_pipelines.shards import open_dataset
+from data_pipelines.source import expand_source
+from data_pipelines.stores import FetchOptions, Store
+
+BLOCK = 50_000
+CONTENT = np.random.default_rng(0).integers(0, 256, 4 * BLOCK + 123, np.uint8).tobytes()
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Callable[..., FetchOptions]:
+    def make(**changes: Any) -> FetchOptions:
+        defaults = {"cache_dir": str(tmp_path / "cache"), "block_bytes": BLOCK, "retries": 1, "timeout_s": 5.0}
+        return FetchOptions(**{**defaults, "deadline_s": 20.0, **changes})
+
+    return make
+
+
+# Local.
+
+
+def test_local__ranges_sizes_and_absent_files(tmp_path: Path) -> None:
+    file, store = tmp_path / "a.tar", Store()
+    file.write_bytes(CONTENT)
+    assert store.size(str(file)) == len(CONTENT)
+    assert store.read(str(file), 7, 100) == CONTENT[7:107]
+    assert store.local_copy(str(file)) == file
+    assert store.read_file(str(file)) == CONTENT
+    assert store.read_file(str(tmp_path / "b.index")) is None
+    assert store.prefetch([(str(file), 0, 10)]) is None
+    with pytest.raises(DataError, match=rf"{file}: needs bytes 200100\.\.200200, the file ends at 200123; it was cut"):
+        store.read(str(file), 200_100, 100)
+    with pytest.raises(DataError, match=r"cannot open shard .*b.tar: No such file"):
+        store.size(str(tmp_path / "b.tar"))
+    with pytest.raises(DataError, match=r"b.tar at offset 3: cannot read: No such file"):
+        store.read(str(tmp_path / "b.tar"), 3, 1)
+
+
+def test_local__store_survives_pickling_closing_and_forking(tmp_path: Path) -> None:
+    file, store = tmp_path / "a.tar", Store()
+    file.write_bytes(CONTENT)
+    assert store.read(str(file), 0, 5) == CONTENT[:5]
+    copy = pickle.loads(pickle.dumps(store))
+    store.close()
+    assert copy.read(str(file), 5, 5) == CONTENT[5:10]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if copy.read(str(file), 9, 9) == CONTENT[9:18] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert store.read(str(file), 0, 5) == CONTENT[:5]
+
+
+def test_local__more_files_than_descriptors_are_kept_open(tmp_path: Path) -> None:
+    store = Store()
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(300):
+        (tmp_path / f"{number}.tar").write_bytes(str(number).encode())
+        assert store.read(str(tmp_path / f"{number}.tar"), 0, 1) == str(number)[:1].encode()
+    assert len(os.listdir("/proc/self/fd")) <= before + 256
+    store.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_location__neither_path_nor_url(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^a.tar is neither an absolute path nor a URL of http, https, s3, gs or gcs$"):
+        Store(FetchOptions(cache_dir=str(tmp_path))).read("a.tar", 0, 1)
+
+
+# Options and locations.
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mode": "blocks"}, "fetch mode 'blocks' is unknown; allowed are auto, range and shard"),
+        ({"retries": -1}, "retries at least 0"),
+        ({"timeout_s": 0.0}, "must be positive"),
+        ({"cache_bytes": 10}, "a cache of 10 bytes cannot hold one block of 4194304; raise data.cache_gb"),
+    ],
+)
+def test_fetch_options__wrong_values_are_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        FetchOptions(**wrong)
+
+
+def test_fetch_options__folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path))
+    assert FetchOptions().folder == tmp_path / "shards"
+    assert FetchOptions(cache_dir="/elsewhere").folder == Path("/elsewhere")
+    monkeypatch.delenv("PRETRAIN_CACHE")
+    assert FetchOptions().folder == Path.home() / ".cache" / "pretrain" / "shards"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pass@h:1/d/a.tar?sig=x#y", "https://h:1/d/a.tar"),
+        ("cannot get http://u@h/a?t=1, nor s3://k:s@data/x", "cannot get http://h/a nor s3://data/x"),
+        ("s3://data/train-0?.tar", "s3://data/train-0?.tar"),
+        ("s3://data/a.tar?versionId=1", "s3://data/a.tar"),
+        ("/local/a?b@c.tar", "/local/a?b@c.tar"),
+    ],
+)
+def test_redact__no_user_and_no_query(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+def test_redact__commands_are_told_apart_without_their_arguments() -> None:
+    first, second = (redact(f"pipe:curl -H token:{secret} http://h/a.tar") for secret in ("abc", "xyz"))
+    assert first.startswith("pipe:curl (command ") and "abc" not in first
+    assert first != second
+
+
+def test_sibling__keeps_the_query() -> None:
+    assert sibling("/d/a.tar", "dataset.json") == "/d/dataset.json"
+    assert sibling("http://h:1/d/a.tar?sig=x", "a.tar.index") == "http://h:1/d/a.tar.index?sig=x"
+    assert sibling("s3://data/a.tar", "dataset.json") == "s3://data/dataset.json"
+    assert sibling("pipe:cat a.tar", "dataset.json") is None
+
+
+# Commands.
+
+
+def test_pipe__refused_unless_allowed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"pipe:touch .* is a command and is not run; set data.allow_pipe=true"):
+        Store().read(f"pipe:touch {tmp_path}/owned", 0, 1)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_pipe__runs_once_and_is_kept(tmp_path: Path, options: Callable[..., FetchOptions], demo_data: Path) -> None:
+    shard = next(iter(sorted((demo_data / "grocery").glob("train-*.tar"))))
+    allowed = options(allow_pipe=True)
+    command = f"pipe:echo run >> {tmp_path}/runs; cat {shard} | cat"
+    store = Store(allowed)
+    assert store.size(command) == shard.stat().st_size
+    assert store.read(command, 512, 100) == shard.read_bytes()[512:612]
+    assert store.read_file(command) is None
+    store.close()
+    piped, local = open_dataset([command], fetch=allowed), open_dataset(shard)
+    assert (piped.digest, piped.num_samples, piped.read(3)) == (local.digest, local.num_samples, local.read(3))
+    assert (tmp_path / "runs").read_text() == "run\n"
+    piped.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("printf abc; echo 'no such key' >&2; exit 3", r"exited with status 3 after 3 bytes: no such key"),
+        ("false | cat", r"exited with status 1 after 0 bytes: it printed no error"),
+        ("true", r"wrote nothing to its standard output"),
+        ("printf abc; sleep 60", r"wrote nothing for 0.3 s after 3 bytes; it was ended"),
+    ],
+)
+def test_pipe__failures_are_named(options: Callable[..., FetchOptions], command: str, message: str) -> None:
+    store = Store(options(allow_pipe=True, deadline_s=0.3))
+    with pytest.raises(DataError, match=message):
+        store.read(f"pipe:{command}", 0, 1)
+    store.close()
+
+
+# Object stores.
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A bucket `data` on a server of our own, and a file system to fill it with."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_ACCESS_KEY_ID": "dummy",
+        "AWS_SECRET_ACCESS_KEY": "dummy",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+    if filesystem.exists("data"):
+        filesystem.rm("data", recursive=True)
+    filesystem.mkdir("data")
+    return filesystem
+
+
+def test_s3__blocks_and_whole_shards(s3: Any, options: Callable[..., FetchOptions]) -> None:
+    s3.pipe_file("data/a.tar", CONTENT)
+    for mode in ("auto", "range", "shard"):
+        store = Store(options(mode=mode))
+        assert store.size("s3://data/a.tar") == len(CONTENT)
+        assert store.read("s3://data/a.tar", BLOCK - 5, 10) == CONTENT[BLOCK - 5 : BLOCK + 5]
+        store.prefetch([("s3://data/a.tar", 2 * BLOCK, 2 * BLOCK + 1)])
+        assert store.read("s3://data/a.tar", 4 * BLOCK, 123) == CONTENT[4 * BLOCK :]
+        assert store.local_copy("s3://data/a.tar").read_bytes() == CONTENT
+        assert store.read_file("s3://data/a.tar.index") is None
+        store.close()
+
+
+def test_s3__replaced_and_missing_shards_are_named(s3: Any, options: Callable[..., FetchOptions]) -> None:
+    store = Store(options())
+    s3.pipe_file("data/a.tar", CONTENT)
+    assert store.read("s3://data/a.tar", 0, 9) == CONTENT[:9]
+    s3.pipe_file("data/a.tar", CONTENT[::-1])
+    with pytest.raises(DataError, match=r"s3://data/a.tar at offset 50000: the shard was replaced while it was in use"):
+        store.read("s3://data/a.tar", BLOCK, 9)
+    for location in ("s3://data/none.tar", "s3://no-such-bucket/a.tar"):
+        with pytest.raises(DataError, match=rf"{location} at offset 0: no such file; check the name"):
+            store.size(location)
+    store.close()
+
+
+def test_s3__server_away(options: Callable[..., FetchOptions], s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(DataError, match=r"s3://data/a.tar at offset 0: .*; gave up after 2 attempts in"):
+        Store(options()).size("s3://data/a.tar")
+
+
+def test_s3__no_credentials(
+    options: Callable[..., FetchOptions], s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(DataError, match=r"s3://data/a.tar at offset 0: .*[Cc]redentials"):
+        Store(options()).size("s3://data/a.tar")
+
+
+def test_s3__open_dataset_equals_local(s3: Any, options: Callable[..., FetchOptions], demo_data: Path) -> None:
+    folder = demo_data / "grocery"
+    for path in sorted(folder.glob("*.tar")):
+        s3.pipe_file(f"data/d/{path.name}", path.read_bytes())
+    names = tuple(f"s3://data/d/{path.name}" for path in sorted(folder.glob("train-*.tar")))
+    store = Store(options())
+    assert expand_source("s3://data/d/train-*.tar", store=store) == names
+    assert set(names) < set(expand_source("s3://data/d/", store=store))
+    with pytest.raises(DataError, match=r"no .tar shard matches s3://data/d/trian-\*.tar"):
+        expand_source("s3://data/d/trian-*.tar", store=store)
+    store.close()
+    local, remote = open_dataset(folder / "train-*.tar"), open_dataset("s3://data/d/train-*.tar", fetch=options())
+    assert (remote.digest, remote.counts) == (local.digest, local.counts)
+    ids = [0, local.num_samples - 1]
+    remote.prefetch(ids)
+    assert [remote.read(number) for number in ids] == [local.read(number) for number in ids]
+    remote.close()
+
+
+@pytest.mark.parametrize(("scheme", "package", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gcs")])
+def test_object_stores__missing_package_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, options: Callable[..., FetchOptions], scheme: str, package: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in ("s3", "gcs"):
+        monkeypatch.delitem(_registry, name, raising=False)
+    with pytest.raises(
+        DataError, match=rf"^{scheme}:// needs the package {package}: pip install 'pretrain\[{extra}\]'$"
+    ):
+        Store(options()).size(f"{scheme}://b/a.tar")
+
+
+def test_gs__reads_of_one_generation(monkeypatch: pytest.MonkeyPatch, options: Callable[..., FetchOptions]) -> None:
+    """Without a network: the requests that would be sent, answered here."""
+    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+    asked = []
+
+    async def info(self: Any, path: str, **_: Any) -> dict[str, Any]:
+        return {"name": path, "size": len(CONTENT), "type": "file", "generation": "7", "etag": "x"}
+
+    async def cat(self: Any, path: str, start: int, end: int, **pinned: Any) -> bytes:
+        asked.append((path, start, end, pinned))
+        if start == 2 * BLOCK:
+            raise FileNotFoundError(path)
+        return CONTENT[start:end]
+
+    monkeypatch.setattr(gcsfs.GCSFileSystem, "_info", info)
+    monkeypatch.setattr(gcsfs.GCSFileSystem, "_cat_file", cat)
+    store = Store(options())
+    assert store.size("gs://b/a.tar") == len(CONTENT)
+    assert store.read("gcs://b/a.tar", BLOCK, 9) == CONTENT[BLOCK : BLOCK + 9]
+    assert asked == [("b/a.tar", BLOCK, 2 * BLOCK, {"generation": "7"})]
+    with pytest.raises(DataError, match=r"gs://b/a.tar at offset 100000: the shard was replaced .*generation was 7"):
+        store.read("gs://b/a.tar", 2 * BLOCK, 9)
+    store.close()

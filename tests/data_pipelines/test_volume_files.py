@@ -1,0 +1,98 @@
+"""Volumes of every format keep their values, labels and spacing."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines.errors import DataError
+from data_pipelines.volume_files import read_volume
+
+VALUES = np.arange(24, dtype=np.int16).reshape(2, 3, 4) - 5
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept"),
+    [
+        ("int16", "int16"),
+        (">i2", "int16"),
+        ("uint8", "uint8"),
+        ("float16", "float16"),
+        ("float32", "float32"),
+        ("float64", "float32"),
+        ("int64", "int16"),
+        ("bool", "uint8"),
+    ],
+)
+def test_read_volume__keeps_types_of_up_to_32_bits(stored: str, kept: str) -> None:
+    values = np.abs(VALUES).astype(stored)
+    found = read_volume(npy(values), ".npy")
+    assert found.values.dtype == np.dtype(kept)
+    np.testing.assert_array_equal(found.values, values)
+    assert found.labels is None and found.spacing is None
+
+
+def test_read_volume__large_integers_become_floats() -> None:
+    found = read_volume(npy(VALUES.astype(np.int64) + 40_000), ".npy")
+    assert found.values.dtype == np.float32 and found.values.max() == 40_018
+
+
+def test_read_volume__npz_has_labels_and_spacing() -> None:
+    labels = (VALUES > 3).astype(np.uint8)
+    found = read_volume(npz(image=VALUES, label=labels, window=np.ones(2), spacing=np.array([2, 1, 0.5])), ".npz")
+    np.testing.assert_array_equal(found.values, VALUES)
+    assert found.labels is not None
+    np.testing.assert_array_equal(found.labels, labels)
+    assert found.spacing == (2, 1, 0.5)
+    np.testing.assert_array_equal(read_volume(npz(scan=VALUES), ".npz").values, VALUES)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_read_volume__nifti_comes_out_slices_first(tmp_path: Path, suffix: str) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    image = nibabel.Nifti1Image(VALUES, np.diag([0.5, 1.0, 2.0, 1.0]))
+    nibabel.save(image, tmp_path / f"scan{suffix}")
+    data = (tmp_path / f"scan{suffix}").read_bytes()
+    found = read_volume(data, suffix)
+    assert found.values.dtype == np.int16
+    np.testing.assert_array_equal(found.values, VALUES.transpose(2, 1, 0))
+    assert found.spacing == (2.0, 1.0, 0.5)
+    with pytest.raises(DataError, match=r"NIfTI|gzip"):
+        read_volume(data[: len(data) // 2], suffix)
+
+
+@pytest.mark.parametrize(
+    ("data", "suffix", "named"),
+    [
+        (npy(np.zeros((3, 4))), ".npy", r"shape \(3, 4\) .* is no volume"),
+        (npy(np.full((2, 2, 2), np.nan)), ".npy", "8 of 8 voxels are not finite"),
+        (npy(VALUES)[:-8], ".npy", "array|bytes"),
+        (npz(a=VALUES, b=VALUES), ".npz", "npz holds a, b; name the volume"),
+        (npz(image=VALUES, label=VALUES[:1]), ".npz", r"labels of shape \(1, 3, 4\) do not fit"),
+        (gzip.compress(b"no volume" * 100), ".nii.gz", "cannot read NIfTI"),
+        (b"\x1f\x8bbroken", ".nii.gz", "cannot unpack gzip"),
+        (b"", ".nii", "cannot read NIfTI"),
+    ],
+)
+def test_read_volume__says_what_is_wrong(data: bytes, suffix: str, named: str) -> None:
+    if ".nii" in suffix:
+        pytest.importorskip("nibabel")
+    with pytest.raises(DataError, match=named) as failure:
+        read_volume(data, suffix)
+    assert "\n" not in str(failure.value)
