@@ -1,4 +1,4 @@
-"""Encoders with one output type (`Features`) around timm's vision transformers, and the file they travel in.
+"""Encoders with one output type (`Features`) around timm's models, and the file they travel in.
 
 Importing the package imports neither torch nor timm; each name below loads its module on first use.
 NOT here: learning objectives (`objectives`), scores (`evaluation`).
@@ -10,16 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from backbones.base import Backbone
     from backbones.errors import BackboneError
     from backbones.features import Features
     from backbones.io import load_backbone, save_backbone, weights_digest
     from backbones.names import model_names
     from backbones.registry import create_backbone, from_spec
+    from backbones.timm_model import TimmBackbone
     from backbones.vit import ViTBackbone
 
 __all__ = [
+    "Backbone",
     "BackboneError",
     "Features",
+    "TimmBackbone",
     "ViTBackbone",
     "create_backbone",
     "from_spec",
@@ -30,8 +34,10 @@ __all__ = [
 ]
 
 _HOME = {
+    "Backbone": "base",
     "BackboneError": "errors",
     "Features": "features",
+    "TimmBackbone": "timm_model",
     "ViTBackbone": "vit",
     "create_backbone": "registry",
     "from_spec": "registry",

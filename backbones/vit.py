@@ -10,109 +10,79 @@ Legend: B batch, C channels, N patch tokens, K kept patch tokens, P prefix token
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from timm.layers import PatchEmbed, apply_keep_indices_nlc, resample_abs_pos_embed
-from timm.models import group_parameters
+from timm.layers import PatchEmbed, apply_keep_indices_nlc
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from backbones.base import Backbone
 from backbones.errors import BackboneError
 from backbones.features import Features, take_tokens
-from backbones.positions import sincos_positions
+from backbones.positions import RESAMPLINGS, resample_positions, sincos_positions
 
-__all__ = ["ViTBackbone"]
+__all__ = ["ViTBackbone", "is_plain_vit"]
 
 
-class ViTBackbone(nn.Module):
-    """A timm ViT (as `.vit`) with pixel normalisation and `Features` as output.
+class ViTBackbone(Backbone):
+    """A timm ViT (as `.vit`), whose patches can be left out and whose blocks can be looked into.
 
     Attributes:
         vit: the timm model, built with `num_classes=0, global_pool="", dynamic_img_size=True`.
-        spec: plain JSON-able dict from which `backbones.registry.from_spec` builds the same architecture.
-        image_size, patch_size: pixels per side. grid: (rows, columns) of patches at `image_size`.
-        embed_dim, in_chans, num_prefix_tokens: D, C and P.
+        num_prefix_tokens: P.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
+    can_drop_patches = True
+    has_plain_blocks = True
 
     def __init__(
         self,
-        vit: nn.Module,
+        vit: Any,  # timm's two ViT classes share attributes but no base class
         *,
         library: str,
         name: str,
         options: Mapping[str, Any],
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        position_resampling: str = "timm",
     ) -> None:
         """Wraps `vit`; `library`, `name` and `options` say how it was built and only go into `spec`.
 
         Raises:
-            BackboneError: the model is not a plain ViT on square images, or there is not one mean and one positive
-                standard deviation per channel.
+            BackboneError: the model is not a plain ViT on square images, or as `Backbone` says.
         """
-        super().__init__()
-        self.vit = _require_plain_vit(vit, name)
-        embed = cast(PatchEmbed, self.vit.patch_embed)
-        self.image_size = _square(embed.img_size, name, "image_size")
-        self.patch_size = _square(embed.patch_size, name, "patch_size")
-        if self.image_size % self.patch_size:
-            raise BackboneError(
-                f"backbone {name!r}: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        self.grid = (self.image_size // self.patch_size,) * 2
-        self.embed_dim = int(self.vit.embed_dim)
-        self.in_chans = int(embed.proj.in_channels)
-        self.num_prefix_tokens = int(self.vit.num_prefix_tokens)
-        # Buffers, not parameters: bf16 engines cast parameters, and 8 bits of mantissa would quantise the pixels.
-        for key, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-            if len(values) != self.in_chans or (key == "pixel_std" and min(values) <= 0):
-                raise BackboneError(
-                    f"backbone {name!r}: {key} {list(values)} must hold {self.in_chans} "
-                    f"{'positive ' if key == 'pixel_std' else ''}numbers, one for each of in_chans={self.in_chans}"
-                )
-            table = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)  # (C, 1, 1)
-            self.register_buffer(key, table, persistent=False)
-        self.spec: dict[str, Any] = {
-            "library": library,
-            "name": name,
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
-            "in_chans": self.in_chans,
-            "options": dict(options),
-            "pixel_mean": [float(value) for value in pixel_mean],
-            "pixel_std": [float(value) for value in pixel_std],
-        }
+        if not is_plain_vit(vit):
+            raise BackboneError(f"backbone {name!r} is not a plain ViT but a {type(vit).__name__}")
+        embed = cast(PatchEmbed, vit.patch_embed)
+        super().__init__(
+            library=library,
+            name=name,
+            image_size=_square(embed.img_size, name, "image_size"),
+            patch_size=_square(embed.patch_size, name, "patch_size"),
+            embed_dim=int(vit.embed_dim),
+            in_chans=int(embed.proj.in_channels),
+            options=options,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+        )
+        self.vit = vit
+        self.num_prefix_tokens = int(vit.num_prefix_tokens)
+        self.has_cls = vit.cls_token is not None
+        self.resample_positions_as(position_resampling)
 
     @property
-    def num_patches(self) -> int:
-        """N at `image_size`."""
-        return self.grid[0] * self.grid[1]
+    def network(self) -> nn.Module:
+        """The timm model."""
+        return self.vit
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, hence of the token stream and of the output."""
         return self.vit.patch_embed.proj.weight.dtype
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Pixels to network input: (image - mean) / std in float32.
-
-        Args:
-            images: (B, C, H, W), uint8 in 0 .. 255 or floating point in [0, 1].
-
-        Returns:
-            (B, C, H, W) float32, or float64 when `images` is float64.
-        """
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        images = images.to(torch.promote_types(images.dtype, torch.float32))
-        return (images - self.pixel_mean) / self.pixel_std
 
     def features(self, x: Tensor, keep_idx: Tensor | None = None) -> Features:
         """Encodes images, or only some patches of them.
@@ -135,15 +105,43 @@ class ViTBackbone(nn.Module):
             grid=grid,
         )
 
+    def features_of_blocks(self, x: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Token streams within the encoder, before the final norm (`vit.norm`).
+
+        Args:
+            x: as for `features`.
+            blocks: after which blocks, counted from 1 and ascending.
+
+        Returns:
+            Per block (B, P + N, D), prefix tokens first.
+        """
+        tokens, _, rotations = self._embed(x, None)
+        return [stream for depth, stream in enumerate(self._blocks(tokens, rotations), start=1) if depth in blocks]
+
+    def grid_at(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of patches for images of this size in pixels: any multiple of the patch size.
+
+        Raises:
+            BackboneError: it is not one.
+        """
+        if height % self.patch_size or width % self.patch_size or not height or not width:
+            raise BackboneError(
+                f"backbone {self.spec['name']!r}: {height} x {width} px is not a multiple of patch_size {self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
     def forward_features(self, x: Tensor) -> Tensor:
         """All tokens after the final norm, (B, P + N, D), as timm's method of the same name."""
         return self._encode(x, None)[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Same as `forward_features`."""
-        return self.forward_features(x)
-
     def _encode(self, x: Tensor, keep_idx: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
+        tokens, grid, rotations = self._embed(x, keep_idx)
+        for stream in self._blocks(tokens, rotations):  # one at a time, so that no other is kept in memory
+            tokens = stream
+        return self.vit.norm(tokens), grid
+
+    def _embed(self, x: Tensor, keep_idx: Tensor | None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+        """What enters the first block: tokens (B, P + K, D), the grid, and the rotary table if there is one."""
         vit = self.vit
         patches = vit.patch_embed(x.to(self.dtype))  # (B, rows, columns, D)
         batch, grid = patches.shape[0], (int(patches.shape[1]), int(patches.shape[2]))
@@ -156,16 +154,14 @@ class ViTBackbone(nn.Module):
         tokens = torch.cat([*self._prefix(batch, prefix_positions), patches], dim=1)  # (B, P + K, D)
         # Float32 position buffers promote a bf16 sum: back to the weights' type before the first block.
         tokens = vit.norm_pre(vit.pos_drop(tokens.to(self.dtype)))
-        return vit.norm(self._blocks(tokens, self._rotations(tokens, grid, keep_idx))), grid
+        return tokens, grid, self._rotations(tokens, grid, keep_idx)
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
         """Absolute positions of the prefix (1, P, D) and of the patches (1, N, D); None where there are none."""
         if self.vit.pos_embed is None:
             return None, None
         num_prefix = 0 if self.vit.no_embed_class else self.num_prefix_tokens
-        table = resample_abs_pos_embed(
-            self.vit.pos_embed, new_size=list(grid), old_size=list(self.grid), num_prefix_tokens=num_prefix
-        )
+        table = resample_positions(self.vit.pos_embed, self.grid, grid, num_prefix, self.position_resampling)
         return (table[:, :num_prefix] if num_prefix else None), table[:, num_prefix:]
 
     def _prefix(self, batch: int, positions: Tensor | None) -> list[Tensor]:
@@ -189,14 +185,15 @@ class ViTBackbone(nn.Module):
         kept = apply_keep_indices_nlc(tokens, table, keep_idx)  # batch axis in front
         return kept.transpose(0, 1) if self.vit.rope_mixed else kept.unsqueeze(1)
 
-    def _blocks(self, tokens: Tensor, rotations: Tensor | None) -> Tensor:
+    def _blocks(self, tokens: Tensor, rotations: Tensor | None) -> Iterator[Tensor]:
+        """The token stream (B, P + K, D) after each block."""
         recompute = self.vit.grad_checkpointing and torch.is_grad_enabled()
         for depth, block in enumerate(self.vit.blocks):
             extra: dict[str, Any] = {}
             if rotations is not None:
                 extra["rope"] = rotations[depth] if self.vit.rope_mixed else rotations
             tokens = checkpoint(block, tokens, use_reentrant=False, **extra) if recompute else block(tokens, **extra)
-        return tokens
+            yield tokens
 
     def fix_sincos_positions(self) -> None:
         """Replaces learned absolute positions by MAE's fixed sin-cos table; prefix tokens get zeros.
@@ -213,24 +210,30 @@ class ViTBackbone(nn.Module):
         del self.vit.pos_embed
         self.vit.register_buffer("pos_embed", table[None].to(device))
 
-    def layer_ids(self) -> dict[str, int]:
-        """Depth of each parameter of `.vit` as timm counts it: 0 stem, then one per block, final norm with the last."""
-        return group_parameters(self.vit, self.vit.group_matcher(coarse=False), reverse=True)
+    def resample_positions_as(self, method: str) -> None:
+        """Chooses how absolute positions follow an image of another size, see `backbones.positions`; it is exported.
 
-    def timm_state_dict(self) -> dict[str, Tensor]:
-        """Weights under timm's own names: `timm.create_model(...).load_state_dict(...)` takes them strictly."""
-        return dict(self.vit.state_dict())
+        Raises:
+            BackboneError: no such method.
+        """
+        if method not in RESAMPLINGS:
+            raise BackboneError(f"position_resampling {method!r} is not known; it is one of {', '.join(RESAMPLINGS)}")
+        self.position_resampling = method
+        # Only when it is not timm's, so that the digests of older files stay.
+        self.spec.pop("position_resampling", None)
+        if method != "timm":
+            self.spec["position_resampling"] = method
 
 
-def _require_plain_vit(vit: nn.Module, name: str) -> Any:
-    """`vit` itself, typed loosely because timm's two ViT classes share attributes but no base class."""
-    if not isinstance(vit, VisionTransformer | Eva) or type(vit.patch_embed) is not PatchEmbed:
-        stem = f" with a {type(vit.patch_embed).__name__} stem" if hasattr(vit, "patch_embed") else ""
-        raise BackboneError(
-            f"backbone {name!r} is not a plain ViT ({type(vit).__name__}{stem}): masked patches can only be left out "
-            "when each patch is embedded alone and keeps its own token; use for example vit_tiny_patch16_224"
-        )
-    return vit
+def is_plain_vit(model: nn.Module) -> bool:
+    """Whether each patch is embedded alone and keeps its own token, in one of the two classes that are known here.
+
+    Subclasses that embed or run tokens in their own way (distillation tokens, for example) are not.
+    """
+    if not isinstance(model, VisionTransformer | Eva) or type(model.patch_embed) is not PatchEmbed:
+        return False
+    base = VisionTransformer if isinstance(model, VisionTransformer) else Eva
+    return all(getattr(type(model), name) is getattr(base, name) for name in ("_pos_embed", "forward_features"))
 
 
 def _square(size: tuple[int, int], name: str, key: str) -> int:

@@ -1,9 +1,7 @@
 """What is where in a shard: a strict scan of the tar, and its result kept on disk.
 
-A cut or damaged tar often reads back as a shorter one without any error (tarfile, like webdataset, stops silently at
-a bad header), so the scan demands a clean end of archive and adjacent, complete, unrepeated samples. The index holds,
-per sample, one byte range with its CRC-32 and the place of each field in it; reading a sample is then one ranged read
-(see `shards`).
+The index holds, per sample, one byte range with its CRC-32 and the place of each field in it; reading a sample is then
+one ranged read (see `shards`). What a tar must be to be scanned is in `tar_walk`.
 
 On disk an index is a safetensors container (8 bytes: size of the header; JSON header; arrays) of two tensors:
 `samples`, the row of each sample (`_row_type`) as bytes, and `keys`, the UTF-8 of all keys joined. It is mapped into
@@ -20,28 +18,27 @@ import json
 import mmap
 import os
 import struct
-import tarfile
 import tempfile
 import warnings
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.errors import DataError
-from data_pipelines.locations import PIPE, is_local, redact, scheme_of
+from data_pipelines.locations import PIPE, is_local, redact, scheme_of, split_location
 from data_pipelines.stores import Store
+from data_pipelines.tar_walk import Damage, Member, walk
 
-__all__ = ["ShardIndex", "load_index", "scan_shard", "sidecar", "split_location"]
+__all__ = ["ShardIndex", "load_index", "scan_shard", "sidecar"]
 
 INDEX_FORMAT = "pretrain-index/1"
-_TAR_BLOCK = 512
 _ABSENT = 0xFFFFFFFF  # begin and end of a field that a sample lacks
-_MAX_SAMPLE_BYTES = 0xFFFFFFFE  # offsets inside a sample are 32 bits wide
 
 
 def _row_type(num_fields: int) -> np.dtype[np.void]:
@@ -218,13 +215,6 @@ def _tensor(content: bytes | mmap.mmap, base: int, entry: dict[str, Any]) -> npt
     return np.frombuffer(content, np.uint8, end - begin, base + begin)
 
 
-def split_location(location: str) -> tuple[str, str, str]:
-    """Folder, file name and query string (with its `?`) of a location."""
-    path, mark, query = (location, "", "") if is_local(location) else location.partition("?")
-    folder, _, name = path.rpartition("/")
-    return folder, name, mark + query
-
-
 def sidecar(shard: str) -> str:
     """Location of the index beside a shard."""
     folder, name, query = split_location(shard)
@@ -272,133 +262,43 @@ def _cache_folder() -> Path:
     return (Path(root).expanduser() if root else Path.home() / ".cache" / "pretrain") / "index"
 
 
-class _Samples:
-    """Members collected into samples while the scan walks the tar."""
-
-    def __init__(self, shard: str) -> None:
-        self.shard = shard
-        self.keys: list[str] = []
-        self.starts: list[int] = []
-        self.ends: list[int] = []
-        self.fields: list[dict[str, tuple[int, int]]] = []  # name -> (absolute offset, size)
-
-    def add(self, member: tarfile.TarInfo, end: int) -> None:
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not stem or not dot or not extension:
-            raise DataError(f"{self.where(member)} has no KEY.FIELD name; rename or remove it")
-        key, field = f"{folder}{slash}{stem}", extension.lower()
-        try:
-            member.name.encode()
-        except UnicodeEncodeError:  # tarfile keeps bytes that are no UTF-8 as surrogates
-            raise DataError(f"{self.where(member)} has a name that is not UTF-8; rename it") from None
-        if not self.keys or self.keys[-1] != key:
-            self.keys.append(key)
-            self.starts.append(member.offset)
-            self.ends.append(end)
-            self.fields.append({})
-        if field in self.fields[-1]:
-            raise DataError(
-                f"{self.where(member)} repeats field {field!r} of sample {key!r}; a sample has each field once"
-            )
-        self.fields[-1][field] = (member.offset_data, member.size)
-        self.ends[-1] = end
-        if end - self.starts[-1] > _MAX_SAMPLE_BYTES:
-            raise DataError(f"{self.where(member)} makes sample {key!r} larger than 4 GiB; split it")
-
-    def where(self, member: tarfile.TarInfo) -> str:
-        return f"shard {self.shard}: member {member.name!r} at offset {member.offset}"
-
-
 def scan_shard(path: Path, name: str | None = None) -> ShardIndex:
-    """Read a whole tar, check its structure and compute the CRC-32 of every sample; errors call it `name`.
+    """Read a whole tar, check its structure (`walk`) and compute the CRC-32 of every sample; errors call it `name`.
 
     Raises:
         DataError: the file is empty, no plain tar, cut, or damaged in a header; a sample is repeated, split or unnamed;
             a member is not a regular file. The message names shard, member and offset.
     """
     shard = name or str(path)
-    samples = _Samples(shard)
+    samples: dict[str, list[Member]] = {}
     try:
         with open(path, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
-            _walk(shard, file, num_bytes, samples)
-            _reject_repeats(samples)
-            ranges = zip(samples.starts, samples.ends, strict=True)
+            for found in walk(file, num_bytes):
+                if isinstance(found, Damage):
+                    sample = "" if found.key is None else f", sample {found.key!r}"
+                    raise DataError(f"shard {shard}{sample} at offset {found.offset}: {found.problem}")
+                samples.setdefault(found.key, []).append(found)
+            ranges = [(members[0].offset, members[-1].end) for members in samples.values()]
             crcs = [zlib.crc32(os.pread(file.fileno(), end - start, start)) for start, end in ranges]
     except OSError as error:
         raise DataError(f"cannot read shard {shard}: {error.strerror or error}") from None
     return _pack(samples, num_bytes, crcs)
 
 
-def _walk(shard: str, file: BinaryIO, num_bytes: int, samples: _Samples) -> None:
-    if num_bytes == 0:
-        raise DataError(f"shard {shard} is empty (0 bytes); copy or write it again")
-    end = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                if not (member.isreg() or member.isdir()) or member.issparse():
-                    raise DataError(
-                        f"{samples.where(member)} is a link or special file; shards hold regular files only"
-                    )
-                end = member.offset_data + -(-member.size // _TAR_BLOCK) * _TAR_BLOCK
-                if end > num_bytes:
-                    raise DataError(
-                        f"{samples.where(member)} needs {end} bytes, the file has {num_bytes}: cut; copy it again"
-                    )
-                if member.isreg():
-                    samples.add(member, end)
-    except tarfile.TarError as error:
-        if end:
-            raise DataError(
-                f"shard {shard}: damaged after offset {end} of {num_bytes} ({error}); copy it again"
-            ) from None
-        file.seek(0)
-        head = file.read(16)
-        raise DataError(f"shard {shard} is not a plain tar: it begins with {head!r} ({error})") from None
-    _require_clean_end(shard, file, end, num_bytes)
-    if not samples.keys:
-        raise DataError(f"shard {shard} holds no sample ({num_bytes} bytes); remove it or write it again")
-
-
-def _require_clean_end(shard: str, file: BinaryIO, end: int, num_bytes: int) -> None:
-    """A tar ends with two zero blocks and nothing but zeros after them; a cut or a bad header leaves something else."""
-    clean = num_bytes - end >= 2 * _TAR_BLOCK
-    file.seek(end)
-    while clean and (chunk := file.read(1 << 20)):
-        clean = not any(chunk)
-    if not clean:
-        raise DataError(
-            f"shard {shard}: no clean end of archive at offset {end} of {num_bytes} bytes "
-            "(cut, or a damaged header there); copy or write it again"
-        )
-
-
-def _reject_repeats(samples: _Samples) -> None:
-    first: dict[str, int] = {}
-    for number, key in enumerate(samples.keys):
-        if key in first:
-            raise DataError(
-                f"shard {samples.shard}: sample {key!r} at offset {samples.starts[number]} was begun at offset "
-                f"{samples.starts[first[key]]} already; the members of a sample must be adjacent and keys unique"
-            )
-        first[key] = number
-
-
-def _pack(samples: _Samples, num_bytes: int, crcs: list[int]) -> ShardIndex:
-    names = sorted(set().union(*samples.fields))
-    keys = [key.encode() for key in samples.keys]
+def _pack(samples: Mapping[str, Sequence[Member]], num_bytes: int, crcs: Sequence[int]) -> ShardIndex:
+    names = sorted({member.field for members in samples.values() for member in members})
+    columns = {name: column for column, name in enumerate(names)}
+    keys = [key.encode() for key in samples]
     key_ends = np.cumsum([len(key) for key in keys])
     rows = np.zeros(len(keys), _row_type(len(names)))
-    rows["start"] = samples.starts
-    rows["size"] = np.array(samples.ends) - samples.starts
+    rows["start"] = [members[0].offset for members in samples.values()]
+    rows["size"] = [members[-1].end - members[0].offset for members in samples.values()]
     rows["crc32"] = crcs
     rows["key_begin"][1:], rows["key_end"] = key_ends[:-1], key_ends
     rows["fields"] = _ABSENT
-    for row, members in zip(rows, samples.fields, strict=True):
-        for column, name in enumerate(names):
-            if name in members:
-                begin = members[name][0] - int(row["start"])
-                row["fields"][column] = begin, begin + members[name][1]
+    for fields, members in zip(rows["fields"], samples.values(), strict=True):
+        for member in members:
+            begin = member.begin - members[0].offset
+            fields[columns[member.field]] = begin, begin + member.size
     return ShardIndex(num_bytes, tuple(names), rows, np.frombuffer(b"".join(keys), np.uint8))

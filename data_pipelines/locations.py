@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-__all__ = ["HTTP", "OBJECT_STORES", "PIPE", "is_local", "redact", "scheme_of", "sibling"]
+__all__ = ["HTTP", "OBJECT_STORES", "PIPE", "is_local", "redact", "scheme_of", "sibling", "split_location"]
 
 HTTP = ("http", "https")
 OBJECT_STORES = ("s3", "gs", "gcs")
@@ -51,3 +51,10 @@ def sibling(location: str, name: str) -> str | None:
         return None
     url = urlsplit(location)
     return urlunsplit(url._replace(path=f"{url.path.rpartition('/')[0]}/{name}"))
+
+
+def split_location(location: str) -> tuple[str, str, str]:
+    """Folder, file name and query string (with its `?`) of a location."""
+    path, mark, query = (location, "", "") if is_local(location) else location.partition("?")
+    folder, _, name = path.rpartition("/")
+    return folder, name, mark + query

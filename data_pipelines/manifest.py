@@ -5,7 +5,8 @@ and it is the last file that packing writes: a directory without it is not finis
 (without our `format`) describe their data in their own way; for those `read_manifest` returns None and the shards are
 indexed one by one.
 
-Not here: what wrote it (`pack`), what the bytes of a field mean (`fields`), how the shards are read (`shards`).
+Nothing heavy is imported. Not here: what wrote it (`pack`), what the bytes of a field mean (`fields`), how the shards
+are read (`shards`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from data_pipelines.errors import DataError
+from data_pipelines.locations import redact, sibling, split_location
+
+if TYPE_CHECKING:
+    from data_pipelines.stores import Store
 
 __all__ = [
     "FIELD_KINDS",
@@ -24,6 +30,7 @@ __all__ = [
     "MANIFEST_NAME",
     "ChannelStats",
     "Manifest",
+    "Manifests",
     "ShardEntry",
     "Split",
     "field_kind",
@@ -109,7 +116,7 @@ class Manifest:
     def num_samples(self) -> int:
         return sum(split.samples for split in self.splits.values())
 
-    @property
+    @cached_property
     def shards(self) -> dict[str, ShardEntry]:
         """File name -> entry, over all splits."""
         return {shard.name: shard for split in self.splits.values() for shard in split.shards}
@@ -129,16 +136,14 @@ def read_manifest(content: bytes | Mapping[str, Any]) -> Manifest | None:
     """Read `dataset.json`; None if it is not one of ours.
 
     Raises:
-        DataError: it is not a JSON object, or has our format but lacks what the format demands.
+        DataError: it is not JSON, or has our format but lacks what the format demands.
     """
     if isinstance(content, bytes):
         try:
             content = json.loads(content)
         except ValueError as error:
             raise DataError(f"{MANIFEST_NAME} is not valid JSON: {error}") from None
-    if not isinstance(content, Mapping):
-        raise DataError(f"{MANIFEST_NAME} holds a JSON {type(content).__name__}; it must be an object")
-    if content.get("format") != FORMAT:
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         return None
     try:
         return _parse(content)
@@ -146,6 +151,30 @@ def read_manifest(content: bytes | Mapping[str, Any]) -> Manifest | None:
         raise DataError(f"{MANIFEST_NAME} of format {FORMAT} lacks {error}; pack the data again") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{MANIFEST_NAME} of format {FORMAT} is malformed ({error}); pack the data again") from None
+
+
+class Manifests:
+    """The `dataset.json` of folders, each fetched and parsed once."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._read: dict[str, Manifest | None] = {}  # by folder
+
+    def of(self, location: str) -> Manifest | None:
+        """That of the folder of a shard, or of a folder whose location ends in `/`; None if there is none of ours.
+
+        Raises:
+            DataError: as `read_manifest`, with the folder; or it cannot be fetched.
+        """
+        folder = split_location(location)[0]
+        if folder not in self._read:
+            described = sibling(location, MANIFEST_NAME)
+            content = self.store.read_file(described) if described else None
+            try:
+                self._read[folder] = read_manifest(content) if content else None
+            except DataError as error:
+                raise DataError(f"{redact(folder)}/{error}") from None
+        return self._read[folder]
 
 
 def _parse(content: Mapping[str, Any]) -> Manifest:

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data_pipelines.errors import CorruptSampleError, DataError
-from data_pipelines.index import ShardIndex, load_index, split_location
-from data_pipelines.locations import is_local, redact, sibling
-from data_pipelines.manifest import MANIFEST_NAME, ShardEntry, read_manifest, split_digest
+from data_pipelines.index import ShardIndex, load_index
+from data_pipelines.locations import is_local, redact, sibling, split_location
+from data_pipelines.manifest import MANIFEST_NAME, Manifests, split_digest
 from data_pipelines.order import SampleOrder
 from data_pipelines.source import expand_source
 from data_pipelines.stores import FetchOptions, Store
@@ -76,18 +76,16 @@ def open_dataset(
         raise DataError(f"limit={limit} is not allowed; it is at least 1 sample")
     fetch = fetch or FetchOptions()
     store = Store(fetch)
+    manifests = Manifests(store)
     shards: list[Shard] = []
     opened: dict[int, ShardIndex] = {}
     fields: frozenset[str] | None = None
-    manifests: dict[str, _Listed] = {}
     num_samples = 0
-    for number, location in enumerate(expand_source(source, allow_pipe=fetch.allow_pipe, store=store)):
-        folder, name, _ = split_location(location)
-        if folder not in manifests:
-            manifests[folder] = _read_listed(location, store)
-        entry = manifests[folder].shards.get(name)
-        if entry is not None:
-            shard, has = Shard(location, entry.samples, entry.bytes, entry.index_digest), manifests[folder].fields
+    for number, location in enumerate(expand_source(source, allow_pipe=fetch.allow_pipe, manifests=manifests)):
+        manifest = manifests.of(location)
+        entry = manifest and manifest.shards.get(split_location(location)[1])
+        if manifest and entry:
+            shard, has = Shard(location, entry.samples, entry.bytes, entry.index_digest), frozenset(manifest.fields)
         else:
             index = opened[number] = load_index(location, store)
             shard = Shard(location, index.num_samples, index.num_bytes, index.digest)
@@ -98,29 +96,6 @@ def open_dataset(
         if limit is not None and num_samples >= limit:
             break
     return Dataset(shards, fields or frozenset(), store, opened=opened, limit=limit)
-
-
-class _Listed(NamedTuple):
-    """What the `dataset.json` of a folder tells about the shards beside it."""
-
-    shards: Mapping[str, ShardEntry]
-    fields: frozenset[str]
-
-
-def _read_listed(location: str, store: Store) -> _Listed:
-    """Of the folder of a shard; empty if there is no `dataset.json` of ours."""
-    manifest = None
-    if content := _read_description(location, store):
-        try:
-            manifest = read_manifest(content)
-        except DataError as error:
-            raise DataError(f"{redact(split_location(location)[0])}/{error}") from None
-    return _Listed(manifest.shards, frozenset(manifest.fields)) if manifest else _Listed({}, frozenset())
-
-
-def _read_description(location: str, store: Store) -> bytes | None:
-    description = sibling(location, MANIFEST_NAME)
-    return store.read_file(description) if description else None
 
 
 class Dataset:
@@ -165,9 +140,11 @@ class Dataset:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """`dataset.json` beside the first shard, `{}` if there is none."""
-        content = _read_description(self.shards[0].location, self._store)
-        return json.loads(content) if content else {}  # `open_dataset` saw that it is a JSON object
+        """`dataset.json` beside the first shard, whoever wrote it; `{}` if there is none, or no JSON object in it."""
+        described = sibling(self.shards[0].location, MANIFEST_NAME)
+        content = self._store.read_file(described) if described else None
+        description = json.loads(content) if content else {}  # `open_dataset` saw that it is JSON
+        return description if isinstance(description, dict) else {}
 
     def __len__(self) -> int:
         return self.num_samples

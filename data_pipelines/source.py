@@ -15,6 +15,7 @@ import glob
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,18 +23,19 @@ from urllib.parse import unquote, urlsplit
 
 from data_pipelines.errors import DataError
 from data_pipelines.locations import HTTP, OBJECT_STORES, PIPE, redact, scheme_of, sibling
-from data_pipelines.manifest import MANIFEST_NAME, read_manifest
+from data_pipelines.manifest import MANIFEST_NAME, Manifests
 
 if TYPE_CHECKING:
     from data_pipelines.stores import Store
 
 __all__ = ["check_source", "expand_source"]
 
+Suffixes = tuple[str, ...]
+
 SHARD_SUFFIX = ".tar"
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz")
+COMPRESSED_SUFFIXES: Suffixes = (".tar.gz", ".tgz")
 _SCHEMES = ("file", *HTTP, *OBJECT_STORES)
 _MAX_SHARDS = 1_000_000
-Suffixes = tuple[str, ...]
 _BRACE = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _NUMBERS = re.compile(r"\{(\d+\.\.\d+)\}")  # the only braces of a command that are ours; the others are its shell's
@@ -55,6 +57,7 @@ def expand_source(
     *,
     allow_pipe: bool = False,
     store: Store | None = None,
+    manifests: Manifests | None = None,
     compressed: bool = False,
 ) -> tuple[str, ...]:
     """Find the shards of a source.
@@ -65,6 +68,7 @@ def expand_source(
             them; paths and URLs of the schemes file, http, https, s3, gs, gcs.
         allow_pipe: whether `pipe:COMMAND`, whose standard output is a shard, is allowed too.
         store: what remote directories are read with; without it, a store with default options.
+        manifests: instead of `store`, by a caller who goes on to read manifests.
         compressed: whether `.tar.gz` and `.tgz` are shards as well; they can be streamed but not indexed.
 
     Returns:
@@ -76,32 +80,30 @@ def expand_source(
     """
     from data_pipelines.stores import Store
 
-    owned = Store() if store is None else None
-    try:
-        locations = _join(source, allow_pipe, store or owned, compressed)
-    finally:
-        if owned is not None:
-            owned.close()
+    with ExitStack() as owned:
+        if manifests is None:
+            manifests = Manifests(store or owned.enter_context(closing(Store())))
+        locations = _join(source, allow_pipe, manifests, compressed)
     if not locations:
         raise DataError("the data source is empty; give a directory, a glob or a list of .tar shards")
     return tuple(locations)
 
 
 def _join(
-    source: str | Path | Sequence[str | Path], allow_pipe: bool, store: Store | None, compressed: bool
+    source: str | Path | Sequence[str | Path], allow_pipe: bool, manifests: Manifests | None, compressed: bool
 ) -> list[str]:
     suffixes = (SHARD_SUFFIX, *(COMPRESSED_SUFFIXES if compressed else ()))
     parts = [source] if isinstance(source, str | Path) else list(source)
     if not parts:
         raise DataError("the data source is empty; give a directory, a glob or a list of .tar shards")
-    locations = sorted(location for part in parts for location in _expand_one(str(part), allow_pipe, store, suffixes))
+    locations = sorted(shard for part in parts for shard in _expand_one(str(part), allow_pipe, manifests, suffixes))
     for first, second in pairwise(locations):
         if first == second:
             raise DataError(f"shard {redact(first)} is named twice by the source; name each shard once")
     return locations
 
 
-def _expand_one(pattern: str, allow_pipe: bool, store: Store | None, suffixes: Suffixes) -> list[str]:
+def _expand_one(pattern: str, allow_pipe: bool, manifests: Manifests | None, suffixes: Suffixes) -> list[str]:
     if not pattern.strip():
         raise DataError("an empty string is not a data source; give a directory, a glob or a .tar shard")
     scheme = scheme_of(pattern)
@@ -124,14 +126,14 @@ def _expand_one(pattern: str, allow_pipe: bool, store: Store | None, suffixes: S
             f"{', '.join(f'{name}://' for name in _SCHEMES)}{f' (nearest: {near[0]}://)' if near else ''}"
         )
     _bound(pattern)
-    return [shard for url in _expand_braces(pattern) for shard in _expand_url(url, scheme, store, suffixes)]
+    return [shard for url in _expand_braces(pattern) for shard in _expand_url(url, scheme, manifests, suffixes)]
 
 
 # Remote.
 
 
-def _expand_url(url: str, scheme: str, store: Store | None, suffixes: Suffixes) -> list[str]:
-    """Shards of one URL without braces; of a directory or a glob, none if there is no `store` to list it with."""
+def _expand_url(url: str, scheme: str, manifests: Manifests | None, suffixes: Suffixes) -> list[str]:
+    """Shards of one URL without braces; of a directory or a glob, none if `manifests` and their store are not given."""
     listable = scheme in OBJECT_STORES
     if listable and "@" in urlsplit(url).netloc:
         raise DataError(f"{redact(url)}: credentials do not belong into a {scheme}:// URL; set them in the environment")
@@ -146,11 +148,12 @@ def _expand_url(url: str, scheme: str, store: Store | None, suffixes: Suffixes) 
             )
         if not path.endswith(suffixes):
             raise DataError(
-                f"{redact(url)} does not end in {' or '.join(suffixes)}; a glob names shards, as in train-*{SHARD_SUFFIX}"
+                f"{redact(url)} does not end in {' or '.join(suffixes)}; "
+                f"a glob names shards, as in train-*{SHARD_SUFFIX}"
             )
-        return _listed(url, store, suffixes) if store else []
+        return _listed([url], manifests.store) if manifests else []
     if path.endswith("/"):
-        return _expand_remote_folder(url, listable, store, suffixes) if store else []
+        return _expand_remote_folder(url, listable, manifests, suffixes) if manifests else []
     if not path.endswith(suffixes):
         raise DataError(
             f"{redact(url)} ends neither in {' or '.join(suffixes)}, as shards do, nor in '/', as directories do"
@@ -158,16 +161,10 @@ def _expand_url(url: str, scheme: str, store: Store | None, suffixes: Suffixes) 
     return [url]
 
 
-def _expand_remote_folder(folder: str, listable: bool, store: Store, suffixes: Suffixes) -> list[str]:
-    content = store.read_file(_inside(folder, MANIFEST_NAME))
-    manifest = None
-    if content is not None:
-        try:
-            manifest = read_manifest(content)
-        except DataError as error:
-            raise DataError(f"{redact(folder)}: {error}") from None
+def _expand_remote_folder(folder: str, listable: bool, manifests: Manifests, suffixes: Suffixes) -> list[str]:
+    manifest = manifests.of(folder)
     if manifest is None and listable:
-        return _listed(f"{folder}*", store, suffixes)
+        return _listed([f"{folder}*{suffix}" for suffix in suffixes], manifests.store)
     if manifest is None:
         raise DataError(
             f"{redact(folder)} has no readable {MANIFEST_NAME} that lists its shards, and a web server cannot be "
@@ -185,10 +182,10 @@ def _inside(folder: str, name: str) -> str:
     return location
 
 
-def _listed(pattern: str, store: Store, suffixes: Suffixes) -> list[str]:
-    shards = [shard for shard in store.glob(pattern) if shard.endswith(suffixes)]
+def _listed(patterns: Sequence[str], store: Store) -> list[str]:
+    shards = [shard for pattern in patterns for shard in store.glob(pattern)]
     if not shards:
-        raise DataError(f"no {' or '.join(suffixes)} shard matches {redact(pattern)}")
+        raise DataError(f"no {SHARD_SUFFIX} shard matches {' or '.join(map(redact, patterns))}")
     return shards
 
 

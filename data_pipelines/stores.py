@@ -2,10 +2,10 @@
 
 A location is an absolute local path, a URL, or a command (`locations`). Local files are read in place: `pread` has no
 file position, so forked loader workers share descriptors safely. What is remote comes through a cache on the local disk
-(`cache`), in blocks or as whole shards.
+(`remote.cache`), in blocks or as whole shards.
 
 A store may be pickled and forked: descriptors, connections and threads stay behind, since they mean nothing, or the
-wrong thing, in another process. Not here: the requests themselves (`remote`).
+wrong thing, in another process. Not here: the requests themselves (`remote.fetch`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.locations import is_local
-from data_pipelines.remote import FetchOptions
-from data_pipelines.remote_shards import RemoteShards
+from data_pipelines.remote.fetch import FetchOptions
+from data_pipelines.remote.shards import RemoteShards
 
 __all__ = ["FetchOptions", "Store"]
 
@@ -28,10 +28,14 @@ _MAX_OPEN_FILES = 256
 
 
 class Store:
-    """Reads byte ranges of files; opens each local one at its first read and keeps the most recently used open."""
+    """Reads byte ranges of files; opens each local one at its first read and keeps the most recently used open.
+
+    Threads may read at the same time. What makes that right without a lock: single operations of a dictionary are
+    atomic, and a file that one thread drops is closed when no other one reads it any more.
+    """
 
     def __init__(self, options: FetchOptions | None = None) -> None:
-        self._files: OrderedDict[str, int] = OrderedDict()  # location -> descriptor, least recently used first
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()  # by location, least recently used first
         self._options = options or FetchOptions()
 
     @cached_property
@@ -60,7 +64,8 @@ class Store:
         if not is_local(location):
             return self._remote.read(location, begin, size)
         try:
-            content = os.pread(self._descriptor(location), size, begin)
+            file = self._open(location)
+            content = os.pread(file.descriptor, size, begin)
         except OSError as error:
             raise DataError(f"{location} at offset {begin}: cannot read: {error.strerror}") from None
         if len(content) != size:
@@ -102,23 +107,35 @@ class Store:
 
     def close(self) -> None:
         """Close files, connections and threads; the next read opens what it needs again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.clear()
         if "_remote" in self.__dict__:
             self._remote.close()
 
-    def _descriptor(self, location: str) -> int:
-        if location in self._files:
+    def _open(self, location: str) -> _OpenFile:
+        try:
             self._files.move_to_end(location)
             return self._files[location]
-        descriptor = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
-        self._files[location] = descriptor
-        if len(self._files) > _MAX_OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        return descriptor
+        except KeyError:  # never opened, or just dropped by another thread
+            opened = _OpenFile(os.open(location, os.O_RDONLY | os.O_CLOEXEC))
+            file = self._files.setdefault(location, opened)  # that of another thread which was faster
+            if len(self._files) > _MAX_OPEN_FILES:
+                self._files.popitem(last=False)
+            return file
 
     def __del__(self) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
+
+
+class _OpenFile:
+    """A descriptor that is closed with the last reference to it."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)

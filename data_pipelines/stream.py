@@ -209,8 +209,8 @@ class Stream:
         """
         if not saved.get("exact", True):
             raise DataError(
-                "the stream cannot resume exactly: the checkpoint was taken with data.unindexed=stream, whose samples have "
-                "no order to go on with; set data.unindexed=stream or begin a new run"
+                "the stream cannot resume exactly: the checkpoint was taken with data.unindexed=stream, which has no "
+                "order to go on with; set data.unindexed=stream or begin a new run"
             )
         present = self.order_signature
         names = [name for name in present | dict(saved) if saved.get(name) != present.get(name)]

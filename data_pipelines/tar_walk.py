@@ -1,8 +1,9 @@
-"""Everything that can still be read of a tar, and everything that is wrong with it.
+"""What a tar must be to be a shard: `walk` gives its members in order, and everything that is wrong with it.
 
-`index.scan_shard` stops at the first damage, because a damaged shard must not be trained on. `walk` goes on behind it:
-it looks for the next block that is a valid header and continues there, so that `verify` can name all damages of a
-shard at once. Bytes of members are not read here.
+A cut or damaged tar often reads back as a shorter one without any error (`tarfile`, like webdataset, stops silently at
+a bad header), so `walk` demands a clean end of archive and adjacent, complete, unrepeated samples. Behind a damage it
+looks for the next block that is a valid header and goes on there. `index.scan_shard` stops at the first damage, because
+a damaged shard must not be trained on; `verify` names them all. Bytes of members are not read here.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ __all__ = ["Damage", "Member", "walk"]
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 2048 * _BLOCK
+_MAX_SAMPLE_BYTES = 0xFFFFFFFE  # an index holds offsets inside a sample in 32 bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """One field of one sample: `size` bytes of the tar from `begin` on."""
 
@@ -28,14 +30,19 @@ class Member:
     begin: int
     size: int
 
+    @property
+    def end(self) -> int:
+        """Where the padding behind it ends, and the next header begins."""
+        return self.begin + -(-self.size // _BLOCK) * _BLOCK
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Damage:
     """What is wrong at a byte of the tar, and with which sample when that is known."""
 
     key: str | None
     offset: int
-    problem: str
+    problem: str  # and what to do about it
 
 
 def walk(file: BufferedReader, num_bytes: int) -> Iterator[Member | Damage]:
@@ -46,54 +53,61 @@ def walk(file: BufferedReader, num_bytes: int) -> Iterator[Member | Damage]:
         num_bytes: its size.
     """
     if num_bytes == 0:
-        yield Damage(None, 0, "the file is empty (0 bytes)")
+        yield Damage(None, 0, "the file is empty (0 bytes); copy or write it again")
         return
     samples = _Samples()
-    end, last, clean = 0, None, False
+    at, last, clean = 0, None, False
     while not clean:
-        for info in _headers(file, end):
-            end, last = info.offset_data + -(-info.size // _BLOCK) * _BLOCK, info.name
+        for info, end in _headers(file, at):
+            at, last = end, info.name
             if end > num_bytes:
-                problem = f"member {info.name!r} needs the bytes up to {end}, the file ends at {num_bytes}: cut"
-                yield Damage(_key(info.name), info.offset, problem)
+                problem = f"member {last!r} needs the bytes up to {end}, the file ends at {num_bytes}: cut"
+                yield Damage(_key(last), info.offset, f"{problem}; copy it again")
                 return
             if not info.isdir():
                 yield samples.add(info)
-        clean = _ends_here(file, end, num_bytes)
+        clean = _ends_here(file, at, num_bytes)
         if not clean:
-            following = _next_header(file, end, num_bytes)
-            yield Damage(None, end, _header_problem(file, end, num_bytes, last, following))
+            following = _next_header(file, at, num_bytes)
+            yield Damage(None, at, _header_problem(file, at, num_bytes, last, following))
             if following is None:
                 return
-            end = following
+            at = following
+    if samples.is_empty:
+        yield Damage(None, 0, f"the tar holds no sample ({num_bytes} bytes); remove it or write it again")
 
 
 class _Samples:
     """Puts members together into samples: adjacent, each key once, each field once per sample."""
 
     def __init__(self) -> None:
+        self.is_empty = True
         self._begun: dict[str, int] = {}  # key -> offset of its first member
         self._current: str | None = None
         self._fields: set[str] = set()
 
     def add(self, info: tarfile.TarInfo) -> Member | Damage:
-        key = _key(info.name)
+        self.is_empty = False
+        key, said = _key(info.name), f"member {info.name!r}"
         if not info.isreg() or info.issparse():
-            kind = "is a link or special file; shards hold regular files only"
-            return Damage(key, info.offset, f"member {info.name!r} {kind}")
+            return Damage(key, info.offset, f"{said} is a link or special file; shards hold regular files only")
         if key is None:
-            return Damage(None, info.offset, f"member {info.name!r} has no KEY.FIELD name")
+            return Damage(None, info.offset, f"{said} has no KEY.FIELD name; rename or remove it")
+        if not _is_text(info.name):
+            return Damage(None, info.offset, f"{said} has a name that is not UTF-8; rename it")
         if key != self._current:
             if key in self._begun:
                 begun = f"was begun at offset {self._begun[key]} already"
                 return Damage(key, info.offset, f"sample {begun}; its members must be adjacent and keys unique")
             self._begun[key] = info.offset
             self._current, self._fields = key, set()
-        field = info.name[len(key) + 1 :].lower()
-        if field in self._fields:
-            return Damage(key, info.offset, f"repeats field {field!r}; a sample has each field once")
-        self._fields.add(field)
-        return Member(key, field, info.offset, info.offset_data, info.size)
+        member = Member(key, info.name[len(key) + 1 :].lower(), info.offset, info.offset_data, info.size)
+        if member.field in self._fields:
+            return Damage(key, info.offset, f"repeats field {member.field!r}; a sample has each field once")
+        if member.end - self._begun[key] > _MAX_SAMPLE_BYTES:
+            return Damage(key, info.offset, f"{said} makes the sample larger than 4 GiB; split it")
+        self._fields.add(member.field)
+        return member
 
 
 def _key(name: str) -> str | None:
@@ -103,15 +117,24 @@ def _key(name: str) -> str | None:
     return f"{folder}{slash}{stem}" if stem and field else None
 
 
-def _headers(file: BufferedReader, begin: int) -> Iterator[tarfile.TarInfo]:
-    """Consecutive members from `begin` on; ends at the first block that is no header, whatever it is."""
+def _is_text(name: str) -> bool:
+    """False for bytes that are no UTF-8, which tarfile keeps as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _headers(file: BufferedReader, begin: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Consecutive members from `begin` on, each with the place of the next; stops at the first block that is none."""
     file.seek(begin)
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for info in archive:
-                if info.size < 0:  # a valid checksum over a forged size
+                if info.size < 0 or archive.offset < info.offset_data:  # a forged size, which leads back to here
                     return
-                yield info
+                yield info, archive.offset
     except (tarfile.TarError, ValueError, OverflowError, EOFError):
         return  # `walk` sees that this is not the end of the archive and says so
 
@@ -144,12 +167,14 @@ def _next_header(file: BufferedReader, end: int, num_bytes: int) -> int | None:
 def _header_problem(file: BufferedReader, end: int, num_bytes: int, last: str | None, following: int | None) -> str:
     file.seek(end)
     head = file.read(_BLOCK)
-    after = "" if last is None else f" after member {last!r}"
+    after, remedy = "" if last is None else f" after member {last!r}", "copy or write it again"
     if following is not None:
         what = "zeroed" if not any(head) else "damaged"
-        return f"{what} header{after}; the next readable one is at offset {following}"
-    if last is None and len(head) > 0:
-        return f"not a plain tar: begins with {head[:16]!r} ({num_bytes} bytes)"
-    if not any(head):
-        return f"no end of archive{after}: the file ends at {num_bytes}, cut"
-    return f"damaged or cut header{after}; nothing readable up to the end of the file at {num_bytes}"
+        return f"{what} header{after}; the next readable one is at offset {following}; {remedy}"
+    if end == 0:
+        return f"not a plain tar: begins with {head[:16]!r} ({num_bytes} bytes); {remedy}"
+    if any(head):
+        return f"damaged or cut header{after}; nothing readable up to the end of the file at {num_bytes}; {remedy}"
+    if num_bytes - end < 2 * _BLOCK:
+        return f"no end of archive{after}: the file ends at {num_bytes}, cut; {remedy}"
+    return f"zeros{after}, then content up to the end of the file at {num_bytes} that is no member; {remedy}"

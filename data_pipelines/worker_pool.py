@@ -19,7 +19,7 @@ from multiprocessing.sharedctypes import Synchronized
 from threading import Thread
 from typing import TypeVar
 
-__all__ = ["Advance", "run_jobs"]
+__all__ = ["Advance", "WorkerDied", "run_jobs"]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -27,6 +27,10 @@ Advance = Callable[[int], None]  # told how many more pieces of work are done
 
 _REPORT_SECONDS = 0.2
 _done: Synchronized[int]  # of this worker process; pieces of work done in all workers
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended before its work; the message says what to do."""
 
 
 def run_jobs(
@@ -39,7 +43,7 @@ def run_jobs(
         advance: called in this process with what the jobs pass to their own `advance`.
 
     Raises:
-        RuntimeError: a worker was killed or could not start. What a job raises is raised here; the other jobs are then
+        WorkerDied: a worker was killed or could not start. What a job raises is raised here; the other jobs are then
             abandoned.
     """
     workers = min(workers, len(jobs))
@@ -56,7 +60,7 @@ def run_jobs(
             pool.submit(int)  # makes the pool look at its workers again; it misses the death of the last one otherwise
             yield from _as_completed(futures, done, advance)
         except BrokenProcessPool:
-            raise RuntimeError(
+            raise WorkerDied(
                 "a worker process ended early: killed for want of memory (take fewer workers), or started from a "
                 "script without `if __name__ == '__main__':`"
             ) from None

@@ -31,7 +31,7 @@ from evaluation.registry import EvaluationError, Protocol
 from evaluation.store import ArrayWriter
 
 if TYPE_CHECKING:  # timm takes seconds to import, and cached features need no backbone
-    from backbones.vit import ViTBackbone
+    from backbones.base import Backbone
 
 __all__ = ["Dense", "Pooled", "feature_recipe", "pooled_splits", "write_features"]
 
@@ -66,7 +66,7 @@ def feature_recipe(spec: Protocol, size: tuple[int, int]) -> dict[str, Any]:
 
 def write_features(
     writer: ArrayWriter,
-    backbone: ViTBackbone,
+    backbone: Backbone,
     data: OpenedData,
     recipe: Mapping[str, Any],
     *,
@@ -107,7 +107,7 @@ def _write_pooled(
     writer: ArrayWriter,
     split: str,
     dataset: Dataset,
-    backbone: ViTBackbone,
+    backbone: Backbone,
     batches: Iterator[tuple[slice, Tensor, Tensor]],
     device: torch.device,
 ) -> None:
@@ -133,7 +133,7 @@ def _write_patches(
     writer: ArrayWriter,
     split: str,
     dataset: Dataset,
-    backbone: ViTBackbone,
+    backbone: Backbone,
     batches: Iterator[tuple[slice, Tensor, Tensor]],
     device: torch.device,
 ) -> None:

@@ -9,12 +9,13 @@ change of the code behind `target` raises `version`. Other packages add protocol
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any, Literal
+
+from backbones.entries import by_name, load_entry, origin
 
 __all__ = ["PROTOCOLS", "EvaluationError", "Protocol", "image_size_px", "load_head", "names", "protocol"]
 
@@ -120,12 +121,8 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def _plugins() -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        if entry.name in PROTOCOLS or entry.name in found:
-            raise EvaluationError(f"protocol {entry.name!r} is registered twice (second: {entry.value})")
-        found[entry.name] = entry
-    return found
+    built_in = {name: entry.target for name, entry in PROTOCOLS.items()}
+    return by_name(entry_points(group=ENTRY_POINT_GROUP), "protocol", built_in, EvaluationError)
 
 
 def names() -> tuple[str, ...]:
@@ -134,7 +131,12 @@ def names() -> tuple[str, ...]:
 
 
 def protocol(name: str) -> Protocol:
-    """Returns the protocol called `name`; an unknown name raises `EvaluationError` with the nearest known ones."""
+    """Returns the protocol called `name`.
+
+    Raises:
+        EvaluationError: unknown name (the nearest known ones are named), or a plug-in that cannot be imported or is no
+            `Protocol` of that name.
+    """
     if name in PROTOCOLS:
         return PROTOCOLS[name]
     plugins = _plugins()
@@ -142,16 +144,19 @@ def protocol(name: str) -> Protocol:
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise EvaluationError(f"unknown evaluation protocol {name!r}; known: {', '.join(names())}{hint}")
-    found = plugins[name].load()
+    found = load_entry(plugins[name], "protocol", EvaluationError)
     if not isinstance(found, Protocol) or found.name != name:
-        raise EvaluationError(f"entry point {plugins[name].value} must be a Protocol named {name!r}, got {found!r}")
+        raise EvaluationError(f"entry point {origin(plugins[name])} must be a Protocol named {name!r}, got {found!r}")
     return found
 
 
 def load_head(spec: Protocol) -> Any:
-    """Imports and returns the function behind `spec.target`."""
-    module, _, function = spec.target.partition(":")
-    return getattr(importlib.import_module(module), function)
+    """Imports and returns the function behind `spec.target`.
+
+    Raises:
+        EvaluationError: it cannot be imported.
+    """
+    return load_entry(EntryPoint(spec.name, spec.target, ENTRY_POINT_GROUP), "protocol", EvaluationError)
 
 
 def image_size_px(

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from backbones.vit import ViTBackbone
+from backbones.base import Backbone
 from objectives.teacher import ReadWeight, Teacher
 
 __all__ = ["Objective", "Output", "Progress"]
@@ -56,7 +56,7 @@ class Objective(nn.Module, ABC):
     """
 
     Config: ClassVar[type]
-    backbone: ViTBackbone
+    backbone: Backbone
     teacher: Teacher | None = None
 
     @abstractmethod
@@ -95,7 +95,7 @@ class Objective(nn.Module, ABC):
         """
 
     @property
-    def exported(self) -> ViTBackbone:
+    def exported(self) -> Backbone:
         """The encoder that is exported and graded: the teacher's, if there is one."""
         return self.backbone if self.teacher is None else self.teacher.backbone  # type: ignore[return-value]
 
@@ -132,13 +132,13 @@ class Objective(nn.Module, ABC):
         Returns:
             Groups with "params", "weight_decay", "lr_scale" and "group_name", the first encoder layer first.
         """
-        prefix = "backbone.vit."
-        layer_ids = {prefix + name: layer for name, layer in self.backbone.layer_ids().items()}
-        last = max(layer_ids.values())
+        depths = self.backbone.layer_ids()
+        layer_ids = {parameter: depths[name] for name, parameter in self.backbone.network.named_parameters()}
+        last = max(depths.values())
         groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                layer = last if layer_decay == 1.0 else layer_ids.get(name, last)
+                layer = last if layer_decay == 1.0 else layer_ids.get(parameter, last)
                 groups[layer, parameter.ndim >= 2 and not name.endswith(".bias")].append(parameter)
         return [
             {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields, is_dataclass
 from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
 
-from objectives.configs import MAEConfig
+from backbones.entries import by_name, load_entry, origin
+from objectives.configs import DINOConfig, GMMLConfig, MAEConfig, SelfPatchConfig, SiTConfig
 from objectives.errors import ObjectiveError
 
 if TYPE_CHECKING:
@@ -19,21 +20,27 @@ __all__ = ["ENTRY_POINT_GROUP", "OBJECTIVES", "config_class", "load", "names"]
 ENTRY_POINT_GROUP = "pretrain.objectives"
 
 # name -> where its class is. Settings of these are in objectives.configs, so that a recipe is checked without torch.
-OBJECTIVES: dict[str, str] = {"mae": "objectives.mae:MAE"}
-_CONFIGS: dict[str, type] = {"mae": MAEConfig}
+OBJECTIVES: dict[str, str] = {
+    "dino": "objectives.dino:DINO",
+    "gmml": "objectives.gmml:GMML",
+    "mae": "objectives.mae:MAE",
+    "selfpatch": "objectives.selfpatch:SelfPatch",
+    "sit": "objectives.sit:SiT",
+}
+_CONFIGS: dict[str, type] = {
+    "dino": DINOConfig,
+    "gmml": GMMLConfig,
+    "mae": MAEConfig,
+    "selfpatch": SelfPatchConfig,
+    "sit": SiTConfig,
+}
 
 
 @cache
-def _all() -> dict[str, str]:
+def _all() -> dict[str, EntryPoint]:
     """Built-in objectives and the entry points of other packages (`name = "package.module:Class"`)."""
-    found = dict(OBJECTIVES)
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        if entry.name in found:
-            raise ObjectiveError(
-                f"objective {entry.name!r} of {entry.value} is already taken by {found[entry.name]}; rename one"
-            )
-        found[entry.name] = entry.value
-    return found
+    built_in = {name: EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in OBJECTIVES.items()}
+    return built_in | by_name(entry_points(group=ENTRY_POINT_GROUP), "objective", OBJECTIVES, ObjectiveError)
 
 
 def names() -> tuple[str, ...]:
@@ -54,14 +61,31 @@ def load(name: str) -> type[Objective]:
     """The class of an objective; `load(name)(backbone, config)` builds it.
 
     Raises:
-        ObjectiveError: unknown name, or a plug-in that cannot be imported.
+        ObjectiveError: unknown name, or a plug-in that cannot be imported or is no objective.
     """
     if name not in _all():
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ObjectiveError(f"objective {name!r} is not known; {hint}known: {', '.join(names())}")
-    module, _, attribute = _all()[name].partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ObjectiveError(f"objective {name!r}: cannot import {_all()[name]}: {error}") from error
+    entry = _all()[name]
+    found = load_entry(entry, "objective", ObjectiveError)
+    if name not in OBJECTIVES:
+        _check_plugin(entry, found)
+    return found
+
+
+def _check_plugin(entry: EntryPoint, found: Any) -> None:
+    """Refuse what is no objective, before anything fails in a stranger way.
+
+    Raises:
+        ObjectiveError: it is not a subclass of `Objective`, or its `Config` is not a dataclass with a `name`.
+    """
+    from objectives.base import Objective  # with torch, which a plug-in has imported by now
+
+    where = f"objective {entry.name!r}: {origin(entry)}"
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ObjectiveError(f"{where} is not a subclass of objectives.base.Objective")
+    config = getattr(found, "Config", None)
+    settings = [field.name for field in fields(config)] if is_dataclass(config) else []
+    if "name" not in settings:
+        raise ObjectiveError(f"{where} needs a class attribute Config: a dataclass of its settings, with name: str")

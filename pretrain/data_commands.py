@@ -10,13 +10,15 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
-from pretrain.errors import RequestError
+from pretrain.errors import RequestError, RunFailed
 
 __all__ = ["data"]
 
@@ -41,6 +43,7 @@ def data() -> None:
     SOURCE is a directory, a glob 'shards/train-*.tar', a range 'shards/train-{000000..000009}.tar' or one .tar; local
     or on http(s), s3 or gs.
     """
+    click.get_current_context().with_resource(_plain_warnings())
 
 
 @data.command()
@@ -56,7 +59,7 @@ def data() -> None:
     help="Splits and their shares, by a hash of the name: train=0.9,test=0.1",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of the order and the splits."
+    "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of the order of the samples."
 )
 @click.option(
     "--shard-mb", type=click.IntRange(1), metavar="MB", default=256, show_default=True, help="Size of a shard."
@@ -108,10 +111,10 @@ def pack(
     """
     shares = _parse_splits(splits)
     _require_inputs(src, masks)
-    from data_pipelines.pack import pack
+    from data_pipelines.packing.pack import pack
 
     began = time.monotonic()
-    with _bar("packing") as progress:
+    with _progress("packing") as progress:
         manifest = pack(
             src,
             dest,
@@ -131,7 +134,7 @@ def pack(
             max_bad=max_bad,
             progress=progress,
         )
-    from data_pipelines.stats_text import readable_bytes
+    from data_pipelines.inspection.stats_text import readable_bytes
 
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     samples = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
@@ -158,14 +161,14 @@ def verify(sources: tuple[str, ...], no_decode: bool, workers: int | None) -> No
     pretrain data verify 's3://bucket/set/train-{000000..000099}.tar' --workers 8 --no-decode
     """
     _check_sources(sources)
-    from data_pipelines.verify import verify
+    from data_pipelines.inspection.verify import verify
 
     began = time.monotonic()
-    with _bar("verifying") as progress:
+    with _progress("verifying") as progress:
         report = verify(sources, decode=not no_decode, workers=workers or _cores(), progress=progress)
     for finding in report.findings:
         click.echo(str(finding))
-    from data_pipelines.stats_text import readable_bytes
+    from data_pipelines.inspection.stats_text import readable_bytes
 
     fields = ", ".join(f"{name} {count}" for name, count in sorted(report.fields.items()))
     notes = [
@@ -194,10 +197,10 @@ def stats(sources: tuple[str, ...], limit: int | None, as_json: bool, workers: i
     pretrain data stats 'shards/train-*.tar' --limit 10000 --json
     """
     _check_sources(sources)
-    from data_pipelines.stats import stats
-    from data_pipelines.stats_text import stats_lines
+    from data_pipelines.inspection.stats import stats
+    from data_pipelines.inspection.stats_text import stats_lines
 
-    with _bar("counting") as progress:
+    with _progress("counting") as progress:
         found = stats(sources, limit=limit, workers=workers or _cores(), progress=progress)
     click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(stats_lines(found)))
 
@@ -224,8 +227,8 @@ def show(
     """
     _check_sources((source,))
     _check_show(ids, first, output)
+    from data_pipelines.inspection.show import contact_sheet, describe
     from data_pipelines.shards import open_dataset
-    from data_pipelines.show import contact_sheet, describe
 
     dataset = open_dataset(source)
     chosen = ids or range(min(first or 8, dataset.num_samples))
@@ -299,13 +302,38 @@ def _cores() -> int:
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, as long as that is a terminal; yields `update(done, total)`."""
+def _plain_warnings() -> Iterator[None]:
+    """What the work warns of is meant for the user: one line each, without the place in the source."""
+    with warnings.catch_warnings():
+        shown_otherwise = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, UserWarning):
+                click.echo(f"warning: {' '.join(str(message).split())}", err=True)
+            else:
+                shown_otherwise(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, as long as that is a terminal; yields `update(done, total)`.
+
+    Raises:
+        RunFailed: a worker process died of the work inside.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from data_pipelines.worker_pool import WorkerDied
 
     console = Console(stderr=True)
     columns = TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        try:
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        except WorkerDied as error:
+            raise RunFailed(str(error)) from error

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from objectives.base import Objective, Output, Progress
+from pretrain.optimizers import RESHARDABLE, create_optimizer
+from pretrain.running_statistics import RunningStatistics
 from pretrain.schema import Recipe
 
 __all__ = ["Engine", "init_distributed", "pick_device"]
@@ -115,18 +117,10 @@ class Engine:
 
     def __init__(self, objective: Objective, recipe: Recipe, device: torch.device) -> None:
         import deepspeed
-        from timm.optim import create_optimizer_v2
 
         optimizer = recipe.optimizer
         groups = objective.param_groups(optimizer.weight_decay, optimizer.layer_decay)
-        torch_optimizer = create_optimizer_v2(
-            groups,
-            opt=optimizer.name,
-            lr=recipe.peak_lr,
-            weight_decay=0.0,
-            betas=tuple(optimizer.betas),
-            eps=optimizer.eps,
-        )
+        torch_optimizer = create_optimizer(groups, optimizer, recipe.peak_lr)
         self._guard = _StepGuard(torch_optimizer)
         if objective.teacher is not None:
             objective.teacher.to(device)
@@ -138,9 +132,12 @@ class Engine:
                 config=deepspeed_config(recipe),
                 dist_init_required=False,
             )
+        teacher = [] if objective.teacher is None else [objective.teacher.modules]
+        self._statistics = RunningStatistics([objective, *teacher])
         self.objective = objective
         self.device = device
         self.stage = recipe.train.zero_stage
+        self._optimizer_name = optimizer.name
 
     def set_schedule(self, learning_rate: float, weight_decay: float) -> None:
         """Set the values for the next update; groups without decay keep none, layer decay scales the rate."""
@@ -165,6 +162,7 @@ class Engine:
         Returns:
             Loss and metrics of this rank averaged over its micro-batches; scalars on the device.
         """
+        self._statistics.remember()
         outputs: list[Output] = []
         norms: dict[str, torch.Tensor] = {}
         for number, batch in enumerate(micro_batches, start=1):
@@ -178,8 +176,11 @@ class Engine:
         # ZeRO-3, and bf16, also drop a step whose gradient is not finite though the loss is.
         applied = not (self._guard.skips or getattr(self._engine.optimizer, "overflow", False))
         if applied:
+            self._statistics.average()
             self.objective.after_step(progress, self.read_weight)
-        elif self.stage == 3 and (kept_whole := self._engine.optimizer.persistent_parameters):
+        else:
+            self._statistics.restore()
+        if not applied and self.stage == 3 and (kept_whole := self._engine.optimizer.persistent_parameters):
             kept_whole[0].all_gather(kept_whole)  # a dropped step leaves them sharded, which the next one cannot trace
         metrics = {name: _mean([output.metrics[name] for output in outputs]) for name in outputs[0].metrics}
         return StepResult(_mean([output.loss for output in outputs]), metrics | norms, applied)
@@ -228,7 +229,7 @@ class Engine:
         exported = self.objective.exported
         weights = exported.timm_state_dict()  # order and persistent buffers, as timm has them
         own = self.objective.backbone
-        full = {name: self.read_weight(p) for name, p in own.vit.named_parameters()} if exported is own else {}
+        full = {name: self.read_weight(p) for name, p in own.network.named_parameters()} if exported is own else {}
         return {name: full.get(name, tensor.detach()).cpu().clone() for name, tensor in weights.items()}
 
     def pictures(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -263,11 +264,16 @@ class Engine:
             scratch: Takes the universal form while it is read; on storage that all ranks see.
 
         Raises:
-            RuntimeError: As for `load`.
+            RuntimeError: As for `load`, or the optimiser is not one that DeepSpeed reshards.
         """
         if self.stage == 0:
             self.load(directory)
             return
+        if self._optimizer_name not in RESHARDABLE:
+            raise RuntimeError(
+                f"the shards of optimizer.name={self._optimizer_name} fit the number of workers that saved them only; "
+                f"resume with as many (DeepSpeed reshards {', '.join(RESHARDABLE)})"
+            )
         rank = dist.get_rank()
         if rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)  # of a restart that was interrupted
@@ -286,7 +292,8 @@ class Engine:
         for group, own in zip(self._engine.optimizer.param_groups, groups, strict=True):
             group.update(own)
         for state in self._engine.optimizer.optimizer.state.values():
-            state["step"] = state["step"].clone()
+            if "step" in state:
+                state["step"] = state["step"].clone()
         dist.barrier()  # all ranks have read it
         if rank == 0:
             shutil.rmtree(scratch)
@@ -310,7 +317,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
             "allgather_bucket_size": REDUCE_BUCKET_ELEMENTS,
         },
-        "zero_allow_untested_optimizer": True,  # AdamW built by us, with our parameter groups
+        "zero_allow_untested_optimizer": True,  # built by us, with our parameter groups
         "bf16": {"enabled": train.precision == "bf16"},
         "steps_per_print": None,
     }

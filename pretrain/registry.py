@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-    from backbones.vit import ViTBackbone
+    from backbones.base import Backbone
 
 __all__ = ["best_step", "checked_name", "load_backbone", "pull", "resolve_checkpoint"]
 
@@ -133,7 +133,7 @@ def resolve_checkpoint(reference: str | Path, storage: Path = Path("runs"), *, t
 
 def load_backbone(
     reference: str | Path, *, storage: Path = Path("runs"), tracking_uri: str | None = None
-) -> ViTBackbone:
+) -> Backbone:
     """The backbone of a checkpoint with its pretrained weights, in evaluation mode.
 
     Raises:

@@ -21,6 +21,7 @@ from data_pipelines.locations import redact, scheme_of
 from data_pipelines.source import check_source
 from evaluation import registry as evaluations
 from pretrain.findings import Findings, nearest
+from pretrain.optimizers import WHOLE_PARAMETER
 from pretrain.schema import BackboneConfig, DataConfig, EvaluationConfig, Recipe, TrainConfig
 
 __all__ = ["evaluation_data_problem", "nearest_file", "resolve"]
@@ -56,6 +57,7 @@ def resolve(draft: Recipe, findings: Findings, *, check_files: bool) -> Recipe:
     _check_names(draft, findings)
     _check_backbone(draft.backbone, findings)
     _check_optimizer(draft, findings)
+    _check_optimizer_shards(draft, findings)
     _check_precision(draft.train, findings)
     _check_deepspeed(draft.deepspeed, findings)
     recipe = replace(
@@ -171,6 +173,16 @@ def _check_optimizer(draft: Recipe, findings: Findings) -> None:
         findings.add("optimizer.warmup_steps", optimizer.warmup_steps, problem)
 
 
+def _check_optimizer_shards(draft: Recipe, findings: Findings) -> None:
+    name, stage = draft.optimizer.name, draft.train.zero_stage
+    if findings.sound("optimizer.name", "train.zero_stage") and name in WHOLE_PARAMETER and stage > 0:
+        problem = (
+            f"computes {WHOLE_PARAMETER[name]}, and ZeRO stage {stage} gives it flat pieces of many; use "
+            "train.zero_stage=0 (and train.precision=fp32) with it, or one of adamw, nadamw, adoptw, lion, sgdw"
+        )
+        findings.add("optimizer.name", name, problem)
+
+
 def _check_precision(train: TrainConfig, findings: Findings) -> None:
     if findings.sound("train.precision", "train.zero_stage") and train.precision == "bf16" and train.zero_stage == 0:
         problem = "DeepSpeed's stage 0 trains worse in bf16 than its stages 1 to 3; use train.zero_stage=1 with it"
@@ -258,12 +270,17 @@ def _check_data(data: DataConfig, findings: Findings, *, check_files: bool) -> N
             findings.add(key, value, "data.train and data.mixture are both given; add data.train=null or mixture=[]")
     if findings.sound("data.limit", "data.mixture") and data.limit is not None and data.mixture:
         findings.add("data.limit", data.limit, "limits data.train; in a mixture give each part its own limit")
+    if findings.sound("data.unindexed") and data.unindexed == "stream":
+        _check_unindexed(data, findings)
     sources = {"data.train": data.train}
     for index, part in enumerate(data.mixture):
         key = f"data.mixture[{index}]"
         sources[f"{key}.shards"] = part.shards
         if findings.sound(key) and (part.weight is None) == (part.repeat is None):
             findings.add(f"{key}.weight", part.weight, "give one of weight (share) and repeat (passes) to each part")
+        elif findings.sound(key) and (part.weight is None) != (data.mixture[0].weight is None):
+            problem = f"{data.mixture[0].name} has the other of weight and repeat; give all parts the same one"
+            findings.add(f"{key}.weight", part.weight, problem)
         if findings.sound(key) and part.name in [other.name for other in data.mixture[:index]]:
             findings.add(f"{key}.name", part.name, "named twice; give each part its own name")
     if findings.sound("data.decoder") and data.decoder == "simplejpeg" and find_spec("simplejpeg") is None:
@@ -271,9 +288,22 @@ def _check_data(data: DataConfig, findings: Findings, *, check_files: bool) -> N
     for key, source in sources.items():
         if check_files and source is not None and findings.sound(key):
             try:
-                check_source(absolute(source), allow_pipe=data.allow_pipe)
+                compressed = data.unindexed == "stream"
+                check_source(absolute(source), allow_pipe=data.allow_pipe, compressed=compressed)
             except DataError as error:
                 findings.add(key, redact(source), str(error))
+
+
+def _check_unindexed(data: DataConfig, findings: Findings) -> None:
+    """Without an index there are no numbered samples, so nothing can count or name them."""
+    for key, value, default in (
+        ("data.limit", data.limit, "null"),
+        ("data.mixture", [part.name for part in data.mixture], "[]"),
+        ("data.record_samples", data.record_samples, "false"),
+    ):
+        if findings.sound(key) and value:
+            problem = f"needs an index, which data.unindexed=stream does without; add {key}={default}"
+            findings.add(key, value, f"{problem} or data.unindexed=index")
 
 
 def _checked_storage(storage: str, findings: Findings) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pretrain.optimizers import NAMES
+
 __all__ = [
     "BackboneConfig",
     "ClusterConfig",
@@ -93,6 +95,11 @@ class DataConfig:
     )
     mixture: list[MixturePart] = setting("several data sets instead of data.train", [])
     limit: int | None = setting("use only the first n samples of data.train; null: all", None, range=(1, None))
+    unindexed: str = setting(
+        "shards without an index; index: read all once before the first step; stream: do not, but resume inexactly",
+        "index",
+        choices=("index", "stream"),
+    )
     loader_workers: int = setting("decoding processes per training worker; 0: in the worker itself", 1, range=(0, 256))
     prefetch_batches: int = setting("micro-batches each decoding process prepares ahead", 2, range=(1, 1024))
     block_size: int = setting("neighbouring samples that are read together", 256, range=(1, None))
@@ -125,9 +132,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and half-cosine decay per step. Exactly one of lr and base_lr is set."""
+    """Linear warm-up and half-cosine decay per step. Exactly one of lr and base_lr is set."""
 
-    name: str = setting("the optimiser", "adamw", choices=("adamw",))
+    name: str = setting("the optimiser; lamb, lars and muon need train.zero_stage=0", "adamw", choices=NAMES)
     lr: float | None = setting("peak learning rate", None, range=(0.0, None))
     base_lr: float | None = setting(
         "peak learning rate per 256 samples: lr = base_lr x global_batch_size / 256 (MAE)", None, range=(0.0, None)
@@ -136,8 +143,8 @@ class OptimizerConfig:
     warmup_steps: int = setting("steps of linear warm-up from 0", 0, range=(0, None))
     weight_decay: float = setting("decoupled weight decay; default: MAE", 0.05, range=(0.0, None))
     weight_decay_end: float | None = setting("weight decay at the last step; null: constant", None, range=(0.0, None))
-    betas: list[float] = setting("AdamW betas; default: MAE", [0.9, 0.95], range=(0.0, 1.0), length=2)
-    eps: float = setting("AdamW epsilon", 1e-8, range=(0.0, None))
+    betas: list[float] = setting("betas, the first one also as momentum; default: MAE", [0.9, 0.95], range=(0.0, 1.0), length=2)
+    eps: float = setting("epsilon, where the optimiser has one", 1e-8, range=(0.0, None))
     layer_decay: float = setting("learning-rate factor per block, counted from the last", 1.0, range=(0.01, 1.0))
     clip_grad: float | None = setting("bound of the global gradient norm; null: no clipping", None, range=(1e-6, None))
 

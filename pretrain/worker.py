@@ -17,6 +17,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from data_pipelines.photometric import PARAMS_SUFFIX
 from data_pipelines.shards import Dataset, open_dataset
 from data_pipelines.stores import FetchOptions
 from data_pipelines.stream import Stream, StreamState
+from data_pipelines.unindexed import UnindexedStream
 from data_pipelines.views import views_from
 from objectives import registry as objectives
 from objectives.base import Objective, Progress
@@ -93,7 +95,8 @@ def train(
         say = _speaker(journal, listener if rank == 0 else None)
         step = found[0].step if found else 0
         place = {"world_size": world_size, "device": str(device), "pids": pids, "decoder": stream.decoder}
-        say("start", step=step, total_steps=recipe.train.steps, **place)
+        exact = stream.order_signature.get("exact", True)  # whether a resumed run sees what an unbroken one would
+        say("start", step=step, total_steps=recipe.train.steps, exact=exact, **place)
         if found:
             say("resumed", **snapshot.restore(*found, engine, stream))
         elif recipe.evaluation.baseline and not checkpoint.published(run_dir):
@@ -181,8 +184,7 @@ def build_stream(
 ) -> Stream:
     """This rank's share of the recipe's sample order, from `state` on, in the views that the objective asks for."""
     assert recipe.train.micro_batch_size is not None  # filled in by `pretrain.rules`
-    return Stream(
-        open_data(recipe.data),
+    return _stream_of(recipe.data)(
         views_from(objective.views()),
         global_batch_size=recipe.train.global_batch_size,
         micro_batch_size=recipe.train.micro_batch_size,
@@ -203,15 +205,27 @@ def build_stream(
     )
 
 
+def _stream_of(data: DataConfig) -> Callable[..., Stream]:
+    """The kind of stream that the recipe wants, bound to its data."""
+    if data.unindexed == "index":
+        return partial(Stream, open_data(data))
+    assert data.train is not None  # checked by `pretrain.rules`
+    return partial(UnindexedStream, data.train, fetch=_fetch_options(data))
+
+
 def open_data(data: DataConfig) -> Dataset | Mixture:
     """The recipe's data set, or its mixture of several."""
-    fetch = FetchOptions(
-        cache_dir=data.cache_dir, cache_bytes=int(data.cache_gb * 1e9), mode=data.fetch, allow_pipe=data.allow_pipe
-    )
+    fetch = _fetch_options(data)
     if data.train is not None:
         return open_dataset(data.train, fetch=fetch, limit=data.limit)
     opened = ((part, open_dataset(part.shards, fetch=fetch, limit=part.limit)) for part in data.mixture)
     return Mixture([Part(part.name, dataset, weight=part.weight, repeat=part.repeat) for part, dataset in opened])
+
+
+def _fetch_options(data: DataConfig) -> FetchOptions:
+    return FetchOptions(
+        cache_dir=data.cache_dir, cache_bytes=int(data.cache_gb * 1e9), mode=data.fetch, allow_pipe=data.allow_pipe
+    )
 
 
 class _Window:

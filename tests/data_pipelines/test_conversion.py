@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from data_pipelines.conversion import Conversion, Encoding, Sample, convert, parse_encoding
 from data_pipelines.decode import decode_image, decode_mask
 from data_pipelines.errors import DataError
-from data_pipelines.inputs import Item, Piece
+from data_pipelines.packing.conversion import Conversion, Encoding, Sample, convert, parse_encoding
+from data_pipelines.packing.inputs import Item, Piece
 from data_pipelines.pixel_sums import PixelSums
 
 RNG = np.random.default_rng(0)

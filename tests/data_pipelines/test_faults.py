@@ -8,10 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -28,52 +26,7 @@ from data_pipelines.stores import FetchOptions, Store
 BLOCK = 50_000
 CONTENT = np.random.default_rng(0).integers(0, 256, 4 * BLOCK + 123, np.uint8).tobytes()
 
-
-class Handler(BaseHTTPRequestHandler):
-    """Serves `server.files` with ranges, and asks `server.faults` first what to do wrong."""
-
-    server: FaultServer
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        begin = int(asked.group(1)) if asked else 0
-        self.server.log.append((path, begin if asked else None))
-        body = self.server.files.get(path)
-        if body is None:
-            self.answer(404, b"")
-            return
-        probe = self.headers.get("Range") == "bytes=0-0"
-        fault = None if probe and not self.server.faults_at_probe else next(self.server.faults, None)
-        end = min(int(asked.group(2)) + 1 if asked and asked.group(2) else len(body), len(body))
-        if fault is not None:
-            fault(self, body, begin, end)
-        else:
-            self.part(body, begin, end, ranged=asked is not None)
-
-    def part(self, body: bytes, begin: int, end: int, *, ranged: bool = True, sent: int | None = None) -> None:
-        """Bytes `begin..end` of the body, of which only `sent` are sent."""
-        self.send_response(206 if ranged else 200)
-        if ranged:
-            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(body)}")
-        self.send_header("Content-Length", str(end - begin))
-        self.send_header("ETag", self.server.etag)
-        self.end_headers()
-        self.wfile.write(body[begin:end][:sent])
-        self.wfile.flush()
-
-    def answer(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
+FaultServer = Handler = Any  # those of conftest.py, which pytest does not let tests import
 Fault = Callable[[Handler, bytes, int, int], None]
 
 
@@ -117,46 +70,10 @@ def html_page(handler: Handler, body: bytes, begin: int, end: int) -> None:
     handler.answer(200, b"<html>please log in</html>", Content_Type="text/html; charset=utf-8")
 
 
-class FaultServer(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {"/train-000000.tar": CONTENT}
-        self.etag = '"one"'
-        self.faults: Iterator[Fault | None] = iter(())
-        self.faults_at_probe = False  # whether the request that asks for size and version takes a fault too
-        self.log: list[tuple[str, int | None]] = []  # (path, first byte asked for)
-        self.released = threading.Event()  # ends the stalls
-
-    @property
-    def root(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    @property
-    def url(self) -> str:
-        return f"{self.root}/train-000000.tar"
-
-    @property
-    def requests(self) -> int:
-        return len(self.log)
-
-    def handle_error(self, *args: Any) -> None:
-        """A client that hangs up is part of the game."""
-
-
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    server = FaultServer()
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def server(fault_server: FaultServer) -> FaultServer:
+    fault_server.files = {"/train-000000.tar": CONTENT}
+    return fault_server
 
 
 @pytest.fixture
@@ -432,15 +349,11 @@ def test_open_dataset__packed_directory_over_http_reads_only_what_it_needs(
     manifest = {"format": "pretrain-dataset/1", "name": "grocery", "fields": fields, "splits": {"train": split}}
     server.files["/d/dataset.json"] = json.dumps(manifest).encode()
     remote = open_dataset(f"{server.root}/d/", fetch=options())
-    assert {path for path, _ in server.log} == {"/d/dataset.json"}
+    assert server.log == [("/d/dataset.json", None)]
     assert (remote.digest, remote.fields) == (local.digest, local.fields)
     remote.prefetch([0, 1])
     assert [remote.read(number) for number in (0, 1)] == [local.read(number) for number in (0, 1)]
-    assert {path for path, _ in server.log[1:]} == {
-        "/d/dataset.json",
-        f"/d/{paths[0].name}.index",
-        f"/d/{paths[0].name}",
-    }
+    assert {path for path, _ in server.log[1:]} == {f"/d/{paths[0].name}.index", f"/d/{paths[0].name}"}
     assert (f"/d/{paths[0].name}", None) not in server.log  # parts of the shard only
     remote.close()
 
@@ -465,16 +378,17 @@ def test_open_dataset__no_tar_at_that_address(
 def test_open_dataset__cut_shard(server: FaultServer, options: Callable[..., FetchOptions], demo_data: Path) -> None:
     shard = next(iter(sorted((demo_data / "grocery").glob("train-*.tar")))).read_bytes()
     server.files["/train-000000.tar"] = shard[: len(shard) // 2]
-    with pytest.raises(DataError, match=r"train-000000.tar.*(cut|no clean end)"):
+    with pytest.raises(DataError, match=r"train-000000.tar.* cut"):
         open_dataset(server.url, fetch=options())
 
 
 def test_expand_source__directory_of_a_web_server_needs_its_manifest(server: FaultServer, store: Store) -> None:
     with pytest.raises(DataError, match=r"/d/ has no readable dataset.json .* name the shards, as in .*train-\{000000"):
         expand_source(f"{server.root}/d/", store=store)
-    server.files["/d/dataset.json"] = b'{"classes": ["somebody else"]}'
-    with pytest.raises(DataError, match=r"/d/ has no readable dataset.json"):
-        expand_source(f"{server.root}/d/", store=store)
+    for foreign in (b'{"classes": ["somebody else"]}', b'["a", "b"]'):
+        server.files["/d/dataset.json"] = foreign
+        with pytest.raises(DataError, match=r"/d/ has no readable dataset.json"):
+            expand_source(f"{server.root}/d/", store=store)
     server.files["/d/dataset.json"] = b"{"
-    with pytest.raises(DataError, match=r"/d/: dataset.json is not valid JSON"):
+    with pytest.raises(DataError, match=r"/d/dataset.json is not valid JSON"):
         expand_source(f"{server.root}/d/", store=store)

@@ -8,6 +8,7 @@ import pickle
 import tarfile
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import safetensors.numpy
 from data_pipelines.errors import DataError
 from data_pipelines.index import ShardIndex, load_index, scan_shard, sidecar
 from data_pipelines.stores import Store
+from data_pipelines.tar_walk import Damage, walk
 
 MEMBER = 512 + 1024  # header + data of each member below, padded
 SAMPLE = 2 * MEMBER
@@ -85,45 +87,58 @@ def test_scan_shard__folders_capitals_long_names_and_missing_fields(tmp_path: Pa
 def test_scan_shard__cut_inside_data(shard: Path, size: int) -> None:
     os.truncate(shard, size)
     message = refused(shard)
-    assert f"member '0005.jpg' at offset {SAMPLE * 5} needs {SAMPLE * 5 + MEMBER} bytes, the file has {size}" in message
+    assert f", sample '0005' at offset {SAMPLE * 5}: member '0005.jpg' needs the bytes up to" in message
+    assert f" {SAMPLE * 5 + MEMBER}, the file ends at {size}: cut; copy it again" in message
 
 
-@pytest.mark.parametrize("size", [SAMPLE * 5, SAMPLE * 5 + MEMBER, SAMPLE * 5 + 100, SAMPLE * 5 + MEMBER + 511])
-def test_scan_shard__cut_at_or_inside_a_header(shard: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "last"),
+    [
+        (SAMPLE * 5, "0004.seg.png"),
+        (SAMPLE * 5 + MEMBER, "0005.jpg"),
+        (SAMPLE * 5 + 100, "0004.seg.png"),
+        (SAMPLE * 5 + MEMBER + 511, "0005.jpg"),
+    ],
+)
+def test_scan_shard__cut_at_or_inside_a_header(shard: Path, size: int, last: str) -> None:
     os.truncate(shard, size)
-    end = size // MEMBER * MEMBER
-    assert f"no clean end of archive at offset {end} of {size} bytes" in refused(shard)
+    message = refused(shard)
+    assert f"{shard} at offset {size // MEMBER * MEMBER}: " in message
+    assert f" after member '{last}'" in message and f" at {size}" in message and " cut" in message
 
 
 def test_scan_shard__cut_inside_the_end_marker(shard: Path) -> None:
     os.truncate(shard, SAMPLE * 10 + 512)
-    assert f"no clean end of archive at offset {SAMPLE * 10} of {SAMPLE * 10 + 512} bytes" in refused(shard)
+    message = refused(shard)
+    assert f"at offset {SAMPLE * 10}: no end of archive after member '0009.seg.png': the file ends at" in message
+    assert f" {SAMPLE * 10 + 512}, cut; copy or write it again" in message
 
 
-@pytest.mark.parametrize("damage", [b"\xff" * 8, b"\0" * 512], ids=["checksum", "zeroed"])
-def test_scan_shard__damaged_header(shard: Path, damage: bytes) -> None:
+@pytest.mark.parametrize(("said", "damage"), [("damaged", b"\xff" * 8), ("zeroed", b"\0" * 512)])
+def test_scan_shard__damaged_header(shard: Path, said: str, damage: bytes) -> None:
     patch(shard, SAMPLE * 5 + (148 if len(damage) == 8 else 0), damage)
-    assert f"no clean end of archive at offset {SAMPLE * 5}" in refused(shard)
+    assert f"at offset {SAMPLE * 5}: {said} header after member '0004.seg.png'; the next readable" in refused(shard)
 
 
 def test_scan_shard__damaged_first_header(shard: Path) -> None:
     patch(shard, 148, b"\xff" * 8)
-    assert "is not a plain tar: it begins with b'0000.jpg" in refused(shard)
+    assert f" at offset 0: damaged header; the next readable one is at offset {MEMBER}; copy" in refused(shard)
 
 
 def test_scan_shard__garbage_after_the_end(shard: Path) -> None:
     with open(shard, "ab") as file:
         file.write(b"\0" * (1 << 20) + b"x")
-    assert f"no clean end of archive at offset {SAMPLE * 10}" in refused(shard)
+    said = f"at offset {SAMPLE * 10}: zeros after member '0009.seg.png', then content up to the end of the file"
+    assert said in refused(shard)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty (0 bytes)"),
-        (b"<!DOCTYPE html><html>404 Not Found</html>" * 40, "is not a plain tar: it begins with b'<!DOCTYPE html><'"),
-        (b"\x1f\x8b" + b"z" * 600, "is not a plain tar"),
-        (b"\0" * 10240, "holds no sample"),
+        (b"", "the file is empty (0 bytes); copy or write it again"),
+        (b"<!DOCTYPE html><html>404 Not Found</html>" * 40, "not a plain tar: begins with b'<!DOCTYPE html><'"),
+        (b"\x1f\x8b" + b"z" * 600, "not a plain tar"),
+        (b"\0" * 10240, "the tar holds no sample (10240 bytes)"),
     ],
     ids=["empty", "html", "gzip", "zeros"],
 )
@@ -136,10 +151,10 @@ def test_scan_shard__not_a_shard(tmp_path: Path, content: bytes, message: str) -
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.jpg", "b.jpg", "a.cls"], "sample 'a' at offset 1024 was begun at offset 0 already"),
-        (["a.jpg", "a.jpg"], "member 'a.jpg' at offset 512 repeats field 'jpg' of sample 'a'"),
-        (["a.jpg", "README"], "member 'README' at offset 512 has no KEY.FIELD name"),
-        (["a.jpg", ".hidden"], "member '.hidden' at offset 512 has no KEY.FIELD name"),
+        (["a.jpg", "b.jpg", "a.cls"], ", sample 'a' at offset 1024: sample was begun at offset 0 already"),
+        (["a.jpg", "a.jpg"], ", sample 'a' at offset 512: repeats field 'jpg'"),
+        (["a.jpg", "README"], "at offset 512: member 'README' has no KEY.FIELD name"),
+        (["a.jpg", ".hidden"], "at offset 512: member '.hidden' has no KEY.FIELD name"),
     ],
     ids=["interleaved", "repeated field", "no field", "no key"],
 )
@@ -154,13 +169,56 @@ def test_scan_shard__name_that_is_no_text(tmp_path: Path) -> None:
     assert "has a name that is not UTF-8" in refused(path)
 
 
-def test_scan_shard__links_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE])
+def test_scan_shard__only_regular_files(tmp_path: Path, kind: bytes) -> None:
     path = tmp_path / "a.tar"
-    with tarfile.open(path, "w") as tar:
-        link = tarfile.TarInfo("a.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
-        tar.addfile(link)
-    assert "member 'a.jpg' at offset 0 is a link or special file" in refused(path)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        special = tarfile.TarInfo("a.jpg")
+        special.type, special.linkname = kind, "/etc/hostname"
+        tar.addfile(special)
+    assert ", sample 'a' at offset 0: member 'a.jpg' is a link or special file" in refused(path)
+
+
+def test_scan_shard__samples_of_4_gib(tmp_path: Path) -> None:
+    """Files of holes: nothing of them is read before the members are found to be too large together."""
+    path, size = tmp_path / "a.tar", 2 << 30
+    with open(path, "wb") as file:
+        for name in ("a.x", "a.y"):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            file.write(member.tobuf(tarfile.USTAR_FORMAT))
+            file.seek(size, os.SEEK_CUR)
+        file.truncate(file.tell() + 1024)
+    message = refused(path)
+    assert f", sample 'a' at offset {512 + size}: member 'a.y' makes the sample larger than 4 GiB; split it" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [(tarfile.REGTYPE, -1), (tarfile.REGTYPE, -512), (tarfile.REGTYPE, -4096), (tarfile.GNUTYPE_SPARSE, -512)],
+)
+def test_scan_shard__sizes_below_zero_lead_nowhere(shard: Path, kind: bytes, size: int) -> None:
+    forged = tarfile.TarInfo("0005.jpg")
+    forged.type, forged.size = kind, size
+    patch(shard, SAMPLE * 5, forged.tobuf(tarfile.GNU_FORMAT))
+    assert f" at offset {SAMPLE * 5}: damaged header" in refused(shard)
+    with open(shard, "rb") as file:
+        found = list(islice(walk(file, shard.stat().st_size), 100))
+    assert len(found) == 20 and [n for n, part in enumerate(found) if isinstance(part, Damage)] == [10]
+
+
+def test_scan_shard__directories_have_no_content(tmp_path: Path) -> None:
+    """Whatever size their headers give: what follows the last one is not passed over."""
+    path = tmp_path / "a.tar"
+    with open(path, "wb") as file:
+        for name, kind, size in (("a.cls", tarfile.REGTYPE, 0), ("d", tarfile.DIRTYPE, 512)):
+            member = tarfile.TarInfo(name)
+            member.type, member.size = kind, size
+            file.write(member.tobuf(tarfile.USTAR_FORMAT))
+        file.write(bytes(1024))
+    assert scan_shard(path).num_samples == 1
+    patch(path, 1024, b"x" * 512)
+    assert "at offset 1024: damaged or cut header after member 'd'" in refused(path)
 
 
 def test_load_index__missing_shard(tmp_path: Path) -> None:
@@ -231,7 +289,7 @@ def test_load_index__remote_shard_without_sidecar_is_scanned_under_its_name(shar
     store = RemoteStore(shard.parent)
     assert load_index("s3://bucket/a.tar", store).digest == scan_shard(shard).digest
     os.truncate(shard, 1000)
-    with pytest.raises(DataError, match=r"^shard s3://bucket/b/a.tar: member '0000.jpg' at offset 0 needs 1536 bytes"):
+    with pytest.raises(DataError, match=r"^shard s3://bucket/b/a.tar, sample '0000' at offset 0: member '0000.jpg'"):
         load_index("s3://bucket/b/a.tar?key=secret", store)
 
 

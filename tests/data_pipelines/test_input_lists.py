@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.input_lists import list_rows
+from data_pipelines.packing.lists import list_rows
 
 
 def write(folder: Path, name: str, text: str) -> Path:

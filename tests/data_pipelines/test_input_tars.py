@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.input_tars import list_tars
-from data_pipelines.inputs import Listing
+from data_pipelines.packing.inputs import Listing
+from data_pipelines.packing.tars import list_tars
 
 WriteTar = Callable[[Path, Sequence[tuple[str, bytes]]], Path]
 MEMBERS = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.inputs import Listing, list_folder, natural_order, suffix_of
+from data_pipelines.packing.inputs import Listing, list_folder, natural_order, suffix_of
 
 Touch = Callable[..., Path]
 

@@ -23,7 +23,7 @@ from PIL import Image
 from data_pipelines.decode import decode_image
 from data_pipelines.errors import DataError
 from data_pipelines.manifest import read_manifest
-from data_pipelines.pack import pack
+from data_pipelines.packing.pack import pack
 from data_pipelines.shards import open_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def samples(source: Path) -> dict[str, dict[str, Any]]:
 
 KILLED_RUN = """
 import os, signal, sys
-from data_pipelines.pack import pack
+from data_pipelines.packing.pack import pack
 
 def progress(done, total):
     if done == 25:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.inputs import Item, Listing, Piece
-from data_pipelines.pack_plan import plan_shards, split_of, without_duplicates
+from data_pipelines.packing.inputs import Item, Listing, Piece
+from data_pipelines.packing.plan import plan_shards, split_of, without_duplicates
 
 SPLITS = [("train", 0.7), ("val", 0.2), ("test", 0.1)]
 

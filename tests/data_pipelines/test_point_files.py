@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.point_files import read_points
+from data_pipelines.packing.point_files import read_points
 
 POINTS = np.array([[0.5, -1, 2], [3, 4, 5], [-6, 7e-3, 8]], np.float32)
 COLOURS = np.array([[255, 0, 1], [2, 3, 4], [5, 6, 7]], np.uint8)

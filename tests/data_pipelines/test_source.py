@@ -178,13 +178,18 @@ def test_expand_source__webdataset_variables_play_no_role(monkeypatch: pytest.Mo
         ("{0}/train-{{x}}.tar", "cannot read braces '{{x}}'"),
         ("{0}/empty", "no .tar shard in directory {0}/empty"),
         ("{0}/missing/a.tar", "there is no directory {0}/missing"),
-        ("{0}/notes.txt", "is not a plain .tar shard"),
+        ("{0}/notes.txt", "{0}/notes.txt is not a .tar shard (suffix '.txt'); rename it"),
+        (
+            "{0}/train.tar.gz",
+            "{0}/train.tar.gz is not a .tar shard (suffix '.gz'); unpack it, or set data.unindexed=stream",
+        ),
         ("file://otherhost{0}/train-000000.tar", "is not a local file URL"),
         (" ", "an empty string is not a data source"),
     ],
 )
 def test_expand_source__wrong_sources_are_named_in_one_line(folder: Path, source: str, message: str) -> None:
     (folder / "empty").mkdir()
+    (folder / "train.tar.gz").touch()
     with pytest.raises(DataError) as caught:
         expand_source(source.format(folder))
     assert message.format(folder) in str(caught.value)
@@ -196,6 +201,17 @@ def test_expand_source__nothing_and_duplicates(folder: Path) -> None:
         expand_source([])
     with pytest.raises(DataError, match=r"train-000000.tar is named twice"):
         expand_source([str(folder), f"{folder}/train-000000.tar"])
+
+
+def test_expand_source__compressed_shards_only_when_asked_for(folder: Path) -> None:
+    plain = expand_source(folder)
+    (folder / "more.tar.gz").touch()
+    (folder / "more.tgz").touch()
+    assert expand_source(folder) == plain
+    assert set(expand_source(folder, compressed=True)) - set(plain) == {f"{folder}/more.tar.gz", f"{folder}/more.tgz"}
+    assert expand_source("http://h/a-{0..1}.tar.gz", compressed=True) == ("http://h/a-0.tar.gz", "http://h/a-1.tar.gz")
+    with pytest.raises(DataError, match=r"http://h/a.tar.gz ends neither in .tar, as"):
+        expand_source("http://h/a.tar.gz")
 
 
 def test_source__imports_nothing_heavy() -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,29 @@ def test_local__more_files_than_descriptors_are_kept_open(tmp_path: Path) -> Non
         (tmp_path / f"{number}.tar").write_bytes(str(number).encode())
         assert store.read(str(tmp_path / f"{number}.tar"), 0, 1) == str(number)[:1].encode()
     assert len(os.listdir("/proc/self/fd")) <= before + 256
+    store.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_local__threads_read_more_files_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipelines.stores._MAX_OPEN_FILES", 2)
+    contents = [bytes([number]) * 100_000 for number in range(6)]
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}.tar").write_bytes(content)
+    before, interval = len(os.listdir("/proc/self/fd")), sys.getswitchinterval()
+    store = Store()
+
+    def read(seed: int) -> int:
+        numbers = [seed * turn % 6 for turn in range(2000)]
+        return sum(store.read(str(tmp_path / f"{n}.tar"), n, 90_000) != contents[n][:90_000] for n in numbers)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(read, (1, 5, 7, 11, 13, 17))) == [0] * 6
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
     store.close()
     assert len(os.listdir("/proc/self/fd")) == before
 

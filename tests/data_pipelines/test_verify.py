@@ -8,11 +8,9 @@ import json
 import pickle
 import random
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from PIL import Image
 
 from data_pipelines.errors import DataError
 from data_pipelines.index import scan_shard, sidecar
-from data_pipelines.verify import Finding, verify
+from data_pipelines.inspection.verify import Finding, verify
 
 Members = Sequence[tuple[str, bytes]]
 WriteTar = Callable[[Path, Members], Path]
@@ -201,8 +199,22 @@ def test_verify__every_damage_of_a_shard_is_found(described: list[Path]) -> None
     assert offsets == sorted(offsets)
 
 
+def is_whole(content: bytes) -> bool:
+    """Whether these bytes are USTAR members with true checksums and then zeros; written without `tarfile`."""
+    begin = 0
+    while any(header := content[begin : begin + 512]):
+        try:
+            size, checksum = (int(header[at:end].split(b"\0")[0], 8) for at, end in ((124, 136), (148, 156)))
+        except ValueError:
+            return False
+        if len(header) < 512 or sum(header) - sum(header[148:156]) + 8 * ord(" ") != checksum:
+            return False
+        begin += 512 + -(-size // 512) * 512
+    return len(content) - begin >= 1024 and not any(content[begin:])
+
+
 def test_verify__as_strict_as_the_scan_and_never_at_a_loss(shards: list[Path], tmp_path: Path) -> None:
-    """Whatever is done to a tar: `verify` finds something in its structure just when `scan_shard` refuses it."""
+    """Whatever is done to a tar: `scan_shard` refuses it and `verify` names its damage just when it is not whole."""
     content, draw = shards[0].read_bytes(), random.Random(0)
     folder = tmp_path / "fuzzed"
     folder.mkdir()
@@ -216,11 +228,13 @@ def test_verify__as_strict_as_the_scan_and_never_at_a_loss(shards: list[Path], t
         try:
             scan_shard(shard)
             is_refused = False
-        except DataError:
+        except DataError as error:
             is_refused = True
+            assert str(error).startswith(f"shard {shard}") and " at offset " in str(error)
         report = verify(shard, decode=trial % 10 == 0)
         structural = [finding for finding in report.findings if not finding.problem.startswith("field ")]
-        assert bool(structural) == is_refused, (trial, report.findings)
+        whole = is_whole(bytes(damaged))
+        assert (not is_refused, not structural) == (whole, whole), (trial, report.findings)
         refused += is_refused
     assert 50 < refused < 150
 
@@ -233,6 +247,8 @@ def test_verify__as_strict_as_the_scan_and_never_at_a_loss(shards: list[Path], t
         ([("a.CLS", b"1"), ("a.cls", b"2")], "a", "repeats field 'cls'"),
         ([("README", b"1"), ("a.cls", b"2")], None, "member 'README' has no KEY.FIELD name"),
         ([("d.x/.hidden", b"1"), ("a.cls", b"2")], None, "member 'd.x/.hidden' has no KEY.FIELD name"),
+        ([("caf\udce9.cls", b"1"), ("a.cls", b"2")], None, "member 'caf\\udce9.cls' has a name that is not UTF-8"),
+        ([], None, "the tar holds no sample (10240 bytes)"),
     ],
 )
 def test_verify__samples_that_are_none(
@@ -336,6 +352,8 @@ def test_verify__description_that_is_none(shards: list[Path]) -> None:
     path.write_text("{,")
     (finding,) = verify(shards[0]).findings
     assert finding.shard == str(path) and finding.problem.startswith("not valid: ")
+    path.write_text('["of other people"]')
+    assert verify(shards[0]).findings == []
 
 
 def test_verify__index_of_another_file(described: list[Path]) -> None:
@@ -357,23 +375,14 @@ def test_verify__processes_find_the_same(described: list[Path]) -> None:
     assert alone == together
 
 
-@pytest.fixture
-def served(described: list[Path]) -> Iterator[str]:
-    """URL of the folder of shards."""
-    handler = partial(SimpleHTTPRequestHandler, directory=str(described[0].parent))
-    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_verify__remote_shards(served: str, described: list[Path]) -> None:
+def test_verify__remote_shards(fault_server: Any, described: list[Path]) -> None:
     header = member_offset(described[1], "008.png")
     described[1].write_bytes(flipped_byte(described[1].read_bytes(), header))
     described[2].unlink()
-    findings = verify([f"{served}/train-{{000000..000002}}.tar?token=secret"]).findings
-    assert {finding.shard for finding in findings} == {f"{served}/train-000001.tar", f"{served}/train-000002.tar"}
+    fault_server.files = {f"/{path.name}": path.read_bytes() for path in described[0].parent.iterdir()}
+    url = fault_server.root
+    findings = verify([f"{url}/train-{{000000..000002}}.tar?token=secret"]).findings
+    assert {finding.shard for finding in findings} == {f"{url}/train-000001.tar", f"{url}/train-000002.tar"}
     assert [finding.key for finding in findings if finding.problem.startswith("CRC-32")] == ["008"]
     assert findings[-1].problem.startswith("cannot be fetched: ") and "404" in findings[-1].problem
     assert not any("secret" in str(finding) for finding in findings)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.volume_files import read_volume
+from data_pipelines.packing.volume_files import read_volume
 
 VALUES = np.arange(24, dtype=np.int16).reshape(2, 3, 4) - 5
 

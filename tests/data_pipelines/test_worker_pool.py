@@ -105,7 +105,7 @@ def test_run_jobs__a_killed_worker_is_an_error(script: Path) -> None:
     process = start(script, "sleep")
     os.kill(workers_of(script, 1)[0], signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
-    assert output.startswith("RuntimeError a worker process ended early")
+    assert output.startswith("WorkerDied a worker process ended early")
     assert gone(workers_of(script, 1))
 
 

@@ -161,11 +161,11 @@ def test_load_recipe__batch_arithmetic_is_filled_in(
 
 
 def test_load_recipe__mixture(shards: Path, minimal: str) -> None:
-    parts = "[{name: a, shards: shards, weight: 3, limit: 10}, {name: b, shards: shards/train-*.tar, repeat: 2}]"
+    parts = "[{name: a, shards: shards, weight: 3, limit: 10}, {name: b, shards: shards/train-*.tar, weight: 2}]"
     data = load_recipe(minimal, ["data.train=null", f"data.mixture={parts}"]).data
     assert [(part.name, part.shards, part.weight, part.repeat, part.limit) for part in data.mixture] == [
         ("a", str(shards), 3.0, None, 10),
-        ("b", f"{shards}/train-*.tar", None, 2.0, None),
+        ("b", f"{shards}/train-*.tar", 2.0, None, None),
     ]
 
 

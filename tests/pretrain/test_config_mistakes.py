@@ -75,7 +75,7 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: expected a list of 2 numbers in [0, 1]"),
         ("objective.mask_ratio=1.5", "objective.mask_ratio=1.5: expected a number in [0.01, 0.99]"),
         # names
-        ("objective.name=maee", "objective.name=maee: unknown objective; known are mae; did you mean 'mae'?"),
+        ("objective.name=maee", "objective.name=maee: unknown objective; known are dino, gmml, mae, selfpatch, sit; did you mean 'mae'?"),
         ("name=a/b", "name=a/b: expected letters, digits"),
         ("evaluation.tasks[0].protocol=liner", "unknown protocol; known are knn, linear, segmentation; did you mean "),
         ("evaluation.tasks[0].data=mein", "unknown entry of evaluation.data; known are mine; did you mean 'mine'?"),
@@ -99,6 +99,7 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
             "data.train and data.mixture are both given; add data.train=null",
         ),
         ("data.max_corrupt_fraction=0.9", "expected a number in [0, 0.5]"),
+        ("data.unindexed=no", "expected one of index, stream"),
         ("data.fetch=all", "expected one of auto, range, shard"),
         ("evaluation.data.mine=shardz", "no such directory; did you mean"),
         ("storage=s3://bucket", "expected a local directory"),
@@ -122,6 +123,21 @@ def test_load_recipe__mistake(recipe: Path, override: str, line: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.limit=8", "data.limit=8: needs an index, which data.unindexed=stream does without; add data.limit=null"),
+        ("data.record_samples=true", "data.record_samples=true: needs an index"),
+        ("data.mixture=[{name: a, shards: shards, weight: 1}]", "data.mixture=['a']: needs an index"),
+    ],
+)
+def test_load_recipe__what_needs_an_index(recipe: Path, override: str, line: str) -> None:
+    unset = ["data.train=null"] if "mixture" in override else []
+    found = mistakes(recipe, "data.unindexed=stream", override, *unset)
+    assert len(found) == 1, found
+    assert line in found[0]
+
+
+@pytest.mark.parametrize(
     ("mixture", "line"),
     [
         ("[]", "data.train is required: data.train=SHARDS, or a list in data.mixture"),
@@ -130,6 +146,10 @@ def test_load_recipe__mistake(recipe: Path, override: str, line: str) -> None:
         (
             "[{name: a, shards: shards, weight: 1}, {name: a, shards: shards, weight: 1}]",
             "data.mixture[1].name=a: named twice",
+        ),
+        (
+            "[{name: a, shards: shards, weight: 1}, {name: b, shards: shards, repeat: 1}]",
+            "data.mixture[1].weight=null: a has the other of weight and repeat; give all parts the same one",
         ),
         ("[{name: a, shards: shardz, weight: 1}]", "data.mixture[0].shards=shardz: "),
         ("[{name: a, shards: shards, weight: 1, limt: 3}]", "did you mean 'data.mixture[].limit'?"),

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -58,7 +58,7 @@ def test_data__surface_is_frozen() -> None:
 
 
 def test_data__kinds_are_those_of_pack() -> None:
-    from data_pipelines import pack
+    from data_pipelines.packing import pack
 
     assert pack.KINDS == KINDS
 
@@ -206,3 +206,42 @@ def test_pack__to_verify_stats_and_show(run: Run, tmp_path: Path) -> None:
     code, _, lines = run("pack", "photos", "shards", "--seed", "1", "--workers", "1")
     assert code == 2 and len(lines) == 1
     assert {path: path.read_bytes() for path in (tmp_path / "shards").iterdir() if path.is_file()} == before
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twenty photos."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(20):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def test_pack__warnings_are_plain_lines(run: Run, photos: Path) -> None:
+    (photos / "notes.md").write_text("of another type")
+    (photos / "07.png").write_bytes(b"no picture")
+    code, out, lines = run("pack", "photos", "shards", "--max-bad", "0.1", "--workers", "1")
+    assert code == 0 and "0 duplicates and 1 broken ones left out" in out
+    skipped, damaged = lines
+    assert skipped == "warning: left out of photos, not images: 1 .md"
+    assert damaged.startswith("warning: left out 1 damaged samples: 07.png: ")
+
+
+def test_pack__a_worker_that_died_is_1_with_one_line(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_pipelines.packing import pack
+    from data_pipelines.worker_pool import WorkerDied
+
+    def die(*_: object) -> Iterator[None]:
+        raise WorkerDied("a worker process ended early: killed for want of memory")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "run_jobs", die)
+        code, out, lines = run("pack", "photos", "shards", "--workers", "2")
+    assert (code, out) == (1, "")
+    assert lines == ["error: a worker process ended early: killed for want of memory"]
+    code, out, _ = run("pack", "photos", "shards", "--workers", "1")  # the same command goes on
+    assert code == 0 and out.startswith("packed train 20 samples")

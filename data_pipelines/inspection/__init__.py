@@ -1,0 +1,1 @@
+"""`pretrain data verify | stats | show`: what is in shards, and whether it is whole."""

@@ -1,0 +1,1 @@
+"""`pretrain data pack`: files of any kind to deterministic shards."""

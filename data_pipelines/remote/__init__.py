@@ -1,0 +1,1 @@
+"""Shards behind a network: ranged or whole fetches with retries, kept in a bounded cache."""

@@ -1,0 +1,40 @@
+"""Batch normalisation over the rows of all ranks.
+
+S. Ioffe, C. Szegedy, 2015, arXiv:1502.03167. torch's SyncBatchNorm does the same on CUDA alone. This one gives every
+number of ranks the result of one process with all rows, on any device. NOT here: running statistics; a projector is
+used in training only, and a forward pass that changes buffers could not be repeated or thrown away.
+
+Legend: n rows on a rank, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from objectives.distributed import num_ranks, sum_over_ranks
+
+__all__ = ["BatchNorm"]
+
+_EPS = 1e-5
+
+
+class BatchNorm(nn.Module):
+    """(x - mean) / sqrt(variance + 1e-5) per column, in float32 at least, then `weight` and `bias` if there are any."""
+
+    def __init__(self, dim: int, affine: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, D) -> (n, D) in the type of `x`, or in float32 at least if it has no weights. Collective: n rows each."""
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            num_rows = len(x) * num_ranks()
+            centred = wide - sum_over_ranks(wide.sum(0)) / num_rows
+            variance = sum_over_ranks(centred.square().sum(0)) / num_rows
+            normal = centred * (variance + _EPS).rsqrt()
+            if self.weight is None or self.bias is None:
+                return normal
+            return (normal * self.weight + self.bias).to(x.dtype)

@@ -1,0 +1,69 @@
+"""The collectives of objectives; without a process group there is one rank, and all of them return what they are given.
+
+Every rank has to call them, in the same order, with tensors of the same shape: the loader gives each rank equally many
+samples. The group is always that of all ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["gather_rows", "mean_over_ranks", "num_ranks", "rank", "sum_over_ranks"]
+
+
+def num_ranks() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if _has_group() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if _has_group() else 0
+
+
+@torch.no_grad()
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Mean of the ranks' tensors, the same on all of them; without gradient, and a new tensor."""
+    total = tensor.clone()
+    if _has_group():
+        dist.all_reduce(total)
+    return total / num_ranks()
+
+
+@torch.no_grad()
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Rows of all ranks, rank 0's first: (n, ...) -> (W * n, ...) for W ranks; without gradient."""
+    if not _has_group():
+        return tensor
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(num_ranks())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum of the ranks' tensors, with gradient.
+
+    What arrives at a rank's tensor is the sum of all ranks' gradients, so that the mean over ranks that an engine
+    takes of parameter gradients is the gradient of the mean loss.
+    """
+    return _Sum.apply(tensor) if _has_group() else tensor
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(context, gradient.contiguous())
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
