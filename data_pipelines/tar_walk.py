@@ -17,7 +17,7 @@ __all__ = ["Damage", "Member", "walk"]
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 2048 * _BLOCK
-_MAX_SAMPLE_BYTES = 0xFFFFFFFE  # an index holds offsets inside a sample in 32 bits
+_MAX_SAMPLE_BYTES = 0x7FFFF000  # what Linux reads at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class _Samples:
         if member.field in self._fields:
             return Damage(key, info.offset, f"repeats field {member.field!r}; a sample has each field once")
         if member.end - self._begun[key] > _MAX_SAMPLE_BYTES:
-            return Damage(key, info.offset, f"{said} makes the sample larger than 4 GiB; split it")
+            return Damage(key, info.offset, f"{said} makes the sample larger than 2 GiB; split it")
         self._fields.add(member.field)
         return member
 

@@ -27,7 +27,7 @@ from objectives.masking import random_noise
 
 __all__ = ["BlockCorruption", "Corruption", "blocks_from_uniform", "first_blocks", "mask_from_blocks"]
 
-_NUM_BLOCKS = 240  # offered to each image; 80 % of the pixels took at most 150 of them in 20 000 draws
+_NUM_BLOCKS = 240  # offered to each image; of 2000 draws, share 0.75 took at most 121 and share 0.9 at most 226
 _NUM_CHOICES = 3  # uniform numbers of an image before those of its blocks: share, alien or not, partner
 _CHOICES, _NOISE = 0, 1  # streams of an image's seed
 

@@ -45,16 +45,16 @@ def patch_cosine(patches: Tensor) -> Tensor:
     """Mean cosine between different patch tokens of an image: near 1, an image's patches all look the same.
 
     Args:
-        patches: (B, N, D) with N > 1.
+        patches: (B, N, D).
 
     Returns:
-        Scalar in -1 .. 1.
+        Scalar in -1 .. 1; 0 when there is one patch only.
     """
     unit = functional.normalize(patches.float(), dim=-1)
     num_patches = unit.shape[1]
     # |sum u|^2 holds every pair twice and each token with itself once.
     pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))  # (B,)
-    return (pairs / (num_patches * (num_patches - 1))).mean()
+    return (pairs / max(1, num_patches * (num_patches - 1))).mean()
 
 
 @torch.no_grad()

@@ -179,9 +179,9 @@ def test_scan_shard__only_regular_files(tmp_path: Path, kind: bytes) -> None:
     assert ", sample 'a' at offset 0: member 'a.jpg' is a link or special file" in refused(path)
 
 
-def test_scan_shard__samples_of_4_gib(tmp_path: Path) -> None:
+def test_scan_shard__samples_of_2_gib(tmp_path: Path) -> None:
     """Files of holes: nothing of them is read before the members are found to be too large together."""
-    path, size = tmp_path / "a.tar", 2 << 30
+    path, size = tmp_path / "a.tar", 1 << 30
     with open(path, "wb") as file:
         for name in ("a.x", "a.y"):
             member = tarfile.TarInfo(name)
@@ -190,7 +190,7 @@ def test_scan_shard__samples_of_4_gib(tmp_path: Path) -> None:
             file.seek(size, os.SEEK_CUR)
         file.truncate(file.tell() + 1024)
     message = refused(path)
-    assert f", sample 'a' at offset {512 + size}: member 'a.y' makes the sample larger than 4 GiB; split it" in message
+    assert f", sample 'a' at offset {512 + size}: member 'a.y' makes the sample larger than 2 GiB; split it" in message
 
 
 @pytest.mark.parametrize(

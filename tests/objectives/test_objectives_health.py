@@ -60,6 +60,7 @@ def test_patch_cosine__equals_a_slow_loop(generator):
     ]  # fmt: skip
     assert patch_cosine(patches).item() == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
     assert patch_cosine(torch.ones(2, 5, 3)).item() == pytest.approx(1)
+    assert patch_cosine(torch.ones(2, 1, 3)).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_entropy__bounds_and_zeros():
