@@ -1,13 +1,14 @@
 """What every image encoder is to objectives and evaluation: `preprocess`, `features`, and what it can do.
 
 Two classes implement it: `backbones.vit.ViTBackbone` (plain ViTs, which can leave patches out) and
-`backbones.timm_model.TimmBackbone` (any other timm model). An objective takes a `Backbone` and states what else it needs
-with `objectives.requirements.require`:
+`backbones.timm_model.TimmBackbone` (any other timm model). An objective takes a `Backbone` and states what else it
+needs with `objectives.requirements`:
 
-    can_drop_patches   `features(x, keep_idx)` runs on some patches only        plain ViTs
-    has_cls            `features(x).cls` is a token                             most ViTs, CrossViT, VOLO, ConViT
-    has_plain_blocks   `.vit.blocks` hold all tokens after each block           plain ViTs
-    grid_at(size)      the grid for images of another size, or a BackboneError  plain ViTs, Swin, convolutional models
+    require(backbone, objective, "can_drop_patches")   `features(x, keep_idx)` runs on some patches only: plain ViTs
+    require(backbone, objective, "has_cls")            `features(x).cls` is a token: most ViTs, CrossViT, VOLO, ConViT
+    require(backbone, objective, "has_plain_blocks")   `features_of_blocks(x, blocks)` and `.vit`: plain ViTs
+    require_sizes(backbone, objective, 96, 224)        `features` takes images of these sizes: plain ViTs, Swin,
+                                                       ViTamin, convolutional models; `grid_at` counts the tokens
 
 NOT here: lookup by name (`backbones.registry`), files (`backbones.io`).
 
@@ -69,7 +70,9 @@ class Backbone(nn.Module, ABC):
         """
         super().__init__()
         if image_size % patch_size:
-            raise BackboneError(f"backbone {name!r}: image_size {image_size} is not a multiple of patch_size {patch_size}")
+            raise BackboneError(
+                f"backbone {name!r}: image_size {image_size} is not a multiple of patch_size {patch_size}"
+            )
         self.image_size, self.patch_size = image_size, patch_size
         self.grid = (image_size // patch_size,) * 2
         self.embed_dim, self.in_chans = embed_dim, in_chans

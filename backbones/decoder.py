@@ -1,4 +1,4 @@
-"""What turns encoded images back into pixels: MAE's light decoder (arXiv:2111.06377), and SimMIM's head (arXiv:2111.09886).
+"""From encoded images back to pixels: MAE's light decoder (arXiv:2111.06377) and SimMIM's head (arXiv:2111.09886).
 
 NOT here: the encoder, the choice of what is masked, the loss.
 

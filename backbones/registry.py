@@ -99,7 +99,9 @@ def create_backbone(
         size = _own_image_size(name, model) if image_size is None else image_size
         backbone = TimmBackbone(model, **described, image_size=size, in_chans=in_chans)
     if patch_size not in (None, backbone.patch_size):
-        raise BackboneError(f"backbone {name!r} has tokens of {backbone.patch_size} px; leave out patch_size {patch_size}")
+        raise BackboneError(
+            f"backbone {name!r} has tokens of {backbone.patch_size} px; leave out patch_size {patch_size}"
+        )
     return backbone
 
 
@@ -196,11 +198,14 @@ def _patch_argument(name: str, build: Callable[..., nn.Module], patch_size: int 
         stem = None if parameter is None else parameter.default
     stem = stem[0] if isinstance(stem, tuple) and len(set(stem)) == 1 else stem
     if not isinstance(stem, int) or own % stem or stem == 1:
-        raise BackboneError(f"backbone {name!r} has tokens of {own} px and no other choice; leave out patch_size {patch_size}")
+        raise BackboneError(
+            f"backbone {name!r} has tokens of {own} px and no other choice; leave out patch_size {patch_size}"
+        )
     factor = own // stem
     if patch_size % factor:
         raise BackboneError(
-            f"backbone {name!r}: patch_size {patch_size} is not a multiple of {factor}, by which its stages shrink the grid"
+            f"backbone {name!r}: patch_size {patch_size} is not a multiple of {factor}, by which its stages "
+            "shrink the grid"
         )
     return {"patch_size": patch_size // factor}
 

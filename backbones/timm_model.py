@@ -156,8 +156,8 @@ def _dry_run(model: nn.Module, size: tuple[int, int], in_chans: int, name: str) 
     patch_size = token_size(model) or height // rows
     if (rows * patch_size, columns * patch_size) != size:
         raise BackboneError(
-            f"backbone {name!r} makes {rows} x {columns} tokens of {height} x {width} px; give the image a side that is "
-            f"a multiple of {patch_size}"
+            f"backbone {name!r} makes {rows} x {columns} tokens of {height} x {width} px; give the image a side "
+            f"that is a multiple of {patch_size}"
         )
     return features
 

@@ -126,7 +126,8 @@ class ViTBackbone(Backbone):
         """
         if height % self.patch_size or width % self.patch_size or not height or not width:
             raise BackboneError(
-                f"backbone {self.spec['name']!r}: {height} x {width} px is not a multiple of patch_size {self.patch_size}"
+                f"backbone {self.spec['name']!r}: {height} x {width} px is not a multiple of patch_size "
+                f"{self.patch_size}"
             )
         return height // self.patch_size, width // self.patch_size
 

