@@ -6,11 +6,23 @@ docs/plugins.md.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterable, Mapping
-from importlib.metadata import EntryPoint
+from functools import cache
+from importlib.metadata import EntryPoint, EntryPoints
 from typing import Any
 
-__all__ = ["by_name", "load_entry", "origin"]
+__all__ = ["by_name", "entry_points", "load_entry", "origin"]
+
+
+def entry_points(group: str) -> EntryPoints:
+    """Those of one group; the installed packages are looked through once per process."""
+    return _all_entry_points().select(group=group)
+
+
+@cache
+def _all_entry_points() -> EntryPoints:
+    return importlib.metadata.entry_points()
 
 
 def by_name(

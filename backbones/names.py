@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
 
-from backbones.entries import by_name
+from backbones.entries import by_name, entry_points
 from backbones.errors import BackboneError
 
 __all__ = ["ENTRY_POINT_GROUP", "model_names", "plugins"]

@@ -11,11 +11,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from types import MappingProxyType
 from typing import Any, Literal
 
-from backbones.entries import by_name, load_entry, origin
+from backbones.entries import by_name, entry_points, load_entry, origin
 
 __all__ = ["PROTOCOLS", "EvaluationError", "Protocol", "image_size_px", "load_head", "names", "protocol"]
 

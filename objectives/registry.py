@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from dataclasses import fields, is_dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
-from backbones.entries import by_name, load_entry, origin
+from backbones.entries import by_name, entry_points, load_entry, origin
 from objectives.configs import DINOConfig, GMMLConfig, MAEConfig, SelfPatchConfig, SiTConfig
 from objectives.errors import ObjectiveError
 

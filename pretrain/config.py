@@ -20,6 +20,7 @@ from objectives import registry as objectives
 from pretrain import rules
 from pretrain.errors import RequestError
 from pretrain.findings import COMMAND_LINE, Findings, nearest, shown
+from pretrain.optimizers import RESHARDABLE
 from pretrain.schema import (
     REQUIRED,
     BackboneConfig,
@@ -149,11 +150,15 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Recipe:
     if forbidden:
         allowed = f"a resume may change {', '.join(_RESUMABLE)}"
         raise RequestError(*(f"{key}={pairs[key]}: fixed when the run began; {allowed}" for key in forbidden))
+    saved = load_recipe(path, check_files=False)
+    optimizer = saved.optimizer.name
+    if "train.workers" in pairs and saved.train.zero_stage and optimizer not in RESHARDABLE:
+        known = f"DeepSpeed can cut anew only the state of {', '.join(RESHARDABLE)}"
+        raise RequestError(f"train.workers={pairs['train.workers']}: the run uses {optimizer} sharded, and {known}")
     open_keys = {"train.micro_batch_size", "train.accumulation"} - set(pairs)
     derived = [f"{key}=null" for key in open_keys] if len(open_keys) == 1 else []
     if "train.workers" in pairs and len(open_keys) == 2:
-        train = load_recipe(path, check_files=False).train
-        micro = train.micro_batch_size
+        train, micro = saved.train, saved.train.micro_batch_size
         workers = int(pairs["train.workers"]) if pairs["train.workers"].isdigit() else 0
         assert micro is not None  # a saved recipe has it filled in
         is_whole = workers * micro > 0 and train.global_batch_size % (workers * micro) == 0

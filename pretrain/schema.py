@@ -143,7 +143,7 @@ class OptimizerConfig:
     warmup_steps: int = setting("steps of linear warm-up from 0", 0, range=(0, None))
     weight_decay: float = setting("decoupled weight decay; default: MAE", 0.05, range=(0.0, None))
     weight_decay_end: float | None = setting("weight decay at the last step; null: constant", None, range=(0.0, None))
-    betas: list[float] = setting("betas, or (the first) momentum; default: MAE", [0.9, 0.95], range=(0.0, 1.0), length=2)
+    betas: list[float] = setting("betas, or (the first) momentum; of MAE", [0.9, 0.95], range=(0.0, 1.0), length=2)
     eps: float = setting("epsilon, where the optimiser has one", 1e-8, range=(0.0, None))
     layer_decay: float = setting("learning-rate factor per block, counted from the last", 1.0, range=(0.01, 1.0))
     clip_grad: float | None = setting("bound of the global gradient norm; null: no clipping", None, range=(1e-6, None))

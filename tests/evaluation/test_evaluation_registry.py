@@ -57,7 +57,7 @@ def test_plugins__are_listed_and_loaded(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_plugins__may_not_take_a_known_name(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, ("knn", "elsewhere:SPEC"))
-    with pytest.raises(EvaluationError, match="'knn' of elsewhere:SPEC is already taken by evaluation.knn:score"):
+    with pytest.raises(EvaluationError, match=r"'knn' of elsewhere:SPEC is already taken by evaluation.knn:score"):
         registry.names()
 
 
