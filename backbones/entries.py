@@ -22,7 +22,7 @@ def entry_points(group: str) -> EntryPoints:
 
 @cache
 def _all_entry_points() -> EntryPoints:
-    return importlib.metadata.entry_points()
+    return importlib.metadata.entry_points()  # type: ignore[return-value]  # the stubs of 3.11 still have 3.9's type
 
 
 def by_name(
