@@ -17,6 +17,7 @@ from torch import Tensor
 from objectives.base import Progress
 from objectives.configs import DINOConfig
 from objectives.health import entropy, used_share
+from objectives.teacher import cosine_momentum
 
 __all__ = [
     "collapse",
@@ -45,9 +46,8 @@ def teacher_temperature(config: DINOConfig, progress: Progress) -> float:
 
 
 def teacher_momentum(config: DINOConfig, progress: Progress) -> float:
-    """Half a cosine from `teacher_momentum` to 1, which the last step does not quite reach."""
-    missing = (1 - config.teacher_momentum) * (1 + math.cos(math.pi * progress.step / progress.total_steps)) / 2
-    return 1 - missing
+    """Of the step just taken: from `teacher_momentum` to 1."""
+    return cosine_momentum(config.teacher_momentum, progress.step, progress.total_steps)
 
 
 def freezes_prototypes(config: DINOConfig, progress: Progress) -> bool:

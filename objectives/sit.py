@@ -41,7 +41,7 @@ from objectives.reconstruction import (
     require_colours,
     summary,
 )
-from objectives.teacher import ReadWeight, Teacher
+from objectives.teacher import ReadWeight, Teacher, cosine_momentum
 
 __all__ = ["Projector", "SiT", "contrast"]
 
@@ -147,8 +147,8 @@ class SiT(Objective):
 
     def after_step(self, progress: Progress, read: ReadWeight) -> None:
         """Moves the teacher; its momentum rises from `teacher_momentum` to 1 by half a cosine."""
-        falling = (1 + math.cos(math.pi * progress.step / progress.total_steps)) / 2  # 1 to 0
-        self.teacher.update(1 - (1 - self.config.teacher_momentum) * falling, read)
+        momentum = cosine_momentum(self.config.teacher_momentum, progress.step, progress.total_steps)
+        self.teacher.update(momentum, read)
 
     def diagnose(self, metrics: Mapping[str, float], progress: Progress) -> str | None:
         """A contrast that tells nothing apart, projections without spread, or what ails the reconstruction."""

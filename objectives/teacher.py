@@ -10,6 +10,7 @@ updates it alike from what `read` makes of the student's parameters.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -17,10 +18,15 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-__all__ = ["ReadWeight", "Teacher"]
+__all__ = ["ReadWeight", "Teacher", "cosine_momentum"]
 
 # The whole float32 value of a parameter, wherever an engine keeps it. A collective when it is sharded.
 ReadWeight = Callable[[nn.Parameter], Tensor]
+
+
+def cosine_momentum(start: float, step: int, total_steps: int) -> float:
+    """Half a cosine from `start` to 1, which the last step does not quite reach (BYOL, arXiv:2006.07733)."""
+    return 1 - (1 - start) * (1 + math.cos(math.pi * step / total_steps)) / 2
 
 
 class Teacher:

@@ -223,7 +223,8 @@ def test_teacher__follows_the_formula() -> None:
 
 # --- under an engine -------------------------------------------------------------------------------------------------
 
-STAGES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3)]
+STAGES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1)]
+SAVED = [("fp32", 1), ("fp32", 3), ("bf16", 1)]  # settings whose state is saved, loaded and continued
 
 
 def _rank(rank: int, world_size: int, port: int, directory: Path) -> None:
@@ -260,6 +261,9 @@ def _trained(name: str, precision: str, stage: int, directory: Path) -> dict[str
     losses += [_step(engine, step, steps[step]) for step in range(STEPS // 2, STEPS)]
     ended = {n: t.double().norm().item() for n, t in engine.objective.extra_state().items() if t.is_floating_point()}
 
+    found = {"losses": losses, "norms": ended}
+    if (precision, stage) not in SAVED or dist.get_world_size() == 1:
+        return found
     torch.manual_seed(1)
     again = Engine(build_objective(recipe), recipe, torch.device("cpu"))
     again.load(state)
@@ -267,7 +271,7 @@ def _trained(name: str, precision: str, stage: int, directory: Path) -> dict[str
     repeated = [_step(again, step, steps[step]) for step in range(STEPS // 2, STEPS)]
     after = again.objective.extra_state()
     same = all(torch.equal(t, after[n]) for n, t in engine.objective.extra_state().items())
-    return {"losses": losses, "repeated": repeated, "same_state": same, "norms": ended}
+    return found | {"repeated": repeated, "same_state": same}
 
 
 def _step(engine: Engine, step: int, micro_batches: list[dict[str, Tensor]]) -> float:
@@ -321,7 +325,7 @@ def test_contract__two_ranks_equal_one_process(
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("precision", "stage"), STAGES)
+@pytest.mark.parametrize(("precision", "stage"), SAVED)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_contract__saved_state_continues(name: str, precision: str, stage: int, both: dict[str, Any]) -> None:
     found = both[f"{name}-{precision}-{stage}"]
@@ -330,8 +334,7 @@ def test_contract__saved_state_continues(name: str, precision: str, stage: int, 
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_contract__bf16_stays_finite_and_close(name: str, stage: int, both: dict[str, Any]) -> None:
-    found = both[f"{name}-bf16-{stage}"]
+def test_contract__bf16_stays_finite_and_close(name: str, both: dict[str, Any]) -> None:
+    found = both[f"{name}-bf16-1"]
     assert found["losses"] == pytest.approx(both[f"{name}-fp32-0"]["losses"], rel=1e-1)

@@ -244,7 +244,7 @@ def _step_on_a_rank(rank: int, world: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks__two_give_the_loss_gradient_and_centre_of_one_with_the_whole_batch(tmp_path):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

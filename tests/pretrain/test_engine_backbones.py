@@ -32,7 +32,7 @@ SETTINGS = {
     "fastvit-3": (FASTVIT, 3, "bf16"),
 }
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def _recipe(backbone: BackboneConfig, stage: int, precision: str) -> Recipe:

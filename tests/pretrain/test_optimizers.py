@@ -146,7 +146,7 @@ def _plain(name: str) -> list[float]:
     return [*losses, float(sum(tensor.square().sum() for tensor in weights.values()))]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted({name for name, _ in SETTINGS}))
 def test_optimizer__every_allowed_stage_equals_a_plain_loop(name: str, found: dict[str, Any]) -> None:
     expected = _plain(name)
@@ -155,7 +155,7 @@ def test_optimizer__every_allowed_stage_equals_a_plain_loop(name: str, found: di
         assert found[f"{name}-{stage}"] == pytest.approx(expected, rel=2e-5), f"ZeRO {stage}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "stage"), RESHARDED)
 def test_optimizer__state_goes_on_with_another_number_of_ranks(
     name: str, stage: int, found: dict[str, Any], alone: dict[str, Any]
@@ -163,7 +163,7 @@ def test_optimizer__state_goes_on_with_another_number_of_ranks(
     assert alone[f"{name}-{stage}"] == pytest.approx(found[f"{name}-{stage}"][-2:], rel=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "stage"), NOT_RESHARDED)
 def test_optimizer__state_that_cannot_be_resharded_is_refused_in_one_line(
     name: str, stage: int, alone: dict[str, Any]
