@@ -105,6 +105,16 @@ def launch(recipe: Path, tmp_path: Path) -> Iterator[Callable[..., Loop]]:
             process.wait()
 
 
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a run of the recipe on two ranks that nobody disturbed; it recorded its samples."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "small.yaml").write_text(RECIPE)
+    loop = Loop(folder / "small.yaml", folder / "runs" / "whole", ("data.record_samples=true",), 2)
+    loop.wait()
+    return loop.run_dir
+
+
 @pytest.fixture
 def losses() -> Callable[[Path], dict[int, float]]:
     return read_losses

@@ -22,10 +22,8 @@ Launch = Callable[..., Any]
 Losses = Callable[[Path], dict[int, float]]
 
 
-def test_loop__killed_and_resumed_equals_uninterrupted(launch: Launch, losses: Losses) -> None:
-    whole = launch("whole")
-    whole.wait()
-    expected = losses(whole.run_dir)
+def test_loop__killed_and_resumed_equals_uninterrupted(launch: Launch, losses: Losses, whole: Path) -> None:
+    expected = losses(whole)
     assert sorted(expected) == list(range(1, 13))
     assert expected[12] < expected[1]
 
@@ -39,23 +37,19 @@ def test_loop__killed_and_resumed_equals_uninterrupted(launch: Launch, losses: L
     assert resumed["step"] == resumed["optimizer_step"] == 4
     assert resumed["tensors"] == resumed["tensors_total"] > 20
     assert resumed["samples_seen"] == 4 * 32
-    final = [
-        (run / "checkpoints/step-00000012/backbone.safetensors").read_bytes() for run in (whole.run_dir, broken.run_dir)
-    ]
+    final = [(run / "checkpoints/step-00000012/backbone.safetensors").read_bytes() for run in (whole, broken.run_dir)]
     assert final[0] == final[1]
 
 
-def test_loop__goes_on_with_another_number_of_ranks(launch: Launch, losses: Losses) -> None:
+def test_loop__goes_on_with_another_number_of_ranks(launch: Launch, losses: Losses, whole: Path) -> None:
     """Two ranks, then one, then two again: exactly the samples that remain, and nearly the same losses."""
     options = ("data.record_samples=true", "evaluation.baseline=false")
-    whole = launch("whole", *options)
-    whole.wait()
     launch("parts", *options).kill_after_step(6)  # checkpoints are taken every 4 steps
     launch("parts", *options, "train.workers=1", ranks=1).kill_after_step(10)
     parts = launch("parts", *options)
     parts.wait()
 
-    (wanted,) = _samples(whole.run_dir).values()
+    (wanted,) = _samples(whole).values()
     found = _samples(parts.run_dir)
     assert set(found[2]) | set(found[1]) == set(wanted) == set(range(1, 13))
     assert all(ids == wanted[step] for steps in found.values() for step, ids in steps.items())
@@ -63,7 +57,7 @@ def test_loop__goes_on_with_another_number_of_ranks(launch: Launch, losses: Loss
     resumed = [record for record in records if record["kind"] == "resumed"]
     assert [(record["step"], record["saved_world_size"]) for record in resumed] == [(4, 2), (8, 1)]
     assert all(record["tensors"] == record["tensors_total"] for record in resumed)
-    expected = losses(whole.run_dir)
+    expected = losses(whole)
     for record in records:
         if record["kind"] == "metrics":
             assert record["values"]["loss"] == pytest.approx(expected[record["step"]], rel=1e-4)
