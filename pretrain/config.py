@@ -150,20 +150,25 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Recipe:
     if forbidden:
         allowed = f"a resume may change {', '.join(_RESUMABLE)}"
         raise RequestError(*(f"{key}={pairs[key]}: fixed when the run began; {allowed}" for key in forbidden))
-    saved = load_recipe(path, check_files=False)
-    optimizer = saved.optimizer.name
-    if "train.workers" in pairs and saved.train.zero_stage and optimizer not in RESHARDABLE:
-        known = f"DeepSpeed can cut anew only the state of {', '.join(RESHARDABLE)}"
-        raise RequestError(f"train.workers={pairs['train.workers']}: the run uses {optimizer} sharded, and {known}")
     open_keys = {"train.micro_batch_size", "train.accumulation"} - set(pairs)
     derived = [f"{key}=null" for key in open_keys] if len(open_keys) == 1 else []
-    if "train.workers" in pairs and len(open_keys) == 2:
-        train, micro = saved.train, saved.train.micro_batch_size
-        workers = int(pairs["train.workers"]) if pairs["train.workers"].isdigit() else 0
-        assert micro is not None  # a saved recipe has it filled in
-        is_whole = workers * micro > 0 and train.global_batch_size % (workers * micro) == 0
-        derived = ["train.accumulation=null", *([] if is_whole else ["train.micro_batch_size=null"])]
+    if "train.workers" in pairs:
+        saved = load_recipe(path, check_files=False)
+        optimizer = saved.optimizer.name
+        if saved.train.zero_stage and optimizer not in RESHARDABLE:
+            known = f"DeepSpeed can cut anew only the state of {', '.join(RESHARDABLE)}"
+            raise RequestError(f"train.workers={pairs['train.workers']}: the run uses {optimizer} sharded, and {known}")
+        if len(open_keys) == 2:
+            derived = _division(saved.train, pairs["train.workers"])
     return load_recipe(path, (*derived, *overrides))
+
+
+def _division(train: TrainConfig, workers: str) -> list[str]:
+    """What to leave open of a saved division of the global batch, for another number of workers."""
+    assert train.micro_batch_size is not None  # a saved recipe has it filled in
+    share = (int(workers) if workers.isdigit() else 0) * train.micro_batch_size
+    is_whole = share > 0 and train.global_batch_size % share == 0
+    return ["train.accumulation=null", *([] if is_whole else ["train.micro_batch_size=null"])]
 
 
 def to_yaml(recipe: Recipe) -> str:
