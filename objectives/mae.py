@@ -25,6 +25,7 @@ from objectives.base import Objective, Output, Progress
 from objectives.configs import MAEConfig
 from objectives.errors import ObjectiveError
 from objectives.masking import RandomMask, random_mask, random_noise
+from objectives.reconstruction import to_rgb
 from objectives.requirements import require
 
 __all__ = ["MAE", "patchify", "unpatchify"]
@@ -174,10 +175,7 @@ class MAE(Objective):
 
     def _to_rgb(self, patches: Tensor) -> Tensor:
         """Normalised patches (n, N, L) to (n, 3, H, W) in [0, 1]; the first three channels, or the first repeated."""
-        backbone = self.backbone
-        images = unpatchify(patches, self.grid, self.patch_size)  # (n, C, H, W)
-        images = (images * backbone.pixel_std + backbone.pixel_mean).clamp(0, 1)
-        return images[:, :3] if backbone.in_chans >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+        return to_rgb(self.backbone, unpatchify(patches, self.grid, self.patch_size))
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -35,6 +35,7 @@ __all__ = [
     "reconstruction_metrics",
     "require_colours",
     "summary",
+    "to_rgb",
 ]
 
 MAX_PICTURES = 8
@@ -191,10 +192,10 @@ def pictures_of(backbone: Backbone, target: Tensor, corruption: Corruption, pred
     """ "clean", "corrupted" and "reconstruction" (masked pixels predicted, others kept), (n, 3, S, S) in [0, 1]."""
     filled = torch.where(corruption.is_masked, prediction.to(target.dtype), target)
     shown = {"clean": target, "corrupted": corruption.apply(target), "reconstruction": filled}
-    return {caption: _to_rgb(backbone, images) for caption, images in shown.items()}
+    return {caption: to_rgb(backbone, images) for caption, images in shown.items()}
 
 
-def _to_rgb(backbone: Backbone, images: Tensor) -> Tensor:
+def to_rgb(backbone: Backbone, images: Tensor) -> Tensor:
     """Normalised (n, C, S, S) to (n, 3, S, S) in [0, 1]; the first three channels, or the first repeated."""
     images = (images * backbone.pixel_std + backbone.pixel_mean).clamp(0, 1)
     return images[:, :3] if backbone.in_chans >= 3 else images[:, :1].expand(-1, 3, -1, -1)
