@@ -31,10 +31,20 @@ __all__ = ["Objective", "Output", "Progress"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands: `step` optimiser steps of `total_steps` are done."""
+    """Where training stands: `step` optimiser steps of `total_steps` are done.
+
+    Attributes:
+        is_logged: somebody reads this step's metrics; of other steps, those that cost anything may be left out.
+    """
 
     step: int
     total_steps: int
+    is_logged: bool = True
+
+    @property
+    def is_young(self) -> bool:
+        """Too early to judge a run: in its first 100 steps and in its first tenth, nothing need have been learned."""
+        return self.step < max(100, 0.1 * self.total_steps)
 
 
 class Output(NamedTuple):
@@ -51,11 +61,14 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         Config: dataclass of the settings.
+        compares_images: the loss of an image depends on the others of its micro-batch, so that gradient accumulation
+            is not the same as a larger batch.
         backbone: the encoder that is trained.
         teacher: moving average of the student's modules, with a `backbone` among them; None without one.
     """
 
     Config: ClassVar[type]
+    compares_images: ClassVar[bool] = False
     backbone: Backbone
     teacher: Teacher | None = None
 

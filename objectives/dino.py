@@ -88,15 +88,11 @@ class DINO(Objective):
             scores = (logits.to(targets.dtype) / self.config.student_temp).unflatten(0, (-1, batch_size))  # (V, B, K)
             loss = distillation.cross_view_loss(targets, scores)
         self.centre.observe(teacher_logits, progress.step)
-        return Output(
-            loss,
-            {
-                "loss": loss.detach(),
-                **distillation.head_metrics("", loss, [targets], [1.0]),
-                "centre_norm": self.centre.value.norm(),
-                "effective_rank": effective_rank(taught),
-            },
-        )
+        metrics = {"loss": loss.detach()}
+        if progress.is_logged:
+            metrics |= distillation.head_metrics("", loss, [targets], [1.0])
+            metrics |= {"centre_norm": self.centre.value.norm(), "effective_rank": effective_rank(taught)}
+        return Output(loss, metrics)
 
     def after_step(self, progress: Progress, read: ReadWeight) -> None:
         """Moves the centre, then the teacher."""

@@ -31,9 +31,6 @@ __all__ = [
     "teacher_temperature",
 ]
 
-# A run is young for its first tenth: there, constant features and outputs are normal.
-_YOUNG = 0.1
-
 
 def teacher_temperature(config: DINOConfig, progress: Progress) -> float:
     """Linear from `teacher_temp_start` to `teacher_temp` over the first share `teacher_temp_warmup` of the run.
@@ -108,10 +105,10 @@ def collapse(metrics: Mapping[str, float], progress: Progress, num_prototypes: i
     """The finding for a head with metrics PREFIXloss, PREFIXteacher_entropy, PREFIXprototypes.
 
     Uniform: the teacher prefers nothing and the student agrees, both at ln K. One-hot: the teacher is certain, and of
-    the same few prototypes whatever it sees. Neither is judged in the first tenth of a run, where a network that has
-    not learned anything looks like the first.
+    the same few prototypes whatever it sees. Neither is judged in a young run, where a network that has not
+    learned anything looks like the first.
     """
-    if progress.step < _YOUNG * progress.total_steps:
+    if progress.is_young:
         return None
     highest = math.log(num_prototypes)
     loss, spread = metrics[f"{prefix}loss"], metrics[f"{prefix}teacher_entropy"]
@@ -133,7 +130,7 @@ def collapse(metrics: Mapping[str, float], progress: Progress, num_prototypes: i
 def constant_features(metrics: Mapping[str, float], progress: Progress) -> str | None:
     """The finding for `effective_rank`: an encoder that gives all images the same feature."""
     rank = metrics["effective_rank"]
-    if progress.step < _YOUNG * progress.total_steps or rank > 1.05:
+    if progress.is_young or rank > 1.05:
         return None
     return f"all images have the same feature: effective rank {rank:.3f}; lower optimizer.lr, or warm it up longer"
 
@@ -141,6 +138,6 @@ def constant_features(metrics: Mapping[str, float], progress: Progress) -> str |
 def over_smoothing(metrics: Mapping[str, float], progress: Progress) -> str | None:
     """The finding for `patch_cosine`: an encoder whose patches of an image are all the same."""
     cosine = metrics["patch_cosine"]
-    if progress.step < _YOUNG * progress.total_steps or cosine < 0.995:
+    if progress.is_young or cosine < 0.995:
         return None
     return f"patches of an image are all alike: mean cosine {cosine:.4f}; lower objective.patch_loss_weight"

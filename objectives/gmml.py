@@ -95,8 +95,10 @@ class GMML(Objective):
         prediction = self.head(features.patches, features.grid)  # (n, C, S, S)
         counted = corruption.is_masked if self.config.masked_only else torch.ones_like(corruption.is_masked)
         loss = masked_l1(prediction, target, counted)
-        metrics = reconstruction_metrics(prediction, target, corruption, features)
-        return Output(loss, {"loss": loss.detach(), **metrics})
+        metrics = {"loss": loss.detach()}
+        if progress.is_logged:
+            metrics |= reconstruction_metrics(prediction, target, corruption, features)
+        return Output(loss, metrics)
 
     def _encode(self, x: Tensor) -> Features:
         """Features of normalised images (n, C, S, S): the final norm of the mean of the token streams at `blocks`."""

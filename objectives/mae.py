@@ -12,6 +12,7 @@ per patch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 
 from backbones.base import Backbone
 from backbones.decoder import MaskedDecoder, PixelHead
-from backbones.features import take_tokens
+from backbones.features import Features, take_tokens
 from backbones.vit import ViTBackbone
 from objectives.base import Objective, Output, Progress
 from objectives.configs import MAEConfig
 from objectives.errors import ObjectiveError
 from objectives.masking import RandomMask, random_mask, random_noise
-from objectives.reconstruction import to_rgb
+from objectives.reconstruction import feature_metrics, reconstruction_finding, to_rgb
 from objectives.requirements import require
 
 __all__ = ["MAE", "patchify", "unpatchify"]
@@ -42,6 +43,7 @@ class _Reconstruction(NamedTuple):
     centre: Tensor  # (B, M, 1) with norm_pix_loss, else a 0: target = (pixels - centre) / spread
     spread: Tensor  # (B, M, 1) with norm_pix_loss, else a 1
     mask: RandomMask
+    features: Features  # of the visible patches, or of the covered images
 
 
 class MAE(Objective):
@@ -109,19 +111,22 @@ class MAE(Objective):
         Args:
             batch: "image" (B, C, H, W) uint8 or float in [0, 1], and "seed" (B,) int64, from which masks are drawn;
                 "noise" (B, N), if present, is used in place of the seed: the smallest values stay visible.
-            progress: not used.
+            progress: not used but for whether the step is logged.
         """
         result = self._reconstruct(self.backbone.preprocess(batch["image"]), batch)
         with torch.autocast(result.prediction.device.type, enabled=False):
             squared_error = (result.prediction - result.target).square()  # (B, M, L)
             loss = squared_error.mean()
-        return Output(loss, {"loss": loss.detach(), **self._metrics(squared_error.detach(), result)})
+        metrics = {"loss": loss.detach()}
+        if progress.is_logged:
+            metrics |= self._metrics(squared_error.detach(), result) | feature_metrics(result.features)
+        return Output(loss, metrics)
 
     def _reconstruct(self, x: Tensor, batch: dict[str, Tensor]) -> _Reconstruction:
         """Masks, encodes and decodes normalised images (B, C, H, W); everything returned is at least float32."""
         noise = batch["noise"] if "noise" in batch else random_noise(batch["seed"], self.num_patches)
         mask = random_mask(noise, self.config.mask_ratio)
-        prediction = self._predict(x, mask)  # (B, M, L)
+        features, prediction = self._predict(x, mask)  # (B, M, L)
         target = take_tokens(patchify(x, self.patch_size), mask.drop_idx)  # (B, M, L), never below float32
         centre, spread = target.new_zeros(()), target.new_ones(())
         if self.config.norm_pix_loss:
@@ -129,16 +134,17 @@ class MAE(Objective):
             variance, centre = torch.var_mean(target, dim=-1, keepdim=True)
             spread = (variance + 1e-6).sqrt()
             target = (target - centre) / spread
-        return _Reconstruction(prediction.to(target.dtype), target, centre, spread, mask)
+        return _Reconstruction(prediction.to(target.dtype), target, centre, spread, mask, features)
 
-    def _predict(self, x: Tensor, mask: RandomMask) -> Tensor:
-        """What is under the mask, (B, M, L), from the rest of the images (B, C, H, W)."""
+    def _predict(self, x: Tensor, mask: RandomMask) -> tuple[Features, Tensor]:
+        """Features of what is not masked of the images (B, C, H, W), and from these what is, (B, M, L)."""
         if isinstance(self.decoder, MaskedDecoder):
             visible = self.backbone.features(x, mask.keep_idx)
-            return self.decoder(visible, mask.keep_idx, mask.drop_idx)
+            return visible, self.decoder(visible, mask.keep_idx, mask.drop_idx)
         covered = self.decoder.cover(x, mask.is_masked.unflatten(1, self.grid))  # (B, C, H, W)
-        pixels = self.decoder(self.backbone.features(covered))  # (B, C, H, W)
-        return take_tokens(patchify(pixels, self.patch_size), mask.drop_idx)
+        features = self.backbone.features(covered)
+        pixels = self.decoder(features)  # (B, C, H, W)
+        return features, take_tokens(patchify(pixels, self.patch_size), mask.drop_idx)
 
     @torch.no_grad()
     def _metrics(self, squared_error: Tensor, result: _Reconstruction) -> dict[str, Tensor]:
@@ -153,6 +159,10 @@ class MAE(Objective):
             "explained": 1 - squared_error.mean() / result.target.square().mean(),
             "masked_psnr_db": -10 * pixel_error.clamp_min(1e-10).log10(),
         }
+
+    def diagnose(self, metrics: Mapping[str, float], progress: Progress) -> str | None:
+        """Reconstructions no better than the mean of a patch, or features that are all alike."""
+        return reconstruction_finding(metrics, progress)
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

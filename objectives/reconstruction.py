@@ -26,9 +26,9 @@ __all__ = [
     "ReconstructionHead",
     "block_corruption",
     "colours",
+    "feature_metrics",
     "initialise_class_token",
     "initialise_linear",
-    "is_young",
     "masked_l1",
     "pictures_of",
     "reconstruction_finding",
@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 MAX_PICTURES = 8
-_YOUNG_SHARE, _YOUNG_STEPS = 0.1, 100  # of a run, in which grey reconstructions and like features are normal
 
 
 class ReconstructionHead(nn.Module):
@@ -156,23 +155,23 @@ def reconstruction_metrics(
         "visible_l1": (error.sum() - total) / (~is_masked).sum().clamp_min(1),
         "masked_share": is_masked.to(target.dtype).mean(),
         "explained": 1 - total / grey.clamp_min(1e-12),
-        "effective_rank": effective_rank(summary(features)),
-        "patch_cosine": patch_cosine(features.patches),
+        **feature_metrics(features),
     }
 
 
-def is_young(progress: Progress) -> bool:
-    """Whether it is too early to judge: in the first 100 steps, and in the first tenth of a run."""
-    return progress.step < max(_YOUNG_STEPS, _YOUNG_SHARE * progress.total_steps)
+@torch.no_grad()
+def feature_metrics(features: Features) -> dict[str, Tensor]:
+    """Whether there is something in the features: "effective_rank" of images, "patch_cosine" within an image."""
+    return {"effective_rank": effective_rank(summary(features)), "patch_cosine": patch_cosine(features.patches)}
 
 
 def reconstruction_finding(metrics: Mapping[str, float], progress: Progress) -> str | None:
     """The finding of `Objective.diagnose` about a reconstruction; None in a young run."""
-    if is_young(progress):
+    if progress.is_young:
         return None
     if metrics["explained"] < 0.01:
         return (
-            f"masked pixels are predicted no better than by the mean colour (explained {metrics['explained']:.3f}); "
+            f"masked pixels are predicted no better than by their mean colour (explained {metrics['explained']:.3f}); "
             "raise or lower optimizer.lr, or train longer"
         )
     if metrics["effective_rank"] < 1.05 or metrics["patch_cosine"] > 0.9999:

@@ -114,14 +114,12 @@ class SelfPatch(Objective):
         for view in taught:
             self.centre.observe(view.image_logits, progress.step)
             self.patch_centre.observe(view.patch_logits, progress.step)
-        metrics = {
-            "loss": loss.detach(),
-            "cls_loss": cls_loss.detach(),
-            "patch_loss": patch_loss.detach(),
-            **distillation.head_metrics("cls_", cls_loss, [targets], [1.0]),
-            **distillation.head_metrics("patch_", patch_loss, patch_targets, shares),
-        }
-        return Output(loss, metrics | self._health(taught[0]))
+        metrics = {"loss": loss.detach(), "cls_loss": cls_loss.detach(), "patch_loss": patch_loss.detach()}
+        if progress.is_logged:
+            metrics |= distillation.head_metrics("cls_", cls_loss, [targets], [1.0])
+            metrics |= distillation.head_metrics("patch_", patch_loss, patch_targets, shares)
+            metrics |= self._health(taught[0])
+        return Output(loss, metrics)
 
     def _teach(self, images: Tensor) -> _Taught:
         """The teacher on crops of one resolution (v B, C, H, W); float32, or bf16 where it computes in that."""

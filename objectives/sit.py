@@ -33,7 +33,6 @@ from objectives.reconstruction import (
     colours,
     initialise_class_token,
     initialise_linear,
-    is_young,
     masked_l1,
     pictures_of,
     reconstruction_finding,
@@ -87,6 +86,7 @@ class SiT(Objective):
     """
 
     Config: ClassVar[type] = SiTConfig
+    compares_images: ClassVar[bool] = True
     teacher: Teacher
 
     def __init__(self, backbone: Backbone, config: SiTConfig) -> None:
@@ -136,8 +136,10 @@ class SiT(Objective):
         counted = corruption.is_masked if self.config.masked_only else torch.ones_like(corruption.is_masked)
         reconstruction = masked_l1(prediction, target, counted)
         loss = contrastive + self.config.reconstruction_weight * reconstruction
-        metrics |= reconstruction_metrics(prediction, target, corruption, features)
-        return Output(loss, {"loss": loss.detach(), "reconstruction": reconstruction.detach(), **metrics})
+        metrics |= {"loss": loss.detach(), "reconstruction": reconstruction.detach()}
+        if progress.is_logged:
+            metrics |= reconstruction_metrics(prediction, target, corruption, features)
+        return Output(loss, metrics)
 
     def _reconstruct(self, images: Tensor, batch: dict[str, Tensor]) -> _Reconstruction:
         target = self.backbone.preprocess(images)
@@ -152,7 +154,7 @@ class SiT(Objective):
 
     def diagnose(self, metrics: Mapping[str, float], progress: Progress) -> str | None:
         """A contrast that tells nothing apart, projections without spread, or what ails the reconstruction."""
-        if not is_young(progress):
+        if not progress.is_young:
             if metrics["contrast_explained"] < 0.01:
                 return (
                     f"images are not told apart: the contrastive loss {metrics['contrastive']:.2f} is that of a guess "

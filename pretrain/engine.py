@@ -146,18 +146,15 @@ class Engine:
             if group["weight_decay"] > 0:
                 group["weight_decay"] = weight_decay
 
-    def step(
-        self, micro_batches: Sequence[dict[str, torch.Tensor]], progress: Progress, *, grad_norm: bool
-    ) -> StepResult:
+    def step(self, micro_batches: Sequence[dict[str, torch.Tensor]], progress: Progress) -> StepResult:
         """One optimiser step over the rank's micro-batches, with what the objective does after it.
 
         When a loss is not finite on any rank, no rank changes weights, optimiser state or objective.
 
         Args:
             micro_batches: As many as `train.accumulation` says.
-            progress: Where the run is.
-            grad_norm: Add gradient norms (before clipping), of all and of each part, to the metrics; costs a pass over
-                the gradients.
+            progress: Where the run is. In a logged step, gradient norms (before clipping), of all and of each part,
+                are among the metrics; they cost a pass over the gradients.
 
         Returns:
             Loss and metrics of this rank averaged over its micro-batches; scalars on the device.
@@ -170,7 +167,7 @@ class Engine:
             self._engine.backward(output.loss)  # divides by the number of micro-batches
             outputs.append(Output(output.loss.detach(), output.metrics))
             if number == len(micro_batches):
-                norms = self._grad_norms() if grad_norm else {}
+                norms = self._grad_norms() if progress.is_logged else {}
                 self._guard.skips = not self._all_finite(outputs)
             self._engine.step()  # updates at the last micro-batch only
         # ZeRO-3, and bf16, also drop a step whose gradient is not finite though the loss is.

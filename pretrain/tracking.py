@@ -10,7 +10,7 @@ What arrives:
                   last checkpoint: steps already sent are dropped, per metric.
     checkpoints   a logged model plus a version of the registered model. Step 0, the random backbone that scores are
                   compared with, is a floor and no product: its scores are recorded, it gets no version.
-    warnings      tags `warning/collapse` and `warning/non_finite_loss`, the last one of each.
+    warnings      tags `warning/collapse`, `warning/non_finite_loss` and `warning/accumulation`, the last one of each.
     evaluations   `eval/PROTOCOL/DATA/METRIC` at the step of the checkpoint, on the run, the model and the version.
                   Each (step, protocol, data) once, however often the driver reports it.
     alias best    the version with the highest `select` score, over all runs that share the model name; without `select`

@@ -97,6 +97,12 @@ def train(
         place = {"world_size": world_size, "device": str(device), "pids": pids, "decoder": stream.decoder}
         exact = stream.order_signature.get("exact", True)  # whether a resumed run sees what an unbroken one would
         say("start", step=step, total_steps=recipe.train.steps, exact=exact, **place)
+        if objective.compares_images and (recipe.train.accumulation or 1) > 1:
+            text = (
+                f"{recipe.objective.name} compares the images of a micro-batch: {recipe.train.accumulation} of them "
+                "are not what one large one is; train.accumulation=1 is"
+            )
+            say("warning", step=step, about="accumulation", text=text)
         if found:
             say("resumed", **snapshot.restore(*found, engine, stream))
         elif recipe.evaluation.baseline and not checkpoint.published(run_dir):
@@ -131,11 +137,12 @@ def run_steps(
         if step == first_step:
             clock["first_batch"] = time.time()
 
-        done, progress = step + 1, Progress(step, total)
+        done = step + 1
         is_logged = done % recipe.train.log_every == 0 or done == total
+        progress = Progress(step, total, is_logged)
         rates = {"lr": learning_rate(recipe, step), "weight_decay": weight_decay(recipe, step)}
         engine.set_schedule(rates["lr"], rates["weight_decay"])
-        result = engine.step(micro_batches, progress, grad_norm=is_logged)
+        result = engine.step(micro_batches, progress)
         if not result.applied:
             watch.skipped(done)
 

@@ -97,6 +97,27 @@ def test_loop__wrong_request_is_one_line_and_exit_code_2(launch: Launch) -> None
     assert "Traceback" not in loop.log.read_text()
 
 
+def test_loop__a_run_that_learns_nothing_is_reported_and_stopped_if_asked(launch: Launch) -> None:
+    stuck = ("optimizer.base_lr=1e-9", "train.steps=120", "train.checkpoint_every=120", "evaluation.baseline=false")
+    loop = launch("stuck", *stuck, "train.stop_on_collapse=true")
+    assert [process.wait(240) for process in loop.processes] == [1, 1]
+    (warning,) = [r for r in read_journal(loop.run_dir / "journal.jsonl")[0] if r["kind"] == "warning"]
+    assert (warning["about"], warning["step"]) == ("collapse", 103)  # the third finding in a row, from step 101 on
+    assert "no better than by their mean colour" in warning["text"]
+    assert "stopped at step 103, train.stop_on_collapse is set: masked pixels" in loop.log.read_text()
+
+
+def test_loop__losses_that_are_not_finite_end_the_run_with_the_reason(launch: Launch) -> None:
+    """A learning rate that blows the weights up in the first step: every loss after it is infinite or not a number."""
+    blown_up = ("optimizer.lr=1e30", "optimizer.base_lr=null", "optimizer.warmup_steps=0", "optimizer.clip_grad=null")
+    loop = launch("blown", *blown_up, "train.max_skipped_steps=2", "evaluation.baseline=false")
+    assert [process.wait(240) for process in loop.processes] == [1, 1]
+    warnings = [r for r in read_journal(loop.run_dir / "journal.jsonl")[0] if r["kind"] == "warning"]
+    assert [(r["about"], r["step"]) for r in warnings] == [("non_finite_loss", step) for step in (2, 3, 4)]
+    assert "3 steps had a loss that is not finite, the last one step 4; lower optimizer.lr" in loop.log.read_text()
+    assert not list((loop.run_dir / "checkpoints").glob("step-*"))
+
+
 @pytest.mark.slow
 def test_torchrun__two_processes(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

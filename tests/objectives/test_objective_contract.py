@@ -7,18 +7,13 @@ bf16, for what an engine does to it. Real photos throughout.
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import socket
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from backbones.registry import create_backbone
@@ -28,7 +23,7 @@ from data_pipelines.views import views_from
 from objectives import registry
 from objectives.base import Objective, Progress
 from objectives.teacher import Teacher
-from pretrain.engine import Engine, init_distributed
+from pretrain.engine import Engine
 from pretrain.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.worker import build_objective
 
@@ -172,6 +167,19 @@ def test_contract__forward_changes_no_state_and_draws_from_the_batch_alone(name:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__metrics_say_how_healthy_the_features_are_and_cost_nothing_unread(name: str) -> None:
+    objective = objective_of(name)
+    batch = next(batches_of(objective))
+    logged = objective(batch, Progress(1, STEPS))
+    unread = objective(batch, Progress(1, STEPS, is_logged=False))
+    assert torch.equal(logged.loss, unread.loss)
+    assert unread.metrics.keys() < logged.metrics.keys()
+    assert logged.metrics["effective_rank"] >= 1
+    values = {name: value.item() for name, value in logged.metrics.items()}
+    assert objective.diagnose(values, Progress(1, STEPS)) is None  # all of it is there, and the run is young
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_contract__extra_state_comes_back_bit_for_bit(name: str) -> None:
     objective = objective_of(name)
     batch = next(batches_of(objective))
@@ -227,23 +235,13 @@ STAGES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1)]
 SAVED = [("fp32", 1), ("fp32", 3), ("bf16", 1)]  # settings whose state is saved, loaded and continued
 
 
-def _rank(rank: int, world_size: int, port: int, directory: Path) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()})
-    torch.set_num_threads(1)
-    with (directory / f"log-{world_size}-{rank}").open("w") as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
-        init_distributed(torch.device("cpu"))
-        settings = STAGES if world_size == RANKS else [("fp32", 0)]
-        found = {
-            f"{name}-{precision}-{stage}": _trained(name, precision, stage, directory)
-            for name in OBJECTIVES
-            for precision, stage in settings
-        }
-        if rank == 0:
-            (directory / f"found-{world_size}.json").write_text(json.dumps(found))
-        dist.destroy_process_group()
+def _every_setting(directory: Path) -> dict[str, Any]:
+    settings = STAGES if dist.get_world_size() == RANKS else [("fp32", 0)]
+    return {
+        f"{name}-{precision}-{stage}": _trained(name, precision, stage, directory)
+        for name in OBJECTIVES
+        for precision, stage in settings
+    }
 
 
 def _trained(name: str, precision: str, stage: int, directory: Path) -> dict[str, Any]:
@@ -276,19 +274,11 @@ def _trained(name: str, precision: str, stage: int, directory: Path) -> dict[str
 
 def _step(engine: Engine, step: int, micro_batches: list[dict[str, Tensor]]) -> float:
     engine.set_schedule(1e-3, 0.05)
-    result = engine.step(micro_batches, Progress(step, STEPS), grad_norm=False)
+    result = engine.step(micro_batches, Progress(step, STEPS, is_logged=False))
     assert result.applied
     loss = result.loss.clone()
     dist.all_reduce(loss)
     return float(loss) / dist.get_world_size()
-
-
-def _run_ranks(world_size: int, directory: Path) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(world_size, port, directory), nprocs=world_size)
-    return json.loads((directory / f"found-{world_size}.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -297,13 +287,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(directory: Path) -> dict[str, Any]:
-    return _run_ranks(RANKS, directory)
+def both(run_on_ranks: Callable[..., Any], directory: Path) -> dict[str, Any]:
+    return run_on_ranks(RANKS, _every_setting, directory)
 
 
 @pytest.fixture(scope="module")
-def alone(directory: Path) -> dict[str, Any]:
-    return _run_ranks(1, directory)
+def alone(run_on_ranks: Callable[..., Any], directory: Path) -> dict[str, Any]:
+    return run_on_ranks(1, _every_setting, directory)
 
 
 @pytest.mark.integration

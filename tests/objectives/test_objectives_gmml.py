@@ -467,7 +467,7 @@ def test_diagnose__grey_reconstruction():
     nn.init.zeros_(gmml.head.paint.weight)
     nn.init.zeros_(gmml.head.paint.bias)
     metrics = {name: value.item() for name, value in gmml(small_batch(gmml), START).metrics.items()}
-    assert "no better than by the mean colour" in gmml.diagnose(metrics, LATE)
+    assert "no better than by their mean colour" in gmml.diagnose(metrics, LATE)
 
 
 def test_diagnose__collapsed_features():

@@ -482,6 +482,20 @@ def test_pictures__leave_training_as_it_was():
     assert all(p.min() >= 0 and p.max() <= 1 and p.shape == (4, 3, 16, 16) for p in pictures.values())
 
 
+@pytest.mark.parametrize("masking", ["drop", "token"])
+def test_diagnose__nothing_learned_and_collapsed_features(masking):
+    mae = small_mae(masking=masking)
+    late = Progress(step=200, total_steps=1000)
+    fresh = {name: value.item() for name, value in mae(small_batch(mae), late).metrics.items()}
+    assert "no better than by their mean colour" in mae.diagnose(fresh, late)
+    assert mae.diagnose(fresh, START) is None
+    assert mae.diagnose(fresh | {"explained": 0.3}, late) is None
+    torch.nn.init.zeros_(mae.backbone.vit.norm.weight)
+    torch.nn.init.ones_(mae.backbone.vit.norm.bias)
+    alike = {name: value.item() for name, value in mae(small_batch(mae), late).metrics.items()}
+    assert "features have collapsed" in mae.diagnose(alike | {"explained": 0.3}, late)
+
+
 def test_patchify__is_undone_by_unpatchify():
     images = torch.rand(2, 5, 6, 9)
     patches = patchify(images, 3)

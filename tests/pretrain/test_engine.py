@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import socket
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from objectives.base import Progress
 from objectives.configs import MAEConfig
@@ -51,7 +48,7 @@ def _train(engine: Engine, recipe: Recipe, first: int, last: int) -> list[list[f
     seen = []
     for step in range(first, last):
         engine.set_schedule(learning_rate(recipe, step), weight_decay(recipe, step))
-        output = engine.step(_batches(step, dist.get_rank()), Progress(step, STEPS), grad_norm=True)
+        output = engine.step(_batches(step, dist.get_rank()), Progress(step, STEPS))
         loss = output.loss.clone()
         dist.all_reduce(loss)
         seen.append([float(loss) / RANKS, float(output.metrics["grad_norm"])])
@@ -67,9 +64,9 @@ def _is_skipped_whole(engine: Engine, recipe: Recipe) -> bool:
     if dist.get_rank() == dist.get_world_size() - 1:
         poisoned[0]["image"] = torch.full((MICRO, 3, 32, 32), torch.nan)
     before = engine.backbone_weights()
-    skipped = engine.step(poisoned, Progress(STEPS, STEPS), grad_norm=False)
+    skipped = engine.step(poisoned, Progress(STEPS, STEPS, is_logged=False))
     unmoved = engine.backbone_weights()
-    applied = engine.step(_batches(9, dist.get_rank()), Progress(STEPS, STEPS), grad_norm=False)
+    applied = engine.step(_batches(9, dist.get_rank()), Progress(STEPS, STEPS, is_logged=False))
     after = engine.backbone_weights()
     return (
         not skipped.applied
@@ -87,19 +84,9 @@ SETTINGS = {
 }
 
 
-def _rank(rank: int, world_size: int, port: int, directory: Path) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()})
-    torch.set_num_threads(1)
-    with (directory / f"log-{world_size}-{rank}").open("w") as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
-        init_distributed(torch.device("cpu"))
-        work = _one_setting if world_size == RANKS else _continued_alone
-        found = {name: work(recipe, directory / name) for name, recipe in SETTINGS.items()}
-        if rank == 0:
-            (directory / f"found-{world_size}.json").write_text(json.dumps(found))
-        dist.destroy_process_group()
+def _every_setting(directory: Path) -> dict[str, Any]:
+    work = _one_setting if dist.get_world_size() == RANKS else _continued_alone
+    return {name: work(recipe, directory / name) for name, recipe in SETTINGS.items()}
 
 
 def _one_setting(recipe: Recipe, directory: Path) -> dict[str, Any]:
@@ -144,7 +131,7 @@ def _continued_alone(recipe: Recipe, directory: Path) -> dict[str, Any]:
     for step in range(STEPS // 2, STEPS):
         engine.set_schedule(learning_rate(recipe, step), weight_decay(recipe, step))
         batches = [batch for rank in range(RANKS) for batch in _batches(step, rank)]
-        output = engine.step(batches, Progress(step, STEPS), grad_norm=True)
+        output = engine.step(batches, Progress(step, STEPS))
         seen.append([float(output.loss), float(output.metrics["grad_norm"])])
     weights = engine.backbone_weights()
     return {
@@ -154,27 +141,19 @@ def _continued_alone(recipe: Recipe, directory: Path) -> dict[str, Any]:
     }
 
 
-def _run_ranks(world_size: int, directory: Path) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(world_size, port, directory), nprocs=world_size)
-    return json.loads((directory / f"found-{world_size}.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("engine")
 
 
 @pytest.fixture(scope="module")
-def found(directory: Path) -> dict[str, Any]:
-    return _run_ranks(RANKS, directory)
+def found(run_on_ranks: Callable[..., Any], directory: Path) -> dict[str, Any]:
+    return run_on_ranks(RANKS, _every_setting, directory)
 
 
 @pytest.fixture(scope="module")
-def alone(directory: Path, found: dict[str, Any]) -> dict[str, Any]:
-    return _run_ranks(1, directory)
+def alone(run_on_ranks: Callable[..., Any], directory: Path, found: dict[str, Any]) -> dict[str, Any]:
+    return run_on_ranks(1, _every_setting, directory)
 
 
 @pytest.fixture(scope="module")
@@ -270,5 +249,5 @@ def test_engine__runs_on_cuda() -> None:
     engine = Engine(build_objective(recipe), recipe, device)
     engine.set_schedule(1e-3, 0.05)
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in _batches(0, 0)]
-    assert torch.isfinite(engine.step(batches, Progress(0, STEPS), grad_norm=True).loss)
+    assert torch.isfinite(engine.step(batches, Progress(0, STEPS)).loss)
     dist.destroy_process_group()

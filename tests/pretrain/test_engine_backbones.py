@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from objectives.base import Progress
 from objectives.configs import MAEConfig
-from pretrain.engine import Engine, init_distributed
+from pretrain.engine import Engine
 from pretrain.running_statistics import RunningStatistics
 from pretrain.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.worker import build_objective
@@ -68,11 +63,11 @@ def _trained(recipe: Recipe) -> dict[str, Any]:
     losses = []
     for step in range(STEPS):
         engine.set_schedule(1e-4, 0.05)
-        loss = engine.step([_batch(step)], Progress(step, STEPS), grad_norm=True).loss
+        loss = engine.step([_batch(step)], Progress(step, STEPS)).loss
         dist.all_reduce(loss)
         losses.append(float(loss) / RANKS)
     before = engine.backbone_weights()
-    skipped = engine.step([_batch(9, poisoned=True)], Progress(STEPS, STEPS), grad_norm=False)
+    skipped = engine.step([_batch(9, poisoned=True)], Progress(STEPS, STEPS, is_logged=False))
     after = engine.backbone_weights()
     gathered = [torch.empty(0)] * RANKS
     dist.all_gather_object(gathered, {name: tensor for name, tensor in after.items() if ".running_" in f".{name}"})
@@ -86,28 +81,13 @@ def _trained(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _rank(rank: int, port: int, directory: Path) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    with (directory / f"log-{rank}").open("w") as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
-        init_distributed(torch.device("cpu"))
-        found = {name: _trained(_recipe(*setting)) for name, setting in SETTINGS.items()}
-        if rank == 0:
-            (directory / "found.json").write_text(json.dumps(found))
-        dist.destroy_process_group()
+def _every_setting() -> dict[str, Any]:
+    return {name: _trained(_recipe(*setting)) for name, setting in SETTINGS.items()}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    directory = tmp_path_factory.mktemp("backbones")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(port, directory), nprocs=RANKS)
-    return json.loads((directory / "found.json").read_text())
+def found(run_on_ranks: Callable[..., Any]) -> dict[str, Any]:
+    return run_on_ranks(RANKS, _every_setting)
 
 
 def test_engine__sharding_does_not_change_the_losses(found: dict[str, Any]) -> None:

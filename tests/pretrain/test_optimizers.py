@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm.optim import list_optimizers
 
 from objectives.base import Progress
 from objectives.configs import MAEConfig
 from pretrain.config import load_recipe
-from pretrain.engine import Engine, init_distributed
+from pretrain.engine import Engine
 from pretrain.errors import RequestError
 from pretrain.optimizers import NAMES, WHOLE_PARAMETER, create_optimizer
 from pretrain.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
@@ -67,52 +63,36 @@ def _steps(engine: Engine, first: int, last: int) -> list[float]:
     for step in range(first, last):
         engine.set_schedule(RATE, DECAY)
         batches = [_batch(step, rank * RANKS // world + part) for part in range(RANKS // world)]
-        loss = engine.step(batches, Progress(step, STEPS), grad_norm=False).loss
+        loss = engine.step(batches, Progress(step, STEPS, is_logged=False)).loss
         dist.all_reduce(loss)
         losses.append(float(loss) / world)
     return losses
 
 
-def _rank(rank: int, world_size: int, port: int, directory: Path) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()})
-    torch.set_num_threads(1)
-    with (directory / f"log-{world_size}-{rank}").open("w") as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
-        init_distributed(torch.device("cpu"))
-        found = {}
-        for name, stage in SETTINGS if world_size == RANKS else RESHARDED + NOT_RESHARDED:
-            torch.manual_seed(0)
-            recipe = _recipe(name, stage, world_size)
-            engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
-            saved = directory / f"{name}-{stage}"
-            if world_size < RANKS and (name, stage) in NOT_RESHARDED:
-                with pytest.raises(RuntimeError, match=f"optimizer.name={name}.*resume with as many") as caught:
-                    engine.load_resharded(saved, directory / "scratch")
-                found[f"{name}-{stage}"] = str(caught.value)
-                continue
-            if world_size == RANKS:
-                losses = _steps(engine, 0, STEPS - 1)
-                if (name, stage) in RESHARDED:
-                    engine.save(saved)
-                losses += _steps(engine, STEPS - 1, STEPS)
-            else:
+def _every_setting(directory: Path) -> dict[str, Any]:
+    world_size = dist.get_world_size()
+    found = {}
+    for name, stage in SETTINGS if world_size == RANKS else RESHARDED + NOT_RESHARDED:
+        torch.manual_seed(0)
+        recipe = _recipe(name, stage, world_size)
+        engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
+        saved = directory / f"{name}-{stage}"
+        if world_size < RANKS and (name, stage) in NOT_RESHARDED:
+            with pytest.raises(RuntimeError, match=f"optimizer.name={name}.*resume with as many") as caught:
                 engine.load_resharded(saved, directory / "scratch")
-                losses = _steps(engine, STEPS - 1, STEPS)
-            weights = engine.backbone_weights()
-            found[f"{name}-{stage}"] = [*losses, float(sum(tensor.square().sum() for tensor in weights.values()))]
-        if rank == 0:
-            (directory / f"found-{world_size}.json").write_text(json.dumps(found))
-        dist.destroy_process_group()
-
-
-def _run_ranks(world_size: int, directory: Path) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(world_size, port, directory), nprocs=world_size)
-    return json.loads((directory / f"found-{world_size}.json").read_text())
+            found[f"{name}-{stage}"] = str(caught.value)
+            continue
+        if world_size == RANKS:
+            losses = _steps(engine, 0, STEPS - 1)
+            if (name, stage) in RESHARDED:
+                engine.save(saved)
+            losses += _steps(engine, STEPS - 1, STEPS)
+        else:
+            engine.load_resharded(saved, directory / "scratch")
+            losses = _steps(engine, STEPS - 1, STEPS)
+        weights = engine.backbone_weights()
+        found[f"{name}-{stage}"] = [*losses, float(sum(tensor.square().sum() for tensor in weights.values()))]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +101,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(directory: Path) -> dict[str, Any]:
-    return _run_ranks(RANKS, directory)
+def found(run_on_ranks: Callable[..., Any], directory: Path) -> dict[str, Any]:
+    return run_on_ranks(RANKS, _every_setting, directory)
 
 
 @pytest.fixture(scope="module")
-def alone(directory: Path, found: dict[str, Any]) -> dict[str, Any]:
-    return _run_ranks(1, directory)
+def alone(run_on_ranks: Callable[..., Any], directory: Path, found: dict[str, Any]) -> dict[str, Any]:
+    return run_on_ranks(1, _every_setting, directory)
 
 
 def _plain(name: str) -> list[float]:
