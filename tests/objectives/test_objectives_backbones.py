@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from backbones.base import Backbone
 from backbones.features import Features
 from backbones.registry import create_backbone
-from objectives.base import Progress
+from objectives import registry
+from objectives.base import Objective, Progress
 from objectives.configs import MAEConfig
 from objectives.errors import ObjectiveError
 from objectives.mae import MAE, patchify
@@ -73,6 +75,81 @@ def test_mae__one_step_on_every_family(name, masking):
     assert mae(batch_of(mae), START).loss.isfinite()
     assert all(p.isfinite().all() for p in mae.parameters())
     assert sorted(mae.pictures(batch_of(mae))) == ["masked", "original", "reconstruction"]
+
+
+# What does not run, and how the line begins that says so; with global crops alone, DINO and SelfPatch take images of
+# the backbone's own size only. Everything else runs.
+REFUSED = {
+    **{("gmml", name): "averages the tokens of several blocks" for name in OTHERS},
+    **{("dino", name): f"'dino' needs images of .* px: backbone '{name}'" for name in FIXED_SIZE},
+    **{("selfpatch", name): f"'selfpatch' needs images of .* px: backbone '{name}'" for name in FIXED_SIZE},
+    **{("selfpatch", name): "fewer than 3 x 3 patches" for name in ("hiera_tiny_224", "fastvit_t8")},
+}
+HEADS = {"num_prototypes": 32, "head_hidden_dim": 32, "head_bottleneck_dim": 16, "num_local": 2}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gmml": {},
+    "sit": {"projector_hidden_dim": 32, "projector_dim": 16},
+    "dino": HEADS,
+    "selfpatch": HEADS | {"num_patch_prototypes": 32},
+}
+MANY_BLOCKS = {"crossvit_tiny_240", "volo_d1_224", "vitamin_small_224", "swin_tiny_patch4_window7_224"}
+# Weights that make the class token, which SelfPatch does not look at.
+FOR_CLASSES = {"volo_d1_224": "post_network|cls_token", "crossvit_tiny_240": "projs|fusion|revert|cls_token"}
+
+
+def objective_on(objective: str, name: str, **config: Any) -> Objective:
+    torch.manual_seed(0)
+    backbone = create_backbone(name, **(PLAIN | OTHERS)[name])
+    settings = SETTINGS[objective] | config
+    if objective == "selfpatch":
+        settings = {"local_size": 3 * backbone.patch_size} | settings
+    return registry.load(objective)(backbone, registry.config_class(objective)(**settings))
+
+
+def crops_for(objective: Objective, num: int = 4) -> dict[str, torch.Tensor]:
+    generator, batch = torch.Generator().manual_seed(1), {"seed": torch.arange(num)}
+    for view in objective.views():
+        count, size = view.get("count", 1), view["size"]
+        coarse = torch.rand(num * count, 3, 4, 4, generator=generator)
+        images = (torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear") * 255).to(torch.uint8)
+        batch[view["name"]] = images.unflatten(0, (count, num)) if count > 1 else images
+    return batch
+
+
+def _on_families() -> list[Any]:
+    return [
+        pytest.param(objective, name, marks=[pytest.mark.long] if name in MANY_BLOCKS else [])
+        for objective in SETTINGS
+        for name in PLAIN | OTHERS
+    ]
+
+
+@pytest.mark.parametrize(("objective", "name"), _on_families())
+def test_objectives__one_step_on_every_family_or_a_reason(objective: str, name: str) -> None:
+    refusal = REFUSED.get((objective, name))
+    if refusal:
+        with pytest.raises(ObjectiveError, match=refusal) as caught:
+            objective_on(objective, name)
+        assert "\n" not in str(caught.value)
+        if objective == "gmml":
+            trained = objective_on(objective, name, read_depths=[1.0])
+        elif name in FIXED_SIZE - {"hiera_tiny_224"} or objective == "dino":
+            trained = objective_on(objective, name, num_local=0)
+        else:
+            return
+    else:
+        trained = objective_on(objective, name)
+    late = Progress(step=900, total_steps=1000)
+    optimizer = torch.optim.AdamW(trained.param_groups(0.05, layer_decay=0.9), lr=1e-4)
+    batch = crops_for(trained)
+    output = trained(batch, late)
+    output.loss.backward()
+    without = {n for n, p in trained.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    unseen = FOR_CLASSES.get(name, "") if objective == "selfpatch" else ""
+    assert {n for n in without if not (unseen and re.search(unseen, n))} == set()
+    optimizer.step()
+    trained.after_step(late, lambda parameter: parameter.detach())
+    assert output.loss.isfinite() and trained(batch, late).loss.isfinite()
 
 
 @pytest.mark.parametrize("name", OTHERS)
