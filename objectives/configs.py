@@ -9,6 +9,19 @@ from dataclasses import dataclass, field
 
 __all__ = ["CorruptionConfig", "DINOConfig", "GMMLConfig", "MAEConfig", "SelfPatchConfig", "SiTConfig"]
 
+# Of settings that several objectives have with other defaults.
+_CROP_SCALE = {"range": (0.01, 1.0), "length": 2, "help": "smallest and largest share of the image of a crop"}
+_GLOBAL_SCALE = _CROP_SCALE | {"help": "smallest and largest share of the image of a global crop"}
+_LOCAL_SCALE = _CROP_SCALE | {"help": "smallest and largest share of the image of a local crop"}
+_HFLIP = {"range": (0.0, 1.0), "help": "probability of a horizontal flip"}
+_TEACHER_MOMENTUM = {"range": (0.0, 1.0), "help": "share of the teacher kept per step at the start; then to 1"}
+_FREEZE = {"range": (0.0, 1.0), "help": "share of the steps, from the start, with fixed prototypes"}
+_FILLED_SHARE = {
+    "range": (0.01, 0.9),
+    "help": "greatest share of the pixels that is filled; the least is a half, or this where it is less",
+}
+_FILL = {"choices": ("noise", "zeros"), "help": "what blocks are filled with: noise, or the mean colour"}
+
 
 @dataclass
 class MAEConfig:
@@ -45,11 +58,8 @@ class MAEConfig:
     decoder_depth: int = field(default=8, metadata={"range": (1, 64), "help": "decoder blocks"})
     decoder_heads: int = field(default=16, metadata={"range": (1, 64), "help": "decoder attention heads"})
     # Paper appendix A.1: random resized crop and flip are the only augmentation.
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.2, 1.0],
-        metadata={"range": (0.01, 1.0), "help": "smallest and largest share of the image that a crop covers"},
-    )
-    hflip: float = field(default=0.5, metadata={"range": (0.0, 1.0), "help": "probability of a horizontal flip"})
+    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0], metadata=_CROP_SCALE)
+    hflip: float = field(default=0.5, metadata=_HFLIP)
 
 
 @dataclass
@@ -73,26 +83,13 @@ class DINOConfig:
     teacher_temp_warmup: float = field(
         default=0.0, metadata={"range": (0.0, 1.0), "help": "share of the steps in which it goes from start to end"}
     )
-    teacher_momentum: float = field(
-        default=0.996,
-        metadata={"range": (0.0, 1.0), "help": "share of the teacher kept per step at the start; then to 1"},
-    )
+    teacher_momentum: float = field(default=0.996, metadata=_TEACHER_MOMENTUM)
     centre_momentum: float = field(
         default=0.9, metadata={"range": (0.0, 1.0), "help": "share of the teacher's centre that is kept per step"}
     )
     # One epoch of a hundred: prototypes that move before the features do make the first steps unstable.
-    freeze_prototypes: float = field(
-        default=0.01,
-        metadata={"range": (0.0, 1.0), "help": "share of the steps, from the start, with fixed prototypes"},
-    )
-    global_scale: list[float] = field(
-        default_factory=lambda: [0.4, 1.0],
-        metadata={
-            "range": (0.01, 1.0),
-            "length": 2,
-            "help": "smallest and largest share of the image of a global crop",
-        },
-    )
+    freeze_prototypes: float = field(default=0.01, metadata=_FREEZE)
+    global_scale: list[float] = field(default_factory=lambda: [0.4, 1.0], metadata=_GLOBAL_SCALE)
     num_local: int = field(default=8, metadata={"range": (0, 64), "help": "local crops, which only the student sees"})
     local_size: int | None = field(
         default=None,
@@ -101,11 +98,8 @@ class DINOConfig:
             "help": "side of a local crop in pixels; null: 3/7 of the image, in whole patches",
         },
     )
-    local_scale: list[float] = field(
-        default_factory=lambda: [0.05, 0.4],
-        metadata={"range": (0.01, 1.0), "length": 2, "help": "smallest and largest share of the image of a local crop"},
-    )
-    hflip: float = field(default=0.5, metadata={"range": (0.0, 1.0), "help": "probability of a horizontal flip"})
+    local_scale: list[float] = field(default_factory=lambda: [0.05, 0.4], metadata=_LOCAL_SCALE)
+    hflip: float = field(default=0.5, metadata=_HFLIP)
     photometric: bool = field(default=True, metadata={"help": "jitter colours, grey, blur and solarise; needs RGB"})
     blur: bool = field(default=True, metadata={"help": "blur among these; leaves little of images of 32 pixels"})
 
@@ -116,22 +110,9 @@ class SelfPatchConfig(DINOConfig):
 
     name: str = "selfpatch"
     # One epoch of the paper's 200.
-    freeze_prototypes: float = field(
-        default=0.005,
-        metadata={"range": (0.0, 1.0), "help": "share of the steps, from the start, with fixed prototypes"},
-    )
-    global_scale: list[float] = field(
-        default_factory=lambda: [0.25, 1.0],
-        metadata={
-            "range": (0.01, 1.0),
-            "length": 2,
-            "help": "smallest and largest share of the image of a global crop",
-        },
-    )
-    local_scale: list[float] = field(
-        default_factory=lambda: [0.05, 0.25],
-        metadata={"range": (0.01, 1.0), "length": 2, "help": "smallest and largest share of the image of a local crop"},
-    )
+    freeze_prototypes: float = field(default=0.005, metadata=_FREEZE)
+    global_scale: list[float] = field(default_factory=lambda: [0.25, 1.0], metadata=_GLOBAL_SCALE)
+    local_scale: list[float] = field(default_factory=lambda: [0.05, 0.25], metadata=_LOCAL_SCALE)
     num_patch_prototypes: int = field(
         default=4096, metadata={"range": (2, 2**20), "help": "outputs of the head for patches"}
     )
@@ -162,17 +143,8 @@ class CorruptionConfig:
     """Settings that GMML and SiT share: blocks of the images are replaced, and what was there is predicted."""
 
     name: str = ""
-    share: float = field(
-        default=0.75,
-        metadata={
-            "range": (0.01, 0.9),
-            "help": "greatest share of the pixels that is filled; the least is a half, or this where it is less",
-        },
-    )
-    fill: str = field(
-        default="noise",
-        metadata={"choices": ("noise", "zeros"), "help": "what blocks are filled with: noise, or the mean colour"},
-    )
+    share: float = field(default=0.75, metadata=_FILLED_SHARE)
+    fill: str = field(default="noise", metadata=_FILL)
     # The authors' default. With the patch size, whole patches are masked, as their paper describes it.
     align: int = field(default=1, metadata={"range": (1, 1024), "help": "blocks start and end at multiples, in pixels"})
     alien_p: float = field(
@@ -182,11 +154,8 @@ class CorruptionConfig:
         default=0.3, metadata={"range": (0.01, 0.9), "help": "share of the pixels that another image then covers"}
     )
     masked_only: bool = field(default=True, metadata={"help": "count the error of replaced pixels only"})
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.05, 1.0],
-        metadata={"range": (0.01, 1.0), "length": 2, "help": "smallest and largest share of the image of a crop"},
-    )
-    hflip: float = field(default=0.5, metadata={"range": (0.0, 1.0), "help": "probability of a horizontal flip"})
+    crop_scale: list[float] = field(default_factory=lambda: [0.05, 1.0], metadata=_CROP_SCALE)
+    hflip: float = field(default=0.5, metadata=_HFLIP)
     photometric: bool = field(default=True, metadata={"help": "change colours and blur, as the paper; needs RGB"})
     blur: bool = field(default=True, metadata={"help": "blur crops as part of that; ruins pictures of few pixels"})
 
@@ -210,21 +179,9 @@ class SiTConfig(CorruptionConfig):
     """Masked reconstruction and momentum contrast (Atito et al., arXiv:2104.03602); defaults are the authors' code."""
 
     name: str = "sit"
-    share: float = field(
-        default=0.5,
-        metadata={
-            "range": (0.01, 0.9),
-            "help": "greatest share of the pixels that is filled; the least is a half, or this where it is less",
-        },
-    )
-    fill: str = field(
-        default="zeros",
-        metadata={"choices": ("noise", "zeros"), "help": "what blocks are filled with: noise, or the mean colour"},
-    )
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.2, 1.0],
-        metadata={"range": (0.01, 1.0), "length": 2, "help": "smallest and largest share of the image of a crop"},
-    )
+    share: float = field(default=0.5, metadata=_FILLED_SHARE)
+    fill: str = field(default="zeros", metadata=_FILL)
+    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0], metadata=_CROP_SCALE)
     # The authors take 5 for small data sets.
     reconstruction_weight: float = field(
         default=1.0, metadata={"range": (0.0, 1000.0), "help": "weight of the reconstruction; the contrast has 1"}
@@ -238,7 +195,4 @@ class SiTConfig(CorruptionConfig):
     projector_dim: int = field(
         default=256, metadata={"range": (1, 65536), "help": "width in which images are compared"}
     )
-    teacher_momentum: float = field(
-        default=0.996,
-        metadata={"range": (0.0, 1.0), "help": "share of the teacher kept per step at the start; then to 1"},
-    )
+    teacher_momentum: float = field(default=0.996, metadata=_TEACHER_MOMENTUM)
