@@ -157,7 +157,15 @@ class Backbone(nn.Module, ABC):
         return self.forward_features(x)
 
     def layer_ids(self) -> dict[str, int]:
-        """Depth of each parameter of `network` as timm counts it: 0 stem, then by block, final norm with the last."""
+        """Depth of each parameter of `network` as timm counts it: 0 stem, then by block, final norm with the last.
+
+        Raises:
+            BackboneError: timm does not count the layers of this model.
+        """
+        if not hasattr(self.network, "group_matcher"):
+            raise BackboneError(
+                f"timm does not say which layers backbone {self.spec['name']!r} has; set optimizer.layer_decay=1"
+            )
         return group_parameters(self.network, self.network.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
 
     def timm_state_dict(self) -> dict[str, Tensor]:

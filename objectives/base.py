@@ -144,14 +144,17 @@ class Objective(nn.Module, ABC):
 
         Returns:
             Groups with "params", "weight_decay", "lr_scale" and "group_name", the first encoder layer first.
+
+        Raises:
+            BackboneError: layers are to differ, and the encoder does not say which parameter is in which.
         """
-        depths = self.backbone.layer_ids()
-        layer_ids = {parameter: depths[name] for name, parameter in self.backbone.network.named_parameters()}
-        last = max(depths.values())
+        depths = self.backbone.layer_ids() if layer_decay != 1.0 else {}
+        layer_ids = {parameter: depths.get(name, 0) for name, parameter in self.backbone.network.named_parameters()}
+        last = max(depths.values(), default=0)
         groups: dict[tuple[int, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                layer = last if layer_decay == 1.0 else layer_ids.get(parameter, last)
+                layer = layer_ids.get(parameter, last)
                 groups[layer, parameter.ndim >= 2 and not name.endswith(".bias")].append(parameter)
         return [
             {

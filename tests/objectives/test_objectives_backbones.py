@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from backbones.base import Backbone
+from backbones.errors import BackboneError
 from backbones.features import Features
 from backbones.registry import create_backbone
 from objectives import registry
@@ -181,6 +182,13 @@ def test_require__says_what_is_missing(name):
         return
     with pytest.raises(ObjectiveError, match=f"'test' needs images of {other} px: .*{name}"):
         require_sizes(backbone, "test", other)
+
+
+def test_param_groups__a_model_whose_layers_timm_does_not_count_trains_without_layer_decay():
+    mae = MAE(create_backbone("poolformer_s12", image_size=64), MAEConfig())
+    assert sum(len(group["params"]) for group in mae.param_groups(0.05)) == len(list(mae.parameters()))
+    with pytest.raises(BackboneError, match=r"which layers backbone 'poolformer_s12' has; set optimizer.layer_decay=1"):
+        mae.param_groups(0.05, layer_decay=0.9)
 
 
 def test_mae__token_form_learns():
