@@ -310,6 +310,28 @@ def test_contract__two_ranks_equal_one_process(
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__the_engine_equals_a_plain_pytorch_loop(name: str, alone: dict[str, Any]) -> None:
+    """Losses and what the teacher becomes: clip, AdamW, then `after_step`, in the paper's order."""
+    recipe = recipe_of(name)
+    torch.manual_seed(0)
+    objective = build_objective(recipe)
+    optimizer = torch.optim.AdamW(objective.param_groups(0.05), lr=1e-3, betas=tuple(recipe.optimizer.betas))
+    losses = []
+    for step, batch in enumerate(itertools.islice(batches_of(objective, micro=RANKS * MICRO), STEPS)):
+        loss = objective(batch, Progress(step, STEPS)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+        objective.after_step(Progress(step, STEPS), read)
+        losses.append(loss.item())
+    norms = {n: t.double().norm().item() for n, t in objective.extra_state().items() if t.is_floating_point()}
+    assert alone[f"{name}-fp32-0"]["losses"] == pytest.approx(losses, rel=1e-5)
+    assert alone[f"{name}-fp32-0"]["norms"] == pytest.approx(norms, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize(("precision", "stage"), SAVED)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_contract__saved_state_continues(name: str, precision: str, stage: int, both: dict[str, Any]) -> None:
