@@ -125,6 +125,9 @@ def test_tracker__everything_arrives(run: Run, mlflow_uri: str, make_checkpoint:
     (run.dir / "pictures").mkdir()
     (run.dir / "pictures" / "step-00000020.png").write_bytes(b"\x89PNG")
     run.journal.write("pictures", step=20, path="pictures/step-00000020.png")
+    run.journal.write("warning", step=4, about="non_finite_loss", text="skipped (1 of 10 allowed)")
+    run.journal.write("warning", step=5, about="non_finite_loss", text="skipped (2 of 10 allowed)")
+    run.journal.write("warning", step=20, about="collapse", text="collapsed: flat")
     run.grade(0, 0.25)
     run.grade(20, 0.5)
     run.evaluations.write("evaluation", step=20, protocol="knn", data="photos", error="out of memory")
@@ -137,6 +140,8 @@ def test_tracker__everything_arrives(run: Run, mlflow_uri: str, make_checkpoint:
     assert found.data.params == {"name": "tiny", "train.steps": "40", "train.betas": "[0.9, 0.95]"}
     assert found.data.tags["pretrain.run_id"] == run.dir.name and found.data.tags["git.commit"] == "abc"
     assert found.data.tags["eval/knn/photos/error"] == "step 20: out of memory"
+    assert found.data.tags["warning/non_finite_loss"] == "step 5: skipped (2 of 10 allowed)"
+    assert found.data.tags["warning/collapse"] == "step 20: collapsed: flat"
     artifacts = run.dir.parent / "mlflow-artifacts" / found.info.run_id / "artifacts"
     assert (artifacts / "config" / "recipe.yaml").read_text() == (run.dir / "recipe.yaml").read_text()
     assert (artifacts / "pictures" / "step-00000020.png").read_bytes() == b"\x89PNG"
