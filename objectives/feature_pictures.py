@@ -60,6 +60,7 @@ def principal_colours(patches: Tensor, grid: tuple[int, int]) -> Tensor:
         (n, 3, rows, columns) in [0, 1].
     """
     rows = patches.double().flatten(0, 1)  # (n N, D)
+    rows = rows.where(rows.isfinite().all(), 0)  # of a run that has blown up: black, where `eigh` would raise
     rows = rows - rows.mean(0)
     axes = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -3:].flip(1)  # (D, 3), the strongest first
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))  # (1, 3)

@@ -29,15 +29,16 @@ def effective_rank(features: Tensor) -> Tensor:
         features: (n, D).
 
     Returns:
-        Scalar in 1 .. min(n, D): 1 when all rows point the same way.
+        Scalar in 1 .. min(n, D): 1 when all rows point the same way; nan when a feature is not finite.
     """
     with torch.autocast(features.device.type, enabled=False):
         # Float64, because the squares in the Gram matrix take half of the digits.
         rows = features[:_MAX_ROWS].double()
         gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
-        singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()  # (min(n, D),)
+        is_finite = gram.isfinite().all()
+        singular = torch.linalg.eigvalsh(gram.where(is_finite, 0)).clamp_min(0).sqrt()  # (min(n, D),); raises on nan
         share = singular / singular.sum().clamp_min(1e-30) + _RANKME_EPS
-        return entropy(share).exp().float()
+        return entropy(share).exp().float().where(is_finite, torch.nan)
 
 
 @torch.no_grad()

@@ -415,6 +415,12 @@ def test_class_attention__is_what_the_last_block_computes():
     torch.testing.assert_close(found, seen[0].mean(1)[:, 0, 3:])
 
 
+def test_principal_colours__features_that_are_not_finite_are_black():
+    patches = torch.randn(2, 16, 8)
+    patches[1, 3, 5] = torch.nan
+    assert torch.equal(principal_colours(patches, (4, 4)), torch.zeros(2, 3, 4, 4))
+
+
 def test_principal_colours__tell_two_kinds_of_patches_apart():
     torch.manual_seed(0)
     is_left = torch.arange(4).lt(2).repeat(4)  # (16,) of a 4 x 4 grid

@@ -34,6 +34,13 @@ def test_effective_rank__counts_directions(generator):
     assert effective_rank(torch.zeros(8, 4)).item() == pytest.approx(1, rel=1e-3)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_effective_rank__features_that_are_not_finite_have_none_and_stop_nothing(bad):
+    features = torch.randn(8, 4)
+    features[3, 1] = bad
+    assert effective_rank(features).isnan()
+
+
 def test_effective_rank__rotation_and_scale_do_not_matter(generator):
     features = torch.randn(12, 16, generator=generator)
     rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
