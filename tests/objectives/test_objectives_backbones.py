@@ -270,6 +270,22 @@ def test_mae__one_number_per_patch_cannot_be_normalised():
     assert MAE(backbone, MAEConfig(**LIGHT, norm_pix_loss=False)).patch_size == 1
 
 
+@pytest.mark.parametrize("patch", [2, 3, 5, 7, 14, 16, 24, 32])
+def test_mae__patches_of_any_size(patch):
+    torch.manual_seed(0)
+    backbone = create_backbone("vit_tiny_patch16_224", image_size=4 * patch, patch_size=patch, options=TINY)
+    mae = MAE(backbone, MAEConfig(**LIGHT))
+    optimizer = torch.optim.AdamW(mae.param_groups(0.05), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        output = mae(batch_of(mae), START)
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert losses[-1] < losses[0]
+
+
 def test_mae__patches_of_one_pixel():
     """1024 tokens of a 32-pixel image: every pixel is a token."""
     torch.manual_seed(0)
