@@ -93,7 +93,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dino": HEADS,
     "selfpatch": HEADS | {"num_patch_prototypes": 32},
 }
-MANY_BLOCKS = {"crossvit_tiny_240", "volo_d1_224", "vitamin_small_224", "swin_tiny_patch4_window7_224"}
+SLOW = set(OTHERS) - {"hiera_tiny_224"}  # seconds each, many times those of a small ViT
 # Weights that make the class token, which SelfPatch does not look at.
 FOR_CLASSES = {"volo_d1_224": "post_network|cls_token", "crossvit_tiny_240": "projs|fusion|revert|cls_token"}
 
@@ -119,7 +119,7 @@ def crops_for(objective: Objective, num: int = 4) -> dict[str, torch.Tensor]:
 
 def _on_families() -> list[Any]:
     return [
-        pytest.param(objective, name, marks=[pytest.mark.long] if name in MANY_BLOCKS else [])
+        pytest.param(objective, name, marks=[pytest.mark.long] if name in SLOW else [])
         for objective in SETTINGS
         for name in PLAIN | OTHERS
     ]
