@@ -41,7 +41,11 @@ class DINOHead(nn.Module):
         nn.init.uniform_(self.prototypes, -1 / math.sqrt(bottleneck_dim), 1 / math.sqrt(bottleneck_dim))
 
     def forward(self, tokens: Tensor, freeze_prototypes: bool = False) -> Tensor:
-        """Cosines in -1 .. 1, (..., D) -> (..., K); with `freeze_prototypes` they get no gradient."""
+        """Cosines in -1 .. 1, (..., D) -> (..., K); with `freeze_prototypes` they get no gradient.
+
+        Sharded optimisers see zeros then, count the step and decay the weights (which a cosine does not notice), where
+        the authors' AdamW skips the prototypes: its moments begin at the thaw.
+        """
         prototypes = self.prototypes.detach() if freeze_prototypes else self.prototypes
         directions = functional.normalize(self.mlp(tokens), dim=-1)  # (..., E)
         return functional.linear(directions, functional.normalize(prototypes, dim=-1))

@@ -322,6 +322,8 @@ def test_contract__the_engine_equals_a_plain_pytorch_loop(name: str, alone: dict
         loss = objective(batch, Progress(step, STEPS)).loss
         optimizer.zero_grad()
         loss.backward()
+        for parameter in filter(lambda p: p.requires_grad and p.grad is None, objective.parameters()):
+            parameter.grad = torch.zeros_like(parameter)  # frozen prototypes: an engine has zeros where torch has none
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
         objective.after_step(Progress(step, STEPS), read)
