@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := venv
-.PHONY: venv demo test lint requirements clean
+.PHONY: venv demo test pytest lint requirements clean
 
 PYTHON ?= $(firstword $(foreach version,3.12 3.11,$(shell python$(version) --version >/dev/null 2>&1 && echo python$(version))))
 BIN := .venv/bin
@@ -37,7 +37,11 @@ $(READY): pyproject.toml requirements/dev.txt
 demo: $(READY)
 	$(BIN)/pretrain run demo
 
-test: lint
+# Types are checked beside the tests, most of which use one core.
+test: $(READY)
+	$(MAKE) --jobs=2 lint pytest
+
+pytest: $(READY)
 	$(BIN)/python -m pytest
 
 lint: $(READY)

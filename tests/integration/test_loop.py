@@ -118,7 +118,7 @@ def test_loop__losses_that_are_not_finite_end_the_run_with_the_reason(launch: La
     assert not list((loop.run_dir / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun__two_processes(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command += [

@@ -119,6 +119,7 @@ def _check_pulled(storage: Path, destination: Path) -> None:
     model.load_state_dict(load_file(destination / "backbone.safetensors"), strict=True)
 
 
+@pytest.mark.long
 def test_run__failed_evaluation_is_recorded_and_stops_nothing(recipe: Path, tmp_path: Path, losses: Losses) -> None:
     data = tmp_path / "unusable"
     data.mkdir()
