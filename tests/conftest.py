@@ -17,11 +17,9 @@ import torch.multiprocessing as mp
 
 from pretrain.engine import init_distributed
 
-RunOnRanks = Callable[..., Any]
-
 
 @pytest.fixture(scope="session")
-def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunOnRanks:
+def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """`run_on_ranks(n, work, *arguments)`: what `work(*arguments)`, a module's own function, returns on rank 0 of n.
 
     The ranks are fresh processes of one thread each, in a process group; the answer comes as JSON.

@@ -75,7 +75,10 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: expected a list of 2 numbers in [0, 1]"),
         ("objective.mask_ratio=1.5", "objective.mask_ratio=1.5: expected a number in [0.01, 0.99]"),
         # names
-        ("objective.name=maee", "objective.name=maee: unknown objective; known are dino, gmml, mae, selfpatch, sit; "),
+        (
+            "objective.name=maee",
+            "objective.name=maee: unknown objective; known are dino, gmml, mae, selfpatch, sit; did you mean 'mae'?",
+        ),
         ("name=a/b", "name=a/b: expected letters, digits"),
         ("evaluation.tasks[0].protocol=liner", "unknown protocol; known are knn, linear, segmentation; did you mean "),
         ("evaluation.tasks[0].data=mein", "unknown entry of evaluation.data; known are mine; did you mean 'mine'?"),
