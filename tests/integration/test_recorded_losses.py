@@ -1,0 +1,135 @@
+"""Twenty steps of every objective on real photos, held to the losses recorded in `tests/assets/losses`.
+
+A change that means to leave the numbers alone must leave these alone, bit for bit where the recording was made (same
+processor, same torch) and to `TOLERANCE` elsewhere: other kernels round differently, and training amplifies it. After a
+change that means to alter numbers, record anew and say why in the commit:
+
+    RECORD_LOSSES=1 python -m pytest tests/integration/test_recorded_losses.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from data_pipelines.shards import open_dataset
+from data_pipelines.stream import Stream
+from data_pipelines.views import views_from
+from objectives import registry
+from objectives.base import Progress
+from pretrain.engine import Engine
+from pretrain.schedule import learning_rate, weight_decay
+from pretrain.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.worker import build_objective
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets" / "losses"
+PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
+STEPS, RANKS, MICRO, ACCUMULATION = 20, 2, 4, 2
+STAGES = (0, 1)
+TOLERANCE = 2e-3  # relative; seen between processors with and without AVX-512: up to 3e-4 after 20 steps
+SMALL: dict[str, dict[str, Any]] = {
+    "mae": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
+    "dino": {"num_prototypes": 64, "head_hidden_dim": 64, "head_bottleneck_dim": 32, "num_local": 2, "local_size": 24},
+    "sit": {"projector_hidden_dim": 64, "projector_dim": 32},
+    "gmml": {},
+}
+SMALL["selfpatch"] = SMALL["dino"] | {"num_patch_prototypes": 32}
+
+
+def _recipe(name: str, stage: int) -> Recipe:
+    return Recipe(
+        name="recorded",
+        objective=registry.config_class(name)(**SMALL[name]),
+        backbone=BackboneConfig(
+            "vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3, "drop_path_rate": 0.1}
+        ),
+        data=DataConfig(train=str(PHOTOS)),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=4, layer_decay=0.9, clip_grad=1.0, weight_decay_end=0.2),
+        train=TrainConfig(
+            steps=STEPS,
+            global_batch_size=RANKS * MICRO * ACCUMULATION,
+            micro_batch_size=MICRO,
+            accumulation=ACCUMULATION,
+            workers=RANKS,
+            zero_stage=stage,
+            checkpoint_every=STEPS,
+        ),
+    )
+
+
+def _every_curve() -> dict[str, list[dict[str, Any]]]:
+    return {f"{name}-zero{stage}": _curve(_recipe(name, stage)) for name in sorted(SMALL) for stage in STAGES}
+
+
+def _curve(recipe: Recipe) -> list[dict[str, Any]]:
+    """Loss (mean over ranks) and gradient norm of each step, on rank 0."""
+    rank = dist.get_rank()
+    torch.manual_seed(recipe.train.seed)
+    engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
+    torch.manual_seed(recipe.train.seed + 1 + rank)
+    stream = Stream(
+        open_dataset(PHOTOS),
+        views_from(engine.objective.views()),
+        global_batch_size=recipe.train.global_batch_size,
+        micro_batch_size=MICRO,
+        rank=rank,
+        world_size=RANKS,
+        seed=recipe.train.seed,
+        num_streams=2,
+        resampler="torch",
+    )
+    batches = iter(stream)
+    records = []
+    for step in range(STEPS):
+        micro_batches = [stream.finish(batch) for batch in itertools.islice(batches, ACCUMULATION)]
+        engine.set_schedule(learning_rate(recipe, step), weight_decay(recipe, step))
+        result = engine.step(micro_batches, Progress(step, STEPS))
+        assert result.applied
+        loss = result.loss.clone()
+        dist.all_reduce(loss)
+        grad_norm = result.metrics["grad_norm"]
+        records.append({"step": step + 1, "loss": float(loss) / RANKS, "grad_norm": float(grad_norm)})
+    return records
+
+
+def _machine() -> dict[str, str]:
+    """What decides which kernels compute the numbers."""
+    model = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {"processor": model, "kernels": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+
+
+@pytest.fixture(scope="module")
+def curves(run_on_ranks: Callable[..., Any]) -> dict[str, Any]:
+    found: dict[str, Any] = run_on_ranks(RANKS, _every_curve)
+    if os.environ.get("RECORD_LOSSES"):
+        for name, records in found.items():
+            lines = [json.dumps({"machine": _machine()}), *map(json.dumps, records)]
+            (ASSETS / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return found
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_recorded_losses__are_unchanged(name: str, stage: int, curves: dict[str, Any]) -> None:
+    head, *recorded = map(json.loads, (ASSETS / f"{name}-zero{stage}.jsonl").read_text().splitlines())
+    found = curves[f"{name}-zero{stage}"]
+    assert [record["step"] for record in recorded] == list(range(1, STEPS + 1))
+    if head["machine"] == _machine():
+        assert found == recorded
+        return
+    for key in ("loss", "grad_norm"):
+        values = [[record[key] for record in curve] for curve in (found, recorded)]
+        torch.testing.assert_close(*map(torch.tensor, values), rtol=TOLERANCE, atol=0)
