@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from backbones.base import Backbone
     from backbones.errors import BackboneError
     from backbones.features import Features
+    from backbones.images.base import Backbone
+    from backbones.images.timm_model import TimmBackbone
+    from backbones.images.timm_names import model_names
+    from backbones.images.vit import ViTBackbone
     from backbones.io import load_backbone, save_backbone, weights_digest
-    from backbones.names import model_names
     from backbones.registry import create_backbone, from_spec
-    from backbones.timm_model import TimmBackbone
-    from backbones.vit import ViTBackbone
 
 __all__ = [
     "Backbone",

@@ -13,10 +13,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional
 
-from backbones.base import Backbone
 from backbones.errors import BackboneError
 from backbones.features import Features
-from backbones.positions import sincos_positions
+from backbones.images.base import Backbone
+from backbones.images.positions import sincos_positions
 
 __all__ = ["MaskedDecoder", "PixelHead"]
 

@@ -1,6 +1,6 @@
 """Backbone files: safetensors with the architecture in the header, checked by digest, never unpickled.
 
-NOT here: training state, publication of checkpoints (`pretrain.checkpoint`).
+NOT here: training state, publication of checkpoints (`pretrain.checkpoints.store`).
 torch is imported where tensors are made, so that a digest can be taken without it.
 """
 
@@ -17,7 +17,7 @@ from backbones.errors import BackboneError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backbones.base import Backbone
+    from backbones.images.base import Backbone
 
 __all__ = ["BACKBONE_FILE", "load_backbone", "save_backbone", "weights_digest"]
 

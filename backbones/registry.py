@@ -2,7 +2,7 @@
 
 The entry point of a plug-in is a function that builds a network for the keywords `img_size`, `patch_size` and
 `in_chans` and the recipe's `options`. The network needs two of timm's methods: `forward_features(x)`, which gives what
-`backbones.timm_model` understands, and `group_matcher(coarse)`, which says how deep each parameter lies.
+`backbones.images.timm_model` understands, and `group_matcher(coarse)`, which says how deep each parameter lies.
 NOT here: pretrained weights (`backbones.io` loads ours; nothing is downloaded).
 """
 
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from backbones.base import Backbone
-from backbones.entries import load_entry
 from backbones.errors import BackboneError
-from backbones.names import model_names, plugins
-from backbones.timm_model import TimmBackbone, token_size
-from backbones.vit import ViTBackbone, is_plain_vit
+from backbones.images.base import Backbone
+from backbones.images.timm_model import TimmBackbone, token_size
+from backbones.images.timm_names import model_names, plugins
+from backbones.images.vit import ViTBackbone, is_plain_vit
+from backbones.plugins import load_entry
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "create_backbone", "from_spec"]
 
@@ -63,7 +63,8 @@ def create_backbone(
     """A randomly initialised backbone; draws from torch's global generator, as timm does.
 
     Args:
-        name: one of `backbones.names.model_names()`; timm's may be followed by the tag of a pretrained variant, whose
+        name: one of `backbones.images.timm_names.model_names()`; timm's may be followed by the tag of a pretrained
+        variant, whose
             sizes it then has.
         image_size: pixels per side; None takes the model's own.
         patch_size: pixels per side of an output token; None takes the model's own. Swin's stem has patches of an eighth
@@ -72,7 +73,7 @@ def create_backbone(
         options: further arguments of the timm model, for example `{"depth": 6, "embed_dim": 192, "reg_tokens": 4}`.
         pixel_mean, pixel_std: per channel, for pixels in [0, 1].
         position_resampling: how a plain ViT's absolute positions follow images of another size, see
-            `backbones.positions`.
+            `backbones.images.positions`.
 
     Returns:
         A `ViTBackbone` for a plain ViT, else a `TimmBackbone`.

@@ -27,9 +27,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from data_pipelines.decode import Photo, chosen_decoder
-from data_pipelines.shards import Dataset, open_dataset
-from data_pipelines.stream import Stream
-from data_pipelines.views import AnyView, views_from
+from data_pipelines.shards.dataset import Dataset, open_dataset
+from data_pipelines.streaming.stream import Stream
+from data_pipelines.views.maker import AnyView, views_from
 
 __all__ = ["Case", "SampleSet", "crop_rows", "dino_rows", "open_set", "read_cases", "view_cases"]
 

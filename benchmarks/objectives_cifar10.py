@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pretrain.journal import read_journal
+from pretrain.record.journal import read_journal
 
 OBJECTIVES = ("mae", "gmml", "sit", "dino", "selfpatch")
 
@@ -42,8 +42,8 @@ def raw_pixels(data: Path) -> float:
     import torch
     from PIL import Image
 
-    from data_pipelines.shards import open_dataset
-    from evaluation.knn import vote
+    from data_pipelines.shards.dataset import open_dataset
+    from evaluation.protocols.knn.score import vote
 
     def split(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         dataset = open_dataset(data / f"{name}-*.tar")

@@ -25,10 +25,10 @@ def bare_steps(recipe_path: str) -> list[float]:
     """Step times in seconds of a plain loop: forward, backward, clip, AdamW."""
     import torch
 
-    from data_pipelines.stream import StreamState
+    from data_pipelines.streaming.stream import StreamState
     from objectives.base import Progress
-    from pretrain.config import load_recipe
-    from pretrain.schedule import learning_rate
+    from pretrain.config.load import load_recipe
+    from pretrain.training.schedules import learning_rate
     from pretrain.worker import build_objective, build_stream
 
     recipe = load_recipe(recipe_path)
@@ -58,7 +58,7 @@ def bare_steps(recipe_path: str) -> list[float]:
 def full_steps(recipe_path: str) -> list[float]:
     """Step times in seconds that the journal of `pretrain run` reports."""
     import pretrain
-    from pretrain.journal import read_journal
+    from pretrain.record.journal import read_journal
 
     result = pretrain.run(recipe_path)
     records = read_journal(result.run_dir / "journal.jsonl")[0]
@@ -88,7 +88,7 @@ def main() -> None:
         print(json.dumps(times))
         return
 
-    from pretrain.config import load_recipe, to_yaml
+    from pretrain.config.load import load_recipe, to_yaml
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     with tempfile.TemporaryDirectory() as scratch:

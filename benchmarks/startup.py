@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from pretrain.journal import read_journal
+from pretrain.record.journal import read_journal
 
 PARTS = {
     "placed_s": "Ray up, workers placed",

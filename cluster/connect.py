@@ -1,6 +1,6 @@
 """Connect to Ray: a private instance bound to the loopback interface, or a cluster that is already there.
 
-What is not here: placing workers (`cluster.workers`) and evaluation tasks (`cluster.queue`).
+What is not here: placing workers (`cluster.workers`) and evaluation tasks (`cluster.tasks`).
 """
 
 from __future__ import annotations

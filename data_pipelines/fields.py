@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from data_pipelines.decode import Photo, chosen_decoder, decode_array, decode_arrays, decode_label, decode_mask
 from data_pipelines.errors import DataError
-from data_pipelines.manifest import FIELD_KINDS, field_kind
+from data_pipelines.shards.manifest import FIELD_KINDS, field_kind
 
 __all__ = ["ARRAY_KINDS", "decode_field", "has_channels", "is_never_read", "kind_of_field"]
 

@@ -13,7 +13,7 @@ _HOMES = {
     "EvaluationData": "evaluation.data",
     "EvaluationError": "evaluation.registry",
     "EvaluationResult": "evaluation.store",
-    "evaluate": "evaluation.protocol",
+    "evaluate": "evaluation.runner",
 }
 
 __all__ = ["EvaluationData", "EvaluationError", "EvaluationResult", "evaluate"]

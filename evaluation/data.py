@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.decode import IMAGE_FIELDS, decode_label, decode_mask
-from data_pipelines.shards import Dataset, open_dataset
+from data_pipelines.shards.dataset import Dataset, open_dataset
 from evaluation.registry import EvaluationError, Protocol
 
 __all__ = ["IGNORED", "EvaluationData", "LabelMaps", "OpenedData", "class_label"]

@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint
 from types import MappingProxyType
 from typing import Any, Literal
 
-from backbones.entries import by_name, entry_points, load_entry, origin
+from backbones.plugins import by_name, entry_points, load_entry, origin
 
 __all__ = ["PROTOCOLS", "EvaluationError", "Protocol", "image_size_px", "load_head", "names", "protocol"]
 
@@ -65,7 +65,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             name="linear",
             summary="linear classifier on frozen [CLS, mean of patches], learning rate chosen on held-out train images",
-            target="evaluation.linear:score",
+            target="evaluation.protocols.linear.score:score",
             version=1,
             tokens="pooled",
             label="cls",
@@ -85,7 +85,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             name="knn",
             summary="weighted vote of the 20 nearest training images by cosine, temperature 0.07, on the CLS token",
-            target="evaluation.knn:score",
+            target="evaluation.protocols.knn.score:score",
             version=1,
             tokens="pooled",
             label="cls",
@@ -95,7 +95,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             name="segmentation",
             summary="standardisation and one linear layer on frozen patch tokens, logits upsampled to the label map",
-            target="evaluation.segmentation:score",
+            target="evaluation.protocols.segmentation.score:score",
             version=1,
             tokens="patches",
             label="seg.png",

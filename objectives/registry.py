@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
-from backbones.entries import by_name, entry_points, load_entry, origin
+from backbones.plugins import by_name, entry_points, load_entry, origin
 from objectives.configs import DINOConfig, GMMLConfig, MAEConfig, SelfPatchConfig, SiTConfig
 from objectives.errors import ObjectiveError
 
@@ -21,11 +21,11 @@ ENTRY_POINT_GROUP = "pretrain.objectives"
 
 # name -> where its class is. Settings of these are in objectives.configs, so that a recipe is checked without torch.
 OBJECTIVES: dict[str, str] = {
-    "dino": "objectives.dino:DINO",
-    "gmml": "objectives.gmml:GMML",
-    "mae": "objectives.mae:MAE",
-    "selfpatch": "objectives.selfpatch:SelfPatch",
-    "sit": "objectives.sit:SiT",
+    "dino": "objectives.dino.objective:DINO",
+    "gmml": "objectives.gmml.objective:GMML",
+    "mae": "objectives.mae.objective:MAE",
+    "selfpatch": "objectives.selfpatch.objective:SelfPatch",
+    "sit": "objectives.sit.objective:SiT",
 }
 _CONFIGS: dict[str, type] = {
     "dino": DINOConfig,

@@ -1,12 +1,12 @@
 """What an objective needs of a backbone beyond its interface, refused at construction in one line.
 
-NOT here: which backbone can do what (`backbones.base`).
+NOT here: which backbone can do what (`backbones.images.base`).
 """
 
 from __future__ import annotations
 
-from backbones.base import Backbone
 from backbones.errors import BackboneError
+from backbones.images.base import Backbone
 from objectives.errors import ObjectiveError
 
 __all__ = ["require", "require_sizes"]
@@ -20,7 +20,7 @@ _CAPABILITIES = {
 
 
 def require(backbone: Backbone, objective: str, *capabilities: str) -> None:
-    """Refuses a backbone that lacks one of `capabilities`, which are flags of `backbones.base.Backbone`.
+    """Refuses a backbone that lacks one of `capabilities`, which are flags of `backbones.images.base.Backbone`.
 
     Raises:
         ObjectiveError: naming the objective, what it needs, and the backbone.

@@ -11,26 +11,24 @@ Importing this package is cheap: a name below is imported when it is first used.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pretrain.version import __version__
+
 if TYPE_CHECKING:
-    from pretrain.grade import evaluate
-    from pretrain.registry import load_backbone
-    from pretrain.run import RunResult, resume, run
+    from pretrain.checkpoints.references import load_backbone
+    from pretrain.driver import RunResult, resume, run
+    from pretrain.evaluations import evaluate
 
 __all__ = ["RunResult", "__version__", "evaluate", "load_backbone", "resume", "run"]
 
-__version__ = "0.1.0"
-
 _HOMES = {
-    "RunResult": "pretrain.run",
-    "evaluate": "pretrain.grade",
-    "load_backbone": "pretrain.registry",
-    "resume": "pretrain.run",
-    "run": "pretrain.run",
+    "RunResult": "pretrain.driver",
+    "evaluate": "pretrain.evaluations",
+    "load_backbone": "pretrain.checkpoints.references",
+    "resume": "pretrain.driver",
+    "run": "pretrain.driver",
 }
 
 
@@ -38,14 +36,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'pretrain' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
-
-
-class _Package(ModuleType):
-    """Keeps `pretrain.run` the function: importing the submodule of that name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from pretrain.cli import main
+from pretrain.cli.main import main
 
 sys.exit(main())

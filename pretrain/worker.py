@@ -6,7 +6,8 @@ only); terminal, MLflow, evaluations and the report all read that file, so none 
 
     torchrun --nproc-per-node 2 -m pretrain.worker RECIPE [key=value ...] --run-dir DIR
 
-What is not here: DeepSpeed (`pretrain.engine`), checkpoints (`pretrain.snapshot`), placement (`cluster`).
+What is not here: DeepSpeed (`pretrain.training.engine`), checkpoints (`pretrain.training.state`), placement
+(`cluster`).
 """
 
 from __future__ import annotations
@@ -25,23 +26,24 @@ import torch
 import torch.distributed as dist
 
 from backbones.registry import create_backbone
-from data_pipelines.mixture import Mixture, Part
-from data_pipelines.photometric import PARAMS_SUFFIX
-from data_pipelines.shards import Dataset, open_dataset
-from data_pipelines.stores import FetchOptions
-from data_pipelines.stream import Stream, StreamState
-from data_pipelines.unindexed import UnindexedStream
-from data_pipelines.views import views_from
+from data_pipelines.shards.dataset import Dataset, open_dataset
+from data_pipelines.storage.stores import FetchOptions
+from data_pipelines.streaming.mixture import Mixture, Part
+from data_pipelines.streaming.stream import Stream, StreamState
+from data_pipelines.streaming.unindexed import UnindexedStream
+from data_pipelines.views.maker import views_from
+from data_pipelines.views.photometric import PARAMS_SUFFIX
 from objectives import registry as objectives
 from objectives.base import Objective, Progress
-from pretrain import checkpoint, snapshot
-from pretrain.engine import Engine, StepResult, init_distributed, pick_device
+from pretrain.checkpoints import store as checkpoint
+from pretrain.config.schema import DataConfig, Recipe
 from pretrain.errors import RequestError
-from pretrain.journal import Journal
-from pretrain.pictures import write_pictures
-from pretrain.schedule import learning_rate, weight_decay
-from pretrain.schema import DataConfig, Recipe
-from pretrain.watch import Watch
+from pretrain.record.journal import Journal
+from pretrain.training import state as snapshot
+from pretrain.training.engine import Engine, StepResult, init_distributed, pick_device
+from pretrain.training.guard import Watch
+from pretrain.training.image_grid import write_pictures
+from pretrain.training.schedules import learning_rate, weight_decay
 
 __all__ = ["train"]
 
@@ -190,7 +192,7 @@ def build_stream(
     recipe: Recipe, objective: Objective, rank: int, state: StreamState, *, pin_memory: bool = False
 ) -> Stream:
     """This rank's share of the recipe's sample order, from `state` on, in the views that the objective asks for."""
-    assert recipe.train.micro_batch_size is not None  # filled in by `pretrain.rules`
+    assert recipe.train.micro_batch_size is not None  # filled in by `pretrain.config.checks`
     return _stream_of(recipe.data)(
         views_from(objective.views()),
         global_batch_size=recipe.train.global_batch_size,
@@ -216,7 +218,7 @@ def _stream_of(data: DataConfig) -> Callable[..., Stream]:
     """The kind of stream that the recipe wants, bound to its data."""
     if data.unindexed == "index":
         return partial(Stream, open_data(data))
-    assert data.train is not None  # checked by `pretrain.rules`
+    assert data.train is not None  # checked by `pretrain.config.checks`
     return partial(UnindexedStream, data.train, fetch=_fetch_options(data))
 
 
@@ -344,8 +346,8 @@ def main() -> None:
     """Entry point for torchrun: no Ray, no evaluations; checkpoints, journal and terminal lines as always."""
     import argparse
 
-    from pretrain.config import load_recipe
-    from pretrain.progress import Terminal
+    from pretrain.config.load import load_recipe
+    from pretrain.reporting.terminal import Terminal
 
     parser = argparse.ArgumentParser(prog="torchrun ... -m pretrain.worker", description=main.__doc__)
     parser.add_argument("recipe")

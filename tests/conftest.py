@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pretrain.engine import init_distributed
+from pretrain.training.engine import init_distributed
 
 
 @pytest.fixture(scope="session")

@@ -22,23 +22,23 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 OURS = {*MAY_IMPORT, "tests", "benchmarks", "scripts"}
 ONLY_CLUSTER = {"ray"}
-LOOP = ("pretrain/worker.py", "pretrain/engine.py")  # also started by torchrun: knows neither Ray nor MLflow
+LOOP = ("pretrain/worker.py", "pretrain/training/engine.py")  # also started by torchrun: knows neither Ray nor MLflow
 HEAVY = ("torch", "numpy", "ray", "mlflow", "deepspeed", "timm", "torchvision")
 CHEAP = (
     "pretrain",
-    "pretrain.cli",
-    "pretrain.config",
+    "pretrain.cli.main",
+    "pretrain.config.load",
     "pretrain.errors",
     "objectives",
     "objectives.registry",
     "objectives.configs",
     "backbones",
-    "backbones.names",
+    "backbones.images.timm_names",
     "cluster",
     "evaluation",
     "evaluation.registry",
     "data_pipelines",
-    "data_pipelines.source",
+    "data_pipelines.shards.source",
 )
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipelines.errors import CorruptSampleError, DataError
 from data_pipelines.fields import decode_field, kind_of_field
 from data_pipelines.inspection.thumbnails import PICTURED, thumbnail
-from data_pipelines.shards import Dataset
+from data_pipelines.shards.dataset import Dataset
 
 __all__ = ["contact_sheet", "describe"]
 

@@ -19,8 +19,8 @@ import numpy as np
 from data_pipelines.errors import CorruptSampleError, DataError
 from data_pipelines.fields import kind_of_field
 from data_pipelines.inspection.tallies import ArrayTally, ImageTally, LabelTally, MaskTally, balance, spread
-from data_pipelines.shards import Dataset, open_dataset
-from data_pipelines.stores import FetchOptions
+from data_pipelines.shards.dataset import Dataset, open_dataset
+from data_pipelines.storage.stores import FetchOptions
 from data_pipelines.worker_pool import Advance, run_jobs
 
 __all__ = ["FieldStats", "Stats", "stats"]

@@ -24,12 +24,12 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.fields import decode_field, is_never_read, kind_of_field
-from data_pipelines.index import ShardIndex, sidecar
-from data_pipelines.locations import PIPE, redact, scheme_of, sibling, split_location
-from data_pipelines.manifest import MANIFEST_NAME
-from data_pipelines.source import expand_source
-from data_pipelines.stores import FetchOptions, Store
-from data_pipelines.tar_walk import Damage, Member, walk
+from data_pipelines.shards.index import ShardIndex, sidecar
+from data_pipelines.shards.manifest import MANIFEST_NAME
+from data_pipelines.shards.source import expand_source
+from data_pipelines.shards.tar_walk import Damage, Member, walk
+from data_pipelines.storage.locations import PIPE, redact, scheme_of, sibling, split_location
+from data_pipelines.storage.stores import FetchOptions, Store
 from data_pipelines.worker_pool import Advance, run_jobs
 
 __all__ = ["Finding", "Report", "verify"]

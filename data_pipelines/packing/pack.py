@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.manifest import ChannelStats, Manifest, Split, field_kind, split_digest
 from data_pipelines.packing.conversion import Conversion, Encoding, parse_encoding
 from data_pipelines.packing.folder import PackFolder
 from data_pipelines.packing.inputs import FAMILIES, Listing, list_folder, suffix_of
@@ -31,6 +30,7 @@ from data_pipelines.packing.plan import ShardPlan, plan_shards, without_duplicat
 from data_pipelines.packing.shard_writer import ShardJob, ShardRecord, finished_shard, sample_key, write_shard
 from data_pipelines.packing.tars import list_tars
 from data_pipelines.pixel_sums import PixelSums
+from data_pipelines.shards.manifest import ChannelStats, Manifest, Split, field_kind, split_digest
 from data_pipelines.worker_pool import run_jobs
 
 __all__ = ["KINDS", "pack"]

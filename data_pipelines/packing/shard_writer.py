@@ -22,11 +22,11 @@ from io import BytesIO
 from pathlib import Path
 
 from data_pipelines.errors import DataError
-from data_pipelines.index import ShardIndex, scan_shard, sidecar
-from data_pipelines.manifest import ShardEntry
 from data_pipelines.packing.conversion import Conversion, convert
 from data_pipelines.packing.inputs import Item
 from data_pipelines.pixel_sums import PixelSums
+from data_pipelines.shards.index import ShardIndex, scan_shard, sidecar
+from data_pipelines.shards.manifest import ShardEntry
 from data_pipelines.worker_pool import Advance
 
 __all__ = ["ShardJob", "ShardRecord", "finished_shard", "sample_key", "write_atomically", "write_shard"]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.shards import Dataset, open_dataset
+from data_pipelines.shards.dataset import Dataset, open_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.remote.cache import ShardCache
+from data_pipelines.storage.cache import ShardCache
 
 SIZE = 1000
 

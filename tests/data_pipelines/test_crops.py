@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.crops import (
+from data_pipelines.decode import Photo
+from data_pipelines.errors import DataError
+from data_pipelines.randomness import ViewRandom
+from data_pipelines.shards.dataset import Dataset
+from data_pipelines.views.crops import (
     ArrayPicture,
     Box,
     Crop,
@@ -20,10 +24,6 @@ from data_pipelines.crops import (
     draw_overlapping_box,
     photo_crop,
 )
-from data_pipelines.decode import Photo
-from data_pipelines.errors import DataError
-from data_pipelines.randomness import ViewRandom
-from data_pipelines.shards import Dataset
 
 RATIO = (3 / 4, 4 / 3)
 

@@ -24,7 +24,7 @@ from data_pipelines.decode import (
     decode_mask,
 )
 from data_pipelines.errors import DataError
-from data_pipelines.shards import Dataset, open_dataset
+from data_pipelines.shards.dataset import Dataset, open_dataset
 
 
 def encoded(pixels: np.ndarray, fmt: str = "PNG", mode: str | None = None) -> bytes:

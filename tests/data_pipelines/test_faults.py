@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.index import load_index
-from data_pipelines.shards import open_dataset
-from data_pipelines.source import expand_source
-from data_pipelines.stores import FetchOptions, Store
+from data_pipelines.shards.dataset import open_dataset
+from data_pipelines.shards.index import load_index
+from data_pipelines.shards.source import expand_source
+from data_pipelines.storage.stores import FetchOptions, Store
 
 BLOCK = 50_000
 CONTENT = np.random.default_rng(0).integers(0, 256, 4 * BLOCK + 123, np.uint8).tobytes()

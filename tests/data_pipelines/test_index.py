@@ -16,9 +16,9 @@ import pytest
 import safetensors.numpy
 
 from data_pipelines.errors import DataError
-from data_pipelines.index import ShardIndex, load_index, scan_shard, sidecar
-from data_pipelines.stores import Store
-from data_pipelines.tar_walk import Damage, walk
+from data_pipelines.shards.index import ShardIndex, load_index, scan_shard, sidecar
+from data_pipelines.shards.tar_walk import Damage, walk
+from data_pipelines.storage.stores import Store
 
 MEMBER = 512 + 1024  # header + data of each member below, padded
 SAMPLE = 2 * MEMBER
@@ -228,7 +228,7 @@ def test_load_index__missing_shard(tmp_path: Path) -> None:
 
 def test_load_index__second_time_comes_from_the_cache(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(shard)
-    monkeypatch.setattr("data_pipelines.index.scan_shard", lambda *_: pytest.fail("scanned again"))
+    monkeypatch.setattr("data_pipelines.shards.index.scan_shard", lambda *_: pytest.fail("scanned again"))
     second = load(shard)
     assert second.digest == first.digest and second.field_ranges(4) == first.field_ranges(4)
 
@@ -245,7 +245,7 @@ def test_load_index__sidecar_wins_when_it_fits(shard: Path, write_tar: Write, mo
     index = scan_shard(shard)
     index.save(Path(sidecar(str(shard))))
     with monkeypatch.context() as patched:
-        patched.setattr("data_pipelines.index.scan_shard", lambda *_: pytest.fail("scanned"))
+        patched.setattr("data_pipelines.shards.index.scan_shard", lambda *_: pytest.fail("scanned"))
         assert load(shard).digest == index.digest
     write_tar(shard, [("other.jpg", b"x")])  # another size: the sidecar is stale
     assert load(shard).key(0) == "other"
@@ -275,7 +275,7 @@ class RemoteStore(Store):
 def test_load_index__of_a_remote_shard(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url, index, store = "https://me:secret@host/data/a.tar?key=secret", scan_shard(shard), RemoteStore(shard.parent)
     index.save(Path(sidecar(str(shard))))
-    monkeypatch.setattr("data_pipelines.index.scan_shard", lambda *_: pytest.fail("scanned"))
+    monkeypatch.setattr("data_pipelines.shards.index.scan_shard", lambda *_: pytest.fail("scanned"))
     sidecar_url = "https://me:secret@host/data/a.tar.index?key=secret"
     for expected in ([f"size {url}", f"file {sidecar_url}"], [f"size {url}"]):  # the second time from the cache
         assert load_index(url, store).digest == index.digest

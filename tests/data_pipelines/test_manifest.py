@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.manifest import (
+from data_pipelines.shards.manifest import (
     FIELD_KINDS,
     ChannelStats,
     Manifest,
@@ -124,7 +124,9 @@ def test_field_kind__goes_by_the_name(name: str, kind: str | None) -> None:
 
 
 def test_manifest__imports_nothing_heavy() -> None:
-    code = "import sys, data_pipelines.manifest; print({'numpy', 'torch', 'fsspec'} & set(sys.modules) or 'light')"
+    code = (
+        "import sys, data_pipelines.shards.manifest; print({'numpy', 'torch', 'fsspec'} & set(sys.modules) or 'light')"
+    )
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "light"

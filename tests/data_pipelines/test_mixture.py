@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.mixture import MAX_PATTERN, Mixture, MixtureOrder, Part, pattern_of
 from data_pipelines.order import SampleOrder, rank_positions
-from data_pipelines.shards import Dataset, open_dataset
+from data_pipelines.shards.dataset import Dataset, open_dataset
+from data_pipelines.streaming.mixture import MAX_PATTERN, Mixture, MixtureOrder, Part, pattern_of
 
 Write = Callable[[Path, Sequence[tuple[str, bytes]]], Path]
 Make = Callable[..., Dataset]

@@ -22,9 +22,9 @@ from PIL import Image
 
 from data_pipelines.decode import decode_image
 from data_pipelines.errors import DataError
-from data_pipelines.manifest import read_manifest
 from data_pipelines.packing.pack import pack
-from data_pipelines.shards import open_dataset
+from data_pipelines.shards.dataset import open_dataset
+from data_pipelines.shards.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 WritePictures = Callable[..., Path]

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipelines import photometric
 from data_pipelines.errors import DataError
-from data_pipelines.photometric import NUM_PARAMS, PARAMS_SUFFIX, Photometric, apply, finish, reference
 from data_pipelines.randomness import ViewRandom
+from data_pipelines.views import photometric
+from data_pipelines.views.photometric import NUM_PARAMS, PARAMS_SUFFIX, Photometric, apply, finish, reference
 
 tv: Any = pytest.importorskip("torchvision.transforms.functional")
 

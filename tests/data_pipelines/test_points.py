@@ -12,10 +12,10 @@ import pytest
 
 from data_pipelines.decode import decode_array
 from data_pipelines.errors import DataError
-from data_pipelines.points import PointsView, choose_points, farthest_points, random_rotation
 from data_pipelines.randomness import ViewRandom
-from data_pipelines.shards import open_dataset
-from data_pipelines.views import ViewMaker, views_from
+from data_pipelines.shards.dataset import open_dataset
+from data_pipelines.views.maker import ViewMaker, views_from
+from data_pipelines.views.points import PointsView, choose_points, farthest_points, random_rotation
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from data_pipelines.errors import DataError
-from data_pipelines.index import scan_shard, sidecar
 from data_pipelines.inspection.show import contact_sheet, describe
 from data_pipelines.inspection.thumbnails import thumbnail
-from data_pipelines.shards import Dataset, open_dataset
+from data_pipelines.shards.dataset import Dataset, open_dataset
+from data_pipelines.shards.index import scan_shard, sidecar
 
 Members = Sequence[tuple[str, bytes]]
 WriteTar = Callable[[Path, Members], Path]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.source import check_source, expand_source
+from data_pipelines.shards.source import check_source, expand_source
 
 
 @pytest.fixture
@@ -216,5 +216,5 @@ def test_expand_source__compressed_shards_only_when_asked_for(folder: Path) -> N
 
 def test_source__imports_nothing_heavy() -> None:
     heavy = ("torch", "numpy", "PIL", "fsspec", "asyncio")
-    code = f"import sys, data_pipelines.source; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, data_pipelines.shards.source; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -14,10 +14,10 @@ from PIL import Image
 
 from data_pipelines.decode import decode_arrays, decode_image
 from data_pipelines.errors import DataError
-from data_pipelines.index import scan_shard, sidecar
 from data_pipelines.inspection.stats import Stats, stats
 from data_pipelines.inspection.stats_text import readable_bytes, stats_lines
-from data_pipelines.shards import open_dataset
+from data_pipelines.shards.dataset import open_dataset
+from data_pipelines.shards.index import scan_shard, sidecar
 
 Members = Sequence[tuple[str, bytes]]
 WriteTar = Callable[[Path, Members], Path]

@@ -17,10 +17,10 @@ import pytest
 from fsspec.registry import _registry
 
 from data_pipelines.errors import DataError
-from data_pipelines.locations import redact, sibling
-from data_pipelines.shards import open_dataset
-from data_pipelines.source import expand_source
-from data_pipelines.stores import FetchOptions, Store
+from data_pipelines.shards.dataset import open_dataset
+from data_pipelines.shards.source import expand_source
+from data_pipelines.storage.locations import redact, sibling
+from data_pipelines.storage.stores import FetchOptions, Store
 
 BLOCK = 50_000
 CONTENT = np.random.default_rng(0).integers(0, 256, 4 * BLOCK + 123, np.uint8).tobytes()
@@ -81,7 +81,7 @@ def test_local__more_files_than_descriptors_are_kept_open(tmp_path: Path) -> Non
 
 
 def test_local__threads_read_more_files_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipelines.stores._MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("data_pipelines.storage.stores._MAX_OPEN_FILES", 2)
     contents = [bytes([number]) * 100_000 for number in range(6)]
     for number, content in enumerate(contents):
         (tmp_path / f"{number}.tar").write_bytes(content)

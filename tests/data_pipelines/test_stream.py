@@ -22,12 +22,12 @@ from PIL import Image
 
 from data_pipelines.decode import decode_image
 from data_pipelines.errors import DataError
-from data_pipelines.mixture import Mixture, Part
 from data_pipelines.order import key
 from data_pipelines.randomness import ViewRandom, sample_seed
-from data_pipelines.shards import Dataset, open_dataset
-from data_pipelines.stream import Stream, StreamState
-from data_pipelines.views import View, random_resized_crop
+from data_pipelines.shards.dataset import Dataset, open_dataset
+from data_pipelines.streaming.mixture import Mixture, Part
+from data_pipelines.streaming.stream import Stream, StreamState
+from data_pipelines.views.maker import View, random_resized_crop
 
 Tiny = Callable[[Sequence[int]], Dataset]
 Write = Callable[[Path, Sequence[tuple[str, bytes]]], Path]
@@ -237,8 +237,9 @@ def test_stream__dropped_iterator_ends_its_workers(tiny_dataset: Tiny, how: str,
 
 def test_stream__process_ends_although_an_iterator_is_open(grocery: Dataset) -> None:
     code = (
-        "import sys; from data_pipelines.shards import open_dataset; from data_pipelines.stream import Stream\n"
-        "from data_pipelines.views import View\n"
+        "import sys; from data_pipelines.shards.dataset import open_dataset\n"
+        "from data_pipelines.streaming.stream import Stream\n"
+        "from data_pipelines.views.maker import View\n"
         f"dataset = open_dataset({str(grocery.shards[0].path)!r})\n"
         "stream = Stream(dataset, [View('image', 8)], global_batch_size=4, micro_batch_size=4, rank=0, world_size=1,\n"
         "                seed=0, num_workers=2)\n"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import CorruptSampleError, DataError
-from data_pipelines.stores import FetchOptions, Store
-from data_pipelines.tar_stream import read_samples
+from data_pipelines.storage.stores import FetchOptions, Store
+from data_pipelines.streaming.tar_stream import read_samples
 
 Write = Callable[[Path, Sequence[tuple[str, bytes]]], Path]
 

@@ -19,13 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipelines import unindexed
 from data_pipelines.errors import DataError
-from data_pipelines.shards import open_dataset
-from data_pipelines.stores import FetchOptions
-from data_pipelines.stream import Stream, StreamState
-from data_pipelines.unindexed import UnindexedStream, reader_share
-from data_pipelines.views import LabelView, View
+from data_pipelines.shards.dataset import open_dataset
+from data_pipelines.storage.stores import FetchOptions
+from data_pipelines.streaming import unindexed
+from data_pipelines.streaming.stream import Stream, StreamState
+from data_pipelines.streaming.unindexed import UnindexedStream, reader_share
+from data_pipelines.views.maker import LabelView, View
 
 Write = Callable[[Path, Sequence[tuple[str, bytes]]], Path]
 Make = Callable[[Sequence[int]], Path]

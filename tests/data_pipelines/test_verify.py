@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.errors import DataError
-from data_pipelines.index import scan_shard, sidecar
 from data_pipelines.inspection.verify import Finding, verify
+from data_pipelines.shards.index import scan_shard, sidecar
 
 Members = Sequence[tuple[str, bytes]]
 WriteTar = Callable[[Path, Members], Path]

@@ -17,10 +17,10 @@ from PIL import Image
 from data_pipelines.decode import decode_array, decode_image, decode_mask, open_image
 from data_pipelines.errors import CorruptSampleError, DataError
 from data_pipelines.order import key
-from data_pipelines.photometric import NUM_PARAMS, Photometric, finish, reference
 from data_pipelines.randomness import ViewRandom, sample_seed
-from data_pipelines.shards import Dataset, open_dataset
-from data_pipelines.views import ViewMaker, random_resized_crop, views_from
+from data_pipelines.shards.dataset import Dataset, open_dataset
+from data_pipelines.views.maker import ViewMaker, random_resized_crop, views_from
+from data_pipelines.views.photometric import NUM_PARAMS, Photometric, finish, reference
 
 JITTER = {"jitter_p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "blur_p": 0.5}
 

@@ -14,9 +14,9 @@ import torch
 from data_pipelines.decode import decode_array
 from data_pipelines.errors import DataError
 from data_pipelines.randomness import ViewRandom
-from data_pipelines.shards import open_dataset
-from data_pipelines.views import ViewMaker, views_from
-from data_pipelines.volumes import VolumeView, as_volume
+from data_pipelines.shards.dataset import open_dataset
+from data_pipelines.views.maker import ViewMaker, views_from
+from data_pipelines.views.volumes import VolumeView, as_volume
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from torch import Tensor
 from backbones.io import save_backbone
 from backbones.registry import create_backbone
 from evaluation.data import EvaluationData, LabelMaps
-from evaluation.extract import Dense, Pooled
+from evaluation.extraction.images import Dense, Pooled
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE_PX = 16  # of the tiny images

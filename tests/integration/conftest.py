@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.journal import read_journal
+from pretrain.record.journal import read_journal
 
 RECIPE = """
 name: small

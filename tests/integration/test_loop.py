@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from pretrain import checkpoint
-from pretrain.journal import read_journal
+from pretrain.checkpoints import store as checkpoint
+from pretrain.record.journal import read_journal
 
 pytestmark = pytest.mark.integration
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 
 from backbones import BackboneError, load_backbone
-from pretrain.cli import main
-from pretrain.journal import read_journal
+from pretrain.cli.main import main
+from pretrain.record.journal import read_journal
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "example_plugin"
@@ -197,7 +197,7 @@ def test_plugin__two_packages_with_one_name(clashing: Environment) -> None:
     assert "is already taken by " in line
     assert "pretrain_colour.objective:Colour (package pretrain-colour)" in line
     assert "other_colour:Colour (package other-colour)" in line
-    for module, name in (("backbones.names", "model_names"), ("evaluation.registry", "names")):
+    for module, name in (("backbones.images.timm_names", "model_names"), ("evaluation.registry", "names")):
         done = clashing.run("-c", f"from {module} import {name}; {name}()")
         assert re.search(r"Error: (backbone 'patch_conv'|protocol 'class_mean') of .* already taken by", done.stderr)
 

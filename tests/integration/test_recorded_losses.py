@@ -21,14 +21,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_pipelines.shards import open_dataset
-from data_pipelines.stream import Stream
-from data_pipelines.views import views_from
+from data_pipelines.shards.dataset import open_dataset
+from data_pipelines.streaming.stream import Stream
+from data_pipelines.views.maker import views_from
 from objectives import registry
 from objectives.base import Progress
-from pretrain.engine import Engine
-from pretrain.schedule import learning_rate, weight_decay
-from pretrain.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.training.engine import Engine
+from pretrain.training.schedules import learning_rate, weight_decay
 from pretrain.worker import build_objective
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "losses"
@@ -104,7 +104,11 @@ def _curve(recipe: Recipe) -> list[dict[str, Any]]:
 def _machine() -> dict[str, str]:
     """What decides which kernels compute the numbers."""
     model = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     return {"processor": model, "kernels": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}

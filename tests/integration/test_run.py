@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pretrain.journal import read_journal
+from pretrain.record.journal import read_journal
 
 pytestmark = pytest.mark.integration
 

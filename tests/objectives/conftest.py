@@ -16,7 +16,7 @@ from torch import Tensor
 
 from backbones.registry import create_backbone
 from objectives.configs import MAEConfig
-from objectives.mae import MAE
+from objectives.mae.objective import MAE
 
 
 class GoldenRecipe:

@@ -58,7 +58,7 @@ def storage(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty MLflow database. Its migrations take seconds, so the tests copy it."""
-    from pretrain.mlflow_run import connect
+    from pretrain.tracking.client import connect
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     connect(f"sqlite:///{path}").search_experiments()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from types import ModuleType
 
 import pytest
@@ -16,16 +14,6 @@ def test_pretrain__has_the_names_of_the_contract() -> None:
     for name in ("evaluate", "load_backbone", "resume", "run"):
         assert callable(getattr(pretrain, name))
     assert isinstance(pretrain.RunResult, type)
-
-
-def test_pretrain__run_stays_a_function_when_the_module_of_that_name_is_imported() -> None:
-    code = (
-        "import pretrain.run, pretrain.config, sys, types\n"
-        "assert isinstance(pretrain.run, types.FunctionType), pretrain.run\n"
-        "assert pretrain.run is sys.modules['pretrain.run'].run\n"
-        "assert isinstance(pretrain.config, types.ModuleType)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_pretrain__unknown_name_is_an_attribute_error() -> None:

@@ -14,10 +14,8 @@ from typing import Any
 import click
 import pytest
 
-import pretrain.grade
-import pretrain.run  # noqa: F401 (the tests put other functions in its place)
 from data_pipelines.errors import DataError
-from pretrain.cli import cli, main
+from pretrain.cli.main import cli, main
 from pretrain.errors import RequestError, RunFailed
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +106,7 @@ def test_main__recipes(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def run_stub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
     """Put a function in the place of the work behind `pretrain run`."""
-    return lambda function: monkeypatch.setattr(sys.modules["pretrain.run"], "run", function)
+    return lambda function: monkeypatch.setattr(sys.modules["pretrain.driver"], "run", function)
 
 
 def test_main__run_gets_the_resolved_recipe(run_stub: Callable[..., None]) -> None:

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from objectives.base import Progress
 from objectives.configs import MAEConfig
-from pretrain.engine import Engine
-from pretrain.running_statistics import RunningStatistics
-from pretrain.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.training.engine import Engine
+from pretrain.training.running_statistics import RunningStatistics
 from pretrain.worker import build_objective
 
 RANKS, MICRO, STEPS = 2, 4, 2

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.journal import Journal, read_journal, read_lines
+from pretrain.record.journal import Journal, read_journal, read_lines
 
 
 def test_journal__records_come_back_in_order_with_time(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_journal__real_enospc_does_not_raise() -> None:
 def test_journal__what_was_written_survives_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     code = (
-        "import os, signal, sys; from pretrain.journal import Journal; j = Journal(sys.argv[1])\n"
+        "import os, signal, sys; from pretrain.record.journal import Journal; j = Journal(sys.argv[1])\n"
         "for step in range(100): j.write('metrics', step=step, values={'loss': 1.0})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -13,11 +13,11 @@ from timm.optim import list_optimizers
 
 from objectives.base import Progress
 from objectives.configs import MAEConfig
-from pretrain.config import load_recipe
-from pretrain.engine import Engine
+from pretrain.config.load import load_recipe
+from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.errors import RequestError
-from pretrain.optimizers import NAMES, WHOLE_PARAMETER, create_optimizer
-from pretrain.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.training.engine import Engine
+from pretrain.training.optimizers import NAMES, WHOLE_PARAMETER, create_optimizer
 from pretrain.worker import build_objective
 
 STEPS, MICRO, RANKS, RATE, DECAY = 3, 4, 2, 2e-3, 0.05

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from evaluation.extract import Pooled
+from evaluation.extraction.images import Pooled
 from evaluation.metrics import Outcome, wilson_interval
 
 __all__ = ["score"]

@@ -1,0 +1,1 @@
+"""Encoders of images: plain ViTs, and every other timm model."""

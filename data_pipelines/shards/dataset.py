@@ -1,0 +1,297 @@
+"""A set of shards as one array of samples: `open_dataset(source).read(sample_id)`.
+
+Samples are read at random through the index of each shard (`index`): one range of bytes and one CRC-32 per sample, no
+tar parsing. Shards that a `dataset.json` of ours lists (`manifest`) are opened when a sample of them is first read, so
+a set of 100 000 shards opens in seconds; the others are indexed at once. Indices are held up to `INDEX_BYTES`.
+
+Not here: where bytes come from (`stores`), in which order samples are read (`order`), what their bytes mean (`decode`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import threading
+import zlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import CorruptSampleError, DataError
+from data_pipelines.order import SampleOrder
+from data_pipelines.shards.index import ShardIndex, load_index
+from data_pipelines.shards.manifest import MANIFEST_NAME, Manifests, split_digest
+from data_pipelines.shards.source import expand_source
+from data_pipelines.storage.locations import is_local, redact, sibling, split_location
+from data_pipelines.storage.stores import FetchOptions, Store
+
+__all__ = ["Dataset", "Shard", "first_field", "locate", "open_dataset"]
+
+INDEX_BYTES = 256 << 20  # of open indices per process, most of them pages that processes share; 6 million samples
+_INDEX_OVERHEAD = 8 << 10  # what an open index costs besides its arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar file."""
+
+    location: str  # absolute local path or URL
+    num_samples: int
+    num_bytes: int
+    index_digest: str
+
+    @property
+    def path(self) -> Path:
+        """The file, when it is a local one."""
+        return Path(self.location)
+
+    @property
+    def name(self) -> str:
+        """File name, without the folder or the query string of its location."""
+        return split_location(self.location)[1]
+
+
+def open_dataset(
+    source: str | Path | Sequence[str | Path], *, fetch: FetchOptions | None = None, limit: int | None = None
+) -> Dataset:
+    """Open the shards of a source (see `expand_source`).
+
+    A shard that is neither listed in a `dataset.json` nor has an index beside it is read whole, the first time.
+
+    Args:
+        source: what `expand_source` takes.
+        fetch: how remote shards are fetched and cached.
+        limit: use the first `limit` samples only, at least 1.
+
+    Raises:
+        DataError: nothing found, or a shard is damaged; names shard, member or offset, expected and actual.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit} is not allowed; it is at least 1 sample")
+    fetch = fetch or FetchOptions()
+    store = Store(fetch)
+    manifests = Manifests(store)
+    shards: list[Shard] = []
+    opened: dict[int, ShardIndex] = {}
+    fields: frozenset[str] | None = None
+    num_samples = 0
+    for number, location in enumerate(expand_source(source, allow_pipe=fetch.allow_pipe, manifests=manifests)):
+        manifest = manifests.of(location)
+        entry = manifest and manifest.shards.get(split_location(location)[1])
+        if manifest and entry:
+            shard, has = Shard(location, entry.samples, entry.bytes, entry.index_digest), frozenset(manifest.fields)
+        else:
+            index = opened[number] = load_index(location, store)
+            shard = Shard(location, index.num_samples, index.num_bytes, index.digest)
+            has = index.common_fields
+        shards.append(shard)
+        fields = has if fields is None else fields & has
+        num_samples += shard.num_samples
+        if limit is not None and num_samples >= limit:
+            break
+    return Dataset(shards, fields or frozenset(), store, opened=opened, limit=limit)
+
+
+class Dataset:
+    """Samples of several shards, numbered from 0 through the shards in order.
+
+    Attributes:
+        shards: the tar files, sorted by location.
+        num_samples: in all shards together, or the `limit` below it.
+        counts: samples used of each shard.
+        fields: names that every sample has, such as `jpg`, `cls`, `seg.png`.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        fields: frozenset[str],
+        store: Store,
+        *,
+        opened: Mapping[int, ShardIndex],
+        limit: int | None = None,
+    ) -> None:
+        self.shards, self.fields = tuple(shards), fields
+        counts = [shard.num_samples for shard in shards]
+        excess = sum(counts) - limit if limit else 0
+        if excess > 0:  # only the last shard is longer than needed
+            counts[-1] -= excess
+        self._is_cut = excess > 0
+        self.counts = tuple(counts)
+        self.num_samples = sum(counts)
+        self._begins = [0, *accumulate(counts)]
+        self._store = store
+        self._indices = _OpenIndices(self.shards, fields, store, opened)
+        self._is_remote = any(not is_local(shard.location) for shard in shards)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 that identifies names, order and content (by CRC) of the samples, wherever the shards lie."""
+        digest = split_digest(shard.index_digest for shard in self.shards)
+        if not self._is_cut:
+            return digest
+        return hashlib.sha256(f"{digest} first {self.num_samples}".encode()).hexdigest()
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """`dataset.json` beside the first shard, whoever wrote it; `{}` if there is none, or no JSON object in it."""
+        described = sibling(self.shards[0].location, MANIFEST_NAME)
+        content = self._store.read_file(described) if described else None
+        description = json.loads(content) if content else {}  # `open_dataset` saw that it is JSON
+        return description if isinstance(description, dict) else {}
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def read(self, sample_id: int) -> dict[str, Any]:
+        """The fields of one sample as bytes, and its key as `"__key__"` (str).
+
+        Raises:
+            CorruptSampleError: the bytes do not match their CRC-32.
+            DataError: the shard is gone, shorter than its index, or not the one that `dataset.json` lists.
+        """
+        number, local = locate(sample_id, self._begins)
+        index = self._indices[number]
+        row = index.row(local)
+        start, size, crc32 = row[:3]
+        content = self._store.read(self.shards[number].location, start, size)
+        found = zlib.crc32(content)
+        if found != crc32:
+            raise CorruptSampleError(
+                f"{self.where(sample_id)}: bytes {start}..{start + size} have CRC-32 {found:08x}, expected {crc32:08x}"
+                ": the shard changed or is damaged; copy it again or remove its index"
+            )
+        return index.cut(row, content)
+
+    def prefetch(self, sample_ids: Iterable[int]) -> None:
+        """Have the bytes of remote samples fetched together before they are read one by one."""
+        if not self._is_remote:
+            return
+        ranges = []
+        for sample_id in sample_ids:
+            number, local = locate(sample_id, self._begins)
+            start, size = self._indices[number].row(local)[:2]
+            ranges.append((self.shards[number].location, start, size))
+        self._store.prefetch(ranges)
+
+    def sample_order(self, *, seed: int, block_size: int, window: int, num_streams: int) -> SampleOrder:
+        """The order in which a stream reads: global positions -> (epochs, sample ids), see `order`."""
+        return SampleOrder(self.counts, seed=seed, block_size=block_size, window=window, num_streams=num_streams)
+
+    def where(self, sample_id: int) -> str:
+        """Shard and key of a sample, as error messages name it."""
+        number, local = locate(sample_id, self._begins)
+        return f"shard {redact(self.shards[number].location)}, sample {self._indices[number].key(local)!r}"
+
+    def require_field(self, *candidates: str) -> str:
+        """The first of `candidates` that every sample has.
+
+        Raises:
+            DataError: there is none; names what there is.
+        """
+        return first_field(candidates, self.fields, redact(split_location(self.shards[0].location)[0]))
+
+    def close(self) -> None:
+        """Close the shard files; the next read opens what it needs again."""
+        self._store.close()
+
+
+def locate(sample_id: int, begins: Sequence[int]) -> tuple[int, int]:
+    """Which of several runs of ids holds `sample_id`, and its place in it.
+
+    Args:
+        sample_id: from 0.
+        begins: the first id of each run, and the end of the last one.
+
+    Raises:
+        DataError: the id is below 0 or behind the end.
+    """
+    if not 0 <= sample_id < begins[-1]:
+        raise DataError(f"sample id {sample_id} is outside 0..{begins[-1] - 1}")
+    number = bisect_right(begins, sample_id) - 1
+    return number, sample_id - begins[number]
+
+
+def first_field(candidates: Sequence[str], fields: frozenset[str], owner: str) -> str:
+    """The first of `candidates` in `fields`; the error names `owner`, what it has and what is nearest."""
+    for name in candidates:
+        if name in fields:
+            return name
+    near = difflib.get_close_matches(candidates[0], sorted(fields), n=1)
+    raise DataError(
+        f"{owner}: no field {' or '.join(candidates)} in every sample; "
+        f"every sample has {', '.join(sorted(fields)) or 'none'}{f' (nearest: {near[0]})' if near else ''}"
+    )
+
+
+class _OpenIndices:
+    """Indices of shards, opened when first asked for; the most recently used stay open up to `INDEX_BYTES`.
+
+    Threads may read at the same time; a pickled one begins with none open.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], fields: frozenset[str], store: Store, opened: Mapping[int, ShardIndex]
+    ) -> None:
+        self._shards, self._fields, self._store = shards, fields, store
+        self._opened: OrderedDict[int, ShardIndex] = OrderedDict()  # least recently used first
+        self._num_bytes = 0
+        self._checked: set[int] = set()  # shards whose index was seen to be the expected one
+        self._lock = threading.Lock()  # of opening and closing; what is open is read without
+        for number, index in opened.items():
+            self._keep(number, index)
+
+    def __getitem__(self, number: int) -> ShardIndex:
+        try:
+            self._opened.move_to_end(number)
+            return self._opened[number]
+        except KeyError:  # never opened, or just closed by another thread
+            with self._lock:
+                index = self._open(number)
+                self._keep(number, index)
+            return index
+
+    def _open(self, number: int) -> ShardIndex:
+        shard = self._shards[number]
+        index = load_index(shard.location, self._store, num_bytes=shard.num_bytes, digest=shard.index_digest)
+        if number not in self._checked:
+            self._require_expected(shard, index)
+            self._checked.add(number)
+        return index
+
+    def _require_expected(self, shard: Shard, index: ShardIndex) -> None:
+        """Once per shard: a stale sidecar must not decide what is trained on."""
+        for what, found, expected in (
+            ("samples", index.num_samples, shard.num_samples),
+            ("index_digest", index.digest, shard.index_digest),
+        ):
+            if found != expected:
+                raise DataError(
+                    f"shard {redact(shard.location)}: {what} of its index is {found}, expected {expected} (dataset.json"
+                    ", or when it was opened first); copy the shard, its index and dataset.json together again"
+                )
+        if lacking := sorted(self._fields - index.common_fields):
+            raise DataError(
+                f"shard {redact(shard.location)}: not every sample has {', '.join(lacking)}, which its dataset.json "
+                "lists as fields; pack the data again"
+            )
+
+    def _keep(self, number: int, index: ShardIndex) -> None:
+        self._num_bytes += index.nbytes + _INDEX_OVERHEAD
+        if number in self._opened:
+            self._num_bytes -= self._opened[number].nbytes + _INDEX_OVERHEAD
+        self._opened[number] = index
+        while self._num_bytes > INDEX_BYTES and len(self._opened) > 1:
+            self._num_bytes -= self._opened.popitem(last=False)[1].nbytes + _INDEX_OVERHEAD
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": OrderedDict(), "_num_bytes": 0, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())

@@ -1,0 +1,1 @@
+"""Bytes from disks and remote stores: locations, ranges, retries, the cache."""

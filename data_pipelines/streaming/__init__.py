@@ -1,0 +1,1 @@
+"""From data sets to the exactly resumable stream of batches."""

@@ -1,0 +1,1 @@
+"""From a decoded sample to the views that an objective asks for."""

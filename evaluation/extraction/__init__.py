@@ -1,0 +1,1 @@
+"""Features of a data set, taken once by a frozen backbone."""

@@ -1,0 +1,1 @@
+"""Linear classifier on frozen features."""

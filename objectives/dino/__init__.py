@@ -1,0 +1,1 @@
+"""Self-distillation with no labels (arXiv:2104.14294)."""

@@ -1,0 +1,1 @@
+"""Group masked model learning (arXiv:2205.14986)."""

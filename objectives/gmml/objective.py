@@ -1,0 +1,147 @@
+"""GMML: replace groups of connected pixels by noise or by another image's, and predict what was there.
+
+S. Atito et al., "GMML is All you Need", 2022, arXiv:2205.14986. Written from the formulas; the values of the authors'
+code are in tests/golden/gmml.json. NOT here: how images are corrupted (`objectives.parts.block_corruption`), the head
+and its error (`objectives.parts.reconstruction`), the small local crops that the authors' code offers and leaves off.
+
+Legend: B batch, V views, n = V * B images, C channels, S side in pixels, P prefix tokens, N patches, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from backbones.features import Features
+from backbones.images.base import Backbone
+from backbones.images.vit import ViTBackbone
+from objectives.base import Objective, Output, Progress
+from objectives.configs import GMMLConfig
+from objectives.errors import ObjectiveError
+from objectives.parts.reconstruction import (
+    MAX_PICTURES,
+    ReconstructionHead,
+    block_corruption,
+    colours,
+    initialise_class_token,
+    masked_l1,
+    pictures_of,
+    reconstruction_finding,
+    reconstruction_metrics,
+    require_colours,
+)
+
+__all__ = ["GMML"]
+
+_COLOURS = {"jitter_p": 0.3, "brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.01, "blur_p": 0.1}
+
+
+class GMML(Objective):
+    """Mean absolute error of the replaced pixels, from all tokens of the corrupted image.
+
+    The head reads the mean of several blocks' token streams. Views are more samples of one image and nothing relates
+    them. Each micro-batch and step averages over the masked pixels that it has.
+
+    Attributes:
+        blocks: after which blocks, counted from 1, the head reads.
+    """
+
+    Config: ClassVar[type] = GMMLConfig
+
+    def __init__(self, backbone: Backbone, config: GMMLConfig) -> None:
+        """Re-initialises the class token as the authors do.
+
+        Raises:
+            ObjectiveError: blocks do not fit the image, the encoder's inner blocks cannot be read, or colours are to be
+                changed that are not there.
+        """
+        super().__init__()
+        require_colours(config, backbone)
+        self.config = config
+        self.corruption = block_corruption(config, backbone)
+        self.blocks = _blocks_at(config.read_depths, backbone)
+        self.backbone = backbone
+        initialise_class_token(backbone)
+        self.head = ReconstructionHead(backbone)
+
+    def views(self) -> list[dict[str, Any]]:
+        """`num_views` crops, "image"."""
+        return [
+            {
+                "name": "image",
+                "size": self.backbone.image_size,
+                "count": self.config.num_views,
+                "scale": tuple(self.config.crop_scale),
+                "hflip": self.config.hflip,
+                **colours(self.config, **_COLOURS),
+            }
+        ]
+
+    def forward(self, batch: dict[str, Tensor], progress: Progress) -> Output:
+        """Loss of one micro-batch.
+
+        Args:
+            batch: "image" (V, B, C, S, S), or (B, C, S, S) for one view, uint8 or float in [0, 1]; "seed" (B,) int64.
+                The corruption that follows from the seed can be given, see `BlockCorruption.of_batch`.
+            progress: not used.
+        """
+        images = batch["image"]
+        target = self.backbone.preprocess(images.flatten(0, -4))  # (n, C, S, S)
+        corruption = self.corruption.of_batch(batch, target)
+        features = self._encode(corruption.apply(target))
+        prediction = self.head(features.patches, features.grid)  # (n, C, S, S)
+        counted = corruption.is_masked if self.config.masked_only else torch.ones_like(corruption.is_masked)
+        loss = masked_l1(prediction, target, counted)
+        metrics = {"loss": loss.detach()}
+        if progress.is_logged:
+            metrics |= reconstruction_metrics(prediction, target, corruption, features)
+        return Output(loss, metrics)
+
+    def _encode(self, x: Tensor) -> Features:
+        """Features of normalised images (n, C, S, S): the final norm of the mean of the token streams at `blocks`."""
+        if not self.blocks:
+            return self.backbone.features(x)
+        assert isinstance(self.backbone, ViTBackbone)
+        streams = self.backbone.features_of_blocks(x, self.blocks)
+        mean = torch.stack(streams).mean(0)  # (n, P + N, D)
+        tokens = self.backbone.vit.norm(mean)
+        return Features(tokens[:, self.backbone.num_prefix_tokens :], None, None, self.backbone.grid)
+
+    def diagnose(self, metrics: Mapping[str, float], progress: Progress) -> str | None:
+        """Grey reconstructions, or features that are all alike."""
+        return reconstruction_finding(metrics, progress)
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """At most 8 each of "clean", "corrupted" and "reconstruction" (masked pixels predicted, others kept)."""
+        batch = {name: batch[name] for name in ("image", "seed")}
+        images = batch["image"]
+        batch["seed"] = batch["seed"][:MAX_PICTURES]
+        target = self.backbone.preprocess(images[0] if images.ndim == 5 else images)[:MAX_PICTURES]
+        was_training = self.training
+        self.eval()  # stochastic depth would draw from the global generator and change the training that follows
+        corruption = self.corruption.of_batch(batch, target)
+        features = self._encode(corruption.apply(target))
+        prediction = self.head(features.patches, features.grid)
+        self.train(was_training)
+        return pictures_of(self.backbone, target, corruption, prediction)
+
+
+def _blocks_at(depths: list[float], backbone: Backbone) -> list[int]:
+    """Blocks, counted from 1, at shares of the encoder's depth; none when only the last one is read.
+
+    Raises:
+        ObjectiveError: the encoder's inner blocks cannot be read.
+    """
+    if set(depths) == {1.0}:
+        return []
+    if not isinstance(backbone, ViTBackbone):
+        raise ObjectiveError(
+            f"objective.read_depths {list(depths)} averages the tokens of several blocks, and the blocks of backbone "
+            f"{backbone.spec['name']!r} do not all have the same tokens; set objective.read_depths=[1.0]"
+        )
+    num_blocks = len(backbone.vit.blocks)
+    return sorted({max(1, round(depth * num_blocks)) for depth in depths})

@@ -1,0 +1,1 @@
+"""What several objectives share, one noun a file. Not public to plug-ins."""

@@ -1,0 +1,112 @@
+"""The crops of DINO and SelfPatch: two global views and several small local ones, each in its own colours.
+
+M. Caron et al., 2021, arXiv:2104.14294, section 3.1; augmentations of BYOL (arXiv:2006.07733) with multi-crop (SwAV,
+arXiv:2006.09882). NOT here: cutting and colouring them (`data_pipelines.views.maker`,
+`data_pipelines.views.photometric`).
+
+Legend: B batch, L local views.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.images.base import Backbone
+from backbones.images.vit import ViTBackbone
+from objectives.configs import DINOConfig
+from objectives.errors import ObjectiveError
+from objectives.requirements import require_sizes
+
+__all__ = ["GLOBAL_VIEWS", "crops_of", "local_size", "multi_crop_views", "require_crops", "resample_positions"]
+
+GLOBAL_VIEWS = ("global_1", "global_2")
+_LOCAL_VIEW = "local"
+_LOCAL_SHARE = 3 / 7  # the paper's 96 of 224 pixels
+_COLOURS = {"jitter_p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grey_p": 0.2}
+# Per view: the second global one is rarely blurred and sometimes solarised, so that no two see the same statistics.
+_BLUR_AND_SOLARISE = {
+    "global_1": {"blur_p": 1.0},
+    "global_2": {"blur_p": 0.1, "solarise_p": 0.2},
+    "local": {"blur_p": 0.5},
+}
+
+
+def local_size(backbone: Backbone, config: DINOConfig) -> int:
+    """Side of a local crop in pixels."""
+    patch = backbone.patch_size
+    return config.local_size or max(1, round(backbone.image_size * _LOCAL_SHARE / patch)) * patch
+
+
+def require_crops(backbone: Backbone, config: DINOConfig, min_patches: int = 1) -> None:
+    """Refuses crops that the backbone cannot take.
+
+    Args:
+        min_patches: patches that a side of each crop must have.
+
+    Raises:
+        ObjectiveError: a size is no whole number of patches, too small, or not for this backbone; or colours are to be
+            changed and the images have none.
+    """
+    sizes, patch = (
+        [backbone.image_size, *([local_size(backbone, config)] if config.num_local else [])],
+        backbone.patch_size,
+    )
+    if sizes[-1] % patch:
+        raise ObjectiveError(
+            f"objective.local_size {sizes[-1]} is not a multiple of the backbone's patch of {patch} pixels"
+        )
+    if min(sizes) < min_patches * patch:
+        raise ObjectiveError(
+            f"a crop of {min(sizes)} pixels has fewer than {min_patches} x {min_patches} patches of {patch} pixels; "
+            "use a larger objective.local_size or a smaller backbone.patch_size"
+        )
+    require_sizes(backbone, config.name, *sizes)
+    if config.photometric and backbone.in_chans != 3:
+        raise ObjectiveError(
+            f"objective.photometric changes colours, and the backbone takes {backbone.in_chans} channels; "
+            "set objective.photometric=false"
+        )
+
+
+def resample_positions(backbone: Backbone) -> None:
+    """Lets the positions of a plain ViT follow local crops as in the authors' code; other encoders have their own."""
+    if isinstance(backbone, ViTBackbone):
+        backbone.resample_positions_as("dino")
+
+
+def multi_crop_views(backbone: Backbone, config: DINOConfig) -> list[dict[str, Any]]:
+    """The views "global_1" and "global_2", and "local" unless there are none."""
+    shapes = {name: (backbone.image_size, 1, config.global_scale) for name in GLOBAL_VIEWS}
+    if config.num_local:
+        shapes[_LOCAL_VIEW] = (local_size(backbone, config), config.num_local, config.local_scale)
+    return [
+        {
+            "name": name,
+            "size": size,
+            "count": count,
+            "scale": tuple(scale),
+            "hflip": config.hflip,
+            **({"photometric": _photometric(name, config)} if config.photometric else {}),
+        }
+        for name, (size, count, scale) in shapes.items()
+    ]
+
+
+def _photometric(name: str, config: DINOConfig) -> dict[str, float]:
+    spec = _COLOURS | _BLUR_AND_SOLARISE[name]
+    return spec if config.blur else spec | {"blur_p": 0.0}
+
+
+def crops_of(batch: dict[str, Tensor]) -> list[Tensor]:
+    """A batch's crops by resolution, view by view: globals (2 B, C, H, W) and, if there are any, locals (L B, C, h, w).
+
+    One tensor per resolution is one pass through a network.
+    """
+    crops = [torch.cat([batch[name] for name in GLOBAL_VIEWS])]
+    if _LOCAL_VIEW in batch:
+        local = batch[_LOCAL_VIEW]
+        crops.append(local.flatten(0, 1) if local.ndim == 5 else local)
+    return crops

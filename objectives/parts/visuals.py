@@ -1,0 +1,104 @@
+"""Features that a person can look at: patch tokens as colours, and where the class token looks.
+
+Attention of the class token shows objects in M. Caron et al., 2021, arXiv:2104.14294, figure 1; principal components
+of patch tokens as red, green and blue are from M. Oquab et al. (DINOv2), 2023, arXiv:2304.07193, figure 1.
+
+Legend: n pictures, N patches, D width, H attention heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import Attention
+from torch import Tensor
+from torch.nn import functional
+
+from backbones.images.base import Backbone
+from backbones.images.vit import ViTBackbone
+from objectives.parts.multicrop import crops_of
+
+__all__ = ["class_attention", "crops_and_features", "principal_colours"]
+
+_MAX_PICTURES = 8
+_CLIPPED = 0.02  # share of the patches at either end of a component that is shown as fully dark or bright
+
+
+@torch.no_grad()
+def crops_and_features(backbone: Backbone, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Crops, and what a teacher's backbone makes of the first global one; all at the size of that.
+
+    Args:
+        backbone: float32, without stochastic depth.
+        batch: as for `objectives.parts.multicrop.crops_of`.
+
+    Returns:
+        "global 1", "global 2", "local", "features" and, where the backbone has a class token, "attention".
+    """
+    num = min(_MAX_PICTURES, len(batch["global_1"]))
+    shown = {name: batch[f"global_{name[-1]}"][:num] for name in ("global 1", "global 2")}
+    shown["local"] = crops_of(batch)[-1][:num]
+    if "local" not in batch:
+        del shown["local"]
+    x = backbone.preprocess(shown["global 1"])  # (n, C, H, W)
+    attention, size = class_attention(backbone, x), x.shape[-2:]
+    features = backbone.features(x)
+    pictures = {name: _resized(_rgb(images), size) for name, images in shown.items()}
+    pictures["features"] = _resized(principal_colours(features.patches, features.grid), size)
+    if attention is not None:
+        bright = attention / attention.amax(1, keepdim=True)  # (n, N)
+        pictures["attention"] = _resized(bright.unflatten(1, features.grid).unsqueeze(1).expand(-1, 3, -1, -1), size)
+    return pictures
+
+
+def principal_colours(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The first three principal components over all patches of all pictures, as red, green and blue.
+
+    Args:
+        patches: (n, N, D) with n N >= 3 and D >= 3.
+
+    Returns:
+        (n, 3, rows, columns) in [0, 1].
+    """
+    rows = patches.double().flatten(0, 1)  # (n N, D)
+    rows = rows.where(rows.isfinite().all(), 0)  # of a run that has blown up: black, where `eigh` would raise
+    rows = rows - rows.mean(0)
+    axes = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -3:].flip(1)  # (D, 3), the strongest first
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))  # (1, 3)
+    scores = rows @ (axes * largest.sign())  # (n N, 3); the sign makes the colours the same from run to run
+    low, high = (scores.quantile(share, dim=0) for share in (_CLIPPED, 1 - _CLIPPED))
+    colours = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    return colours.float().unflatten(0, (len(patches), *grid)).permute(0, 3, 1, 2)
+
+
+def class_attention(backbone: Backbone, x: Tensor) -> Tensor | None:
+    """Attention of the class token to the patches in the last block, mean over heads.
+
+    Returns:
+        (n, N), or None for a backbone without a class token or with attention of another kind than timm's plain one.
+    """
+    if not isinstance(backbone, ViTBackbone) or backbone.vit.cls_token is None:
+        return None
+    attention = getattr(backbone.vit.blocks[-1], "attn", None)
+    if not isinstance(attention, Attention):
+        return None
+    inputs: list[Tensor] = []
+    hook = attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    try:
+        backbone.features(x)
+    finally:
+        hook.remove()
+    query, keys, _ = attention.qkv(inputs[0]).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)  # (n, P + N, H, d)
+    query, keys = attention.q_norm(query[:, 0]), attention.k_norm(keys)
+    scores = torch.einsum("nhd,nthd->nht", query, keys) * attention.scale
+    return scores.softmax(-1).mean(1)[:, backbone.num_prefix_tokens :]
+
+
+def _rgb(images: Tensor) -> Tensor:
+    """uint8 or float images (n, C, H, W) to (n, 3, H, W) in [0, 1]: the first three channels, or the first repeated."""
+    pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return pixels[:, :3] if images.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+
+
+def _resized(images: Tensor, size: torch.Size) -> Tensor:
+    """To the common size, each pixel a square."""
+    return functional.interpolate(images.float(), size=tuple(size), mode="nearest")

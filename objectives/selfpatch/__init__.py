@@ -1,0 +1,1 @@
+"""DINO with a loss on patches (arXiv:2206.07990)."""

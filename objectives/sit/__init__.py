@@ -1,0 +1,1 @@
+"""Masked reconstruction with momentum contrast (arXiv:2104.03602)."""

@@ -1,0 +1,1 @@
+"""Checkpoints on disk, and what a reference to one means."""

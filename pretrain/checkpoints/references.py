@@ -1,0 +1,402 @@
+"""Finding checkpoints by name and fetching them: `NAME@best`, `models:/NAME/3`, `runs:/RUN_ID/100`, a directory.
+
+Whatever is fetched is checked before it appears at its destination: the version in the registry holds the digest of
+`checkpoint.json`, which holds the digest of every file. Only safetensors, JSON and YAML are read, nothing is unpickled.
+
+    NAME, NAME@ALIAS, models:/NAME, models:/NAME@ALIAS    a registered checkpoint; without an alias the best
+    models:/NAME/3                                        that version
+    runs:/RUN_ID[/STEP | /best | /last]                   a checkpoint of a run (our id or MLflow's); default: the last
+    DIRECTORY                                             a checkpoint directory
+
+Not here: registering checkpoints and moving aliases (`pretrain.tracking.sync`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pretrain.checkpoints.store import MANIFEST, CheckpointError, published, read_manifest
+from pretrain.errors import RequestError, RunFailed
+from pretrain.record.journal import read_journal
+from pretrain.tracking.client import EXPORTED_FILES, connect, default_uri, redact, verdict
+from pretrain.tracking.cursor import Ledger
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+    from backbones.images.base import Backbone
+
+__all__ = ["best_step", "checked_name", "load_backbone", "pull", "resolve_checkpoint"]
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._\- ]{0,126}"
+REGISTERED = re.compile(
+    rf"(?P<scheme>models:/)?(?P<name>{NAME})(?:@(?P<alias>[A-Za-z][A-Za-z0-9_\-]*)|(?(scheme)/(?P<version>[1-9][0-9]*)|(?!)))?"
+)
+RUN = re.compile(rf"runs:/(?P<run>{NAME})(?:/(?P<step>[0-9]+|best|last))?")
+MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
+FORMS = "a directory, NAME@ALIAS, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID[/STEP]"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What a reference to the registry asks for; `version` wins over `alias`."""
+
+    name: str
+    alias: str
+    version: str | None
+
+
+def checked_name(name: str) -> str:
+    """`name` if it can be the name of a registered model and of a directory.
+
+    Raises:
+        RequestError: It can not.
+    """
+    if not re.fullmatch(NAME, name):
+        raise RequestError(
+            f"model name {name!r}: expected a letter or digit, then up to 126 letters, digits, spaces or any of . _ -"
+        )
+    return name
+
+
+def pull(
+    reference: str,
+    dest: Path | None = None,
+    *,
+    tracking_uri: str | None = None,
+    storage: Path = Path("runs"),
+    full: bool = False,
+) -> Path:
+    """Fetch a registered checkpoint; `dest` appears complete and verified, or not at all.
+
+    Args:
+        reference: NAME, NAME@ALIAS, models:/NAME@ALIAS or models:/NAME/VERSION.
+        dest: Directory to make (or an empty one); default: `NAME-vVERSION` in the current directory.
+        tracking_uri: Default: $MLFLOW_TRACKING_URI, else the database in `storage`.
+        storage: Where runs live.
+        full: Copy the whole checkpoint with its training state from where the run wrote it.
+
+    Returns:
+        The directory: backbone.safetensors, checkpoint.json, recipe.yaml (and training_state).
+
+    Raises:
+        RequestError: Unknown or malformed reference, or `dest` is in use.
+        CheckpointError: What was fetched is not what was registered.
+        RunFailed: The tracking server cannot be used.
+    """
+    wanted = _parse_registered(reference)
+    if dest is not None:
+        _refuse_occupied(Path(dest))
+    uri = tracking_uri or default_uri(storage)
+    with _reachable(uri):
+        client = connect(uri)
+        version = _find(client, wanted)
+    return _fetch(version, Path(dest) if dest else Path(f"{wanted.name}-v{version.version}"), uri, full)
+
+
+def resolve_checkpoint(reference: str | Path, storage: Path = Path("runs"), *, tracking_uri: str | None = None) -> Path:
+    """The local checkpoint directory a reference means; registered ones are fetched once into the cache.
+
+    The cache is $PRETRAIN_CACHE/checkpoints (default ~/.cache/pretrain), one directory per digest.
+
+    Raises:
+        RequestError, CheckpointError, RunFailed: As `pull`.
+    """
+    text = os.fspath(reference)
+    if text.startswith("runs:/"):
+        return _of_run(text, Path(storage), tracking_uri)
+    path = Path(text)
+    if (path / MANIFEST).is_file():
+        return path
+    if isinstance(reference, Path) or path.exists() or not (text.startswith("models:/") or "@" in text):
+        raise RequestError(f"checkpoint {text!r}: no directory with a {MANIFEST} in it; expected {FORMS}")
+    wanted = _parse_registered(text)
+    uri = tracking_uri or default_uri(storage)
+    with _reachable(uri):
+        version = _find(connect(uri), wanted)
+    return _cached(version, uri)
+
+
+def load_backbone(reference: str | Path, *, storage: Path = Path("runs"), tracking_uri: str | None = None) -> Backbone:
+    """The backbone of a checkpoint with its pretrained weights, in evaluation mode.
+
+    Raises:
+        RequestError, CheckpointError, RunFailed: As `pull`.
+    """
+    checkpoint = resolve_checkpoint(reference, storage, tracking_uri=tracking_uri)
+    from backbones.io import load_backbone as load  # imports torch
+
+    return load(checkpoint)
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The published step with the highest score by the recipe's `evaluation.select`; None if there is none yet."""
+    select = yaml.safe_load((run_dir / "recipe.yaml").read_text())["evaluation"]["select"]
+    if select is None:
+        return None
+    protocol_data, _, metric = select.rpartition("/")
+    on_disk = {found.step for found in published(run_dir)}
+    scores: dict[int, float] = {}
+    for record in read_journal(run_dir / "evaluations.jsonl")[0]:
+        if f"{record['protocol']}/{record['data']}" == protocol_data and record["step"] in on_disk - {0}:
+            score = record.get("metrics", {}).get(metric, math.nan)
+            if math.isfinite(score):
+                scores[record["step"]] = score
+    return max(scores, key=lambda step: (scores[step], -step)) if scores else None
+
+
+# The registry ---------------------------------------------------------------------------------------------------------
+
+
+def _parse_registered(reference: str) -> Registered:
+    match = REGISTERED.fullmatch(reference)
+    if match is None:
+        raise RequestError(
+            f"{reference!r} names no registered model; expected NAME[@ALIAS], models:/NAME@ALIAS or models:/NAME/3"
+        )
+    return Registered(match["name"], match["alias"] or "best", match["version"])
+
+
+def _find(client: MlflowClient, wanted: Registered) -> ModelVersion:
+    """The version that `wanted` means; RequestError lists what there is instead."""
+    try:
+        model = client.get_registered_model(wanted.name)
+    except Exception as error:
+        if verdict(error) != "missing":
+            raise
+        names = [found.name for found in client.search_registered_models(max_results=1000)]
+        raise RequestError(f"no registered model {wanted.name!r}{_suggest(wanted.name, names)}") from None
+    number = wanted.version or model.aliases.get(wanted.alias)
+    if number is None:
+        raise RequestError(
+            f"registered model {wanted.name!r} has no alias {wanted.alias!r}{_suggest(wanted.alias, model.aliases)}; "
+            f"or name a version: models:/{wanted.name}/1"
+        )
+    try:
+        return client.get_model_version(wanted.name, str(number))
+    except Exception as error:
+        if verdict(error) != "missing":
+            raise
+        versions = sorted((str(v.version) for v in client.search_model_versions(f"name='{wanted.name}'")), key=int)
+        raise RequestError(
+            f"registered model {wanted.name!r} has no version {number}; there are: {', '.join(versions)}"
+        ) from None
+
+
+def _fetch(version: ModelVersion, dest: Path, uri: str, full: bool) -> Path:
+    """Fetch beside `dest`, verify, rename."""
+    _refuse_occupied(dest)
+    try:
+        digest = version.tags["checkpoint_sha256"]
+        recorded = Path(version.tags["checkpoint_path"])
+    except KeyError as missing:
+        raise CheckpointError(
+            f"{version.name} version {version.version} has no tag {missing}: pretrain did not register it"
+        ) from None
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+    aside.chmod(0o755)  # mkdtemp makes it private, dest is an ordinary directory
+    try:
+        if full:
+            _copy_recorded(recorded, aside)
+        else:
+            _download(version, aside, uri)
+        verify_files(aside, digest)
+        if dest.is_dir():
+            dest.rmdir()
+        aside.rename(dest)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return dest
+
+
+def _download(version: ModelVersion, into: Path, uri: str) -> None:
+    with _reachable(uri):
+        from mlflow.artifacts import download_artifacts
+
+        # The names are ours, not the server's: nothing it says can lead out of `into`.
+        for name in EXPORTED_FILES:
+            download_artifacts(artifact_uri=f"{version.source}/{name}", dst_path=str(into), tracking_uri=uri)
+
+
+def _copy_recorded(recorded: Path, into: Path) -> None:
+    if not (recorded / MANIFEST).is_file():
+        raise RequestError(
+            f"{recorded}: the full checkpoint is not there any more (pruned, or on another machine); "
+            "without --full its backbone is fetched from MLflow"
+        )
+    for name in [MANIFEST, *_safe_names(read_manifest(recorded)["files"])]:
+        if not (recorded / name).is_file():
+            raise CheckpointError(f"{recorded / name}: missing; {MANIFEST} lists it")
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(recorded / name, into / name)
+
+
+def verify_files(checkpoint: Path, manifest_digest: str) -> None:
+    """Check every file in a fetched directory against `checkpoint.json`, and that one against the registry.
+
+    Args:
+        checkpoint: Directory; may lack training state, but no exported file.
+        manifest_digest: SHA-256 of its `checkpoint.json`.
+
+    Raises:
+        CheckpointError: Names the first file that is missing, not listed or different.
+    """
+    if _sha256(checkpoint / MANIFEST) != manifest_digest:
+        raise CheckpointError(
+            f"{MANIFEST} differs from the SHA-256 in the registry: it was changed after it was registered; refused"
+        )
+    entries = read_manifest(checkpoint)["files"]
+    present = {p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if not p.is_dir()} - {MANIFEST}
+    for name in sorted(present | (set(EXPORTED_FILES) - {MANIFEST})):
+        if name not in entries or not (checkpoint / name).is_file():
+            raise CheckpointError(f"{name}: {'not listed in ' + MANIFEST if name in present else 'missing'}; refused")
+        if (found := _sha256(checkpoint / name)) != entries[name]["sha256"]:
+            raise CheckpointError(
+                f"{name}: SHA-256 is {found[:12]}..., {MANIFEST} says {entries[name]['sha256'][:12]}...: "
+                "one of them was changed after publication; refused"
+            )
+
+
+def _cached(version: ModelVersion, uri: str) -> Path:
+    root = Path(os.environ.get("PRETRAIN_CACHE") or Path.home() / ".cache" / "pretrain") / "checkpoints"
+    digest = version.tags.get("checkpoint_sha256", "")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise CheckpointError(
+            f"{version.name} version {version.version} has no valid tag checkpoint_sha256: pretrain did not register it"
+        )
+    cached = root / digest[:32]
+    try:
+        verify_files(cached, digest)
+        return cached
+    except (FileNotFoundError, CheckpointError):
+        shutil.rmtree(cached, ignore_errors=True)  # never fetched, or damaged since
+    fetched = _fetch(version, root / f"{cached.name}.{os.getpid()}", uri, full=False)
+    try:
+        fetched.rename(cached)
+    except OSError:  # another process was quicker
+        shutil.rmtree(fetched)
+    return cached
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def _of_run(reference: str, storage: Path, tracking_uri: str | None) -> Path:
+    match = RUN.fullmatch(reference)
+    if match is None:
+        raise RequestError(
+            f"{reference!r}: expected runs:/RUN_ID, runs:/RUN_ID/STEP, runs:/RUN_ID/best or runs:/RUN_ID/last"
+        )
+    run_id, step = match["run"], match["step"] or "last"
+    run_dirs = {path.parent.name: path.parent for path in storage.glob("*/recipe.yaml")}
+    run_dir = run_dirs.get(run_id) or _with_mlflow_id(run_id, run_dirs.values())
+    if run_dir is not None:
+        return _step_of(run_dir, step)
+    if MLFLOW_RUN_ID.fullmatch(run_id):
+        return _registered_by(run_id, step, tracking_uri or default_uri(storage))
+    raise RequestError(f"no run {run_id!r} in {storage}{_suggest(run_id, sorted(run_dirs))}")
+
+
+def _with_mlflow_id(mlflow_run_id: str, run_dirs: Iterable[Path]) -> Path | None:
+    for run_dir in run_dirs:
+        ledger = Ledger.load(run_dir / "mlflow.json")
+        if ledger is not None and ledger.mlflow_run_id == mlflow_run_id:
+            return run_dir
+    return None
+
+
+def _step_of(run_dir: Path, step: str) -> Path:
+    paths = {found.step: found.path for found in published(run_dir)}
+    if not paths:
+        raise RequestError(f"{run_dir}: this run has published no checkpoint")
+    if step == "best":
+        if (best := best_step(run_dir)) is None:
+            raise RequestError(f"{run_dir}: no checkpoint was scored by evaluation.select; steps: {_listed(paths)}")
+        return paths[best]
+    number = max(paths) if step == "last" else int(step)
+    if number not in paths:
+        raise RequestError(f"{run_dir}: no checkpoint of step {number}; there are: {_listed(paths)}")
+    return paths[number]
+
+
+def _registered_by(mlflow_run_id: str, step: str, uri: str) -> Path:
+    """A checkpoint of a run that is not on this machine."""
+    with _reachable(uri):
+        client = connect(uri)
+        found = {
+            int(v.tags["step"]): v
+            for v in client.search_model_versions(f"run_id='{mlflow_run_id}'")
+            if "step" in v.tags
+        }
+        if step == "best":
+            raise RequestError(
+                f"run {mlflow_run_id} is not on this machine; use models:/NAME@best or runs:/{mlflow_run_id}/STEP"
+            )
+        number = max(found, default=None) if step == "last" else int(step)
+    if number is None or number not in found:
+        raise RequestError(
+            f"MLflow run {mlflow_run_id}: no registered checkpoint of step {step}; there are: {_listed(sorted(found))}"
+        )
+    return _cached(found[number], uri)
+
+
+# Small print ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reachable(uri: str) -> Iterator[None]:
+    """Turn what MLflow raises for a dead server into one line."""
+    try:
+        yield
+    except (RequestError, CheckpointError):
+        raise
+    except Exception as error:
+        raise RunFailed(f"MLflow at {redact(uri)}: {redact(str(error).partition(chr(10))[0])}") from error
+
+
+def _refuse_occupied(dest: Path) -> None:
+    if dest.is_symlink() or (dest.exists() and (not dest.is_dir() or any(dest.iterdir()))):
+        raise RequestError(
+            f"{dest}: already exists and is not an empty directory; choose another destination or remove it"
+        )
+
+
+def _safe_names(names: Iterable[str]) -> Iterator[str]:
+    """Relative paths that stay inside their directory."""
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or path.as_posix() != name:
+            raise CheckpointError(f"{MANIFEST}: {name!r} is no path inside a checkpoint; refused")
+        yield name
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f"; did you mean {near[0]!r}? there are: {_listed(known)}"
+    return f"; there are: {_listed(known)}"
+
+
+def _listed(items: Iterable[Any], limit: int = 20) -> str:
+    texts: Sequence[str] = [str(item) for item in items]
+    return (", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")) or "none"

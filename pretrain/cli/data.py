@@ -1,0 +1,339 @@
+"""`pretrain data ...`: files to shards, and what is in them.
+
+Requests are checked before numpy or an image library is imported. The work is in `data_pipelines`: `pack`, `verify`,
+`stats` and `show`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pretrain.errors import RequestError, RunFailed
+
+__all__ = ["data"]
+
+KINDS = ("auto", "images", "pairs", "sequences", "points", "volumes", "list", "tars")
+
+_sources = click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+_workers = click.option(
+    "--workers", type=click.IntRange(1), metavar="N", help="Processes; default: as many as this machine has cores."
+)
+
+
+@click.group()
+def data() -> None:
+    """Make shards, check them, look at them.
+
+    \b
+    pretrain data pack photos/ shards/ --split train=0.9,test=0.1
+    pretrain data verify shards/                       every damage by shard, sample and offset
+    pretrain data stats shards/ --json                 sizes, channel means, class balance
+    pretrain data show shards/ -o sheet.png            a contact sheet
+
+    SOURCE is a directory, a glob 'shards/train-*.tar', a range 'shards/train-{000000..000009}.tar' or one .tar; local
+    or on http(s), s3 or gs.
+    """
+    click.get_current_context().with_resource(_plain_warnings())
+
+
+@data.command()
+@click.argument("src")
+@click.argument("dest")
+@click.option("--kind", type=click.Choice(KINDS), default="auto", show_default=True, help="What SRC holds.")
+@click.option(
+    "--split",
+    "splits",
+    metavar="NAME=SHARE,...",
+    default="train=1",
+    show_default=True,
+    help="Splits and their shares, by a hash of the name: train=0.9,test=0.1",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of the order of the samples."
+)
+@click.option(
+    "--shard-mb", type=click.IntRange(1), metavar="MB", default=256, show_default=True, help="Size of a shard."
+)
+@click.option("--shard-samples", type=click.IntRange(1), metavar="N", help="Samples per shard instead of a size: 1000")
+@click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Make the shorter side of photos this long: 256")
+@click.option("--reencode", metavar="FORMAT", help="Write photos anew: jpeg:90, webp:80 or png.")
+@click.option("--masks", metavar="DIR", help="Folder of masks or label volumes named like the files of SRC.")
+@click.option("--classes", metavar="NAME,...", help="Names of the classes in index order, where SRC does not say them.")
+@click.option("--ignore-index", type=click.IntRange(0), metavar="N", help="Value of masks that is no class: 255")
+@click.option("--name", metavar="NAME", help="Of the data set; default: that of SRC.")
+@click.option("--dedupe", is_flag=True, help="Leave out samples with the same content as another one.")
+@click.option(
+    "--max-bad",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    metavar="SHARE",
+    help="Share of samples that may be broken: 0.001",
+)
+@_workers
+def pack(
+    src: str,
+    dest: str,
+    kind: str,
+    splits: str,
+    seed: int,
+    shard_mb: int,
+    shard_samples: int | None,
+    size: int | None,
+    reencode: str | None,
+    masks: str | None,
+    classes: str | None,
+    ignore_index: int | None,
+    name: str | None,
+    dedupe: bool,
+    max_bad: float,
+    workers: int | None,
+) -> None:
+    """Pack SRC into shards in DEST.
+
+    SRC is a folder of photos (sub-folders are classes), photos with masks, image sequences, point clouds or volumes; a
+    list (.txt, .csv, .parquet) of paths and labels; or tars. The same files and options give the same bytes, and the
+    same command goes on where a killed one stopped.
+
+    \b
+    pretrain data pack photos/ shards/ --size 256 --reencode jpeg:90
+    pretrain data pack frames/ shards/ --masks masks/ --split train=0.8,val=0.1,test=0.1
+    pretrain data pack photos.csv shards/ --dedupe --max-bad 0.001
+    """
+    shares = _parse_splits(splits)
+    _require_inputs(src, masks)
+    from data_pipelines.packing.pack import pack
+
+    began = time.monotonic()
+    with _progress("packing") as progress:
+        manifest = pack(
+            src,
+            dest,
+            kind=kind,
+            splits=shares,
+            seed=seed,
+            shard_mb=shard_mb,
+            shard_samples=shard_samples,
+            size=size,
+            reencode=reencode,
+            masks=masks,
+            classes=classes.split(",") if classes else None,
+            ignore_index=ignore_index,
+            name=name,
+            dedupe=dedupe,
+            workers=workers or _cores(),
+            max_bad=max_bad,
+            progress=progress,
+        )
+    from data_pipelines.inspection.stats_text import readable_bytes
+
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    samples = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
+    click.echo(
+        f"packed {samples} samples into {len(shards)} shards, {readable_bytes(sum(shard.bytes for shard in shards))}, "
+        f"in {time.monotonic() - began:.1f} s; {manifest.duplicates or 0} duplicates and {manifest.rejected or 0} "
+        "broken ones left out"
+    )
+    click.echo(f"next: pretrain data verify {dest}")
+
+
+@data.command()
+@_sources
+@click.option("--no-decode", is_flag=True, help="Check bytes and structure only; do not decode images and arrays.")
+@_workers
+def verify(sources: tuple[str, ...], no_decode: bool, workers: int | None) -> None:
+    """Name every damage; exit code 1 if there is one.
+
+    Reads every shard whole and checks sizes, SHA-256 and counts of dataset.json, the structure of the tar, the CRC of
+    every sample against the index beside the shard, and that every field decodes. Pickles are never read.
+
+    \b
+    pretrain data verify shards/
+    pretrain data verify 's3://bucket/set/train-{000000..000099}.tar' --workers 8 --no-decode
+    """
+    _check_sources(sources)
+    from data_pipelines.inspection.verify import verify
+
+    began = time.monotonic()
+    with _progress("verifying") as progress:
+        report = verify(sources, decode=not no_decode, workers=workers or _cores(), progress=progress)
+    for finding in report.findings:
+        click.echo(str(finding))
+    from data_pipelines.inspection.stats_text import readable_bytes
+
+    fields = ", ".join(f"{name} {count}" for name, count in sorted(report.fields.items()))
+    notes = [
+        *([f"not decoded: {', '.join(sorted(report.unknown))}"] if report.unknown and not no_decode else []),
+        *([f"never read (pickles): {', '.join(sorted(report.never_read))}"] if report.never_read else []),
+    ]
+    click.echo(
+        f"{len(report.findings) or 'no'} finding{'s' * (len(report.findings) != 1)} in {report.num_shards} shards, "
+        f"{report.num_samples} samples, {readable_bytes(report.num_bytes)} ({'; '.join([fields, *notes])}), "
+        f"{time.monotonic() - began:.1f} s"
+    )
+    if report.findings:
+        raise click.exceptions.Exit(1)
+
+
+@data.command()
+@_sources
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Read the first N samples only; default: all.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_workers
+def stats(sources: tuple[str, ...], limit: int | None, as_json: bool, workers: int | None) -> None:
+    """Count samples, sizes, classes, channel means, copies.
+
+    \b
+    pretrain data stats shards/
+    pretrain data stats 'shards/train-*.tar' --limit 10000 --json
+    """
+    _check_sources(sources)
+    from data_pipelines.inspection.stats import stats
+    from data_pipelines.inspection.stats_text import stats_lines
+
+    with _progress("counting") as progress:
+        found = stats(sources, limit=limit, workers=workers or _cores(), progress=progress)
+    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(stats_lines(found)))
+
+
+@data.command()
+@click.argument("source")
+@click.argument("ids", type=click.IntRange(0), nargs=-1)
+@click.option("--first", type=click.IntRange(1), metavar="N", help="The first N samples instead of IDS; default: 8.")
+@click.option("--field", metavar="NAME", help="Only this field: jpg, seg.png")
+@click.option("-o", "--output", metavar="FILE.png", help="Write a contact sheet instead of text: sheet.png")
+@click.option(
+    "--size", type=click.IntRange(16, 1024), metavar="PIXELS", default=128, show_default=True, help="Of a picture."
+)
+def show(
+    source: str, ids: tuple[int, ...], first: int | None, field: str | None, output: str | None, size: int
+) -> None:
+    """Print samples of SOURCE, or draw them.
+
+    IDS are numbers from 0 through the shards in order.
+
+    \b
+    pretrain data show shards/ 0 17 4711
+    pretrain data show shards/ --first 64 --field jpg -o sheet.png
+    """
+    _check_sources((source,))
+    _check_show(ids, first, output)
+    from data_pipelines.inspection.show import contact_sheet, describe
+    from data_pipelines.shards.dataset import open_dataset
+
+    dataset = open_dataset(source)
+    chosen = ids or range(min(first or 8, dataset.num_samples))
+    dataset.prefetch(chosen)
+    if output is None:
+        for sample_id in chosen:
+            click.echo("\n".join(describe(dataset, sample_id, field)))
+        return
+    sheet = contact_sheet(dataset, chosen, size, field)
+    sheet.save(output)
+    click.echo(f"{len(chosen)} of {dataset.num_samples} samples are in {output} ({sheet.width} x {sheet.height})")
+
+
+def _parse_splits(text: str) -> dict[str, float]:
+    """`train=0.9,test=0.1` -> shares by name.
+
+    Raises:
+        RequestError: not of that form, a share outside (0, 1], a name twice, or a sum other than 1.
+    """
+    wanted = "expected NAME=SHARE,... such as train=0.9,test=0.1"
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+            raise RequestError(f"--split {text}: {name!r} is no name of letters, digits and _; {wanted}")
+        if name in shares:
+            raise RequestError(f"--split {text}: {name} is named twice; {wanted}")
+        try:
+            shares[name] = float(number)
+        except ValueError:
+            raise RequestError(f"--split {text}: {number!r} is no number; {wanted}") from None
+        if not 0 < shares[name] <= 1:
+            raise RequestError(f"--split {text}: share {number} of {name} is not in (0, 1]; {wanted}")
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise RequestError(f"--split {text}: the shares add up to {sum(shares.values()):g}; they must add up to 1")
+    return shares
+
+
+def _require_inputs(src: str, masks: str | None) -> None:
+    from pretrain.config.checks import nearest_file
+
+    given = {"SRC": src} | ({} if masks is None else {"--masks": masks})
+    mistakes = [
+        f"{name} {path}: no such file or directory{nearest_file(Path(path))}"
+        for name, path in given.items()
+        if not Path(path).expanduser().exists()
+    ]
+    if mistakes:
+        raise RequestError(*mistakes)
+
+
+def _check_sources(sources: tuple[str, ...]) -> None:
+    from data_pipelines.shards.source import check_source
+
+    check_source(sources)
+
+
+def _check_show(ids: tuple[int, ...], first: int | None, output: str | None) -> None:
+    if ids and first is not None:
+        raise RequestError(f"--first {first}: IDS are given as well; give one of the two")
+    if output is None:
+        return
+    if not output.lower().endswith(".png"):
+        raise RequestError(f"--output {output}: expected a name that ends in .png")
+    if not Path(output).absolute().parent.is_dir():
+        raise RequestError(f"--output {output}: there is no directory {Path(output).absolute().parent}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """What the work warns of is meant for the user: one line each, without the place in the source."""
+    with warnings.catch_warnings():
+        shown_otherwise = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, UserWarning):
+                click.echo(f"warning: {' '.join(str(message).split())}", err=True)
+            else:
+                shown_otherwise(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, as long as that is a terminal; yields `update(done, total)`.
+
+    Raises:
+        RunFailed: a worker process died of the work inside.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from data_pipelines.worker_pool import WorkerDied
+
+    console = Console(stderr=True)
+    columns = TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        try:
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        except WorkerDied as error:
+            raise RunFailed(str(error)) from error

@@ -1,0 +1,280 @@
+"""The command line. Exit codes: 0 done, 1 the work failed, 2 the request was wrong (one line per mistake).
+
+Requests are checked before anything heavy is imported: `--help`, `recipes` and every refused request answer without
+torch, Ray, MLflow or DeepSpeed. The work itself is in `pretrain.driver`, `pretrain.evaluations`,
+`pretrain.checkpoints.references` and `pretrain.reporting.page`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pretrain import __version__
+from pretrain.cli.data import data
+from pretrain.errors import RequestError, RunFailed
+
+__all__ = ["cli", "main"]
+
+_storage = click.option("--storage", metavar="DIR", default="runs", show_default=True, help="Directory of the runs.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="pretrain")
+def cli() -> None:
+    """Pretrain vision backbones without labels, and know what every checkpoint is worth.
+
+    \b
+    pretrain run demo                                  two workers, shipped photos, minutes on two CPU cores
+    pretrain run mae_cifar10 data.root=DIR             your shards
+    pretrain run mae_cifar10 data.root=DIR train.steps=200 train.workers=1
+    pretrain recipes mae_cifar10                       every setting that recipe makes
+    """
+
+
+@cli.command()
+@click.argument("recipe")
+@click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--address", metavar="URL", help="A running Ray; default: $RAY_ADDRESS, else a private local one.")
+def run(recipe: str, settings: tuple[str, ...], address: str | None) -> None:
+    """Train RECIPE (a name or a YAML file), evaluate its checkpoints, record everything, print a summary."""
+    from pretrain.config.load import load_recipe
+
+    place = () if address is None else (f"cluster.address={address}",)
+    resolved = load_recipe(recipe, (*settings, *place))
+    from pretrain.driver import run
+
+    run(resolved)
+
+
+@cli.command()
+@click.argument("run_id")
+@click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)
+@_storage
+def resume(run_id: str, settings: tuple[str, ...], storage: str) -> None:
+    """Go on with a run from its last complete checkpoint, on other workers if you say so (train.workers=1)."""
+    from pretrain.config.load import load_for_resume
+
+    load_for_resume(_run_directory(run_id, storage) / "recipe.yaml", settings)  # refused before anything heavy starts
+    from pretrain.driver import resume
+
+    resume(run_id, storage, settings)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--protocol", "protocols", metavar="NAME", multiple=True, help="Repeatable; default: as its recipe.")
+@click.option("--data", metavar="NAME=DIRECTORY", multiple=True, help="Repeatable; default: the data of its recipe.")
+@_storage
+def evaluate(checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...], storage: str) -> None:
+    """Grade CHECKPOINT: a directory, runs:/ID[/step] or models:/NAME@ALIAS. Known results are not computed again."""
+    directories = _check_evaluation(checkpoint, protocols, data)
+    from pretrain.evaluations import evaluate
+
+    results = evaluate(checkpoint, protocols or None, directories or None, storage=storage)
+    rows = []
+    for result in results:
+        score = _headline(result.protocol, result.metrics)
+        rows.append([result.protocol, result.data, *score, "known" if result.cached else f"{result.seconds:.1f} s"])
+    _print_table(("protocol", "data", "metric", "score", "time"), rows)
+
+
+@cli.command()
+@click.option("--protocol", metavar="NAME", help="Only this protocol.")
+@click.option("--data", metavar="NAME", help="Only this data set.")
+@_storage
+def leaderboard(protocol: str | None, data: str | None, storage: str) -> None:
+    """List the scores of all runs, best first."""
+    if protocol is not None:
+        _check_protocols([protocol])
+    from pretrain.evaluations import leaderboard
+
+    everything = leaderboard(storage)
+    _check_filter("data", data, {row["data"] for row in everything})
+    chosen = [row for row in everything if protocol in (None, row["protocol"]) and data in (None, row["data"])]
+    if not chosen:
+        click.echo(f"no evaluation in {Path(storage).absolute()} yet")
+        return
+    rows = []
+    for row in chosen:
+        score = _headline(row["protocol"], row["metrics"])
+        rows.append([row["protocol"], row["data"], *score, row["run"], str(row["step"])])
+    rows.sort(key=lambda row: (row[0], row[1], -float(row[3])))
+    _print_table(("protocol", "data", "metric", "score", "run", "step"), rows)
+
+
+@cli.command()
+@click.argument("name", metavar="NAME[@ALIAS]")
+@click.argument("dest", required=False)
+@click.option("--full", is_flag=True, help="With the training state, to resume from.")
+@_storage
+def pull(name: str, dest: str | None, full: bool, storage: str) -> None:
+    """Fetch a registered checkpoint to DEST (default: ./NAME-vVERSION), verified; an existing DEST is refused."""
+    from pretrain.checkpoints.references import pull
+
+    click.echo(f"{name} is in {pull(name, Path(dest) if dest else None, storage=Path(storage), full=full)}")
+
+
+@cli.command()
+@click.argument("run_id")
+@_storage
+def report(run_id: str, storage: str) -> None:
+    """Write the report of a run: one self-contained HTML page."""
+    directory = _run_directory(run_id, storage)
+    from pretrain.reporting.page import write_report
+
+    click.echo(write_report(directory))
+
+
+@cli.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes, or print one."""
+    from pretrain.config.load import recipe_description, recipe_names, recipe_path
+
+    if name is not None:
+        click.echo(recipe_path(name).read_text(encoding="utf-8"), nl=False)
+        return
+    width = max(map(len, recipe_names()))
+    for known in recipe_names():
+        click.echo(f"{known:<{width}}  {recipe_description(known)}")
+
+
+cli.add_command(data)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        code = cli.main(arguments, prog_name="pretrain", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        _complain([" ".join(error.format_message().split())])
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        _complain(["interrupted"])
+        return 1
+    except RequestError as error:
+        _complain(error.mistakes)
+        return 2
+    except RunFailed as error:
+        _complain([error.message, *([f"the log is {error.log}"] if error.log else [])])
+        return 1
+    except Exception as error:
+        if isinstance(error, _mistakes_of_other_packages()):
+            _complain([str(error)])
+            return 2
+        first_line = (str(error).splitlines() or [""])[0]
+        _complain([f"{type(error).__name__}: {first_line}", f"the traceback is in {_save_traceback()}"])
+        return 1
+
+
+def _mistakes_of_other_packages() -> tuple[type[Exception], ...]:
+    from backbones.errors import BackboneError
+    from data_pipelines.errors import DataError
+    from evaluation.registry import EvaluationError
+    from objectives.errors import ObjectiveError
+
+    return BackboneError, DataError, EvaluationError, ObjectiveError
+
+
+def _complain(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(f"error: {line}", err=True)
+
+
+def _save_traceback() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="pretrain-", suffix=".log", delete=False, encoding="utf-8") as file:
+        traceback.print_exc(file=file)
+    return file.name
+
+
+def _run_directory(run_id: str, storage: str) -> Path:
+    """The directory of an existing run.
+
+    Raises:
+        RequestError: there is none.
+    """
+    from pretrain.config.mistakes import nearest
+
+    directory = Path(storage) / run_id
+    if not (directory / "recipe.yaml").is_file():
+        known = sorted(path.parent.name for path in Path(storage).glob("*/recipe.yaml"))
+        hint = nearest(run_id, known) or (f"; the newest are {', '.join(known[-3:])}" if known else "; it holds none")
+        raise RequestError(f"run {run_id}: not in {Path(storage).absolute()}{hint}")
+    return directory
+
+
+def _check_evaluation(checkpoint: str, protocols: Sequence[str], data: Sequence[str]) -> dict[str, str]:
+    """Refuse what can be known to be wrong without loading anything; returns the data directories by name."""
+    from pretrain.config.checks import absolute, evaluation_data_problem, nearest_file
+
+    mistakes = []
+    path = Path(checkpoint)
+    registered = ":/" in checkpoint or "@" in checkpoint
+    if not registered and not (path / "backbone.safetensors").is_file():
+        why = "no backbone.safetensors in it" if path.is_dir() else f"no such directory{nearest_file(path)}"
+        forms = "a checkpoint directory, runs:/ID[/step] or models:/NAME@ALIAS"
+        mistakes.append(f"checkpoint {checkpoint}: {why}; expected {forms}")
+    try:
+        _check_protocols(protocols)
+    except RequestError as error:
+        mistakes += error.mistakes
+    directories = {}
+    for text in data:
+        name, _, directory = text.partition("=")
+        if not (name and directory):
+            mistakes.append(f"--data {text}: expected NAME=DIRECTORY")
+            continue
+        directories[name] = absolute(directory)
+        if problem := evaluation_data_problem(directories[name]):
+            mistakes.append(f"--data {text}: {problem}")
+    if mistakes:
+        raise RequestError(*mistakes)
+    return directories
+
+
+def _check_protocols(names: Iterable[str]) -> None:
+    from evaluation import registry
+    from pretrain.config.mistakes import nearest
+
+    known = registry.names()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        listing = ", ".join(known)
+        raise RequestError(*(f"protocol {n}: unknown; known are {listing}{nearest(n, known)}" for n in unknown))
+
+
+def _check_filter(option: str, name: str | None, known: set[str]) -> None:
+    from pretrain.config.mistakes import nearest
+
+    if name is not None and known and name not in known:
+        listing = ", ".join(sorted(known))
+        raise RequestError(f"--{option} {name}: no such results; known are {listing}{nearest(name, known)}")
+
+
+def _headline(protocol: str, metrics: Mapping[str, float]) -> tuple[str, str]:
+    """Name and value of the score that stands for a protocol."""
+    from evaluation import registry
+
+    known = protocol in registry.names()  # a result of a plug-in may outlive the plug-in
+    metric = registry.protocol(protocol).headline if known else next(iter(metrics))
+    return metric, f"{metrics[metric]:.4f}"
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,1 @@
+"""Recipes: the schema, the loader, the checks, and how mistakes are told."""

@@ -1,0 +1,348 @@
+"""What settings mean together: paths, names of other packages, batch arithmetic, schedules, DeepSpeed keys.
+
+Each rule runs when the settings it reads are sound by themselves, so one request gets all of its mistakes reported.
+`resolve` also fills in what the recipe leaves open; afterwards nothing is derived a second time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from backbones.images.timm_names import model_names
+from data_pipelines.errors import DataError
+from data_pipelines.shards.source import check_source
+from data_pipelines.storage.locations import redact, scheme_of
+from evaluation import registry as evaluations
+from pretrain.config.mistakes import Findings, nearest
+from pretrain.config.schema import BackboneConfig, DataConfig, EvaluationConfig, Recipe, TrainConfig
+from pretrain.training.optimizers import WHOLE_PARAMETER
+
+__all__ = ["evaluation_data_problem", "nearest_file", "resolve"]
+
+_PACKAGE = Path(__file__).parents[1]
+_SPLITS = ("train-*.tar", "test-*.tar")
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MODEL_SIZES = re.compile(r"_patch(\d+)(?:_[a-z]\w*?)?_(\d+)(?:_|\.|$)")
+
+# DeepSpeed keys that a setting of ours decides; saying both would leave it open which one counts.
+_OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "optimizer.clip_grad",
+    "zero_optimization.stage": "train.zero_stage",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer",
+}
+
+
+def resolve(draft: Recipe, findings: Findings, *, check_files: bool) -> Recipe:
+    """Check the rules and fill in paths and derived values.
+
+    Args:
+        draft: the merged recipe, with stand-ins where `findings` already holds a mistake.
+        findings: receives the mistakes; the result is only meaningful when it stays empty.
+        check_files: also look whether the data is there.
+    """
+    _check_names(draft, findings)
+    _check_backbone(draft.backbone, findings)
+    _check_optimizer(draft, findings)
+    _check_optimizer_shards(draft, findings)
+    _check_precision(draft.train, findings)
+    _check_deepspeed(draft.deepspeed, findings)
+    recipe = replace(
+        draft,
+        data=_with_absolute_paths(draft.data),
+        train=_with_batch_arithmetic(draft.train, findings),
+        evaluation=replace(
+            draft.evaluation, data={name: absolute(path) for name, path in draft.evaluation.data.items()}
+        ),
+        tracking=replace(draft.tracking, model_name=draft.tracking.model_name or draft.name),
+        storage=_checked_storage(draft.storage, findings),
+    )
+    _check_data(draft.data, findings, check_files=check_files)
+    if recipe.evaluation.enabled:
+        if check_files:
+            _check_evaluation_data(recipe.evaluation, findings)
+        _check_evaluation_tasks(recipe.evaluation, recipe.backbone, findings)
+    return recipe
+
+
+def absolute(path: str | None) -> Any:
+    """The absolute form of a path: `package:` is in the installed package, `~` at home, others in the current folder.
+
+    URLs, commands and None come back as they are.
+    """
+    if path is None or "://" in path or scheme_of(path) == "pipe":
+        return path
+    if path.startswith("package:"):
+        return str(_PACKAGE / path.removeprefix("package:"))
+    return os.path.abspath(Path(path).expanduser())
+
+
+def nearest_file(path: Path) -> str:
+    """The hint for a path that does not exist: the closest name that does, or the first folder that is missing."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f"; there is no directory {folder}"
+    close = difflib.get_close_matches(path.name, sorted(os.listdir(folder)), n=1)
+    return f"; did you mean '{folder / close[0]}'?" if close else ""
+
+
+def evaluation_data_problem(directory: str | Path) -> str | None:
+    """What is wrong with a directory of evaluation data; None when it holds both splits."""
+    folder = Path(directory)
+    if not folder.is_dir():
+        return f"no such directory{nearest_file(folder)}"
+    absent = [pattern for pattern in _SPLITS if not any(folder.glob(pattern))]
+    if absent:
+        return f"no {' and no '.join(absent)} in it; evaluation data has shards {' and '.join(_SPLITS)}"
+    return None
+
+
+def _check_names(draft: Recipe, findings: Findings) -> None:
+    for key, name in (("name", draft.name), ("tracking.model_name", draft.tracking.model_name)):
+        if findings.sound(key) and name is not None and not _RUN_NAME.fullmatch(name):
+            findings.add(key, name, "expected letters, digits, '.', '_' and '-' only (it names directories)")
+
+
+def _check_backbone(backbone: BackboneConfig, findings: Findings) -> None:
+    if not findings.sound("backbone.name"):
+        return
+    known = model_names()
+    plain_name = backbone.name.partition(".")[0]
+    if plain_name not in known:
+        problem = f"unknown model; it is none of the {len(known)} registered names{nearest(plain_name, known)}"
+        findings.add("backbone.name", backbone.name, problem)
+        return
+    image_size, patch_size = _sizes(backbone)
+    if findings.sound("backbone.image_size", "backbone.patch_size") and image_size and patch_size:
+        _check_divisible("backbone.image_size", image_size, patch_size, findings)
+    channels = backbone.in_chans
+    for key, numbers in (("backbone.pixel_mean", backbone.pixel_mean), ("backbone.pixel_std", backbone.pixel_std)):
+        if findings.sound(key) and len(numbers) != channels:
+            problem = f"{key} has {len(numbers)} numbers, expected one for each of {channels} channels"
+            blamed = findings.latest(key, "backbone.in_chans")
+            findings.add(blamed, channels if blamed.endswith("in_chans") else numbers, problem)
+
+
+def _sizes(backbone: BackboneConfig) -> tuple[int | None, int | None]:
+    """Image and patch size in pixels, read from the model's name where the recipe leaves them open."""
+    match = _MODEL_SIZES.search(backbone.name)
+    patch_size, image_size = (int(match.group(1)), int(match.group(2))) if match else (None, None)
+    return backbone.image_size or image_size, backbone.patch_size or patch_size
+
+
+def _check_divisible(key: str, image_size: int, patch_size: int, findings: Findings) -> None:
+    if image_size % patch_size:
+        below = image_size - image_size % patch_size
+        sizes = [size for size in (below, below + patch_size) if size]
+        problem = f"not a multiple of the patch size {patch_size}; nearest: {' or '.join(map(str, sizes))}"
+        findings.add(key, image_size, problem)
+
+
+def _check_optimizer(draft: Recipe, findings: Findings) -> None:
+    optimizer = draft.optimizer
+    if findings.sound("optimizer.lr", "optimizer.base_lr"):
+        if optimizer.lr is None and optimizer.base_lr is None:
+            problem = "give one of optimizer.lr and optimizer.base_lr (lr = base_lr x global_batch_size / 256)"
+            findings.add("optimizer.lr", None, problem)
+        elif optimizer.lr is not None and optimizer.base_lr is not None:
+            key = findings.latest("optimizer.base_lr", "optimizer.lr")
+            other = "optimizer.base_lr" if key == "optimizer.lr" else "optimizer.lr"
+            value = optimizer.lr if key == "optimizer.lr" else optimizer.base_lr
+            problem = f"{other} is given too and only one can count; add {other}=null"
+            findings.add(key, value, problem)
+    peak_is_known = findings.sound("optimizer.lr", "optimizer.base_lr", "train.global_batch_size")
+    if peak_is_known and findings.sound("optimizer.min_lr") and optimizer.min_lr > draft.peak_lr:
+        problem = f"above the peak learning rate; expected a number in [0, {draft.peak_lr:g}]"
+        findings.add("optimizer.min_lr", optimizer.min_lr, problem)
+    if findings.sound("optimizer.warmup_steps", "train.steps") and optimizer.warmup_steps >= draft.train.steps:
+        steps = draft.train.steps
+        problem = f"has to be below train.steps={steps}; expected a whole number in [0, {steps - 1}]"
+        findings.add("optimizer.warmup_steps", optimizer.warmup_steps, problem)
+
+
+def _check_optimizer_shards(draft: Recipe, findings: Findings) -> None:
+    name, stage = draft.optimizer.name, draft.train.zero_stage
+    if findings.sound("optimizer.name", "train.zero_stage") and name in WHOLE_PARAMETER and stage > 0:
+        problem = (
+            f"computes {WHOLE_PARAMETER[name]}, and ZeRO stage {stage} gives it flat pieces of many; use "
+            "train.zero_stage=0 (and train.precision=fp32) with it, or one of adamw, nadamw, adoptw, lion, sgdw"
+        )
+        findings.add("optimizer.name", name, problem)
+
+
+def _check_precision(train: TrainConfig, findings: Findings) -> None:
+    if findings.sound("train.precision", "train.zero_stage") and train.precision == "bf16" and train.zero_stage == 0:
+        problem = "DeepSpeed's stage 0 trains worse in bf16 than its stages 1 to 3; use train.zero_stage=1 with it"
+        findings.add("train.precision", train.precision, problem)
+
+
+def _check_deepspeed(raw: Mapping[str, Any], findings: Findings) -> None:
+    for owned, ours in _OWNED_DEEPSPEED_KEYS.items():
+        node: Any = raw
+        for name in owned.split("."):
+            node = node[name] if isinstance(node, Mapping) and name in node else None
+        if node is not None:
+            findings.add(f"deepspeed.{owned}", node, f"decided by {ours}; set that instead")
+
+
+def _with_batch_arithmetic(train: TrainConfig, findings: Findings) -> TrainConfig:
+    """Fill in micro_batch_size, accumulation and pictures_every, so that global = micro x accumulation x workers."""
+    keys = ("train.global_batch_size", "train.micro_batch_size", "train.accumulation", "train.workers")
+    micro, accumulation = train.micro_batch_size, train.accumulation
+    if micro is None and accumulation is None:
+        accumulation = 1
+    given = micro if micro is not None else accumulation
+    assert given is not None
+    if findings.sound(*keys):
+        quotient, rest = divmod(train.global_batch_size, given * train.workers)
+        both = micro is not None and accumulation is not None
+        wanted = accumulation if both else quotient
+        if rest or quotient != wanted or not quotient:
+            findings.add(*_batch_mistake(train, findings.latest(*keys)))
+        elif micro is None:
+            micro = quotient
+        else:
+            accumulation = quotient
+    pictures_every = train.checkpoint_every if train.pictures_every is None else train.pictures_every
+    return replace(train, micro_batch_size=micro, accumulation=accumulation, pictures_every=pictures_every)
+
+
+def _batch_mistake(train: TrainConfig, key: str) -> tuple[str, Any, str]:
+    """The arithmetic that does not work out, and the nearest numbers that do."""
+    total, workers = train.global_batch_size, train.workers
+    micro, accumulation = train.micro_batch_size, train.accumulation
+    unit = (micro or 1) * (accumulation or 1) * workers
+    below = total - total % unit
+    totals = [unit] if micro and accumulation else [size for size in (below, below + unit) if size]
+    remedies = [f"train.global_batch_size={' or '.join(map(str, totals))}"]
+    per_worker = total // workers if total % workers == 0 else None
+    if per_worker and micro:
+        near = _nearest_divisors(per_worker, micro)
+        pairs = [f"{size} (accumulation {per_worker // size})" for size in near]
+        remedies.append(f"train.micro_batch_size={' or '.join(pairs)}")
+    elif per_worker and accumulation:
+        remedies.append(f"train.accumulation={' or '.join(map(str, _nearest_divisors(per_worker, accumulation)))}")
+    else:
+        remedies.append(f"train.workers={' or '.join(map(str, _nearest_divisors(total, workers)))}")
+    arithmetic = f"micro {micro or '?'} x accumulation {accumulation or '?'} x workers {workers}"
+    verdict = f"is {unit}, not" if micro and accumulation else "can not be"
+    problem = f"{arithmetic} {verdict} the global batch {total}; nearest: {', '.join(remedies)}"
+    return key, getattr(train, key.removeprefix("train.")), problem
+
+
+def _nearest_divisors(number: int, wanted: int) -> list[int]:
+    """The divisors of `number` next to `wanted`, ascending."""
+    below = next(size for size in range(min(wanted, number), 0, -1) if number % size == 0)
+    above = next((size for size in range(wanted + 1, number + 1) if number % size == 0), below)
+    return sorted({below, above})
+
+
+def _with_absolute_paths(data: DataConfig) -> DataConfig:
+    return replace(
+        data,
+        root=absolute(data.root),
+        train=absolute(data.train),
+        mixture=[replace(part, shards=absolute(part.shards)) for part in data.mixture],
+        cache_dir=absolute(data.cache_dir),
+    )
+
+
+def _check_data(data: DataConfig, findings: Findings, *, check_files: bool) -> None:
+    if findings.sound("data.train", "data.mixture") and (data.train is None) == (not data.mixture):
+        if data.train is None:
+            findings.add_missing("data.train", findings.origin("name"), "data.train=SHARDS, or a list in data.mixture")
+        else:
+            key = findings.latest("data.train", "data.mixture")
+            value = data.train if key == "data.train" else [part.name for part in data.mixture]
+            findings.add(key, value, "data.train and data.mixture are both given; add data.train=null or mixture=[]")
+    if findings.sound("data.limit", "data.mixture") and data.limit is not None and data.mixture:
+        findings.add("data.limit", data.limit, "limits data.train; in a mixture give each part its own limit")
+    if findings.sound("data.unindexed") and data.unindexed == "stream":
+        _check_unindexed(data, findings)
+    sources = {"data.train": data.train}
+    for index, part in enumerate(data.mixture):
+        key = f"data.mixture[{index}]"
+        sources[f"{key}.shards"] = part.shards
+        if findings.sound(key) and (part.weight is None) == (part.repeat is None):
+            findings.add(f"{key}.weight", part.weight, "give one of weight (share) and repeat (passes) to each part")
+        elif findings.sound(key) and (part.weight is None) != (data.mixture[0].weight is None):
+            problem = f"{data.mixture[0].name} has the other of weight and repeat; give all parts the same one"
+            findings.add(f"{key}.weight", part.weight, problem)
+        if findings.sound(key) and part.name in [other.name for other in data.mixture[:index]]:
+            findings.add(f"{key}.name", part.name, "named twice; give each part its own name")
+    if findings.sound("data.decoder") and data.decoder == "simplejpeg" and find_spec("simplejpeg") is None:
+        findings.add("data.decoder", data.decoder, "not installed: pip install 'pretrain[fast]', or use auto or pil")
+    for key, source in sources.items():
+        if check_files and source is not None and findings.sound(key):
+            try:
+                compressed = data.unindexed == "stream"
+                check_source(absolute(source), allow_pipe=data.allow_pipe, compressed=compressed)
+            except DataError as error:
+                findings.add(key, redact(source), str(error))
+
+
+def _check_unindexed(data: DataConfig, findings: Findings) -> None:
+    """Without an index there are no numbered samples, so nothing can count or name them."""
+    for key, value, default in (
+        ("data.limit", data.limit, "null"),
+        ("data.mixture", [part.name for part in data.mixture], "[]"),
+        ("data.record_samples", data.record_samples, "false"),
+    ):
+        if findings.sound(key) and value:
+            problem = f"needs an index, which data.unindexed=stream does without; add {key}={default}"
+            findings.add(key, value, f"{problem} or data.unindexed=index")
+
+
+def _checked_storage(storage: str, findings: Findings) -> str:
+    if findings.sound("storage"):
+        if "://" in storage:
+            findings.add("storage", storage, "expected a local directory (remote stores are not supported yet)")
+        elif Path(absolute(storage)).is_file():
+            findings.add("storage", storage, "is a file; expected a directory")
+    return str(absolute(storage))
+
+
+def _check_evaluation_data(evaluation: EvaluationConfig, findings: Findings) -> None:
+    for name, directory in evaluation.data.items():
+        key = f"evaluation.data.{name}"
+        if findings.sound(key) and (problem := evaluation_data_problem(directory)):
+            findings.add(key, directory, problem)
+
+
+def _check_evaluation_tasks(evaluation: EvaluationConfig, backbone: BackboneConfig, findings: Findings) -> None:
+    _, patch_size = _sizes(backbone)
+    protocols = evaluations.names()
+    for index, task in enumerate(evaluation.tasks):
+        key = f"evaluation.tasks[{index}]"
+        _check_known(f"{key}.protocol", task.protocol, "protocol", protocols, findings)
+        if findings.sound("evaluation.data"):
+            _check_known(f"{key}.data", task.data, "entry of evaluation.data", evaluation.data, findings)
+        if findings.sound(f"{key}.image_size", "backbone.patch_size") and task.image_size and patch_size:
+            _check_divisible(f"{key}.image_size", task.image_size, patch_size, findings)
+    if evaluation.select is not None and findings.sound("evaluation.select", "evaluation.tasks"):
+        choices = [
+            f"{task.protocol}/{task.data}/{metric}"
+            for task in evaluation.tasks
+            for metric in evaluations.protocol(task.protocol).metrics
+        ]
+        _check_known("evaluation.select", evaluation.select, "score of evaluation.tasks", choices, findings)
+
+
+def _check_known(key: str, name: str, noun: str, known: Iterable[str], findings: Findings) -> None:
+    names = list(known)
+    if findings.sound(key) and name not in names:
+        listing = ", ".join(names) if names else "none"
+        findings.add(key, name, f"unknown {noun}; known are {listing}{nearest(name, names)}")

@@ -1,0 +1,144 @@
+"""What the schema says about each setting, by dotted key: type, bounds, and the words for error messages.
+
+Keys of settings inside a list carry `[]` for the index, e.g. `evaluation.tasks[].protocol`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, fields, is_dataclass
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from pretrain.config.schema import Recipe
+
+__all__ = ["Setting", "declared_settings", "template"]
+
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_STAND_INS: dict[Any, Any] = {int: 1, float: 1.0, str: "", bool: False}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One declared setting."""
+
+    key: str
+    kind: Any  # declared type without `| None`
+    optional: bool
+    metadata: Mapping[str, Any]
+
+    @property
+    def item_class(self) -> type | None:
+        """The dataclass of the items when this is a list of settings."""
+        item = get_args(self.kind)[0] if get_origin(self.kind) is list else None
+        return item if is_dataclass(item) and isinstance(item, type) else None
+
+    @property
+    def is_mapping(self) -> bool:
+        """True when any names may be set below this one."""
+        return get_origin(self.kind) is dict
+
+    @property
+    def stand_in(self) -> Any:
+        """A harmless value of the right type, put where a mistake was found so that the other checks can go on."""
+        return {} if self.is_mapping else [] if get_origin(self.kind) is list else _STAND_INS.get(self.kind)
+
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in an example."""
+        return self.metadata.get("metavar") or {int: "N", float: "X"}.get(self.kind, "VALUE")
+
+    @property
+    def expectation(self) -> str:
+        """What is allowed, in words, e.g. `a whole number in [0, 3]`."""
+        if choices := self.metadata.get("choices"):
+            words = f"one of {', '.join(choices)}"
+        elif self.item_class:
+            words = "a list of mappings"
+        elif get_origin(self.kind) is list:
+            length = self.metadata.get("length")
+            words = f"a list of {length} numbers" if length else "a list of numbers"
+        elif self.is_mapping:
+            words = "a mapping {name: value}"
+        else:
+            words = _WORDS.get(self.kind, str(self.kind))
+        low, high = self.metadata.get("range") or (None, None)
+        if low is not None and high is not None:
+            words += f" in [{low:g}, {high:g}]" if max(abs(low), abs(high)) < 1e6 else f" in [{low}, {high}]"
+        elif low is not None:
+            words += f" >= {low:g}"
+        elif high is not None:
+            words += f" <= {high:g}"
+        return words + (" or null" if self.optional else "")
+
+    def has_right_type(self, value: Any) -> bool:
+        """Refuse what OmegaConf would silently convert: numbers to booleans, booleans and lists to texts."""
+        if value is None:
+            return self.optional
+        if self.kind is bool:
+            return isinstance(value, bool)
+        if self.kind is str:
+            return isinstance(value, str | int | float) and not isinstance(value, bool)
+        return True
+
+    def is_in_range(self, value: Any) -> bool:
+        """True when a value of the right type keeps the bounds, choices and length."""
+        if value is None:
+            return True
+        choices, length = self.metadata.get("choices"), self.metadata.get("length")
+        if (choices and value not in choices) or (length and len(value) != length):
+            return False
+        low, high = self.metadata.get("range") or (None, None)
+        numbers = value if isinstance(value, list) else [value]
+        return all(
+            math.isfinite(number) and (low is None or number >= low) and (high is None or number <= high)
+            for number in numbers
+            if isinstance(number, int | float)
+        )
+
+
+def template(key: str) -> str:
+    """`evaluation.tasks[3].data` -> `evaluation.tasks[].data`."""
+    return re.sub(r"\[\d+\]", "[]", key)
+
+
+def declared_settings(objective: type | None) -> tuple[dict[str, Setting], frozenset[str]]:
+    """All settings of a recipe whose objective has the settings class `objective`.
+
+    Returns:
+        the settings by key, and the keys of the sections that hold them (`""` is the whole recipe).
+    """
+    settings: dict[str, Setting] = {}
+    sections = {""}
+
+    def walk(owner: type, prefix: str) -> None:
+        for entry, hint in _fields(owner):
+            key = f"{prefix}.{entry.name}".removeprefix(".")
+            kind = objective if key == "objective" else _without_none(hint)
+            if isinstance(kind, type) and is_dataclass(kind):
+                sections.add(key)
+                walk(kind, key)
+                continue
+            settings[key] = setting = Setting(key, kind, kind is not hint, entry.metadata)
+            if setting.item_class:
+                sections.add(f"{key}[]")
+                walk(setting.item_class, f"{key}[]")
+
+    walk(Recipe, "")
+    if objective is None:
+        del settings["objective"]
+    return settings, frozenset(sections)
+
+
+def _fields(owner: type) -> Iterator[tuple[Field[Any], Any]]:
+    hints = get_type_hints(owner)
+    for entry in fields(owner):
+        yield entry, hints[entry.name]
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, UnionType):
+        return next(part for part in get_args(hint) if part is not type(None))
+    return hint

@@ -1,0 +1,418 @@
+"""From a recipe name and `key=value` overrides to a checked `Recipe`.
+
+Layers, later ones win: the defaults in `pretrain.config.schema`, one YAML file, the command line. Every setting is
+applied on its own through OmegaConf, so that each mistake is found and all are reported together. What settings mean
+together is checked in `pretrain.config.checks`. Nothing here imports torch or numpy: a wrong request is refused in a
+fraction of a second.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from yaml import YAMLError
+
+from objectives import registry as objectives
+from pretrain.config import checks as rules
+from pretrain.config.fields import Setting, declared_settings, template
+from pretrain.config.mistakes import COMMAND_LINE, Findings, nearest, shown
+from pretrain.config.schema import (
+    REQUIRED,
+    BackboneConfig,
+    ClusterConfig,
+    DataConfig,
+    EvaluationConfig,
+    EvaluationTask,
+    OptimizerConfig,
+    Recipe,
+    TrackingConfig,
+    TrainConfig,
+)
+from pretrain.errors import RequestError
+from pretrain.training.optimizers import RESHARDABLE
+
+__all__ = [
+    "BackboneConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "EvaluationTask",
+    "OptimizerConfig",
+    "Recipe",
+    "TrackingConfig",
+    "TrainConfig",
+    "load_for_resume",
+    "load_recipe",
+    "recipe_description",
+    "recipe_names",
+    "recipe_path",
+    "to_yaml",
+]
+
+_RECIPES = Path(__file__).parents[1] / "recipes"
+# What a resume may change: how and where the work is done, never what is learned.
+_RESUMABLE = (
+    "train.workers",
+    "train.micro_batch_size",
+    "train.accumulation",
+    "train.max_failures",
+    "train.keep_last",
+    "train.keep_best",
+    "data.train",
+    "data.loader_workers",
+    "data.prefetch_batches",
+    "data.max_corrupt_fraction",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.fetch",
+    "cluster.address",
+    "cluster.cpus_per_worker",
+    "cluster.gpus_per_worker",
+)
+_INSIDE_REFERENCE = re.compile(r"\$\{([^}]*)\}")
+_REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\}")
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the recipes that come with the package, sorted."""
+    return tuple(sorted(path.stem for path in _RECIPES.glob("*.yaml")))
+
+
+def recipe_path(name_or_path: str | Path) -> Path:
+    """The file of a recipe given by name or by path.
+
+    Raises:
+        RequestError: there is no such recipe or file.
+    """
+    text = str(name_or_path)
+    if text in recipe_names():
+        return _RECIPES / f"{text}.yaml"
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path.absolute()
+    if "/" in text or path.suffix in (".yaml", ".yml"):
+        raise RequestError(f"recipe {text}: no such file{rules.nearest_file(path)}")
+    known = recipe_names()
+    raise RequestError(f"recipe {text}: unknown; known are {', '.join(known)}, or a path{nearest(text, known)}")
+
+
+def recipe_description(name: str) -> str:
+    """The one-line description of a recipe of the package."""
+    return str(_read_yaml(recipe_path(name)).get("description", ""))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
+    """Read, merge, check and resolve a recipe.
+
+    Args:
+        name_or_path: a recipe of the package, or a YAML file.
+        overrides: `key=value` texts; a value is YAML, e.g. `train.steps=200`, `evaluation.tasks=[]`.
+        check_files: False reads a recipe whose data need not be on this machine, e.g. that of a fetched checkpoint.
+
+    Returns:
+        The resolved recipe: absolute paths, batch arithmetic filled in.
+
+    Raises:
+        RequestError: with one line per mistake, all of them.
+    """
+    path = recipe_path(name_or_path)
+    origin = f"recipe {path.name}"
+    findings = Findings()
+    pairs = list(_parse_overrides(overrides, findings))
+    content = _read_yaml(path)
+    content = {"name": path.stem, **content}
+    objective = _choose_objective(content, pairs, origin, findings)
+    layers = _Layers(objective, findings)
+    layers.assign("", content, origin)
+    for key, value in pairs:
+        layers.assign(key, value, COMMAND_LINE)
+    draft = layers.draft(origin, how_to_set=f"pretrain run {name_or_path}")
+    recipe = rules.resolve(draft, findings, check_files=check_files)
+    findings.raise_if_any()
+    return recipe
+
+
+def load_for_resume(path: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a run that goes on, with what may change about it changed.
+
+    With another number of workers the global batch stays; unless the overrides say how it is divided, the micro-batch
+    stays too where that works out, else one micro-batch per worker is taken.
+
+    Raises:
+        RequestError: a setting may not change any more, or the result does not work out.
+    """
+    pairs = dict(text.partition("=")[::2] for text in overrides)
+    forbidden = [key for key in pairs if key not in _RESUMABLE]
+    if forbidden:
+        allowed = f"a resume may change {', '.join(_RESUMABLE)}"
+        raise RequestError(*(f"{key}={pairs[key]}: fixed when the run began; {allowed}" for key in forbidden))
+    open_keys = {"train.micro_batch_size", "train.accumulation"} - set(pairs)
+    derived = [f"{key}=null" for key in open_keys] if len(open_keys) == 1 else []
+    if "train.workers" in pairs:
+        saved = load_recipe(path, check_files=False)
+        optimizer = saved.optimizer.name
+        if saved.train.zero_stage and optimizer not in RESHARDABLE:
+            known = f"DeepSpeed can cut anew only the state of {', '.join(RESHARDABLE)}"
+            raise RequestError(f"train.workers={pairs['train.workers']}: the run uses {optimizer} sharded, and {known}")
+        if len(open_keys) == 2:
+            derived = _division(saved.train, pairs["train.workers"])
+    return load_recipe(path, (*derived, *overrides))
+
+
+def _division(train: TrainConfig, workers: str) -> list[str]:
+    """What to leave open of a saved division of the global batch, for another number of workers."""
+    assert train.micro_batch_size is not None  # a saved recipe has it filled in
+    share = (int(workers) if workers.isdigit() else 0) * train.micro_batch_size
+    is_whole = share > 0 and train.global_batch_size % share == 0
+    return ["train.accumulation=null", *([] if is_whole else ["train.micro_batch_size=null"])]
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        node = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RequestError(f"recipe {path}{where}: not readable as YAML: {what}") from None
+    content = OmegaConf.to_container(node, resolve=False)
+    if not isinstance(content, dict):
+        raise RequestError(f"recipe {path}: expected settings (key: value), found a list")
+    return {str(key): value for key, value in content.items()}
+
+
+def _parse_overrides(overrides: Sequence[str], findings: Findings) -> Iterator[tuple[str, Any]]:
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            findings.add_stray(text, "expected key=value, e.g. train.steps=200")
+            continue
+        try:
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+        except (YAMLError, OmegaConfBaseException) as error:
+            what = getattr(error, "problem", None) or str(error).splitlines()[0]
+            findings.add(key, value, f"not readable as a YAML value: {what}", origin=COMMAND_LINE)
+            continue
+        assert isinstance(parsed, dict)
+        yield key.strip(), parsed["value"]
+
+
+def _choose_objective(
+    content: dict[str, Any], pairs: Sequence[tuple[str, Any]], origin: str, findings: Findings
+) -> type | None:
+    """The settings class of the named objective; None, with a mistake noted, when there is none.
+
+    When the command line names another objective than the recipe, the recipe's objective settings are not its own:
+    they are dropped, and the named one starts from its defaults.
+    """
+    section = content.get("objective")
+    in_recipe = section.get("name") if isinstance(section, Mapping) else None
+    name, source = in_recipe, origin
+    for key, value in pairs:
+        if key == "objective.name":
+            name, source = value, COMMAND_LINE
+        elif key == "objective" and isinstance(value, Mapping) and "name" in value:
+            name, source = value["name"], COMMAND_LINE
+    known = objectives.names()
+    if name is None:
+        findings.add_missing("objective.name", origin, f"one of {', '.join(known)}")
+    elif name not in known:
+        problem = f"unknown objective; known are {', '.join(known)}{nearest(str(name), known)}"
+        findings.add("objective.name", name, problem, origin=source)
+    else:
+        if name != in_recipe:
+            content["objective"] = {"name": name}
+        return objectives.config_class(name)
+    findings.distrust("objective")
+    return None
+
+
+class _Layers:
+    """The settings while layers are put on one another."""
+
+    def __init__(self, objective: type | None, findings: Findings) -> None:
+        self._findings = findings
+        self._settings, self._sections = declared_settings(objective)
+        self._references: dict[str, Any] = {}  # key -> value as written, where it refers to another setting
+        self._cfg = OmegaConf.structured(Recipe)
+        if objective is not None:
+            _unlock(self._cfg)
+            self._cfg.objective = OmegaConf.structured(objective)
+        _unlock(self._cfg)
+
+    def assign(self, key: str, value: Any, origin: str) -> None:
+        """Put `value` at a dotted key such as `train.steps` or `evaluation.tasks[0].image_size`.
+
+        A mapping given to a section is taken apart, so that each setting is checked on its own.
+        """
+        declared = template(key)
+        if problem := self._absent_item(key):
+            self._findings.add(key, value, problem, origin=origin)
+        elif declared in self._sections:
+            self._assign_section(key, value, origin)
+        elif owner := self._owner(key):
+            self._assign_setting(key, owner, value, origin)
+        elif declared.partition(".")[0] == "objective" and "objective" not in self._sections:
+            pass  # which settings exist is unknown; that the objective is wrong is reported already
+        else:
+            self._findings.add(key, value, f"unknown setting{nearest(key, self._settings)}", origin=origin)
+
+    def draft(self, origin: str, how_to_set: str) -> Recipe:
+        """The merged recipe. Where a mistake was found it holds a stand-in; `Findings.sound` tells."""
+        self._check_required(origin, how_to_set)
+        self._check_references()
+        for key, setting in self._concrete_settings():
+            if self._findings.sound(key):
+                value = _plain(self._cfg, key)
+                if not setting.is_in_range(value):
+                    self._findings.add(key, value, f"expected {setting.expectation}")
+        for key, setting in self._concrete_settings():
+            if self._findings.is_wrong(key):
+                OmegaConf.update(self._cfg, key, setting.stand_in, merge=False)
+        if "objective" not in self._sections:
+            self._cfg.objective = None
+        recipe = OmegaConf.to_object(self._cfg)
+        assert isinstance(recipe, Recipe)
+        return recipe
+
+    def _assign_section(self, key: str, value: Any, origin: str) -> None:
+        if not isinstance(value, Mapping | None):
+            example = next(name for name in self._settings if name.startswith(f"{template(key)}."))
+            problem = f"expected settings below it, e.g. {example}"
+            self._findings.add_stray(f"{key}={shown(value)}", problem, origin=origin)
+            return
+        for name, below in (value or {}).items():
+            self.assign(f"{key}.{name}".removeprefix("."), below, origin)
+
+    def _absent_item(self, key: str) -> str | None:
+        """The mistake of an index behind the end of a list; None when all indices in `key` exist."""
+        for match in re.finditer(r"\[(\d+)\]", key):
+            holder = OmegaConf.select(self._cfg, key[: match.start()])
+            if isinstance(holder, ListConfig) and int(match.group(1)) >= len(holder):
+                return f"{key[: match.start()]} has {len(holder)} items, counted from 0"
+        return None
+
+    def _owner(self, key: str) -> Setting | None:
+        """The declared setting that `key` is, or lies in (an item of a list, a name in a mapping)."""
+        declared = template(key)
+        if declared in self._settings:
+            return self._settings[declared]
+        for name, setting in self._settings.items():
+            if setting.is_mapping and declared.startswith(f"{name}."):
+                return setting
+            if declared == f"{name}[]" and not setting.item_class:
+                return setting
+        return None
+
+    def _assign_setting(self, key: str, setting: Setting, value: Any, origin: str) -> None:
+        if setting.item_class and isinstance(value, list):
+            self._put(key, [setting.item_class() for _ in value])
+            self._findings.note_origin(key, origin, value)
+            for index, item in enumerate(value):
+                self.assign(f"{key}[{index}]", item, origin)
+            return
+        refers = any("${" in text for text in _texts(value))
+        whole = template(key) == setting.key
+        if problem := _forbidden_reference(value):
+            self._findings.add(key, value, problem, origin=origin)
+        elif not self._fits(key, setting, value, checked=whole and not refers and value != REQUIRED):
+            expected = setting.expectation if whole else f"{setting.key} to be {setting.expectation}"
+            self._findings.add(key, value, f"expected {expected}", origin=origin)
+        else:
+            self._findings.note_origin(key, origin, value)
+            if whole:
+                self._references.pop(key, None)
+            if refers:
+                self._references[key if whole else setting.key] = value
+
+    def _fits(self, key: str, setting: Setting, value: Any, *, checked: bool) -> bool:
+        """Put the value; False when its type is wrong or `key` names an item that is not there."""
+        if checked and not setting.has_right_type(value):
+            return False
+        try:
+            self._put(key, value, free_names=setting.is_mapping)
+        except (OmegaConfBaseException, TypeError, AttributeError):
+            return False
+        return True
+
+    def _put(self, key: str, value: Any, *, free_names: bool = False) -> None:
+        OmegaConf.update(self._cfg, key, value, merge=False, force_add=free_names)
+        if isinstance(value, list):
+            _unlock(OmegaConf.select(self._cfg, key))
+
+    def _concrete_settings(self) -> Iterator[tuple[str, Setting]]:
+        """Every setting with real list indices in its key."""
+        for name, setting in self._settings.items():
+            if "[]" not in name:
+                yield name, setting
+                continue
+            outer, _, inner = name.partition("[]")
+            for index in range(len(OmegaConf.select(self._cfg, outer))):
+                yield f"{outer}[{index}]{inner}", setting
+
+    def _check_required(self, origin: str, how_to_set: str) -> None:
+        for key, setting in self._concrete_settings():
+            section, _, name = key.rpartition(".")
+            holder = OmegaConf.select(self._cfg, section) if section else self._cfg
+            if self._findings.sound(key) and OmegaConf.is_missing(holder, name):
+                self._findings.add_missing(key, origin, f"{how_to_set} {key}={setting.metavar}")
+
+    def _check_references(self) -> None:
+        for key, written in self._references.items():
+            try:
+                _plain(self._cfg, key)
+            except InterpolationToMissingValueError:
+                self._findings.distrust(key)  # the missing setting is reported itself
+            except OmegaConfBaseException:
+                self._findings.add(key, written, self._reference_problem(key, written))
+
+    def _reference_problem(self, key: str, written: Any) -> str:
+        for name in _INSIDE_REFERENCE.findall(" ".join(_texts(written))):
+            if name not in self._settings:
+                return f"unknown setting in ${{{name}}}{nearest(name, self._settings)}"
+        return f"what it refers to is not {self._settings[template(key)].expectation}"
+
+
+def _unlock(node: Any) -> None:
+    """Let values be put into nodes made from frozen dataclasses."""
+    if isinstance(node, DictConfig | ListConfig):
+        OmegaConf.set_readonly(node, False)
+        names: Iterable[Any] = node.keys() if isinstance(node, DictConfig) else range(len(node))
+        for name in names:
+            _unlock(node._get_node(name))
+
+
+def _plain(cfg: Container, key: str) -> Any:
+    """The value at `key` with references followed, as plain Python."""
+    value = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(value, resolve=True) if isinstance(value, Container) else value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts inside a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for below in value.values():
+            yield from _texts(below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _texts(below)
+
+
+def _forbidden_reference(value: Any) -> str | None:
+    """Why a reference is refused: resolvers such as oc.env would put one machine's secrets into shared records."""
+    for text in _texts(value):
+        if "${" in _REFERENCE.sub("", text):
+            return "only references to other settings such as ${data.root} are allowed"
+    return None

@@ -1,0 +1,239 @@
+"""The settings of a run: every key with its type, default, allowed range and reason.
+
+A recipe file and the command line may set exactly these keys. `pretrain.config.load` merges the layers and
+`pretrain.config.checks` checks what no single key can know. The settings of an objective live with it
+(`objectives.configs`) and are put in `Recipe.objective` by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pretrain.training.optimizers import NAMES
+
+__all__ = [
+    "BackboneConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "EvaluationTask",
+    "MixturePart",
+    "OptimizerConfig",
+    "Recipe",
+    "TrackingConfig",
+    "TrainConfig",
+]
+
+REQUIRED = "???"  # OmegaConf's mark of a mandatory value
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def setting(
+    help: str,
+    default: Any = REQUIRED,
+    *,
+    range: tuple[float | None, float | None] | None = None,
+    choices: tuple[str, ...] | None = None,
+    length: int | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A dataclass field with what the loader checks and the error messages say.
+
+    Args:
+        help: one line: what the setting does.
+        default: the value when nobody sets it; lists and dicts are copied; without one the setting is mandatory.
+        range: inclusive bounds of a number, or of each number in a list; None leaves a side open.
+        choices: the allowed texts.
+        length: number of items of a list.
+        metavar: what stands for the value in examples, e.g. DIR.
+    """
+    metadata = {"help": help, "range": range, "choices": choices, "length": length, "metavar": metavar}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which encoder to pretrain."""
+
+    name: str = setting("timm model name, e.g. vit_base_patch16_224")
+    image_size: int | None = setting("side of the input in pixels; null: as the name says", None, range=(1, 8192))
+    patch_size: int | None = setting("side of a patch in pixels; null: as the name says", None, range=(1, 1024))
+    in_chans: int = setting("channels of the input", 3, range=(1, 1024))
+    options: dict[str, Any] = setting("further timm arguments, e.g. {depth: 6}", {})
+    pixel_mean: list[float] = setting("mean per channel of images in [0, 1]; default: ImageNet", list(IMAGENET_MEAN))
+    pixel_std: list[float] = setting(
+        "deviation per channel of images in [0, 1]; default: ImageNet", list(IMAGENET_STD), range=(1e-6, None)
+    )
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """One of several data sets that are mixed. Exactly one of weight and repeat is set."""
+
+    name: str = setting("what messages call it")
+    shards: str = setting("as data.train", metavar="SHARDS")
+    weight: float | None = setting("share of the samples, relative to the other parts", None, range=(1e-6, 1e9))
+    repeat: float | None = setting("passes over it in one pass over the mixture", None, range=(1e-6, 1e9))
+    limit: int | None = setting("use only the first n samples; null: all", None, range=(1, None))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to learn from: one of train and mixture. The sample order is a pure function of it, train.seed,
+    block_size, window and num_streams.
+    """
+
+    root: str | None = setting("directory other paths of the recipe may refer to as ${data.root}", None, metavar="DIR")
+    train: str | None = setting(
+        "shards: a directory, dir/train-*.tar, train-{000..003}.tar, one tar; also http(s)://, s3://, gs://",
+        None,
+        metavar="SHARDS",
+    )
+    mixture: list[MixturePart] = setting("several data sets instead of data.train", [])
+    limit: int | None = setting("use only the first n samples of data.train; null: all", None, range=(1, None))
+    unindexed: str = setting(
+        "shards without an index; index: read all once before the first step; stream: do not, but resume inexactly",
+        "index",
+        choices=("index", "stream"),
+    )
+    loader_workers: int = setting("decoding processes per training worker; 0: in the worker itself", 1, range=(0, 256))
+    prefetch_batches: int = setting("micro-batches each decoding process prepares ahead", 2, range=(1, 1024))
+    block_size: int = setting("neighbouring samples that are read together", 256, range=(1, None))
+    window: int = setting("blocks that are mixed with each other", 16, range=(1, None))
+    num_streams: int = setting("independent sequences the samples are dealt to", 8, range=(1, None))
+    decoder: str = setting(
+        "of JPEGs; auto: simplejpeg where it is installed, else PIL", "auto", choices=("auto", "pil", "simplejpeg")
+    )
+    resampler: str = setting(
+        "what scales crops; torch takes a third of PIL's time and crops before it scales, as torchvision does",
+        "torch",
+        choices=("torch", "pil"),
+    )
+    scaled_decoding: bool = setting("let the decoder halve photos much larger than their views; changes pixels", False)
+    max_corrupt_fraction: float = setting(
+        "share of damaged samples that are replaced by others; 0: the first one ends the run", 0.0, range=(0.0, 0.5)
+    )
+    record_samples: bool = setting("write the ids of the samples of each step to samples/rank-*.jsonl", False)
+    fetch: str = setting(
+        "remote shards: by range, whole (shard), or whatever the server can (auto)",
+        "auto",
+        choices=("auto", "range", "shard"),
+    )
+    cache_dir: str | None = setting("where remote shards are kept; null: $PRETRAIN_CACHE/shards", None, metavar="DIR")
+    cache_gb: float = setting(
+        "bound of that cache in GB (1e9 bytes), for all processes of a node", 32.0, range=(0.01, 1e6)
+    )
+    allow_pipe: bool = setting("accept pipe:COMMAND as a shard; the command is run", False)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Linear warm-up and half-cosine decay per step. Exactly one of lr and base_lr is set."""
+
+    name: str = setting("the optimiser; lamb, lars and muon need train.zero_stage=0", "adamw", choices=NAMES)
+    lr: float | None = setting("peak learning rate", None, range=(0.0, None))
+    base_lr: float | None = setting(
+        "peak learning rate per 256 samples: lr = base_lr x global_batch_size / 256 (MAE)", None, range=(0.0, None)
+    )
+    min_lr: float = setting("learning rate at the last step", 0.0, range=(0.0, None))
+    warmup_steps: int = setting("steps of linear warm-up from 0", 0, range=(0, None))
+    weight_decay: float = setting("decoupled weight decay; default: MAE", 0.05, range=(0.0, None))
+    weight_decay_end: float | None = setting("weight decay at the last step; null: constant", None, range=(0.0, None))
+    betas: list[float] = setting("betas, or (the first) momentum; of MAE", [0.9, 0.95], range=(0.0, 1.0), length=2)
+    eps: float = setting("epsilon, where the optimiser has one", 1e-8, range=(0.0, None))
+    layer_decay: float = setting("learning-rate factor per block, counted from the last", 1.0, range=(0.01, 1.0))
+    clip_grad: float | None = setting("bound of the global gradient norm; null: no clipping", None, range=(1e-6, None))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, on how many workers, and in which batches: global = micro x accumulation x workers."""
+
+    steps: int = setting("optimizer steps of the whole run", range=(1, None))
+    global_batch_size: int = setting("samples per optimizer step over all workers", range=(1, None))
+    micro_batch_size: int | None = setting("samples per forward pass; null: derived", None, range=(1, None))
+    accumulation: int | None = setting("forward passes per optimizer step; null: derived", None, range=(1, None))
+    workers: int = setting("training processes", 2, range=(1, 65536))
+    zero_stage: int = setting("what DeepSpeed ZeRO shards: 1 optimiser, 2 + gradients, 3 + parameters", 1, range=(0, 3))
+    precision: str = setting("arithmetic of the model", "fp32", choices=("fp32", "bf16"))
+    device: str = setting("where to compute; auto: cuda if there is one", "auto", choices=("auto", "cpu", "cuda"))
+    seed: int = setting("seed of weights, sample order, crops and masks", 0, range=(0, 2**31 - 1))
+    log_every: int = setting("steps between two recorded metrics", 10, range=(1, None))
+    checkpoint_every: int = setting("steps between two checkpoints; the last step always has one", range=(1, None))
+    keep_last: int = setting("newest checkpoints whose training state is kept", 2, range=(1, None))
+    keep_best: int = setting("best checkpoints by evaluation.select that are kept besides", 1, range=(0, None))
+    max_failures: int = setting("restarts of the worker group before the run gives up", 3, range=(0, None))
+    max_skipped_steps: int = setting(
+        "steps with a non-finite loss that are skipped before the run ends", 10, range=(0, None)
+    )
+    stop_on_collapse: bool = setting("end the run when the objective finds its features or loss collapsed", False)
+    pictures_every: int | None = setting("steps between pictures; 0: none; null: as checkpoints", None, range=(0, None))
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """One protocol on one data set."""
+
+    protocol: str = setting("name of an evaluation protocol")
+    data: str = setting("name of an entry of evaluation.data")
+    image_size: int | None = setting("side of the input in pixels; null: the backbone's", None, range=(1, 8192))
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How checkpoints are graded while training goes on."""
+
+    enabled: bool = setting("grade checkpoints at all", True)
+    every: int = setting("grade every n-th checkpoint; the last one always", 1, range=(1, None))
+    baseline: bool = setting("grade the randomly initialised backbone as well (step 0)", True)
+    data: dict[str, str] = setting("name: directory with train-*.tar and test-*.tar", {})
+    tasks: list[EvaluationTask] = setting("what to run on each graded checkpoint", [])
+    select: str | None = setting("PROTOCOL/DATA/METRIC that moves the alias `best`; null: the newest is best", None)
+    slots: int = setting("evaluations that may run at the same time", 1, range=(1, 1024))
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """How the run appears in MLflow."""
+
+    experiment: str = setting("MLflow experiment", "pretrain")
+    model_name: str | None = setting("registered model; null: the recipe's name", None)
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where Ray places the workers."""
+
+    address: str | None = setting("address of a running Ray; null: $RAY_ADDRESS, else a private local one", None)
+    cpus_per_worker: int = setting("CPUs reserved per training worker", 1, range=(0, 4096))
+    gpus_per_worker: int | None = setting("GPUs per worker; null: 1 when training on cuda, else 0", None, range=(0, 64))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run depends on. Once resolved it holds absolute paths and no derived value is left open."""
+
+    name: str = setting("name of the recipe; default: the file name")
+    description: str = setting("one line for `pretrain recipes`", "")
+    objective: Any = setting("name of the objective and its settings")
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    storage: str = setting("directory of runs, evaluations and the MLflow database", "runs")
+    deepspeed: dict[str, Any] = setting("raw DeepSpeed keys, merged into its configuration last", {})
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up, whichever of lr and base_lr the recipe gives."""
+        if self.optimizer.lr is not None:
+            return self.optimizer.lr
+        assert self.optimizer.base_lr is not None
+        return self.optimizer.base_lr * self.train.global_batch_size / 256

@@ -1,0 +1,370 @@
+"""The driver of a run: starts Ray and the workers, follows the journal, queues evaluations, keeps checkpoints, reports.
+
+The driver computes nothing. Workers write the journal and publish checkpoints; the driver reads the journal and reacts.
+If it dies, nothing is lost: `pretrain resume RUN_ID` starts another one, which catches up on training and evaluations.
+
+What is not here: the training loop (`pretrain.worker`), placement (`cluster`), MLflow (`pretrain.tracking.sync`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from pretrain import evaluations as grade
+from pretrain.checkpoints import store as checkpoint
+from pretrain.config.load import load_for_resume, load_recipe, to_yaml
+from pretrain.config.schema import Recipe
+from pretrain.errors import RequestError, RunFailed
+from pretrain.record.journal import Journal, read_journal
+from pretrain.reporting.summary import print_summary
+from pretrain.reporting.terminal import Terminal
+
+if TYPE_CHECKING:
+    from cluster.connect import Cluster
+    from cluster.tasks import EvaluationQueue
+    from pretrain.tracking.sync import Status
+
+__all__ = ["RunResult", "resume", "run", "train_worker"]
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        run_id: Its name under the storage directory.
+        run_dir: Its directory.
+        checkpoint: The newest checkpoint.
+        metrics: Last value of each training metric, and of each score as `PROTOCOL/DATA/METRIC`.
+    """
+
+    run_id: str
+    run_dir: Path
+    checkpoint: Path | None
+    metrics: dict[str, float]
+
+
+def run(recipe: Recipe | str, overrides: Sequence[str] = ()) -> RunResult:
+    """Train, evaluate and record a new run.
+
+    Args:
+        recipe: A resolved recipe, or the name or file of one.
+        overrides: `key=value` texts for a recipe given by name.
+
+    Raises:
+        RequestError: The recipe is wrong.
+        RunFailed: Training failed more often than `train.max_failures`.
+    """
+    if isinstance(recipe, str):
+        recipe = load_recipe(recipe, overrides)
+    launched = time.time()
+    run_id = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run_dir = Path(recipe.storage) / run_id
+    run_dir.mkdir(parents=True)
+    try:
+        return _Driver(recipe, run_dir, launched).drive()
+    except RequestError:
+        if not (run_dir / "journal.jsonl").exists():
+            shutil.rmtree(run_dir)  # a wrong request leaves nothing behind; a run that began to train is never deleted
+        raise
+
+
+def resume(run_id: str, storage: str | os.PathLike[str] = "runs", overrides: Sequence[str] = ()) -> RunResult:
+    """Go on with a run from its newest complete checkpoint, with the recipe it was started with.
+
+    Args:
+        run_id: Name of the run.
+        storage: Directory of the runs.
+        overrides: `key=value` texts for what may change, such as `train.workers=1`; kept for later resumes.
+
+    Raises:
+        RequestError: There is no such run, another process drives it, or an override is not allowed.
+        RunFailed: As for `run`.
+    """
+    launched = time.time()
+    run_dir = Path(storage).absolute() / run_id
+    written = run_dir / "recipe.yaml"
+    if not written.is_file():
+        known = sorted(path.parent.name for path in Path(storage).glob("*/recipe.yaml"))
+        raise RequestError(f"run {run_id!r} is not in {storage}; there are: {', '.join(known[-8:]) or 'none'}")
+    recipe = load_for_resume(written, overrides)
+    return _Driver(recipe, run_dir, launched).drive()
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """What Ray runs on each worker: the same loop as under torchrun, with its output in the run's log files."""
+    placed = time.time()
+    run_dir = Path(settings["run_dir"])
+    log = run_dir / "logs" / f"worker-{os.environ['RANK']}.log"
+    with log.open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    from pretrain.worker import train
+
+    train(settings["recipe"], run_dir, launched=settings["launched"], placed=placed)
+
+
+class _Driver:
+    def __init__(self, recipe: Recipe, run_dir: Path, launched: float) -> None:
+        self.recipe, self.run_dir, self.launched = recipe, run_dir, launched
+        self.terminal = Terminal(recipe)
+        self.evaluations = run_dir / "evaluations.jsonl"
+        self.records: list[dict[str, Any]] = []
+        self._offset = 0
+
+    def drive(self) -> RunResult:
+        """Everything from connecting to Ray to the closing table."""
+        (self.run_dir / "logs").mkdir(exist_ok=True)
+        with _only_driver(self.run_dir), self.terminal, _ending_cleanly():
+            self.terminal.say(f"run {self.run_dir.name} in {self.run_dir}")
+            self._write_recipe()
+            tracker = self._tracker()
+            status: Status | None = None
+            try:
+                with self._cluster() as cluster:
+                    tracker.start()
+                    status = "KILLED"
+                    self._train_and_evaluate(cluster)
+                status = "FINISHED"
+            except RunFailed:
+                status = "FAILED"
+                raise
+            except ConnectionError as error:
+                if status is not None:  # connected once: a lost cluster, not a wrong address
+                    message = f"lost the cluster; go on with: pretrain resume {self.run_dir.name}"
+                    raise RunFailed(message, self.run_dir / "logs") from error
+                address = self.recipe.cluster.address or os.environ.get("RAY_ADDRESS")
+                raise RequestError(f"cluster.address={address}: no Ray answers there ({_last_line(error)})") from None
+            except KeyboardInterrupt:
+                raise RunFailed(f"stopped; go on with: pretrain resume {self.run_dir.name}") from None
+            finally:
+                if status is not None and not tracker.close(status):
+                    self.terminal.say(f"MLflow has not received everything yet: {tracker.problem}")
+        return self._finish()
+
+    def _write_recipe(self) -> None:
+        """Also what a resume changed; an old file stays until the new one is whole."""
+        changed = self.run_dir / ".recipe.yaml"
+        changed.write_text(to_yaml(self.recipe))
+        changed.replace(self.run_dir / "recipe.yaml")
+
+    def _cluster(self) -> AbstractContextManager[Cluster]:
+        from cluster.connect import connect
+
+        settings, workers = self.recipe.cluster, self.recipe.train.workers
+        return connect(
+            settings.address,
+            num_cpus=max(1, workers * settings.cpus_per_worker),
+            num_gpus=None if settings.gpus_per_worker is None else workers * settings.gpus_per_worker,
+            evaluation_slots=self.recipe.evaluation.slots,
+        )
+
+    def _train_and_evaluate(self, cluster: Cluster) -> None:
+        from cluster.tasks import EvaluationQueue
+        from cluster.workers import WorkerGroup, run_workers
+
+        queue = EvaluationQueue(cluster)
+        group = WorkerGroup(
+            num_workers=self.recipe.train.workers,
+            cpus_per_worker=self.recipe.cluster.cpus_per_worker,
+            gpus_per_worker=self._gpus_per_worker(cluster.num_gpus),
+            max_failures=self.recipe.train.max_failures,
+            fatal=(ValueError, ArithmeticError, checkpoint.CheckpointError),
+        )
+        arguments = {"recipe": self.recipe, "run_dir": str(self.run_dir), "launched": self.launched}
+        training = _Background(
+            lambda: run_workers(cluster, train_worker, arguments, group, name="workers", storage=self.run_dir / "ray")
+        )
+        self._follow_journal(queue, show=False)  # a resumed run: what happened before
+        if not self._is_trained():
+            training.start()
+        is_training = True
+        while is_training or queue.pending:
+            is_training = training.is_alive()  # asked first: the journal is read once more after its end
+            self._follow_journal(queue)
+            self._collect(queue)
+            time.sleep(POLL_S)
+        if training.error is not None:
+            self._journal_failure(training.error)
+            raise RunFailed(f"training failed: {_last_line(training.error)}", self.run_dir / "logs")
+
+    def _follow_journal(self, queue: EvaluationQueue, *, show: bool = True) -> None:
+        """React to what the workers have written since the last call."""
+        new, self._offset = read_journal(self.run_dir / "journal.jsonl", self._offset)
+        for record in new:
+            self.records.append(record)
+            if show:
+                self.terminal.show(record)
+        if any(record["kind"] == "checkpoint" for record in new) or not show:
+            self._queue_evaluations(queue)
+            self._prune(queue)
+
+    def _queue_evaluations(self, queue: EvaluationQueue) -> None:
+        """Every published checkpoint that is due and has no result yet; a label is accepted once."""
+        if not self.recipe.evaluation.enabled:
+            return
+        done = {(r["step"], r["protocol"], r["data"]) for r in read_journal(self.evaluations)[0] if "metrics" in r}
+        for found in checkpoint.published(self.run_dir):
+            if self._is_graded(found.step):
+                for task in grade.missing_tasks(self.recipe, found.step, done):
+                    directory = self.recipe.evaluation.data[task.data]
+                    label = (found.step, task.protocol, task.data)
+                    queue.submit(
+                        label, grade.grade_task, str(found.path), found.step, task, directory, self.recipe.storage
+                    )
+
+    def _is_graded(self, step: int) -> bool:
+        train, evaluation = self.recipe.train, self.recipe.evaluation
+        number = -(-step // train.checkpoint_every)
+        return step == train.steps or (evaluation.baseline if step == 0 else number % evaluation.every == 0)
+
+    def _collect(self, queue: EvaluationQueue) -> None:
+        """Write down the evaluations that have ended; a failed one is recorded and stops nothing."""
+        for (step, protocol, data), record, error in queue.finished():
+            if error is not None:
+                record = {"step": step, "protocol": protocol, "data": data, "error": _last_line(error)}
+            with Journal(self.evaluations) as journal:
+                journal.write("evaluation", **record)
+            self.terminal.show({"kind": "evaluation", **record})
+            self._prune(queue)
+
+    def _prune(self, queue: EvaluationQueue) -> None:
+        """Keep the newest checkpoints, the best ones, the random baseline, and all that an evaluation still needs."""
+        train = self.recipe.train
+        best = sorted(self._scores().items(), key=lambda item: item[1], reverse=True)[: train.keep_best]
+        pinned = {0} | {label[0] for label in queue.pending} | {step for step, _ in best}
+        checkpoint.prune(self.run_dir, keep_last=train.keep_last, pinned=pinned)
+
+    def _scores(self) -> dict[int, float]:
+        """Step -> `evaluation.select` score of trained checkpoints."""
+        if self.recipe.evaluation.select is None:
+            return {}
+        protocol, data, metric = self.recipe.evaluation.select.split("/")
+        return {
+            record["step"]: record["metrics"][metric]
+            for record in read_journal(self.evaluations)[0]
+            if record["step"] > 0 and (record["protocol"], record["data"]) == (protocol, data) and "metrics" in record
+        }
+
+    def _is_trained(self) -> bool:
+        newest = checkpoint.latest(self.run_dir)
+        return newest is not None and newest.step >= self.recipe.train.steps
+
+    def _gpus_per_worker(self, gpus: float) -> float:
+        settings = self.recipe.cluster
+        if settings.gpus_per_worker is not None:
+            return settings.gpus_per_worker
+        return float(self.recipe.train.device != "cpu" and gpus >= self.recipe.train.workers)
+
+    def _tracker(self) -> Any:
+        from pretrain.tracking.sync import Tracker, default_uri
+
+        tags = {"objective": self.recipe.objective.name, "backbone": self.recipe.backbone.name, **_git_tags()}
+        return Tracker(
+            self.run_dir,
+            uri=default_uri(Path(self.recipe.storage)),
+            experiment=self.recipe.tracking.experiment,
+            recipe_yaml=to_yaml(self.recipe),
+            params=asdict(self.recipe),
+            tags=tags,
+            model_name=self.recipe.tracking.model_name or self.recipe.name,
+            select=self.recipe.evaluation.select,
+        )
+
+    def _journal_failure(self, error: BaseException) -> None:
+        (self.run_dir / "logs" / "driver.log").write_text(f"{error}\n")
+        with Journal(self.run_dir / "journal.jsonl") as journal:
+            journal.write("failed", error=_last_line(error))
+
+    def _finish(self) -> RunResult:
+        from pretrain.reporting.page import write_report
+
+        report = write_report(self.run_dir)
+        evaluations = [record for record in read_journal(self.evaluations)[0] if "metrics" in record]
+        print_summary(self.terminal.console, self.recipe, self.run_dir, self.records, evaluations, report)
+        metrics = [record["values"] for record in self.records if record["kind"] == "metrics"]
+        last = dict(metrics[-1]) if metrics else {}
+        for record in sorted(evaluations, key=lambda record: record["step"]):
+            prefix = f"{record['protocol']}/{record['data']}"
+            last.update({f"{prefix}/{name}": value for name, value in record["metrics"].items()})
+        newest = checkpoint.latest(self.run_dir)
+        return RunResult(self.run_dir.name, self.run_dir, newest.path if newest else None, last)
+
+
+class _Background(threading.Thread):
+    """A function in a thread, with its exception."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._function()
+        except BaseException as error:
+            self.error = error
+
+
+@contextmanager
+def _only_driver(run_dir: Path) -> Iterator[None]:
+    """Hold the run's lock: two drivers would train into the same checkpoints."""
+    lock: IO[str] = (run_dir / ".driver.lock").open("a+")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise RequestError(f"run {run_dir.name} is already driven by process {lock.read().strip()}") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+@contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    """SIGTERM ends a run like Ctrl-C: Ray is taken down and the run can be resumed."""
+    import signal
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _git_tags() -> dict[str, str]:
+    """Commit of the working directory, if it is in a repository."""
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"git.commit": answer.stdout.strip(), "git.dirty": str(bool(dirty.stdout.strip())).lower()}
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,141 @@
+"""Grade checkpoints: the same function by hand (`pretrain evaluate`), from Python, and as an evaluation task of a run.
+
+What is not here: the protocols (`evaluation`), when a run grades which checkpoint (`pretrain.driver`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.config.schema import EvaluationTask, Recipe
+from pretrain.errors import RequestError
+
+if TYPE_CHECKING:
+    from evaluation.runner import EvaluationResult
+
+__all__ = ["evaluate", "grade_task", "leaderboard", "missing_tasks"]
+
+NICENESS = 10  # an evaluation beside the trainers gets about a tenth of a contended core
+
+
+def grade_task(checkpoint: str, step: int, task: EvaluationTask, directory: str, storage: str) -> dict[str, Any]:
+    """Run one evaluation task in a process of its own; returns a record for `evaluations.jsonl`.
+
+    Args:
+        checkpoint: Directory with `backbone.safetensors`.
+        step: Its optimiser step.
+        task: Protocol, name of the data, size.
+        directory: Where the data lies.
+        storage: Root of runs and evaluations.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one core of what the trainers leave
+    os.nice(max(0, NICENESS - os.nice(0)))
+    result = _evaluate(Path(checkpoint), task, Path(directory), Path(storage))
+    return {"step": step, **_record(result)}
+
+
+def evaluate(
+    checkpoint: str | os.PathLike[str],
+    protocols: Sequence[str] | None = None,
+    data: Mapping[str, str | os.PathLike[str]] | None = None,
+    *,
+    storage: str | os.PathLike[str] = "runs",
+) -> list[EvaluationResult]:
+    """Grade a checkpoint.
+
+    Args:
+        checkpoint: A directory, `runs:/ID[/step]` or `models:/NAME@ALIAS`.
+        protocols: Names of protocols; default: those of the checkpoint's recipe, else every one that suits the data.
+        data: Name -> directory with train-*.tar and test-*.tar; default: the data of the checkpoint's recipe.
+        storage: Root of runs and evaluations.
+
+    Returns:
+        One result per protocol and data set, in the order asked for. Known results are not computed again.
+
+    Raises:
+        RequestError: An unknown checkpoint, protocol or data set, or data that a protocol cannot use.
+    """
+    from evaluation.registry import names
+    from pretrain.checkpoints.references import resolve_checkpoint
+
+    root = Path(storage).absolute()
+    path = resolve_checkpoint(str(checkpoint), root)
+    if unknown := [name for name in protocols or () if name not in names()]:
+        raise RequestError(*(f"protocol {name!r} is unknown; there are: {', '.join(names())}" for name in unknown))
+    if data is not None:
+        asked = [
+            (EvaluationTask(protocol, name), Path(directory))
+            for name, directory in data.items()
+            for protocol in protocols or _suitable_protocols(Path(directory))
+        ]
+    else:
+        settings = _recipe_of(path).evaluation
+        tasks = [task for task in settings.tasks if not protocols or task.protocol in protocols]
+        asked = [(task, Path(settings.data[task.data])) for task in tasks]
+    if not asked:
+        raise RequestError(f"{path}: its recipe has no such evaluation task; give --data NAME=DIRECTORY")
+    return [_evaluate(path, task, directory, root) for task, directory in asked]
+
+
+def missing_tasks(recipe: Recipe, step: int, done: set[tuple[int, str, str]]) -> list[EvaluationTask]:
+    """The recipe's tasks that have no result for `step` yet; `done` holds (step, protocol, data)."""
+    return [task for task in recipe.evaluation.tasks if (step, task.protocol, task.data) not in done]
+
+
+def leaderboard(storage: str | os.PathLike[str] = "runs") -> list[dict[str, Any]]:
+    """All evaluations under `storage`: those of runs (run, step and record), then those made by hand."""
+    from pretrain.record.journal import read_journal
+
+    rows = []
+    for path in sorted(Path(storage).glob("*/evaluations.jsonl"), reverse=True):
+        records, _ = read_journal(path)
+        rows += [{"run": path.parent.name, **record} for record in records if "metrics" in record]
+    of_runs = {row["key"] for row in rows}
+    for path in sorted((Path(storage) / "evaluations").glob("*.json")):
+        if path.stem not in of_runs:
+            rows.append({"run": "(by hand)", "step": "", **json.loads(path.read_text())})
+    return rows
+
+
+def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path) -> EvaluationResult:
+    from evaluation.data import EvaluationData
+    from evaluation.runner import evaluate as run_protocol
+
+    data = EvaluationData(task.data, directory)
+    return run_protocol(path, task.protocol, data, store=storage, image_size=task.image_size)
+
+
+def _record(result: EvaluationResult) -> dict[str, Any]:
+    from evaluation.registry import protocol
+
+    ordered = protocol(result.protocol).metrics  # headline first, also in a result that comes from the store
+    return {
+        "protocol": result.protocol,
+        "data": result.data,
+        "metrics": {name: result.metrics[name] for name in ordered if name in result.metrics},
+        "key": result.key,
+        "seconds": result.seconds,
+        "cached": result.cached,
+    }
+
+
+def _recipe_of(checkpoint: Path) -> Recipe:
+    from pretrain.config.load import load_recipe
+
+    path = checkpoint / "recipe.yaml"
+    if not path.is_file():
+        raise RequestError(f"{checkpoint}: no recipe.yaml in it that names evaluation data; give --data NAME=DIRECTORY")
+    return load_recipe(path, check_files=False)
+
+
+def _suitable_protocols(directory: Path) -> list[str]:
+    """Protocols whose labels the data has."""
+    from data_pipelines.shards.dataset import open_dataset
+    from evaluation.registry import names, protocol
+
+    fields = open_dataset(str(directory / "train-*.tar")).fields
+    return [name for name in names() if protocol(name).label in fields]

@@ -1,0 +1,1 @@
+"""The MLflow side of a run."""

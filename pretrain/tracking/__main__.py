@@ -1,0 +1,19 @@
+"""`python -m pretrain.tracking RUN_DIR` sends what a run has written and MLflow has not received yet."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from pretrain.errors import RequestError
+from pretrain.tracking.sync import sync
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+if len(sys.argv) != 2:
+    sys.exit("usage: python -m pretrain.tracking RUN_DIR")
+try:
+    sys.exit(0 if sync(Path(sys.argv[1])) else 1)
+except RequestError as mistake:
+    print(mistake, file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,274 @@
+"""The MLflow side of a run: every call that `pretrain.tracking.sync` and `pretrain.checkpoints.references` make to a
+tracking server.
+
+All calls can be repeated: a point identical in (name, time, step, value) is stored once by MLflow, files overwrite
+themselves, models and versions are looked up before they are made. So a sender that never heard the answer sends again.
+
+Not here: when to send, what was sent already and what to do when the server is away (`pretrain.tracking.sync`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
+
+__all__ = ["EXPORTED_FILES", "MlflowRun", "Point", "Version", "connect", "default_uri", "redact", "verdict"]
+
+EXPORTED_FILES = ("backbone.safetensors", "checkpoint.json", "recipe.yaml")
+RUN_ID_TAG = "pretrain.run_id"
+MAX_POINTS = 1000  # metrics per request: about 0.2 s for a server
+MAX_PARAMS = 100
+MAX_VALUE = 500  # characters of a parameter; MLflow cuts longer ones silently, the recipe artifact has them in full
+
+
+class Point(NamedTuple):
+    """One value of one metric; `time_ms` is fixed when it is measured, which makes sending it twice harmless."""
+
+    name: str
+    value: float
+    time_ms: int
+    step: int
+
+
+class Version(NamedTuple):
+    """A registered checkpoint."""
+
+    model_id: str
+    version: str
+
+
+def default_uri(storage: Path) -> str:
+    """$MLFLOW_TRACKING_URI, else an SQLite file in `storage`, which needs no server."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
+
+
+def redact(uri: str) -> str:
+    """`uri` without the user and password it may carry, for logs and files."""
+    return re.sub(r"(://)[^/@]*@", r"\1", uri)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client that fails within seconds instead of minutes. Importing MLflow takes about 3 CPU-seconds.
+
+    The environment variables concern the whole process; those the user has set stay as they are.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if database := _database(uri):
+        database.parent.mkdir(parents=True, exist_ok=True)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def verdict(error: Exception) -> Literal["retry", "invalid", "denied", "missing"]:
+    """What an error of an MLflow call means for what was to be sent."""
+    code = getattr(error, "error_code", None)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED") or status in (401, 403):
+        return "denied"
+    if code == "INVALID_PARAMETER_VALUE":
+        # A deleted run or experiment is the user's decision, not a fault of the record that meets it.
+        return "denied" if "'active' state" in str(error) else "invalid"
+    return "missing" if code == "RESOURCE_DOES_NOT_EXIST" else "retry"
+
+
+class MlflowRun:
+    """One run on one server.
+
+    Args:
+        client: From `connect`.
+        experiment_id: Where the run lives.
+        mlflow_run_id: Its id on the server.
+    """
+
+    def __init__(self, client: MlflowClient, experiment_id: str, mlflow_run_id: str) -> None:
+        self.client = client
+        self.experiment_id = experiment_id
+        self.mlflow_run_id = mlflow_run_id
+
+    @classmethod
+    def bind(
+        cls, client: MlflowClient, uri: str, experiment: str, run_id: str, created_ms: int, known: str | None
+    ) -> MlflowRun:
+        """Find the run by its `known` MLflow id or by our `run_id`, or create it, and mark it as running.
+
+        A run that was deleted in MLflow is not replaced: that error is "denied" (`verdict`).
+        """
+        experiment_id = _experiment_id(client, uri, experiment)
+        if known is not None:
+            try:
+                client.update_run(known, status="RUNNING")
+                return cls(client, experiment_id, known)
+            except Exception as error:
+                if verdict(error) != "missing":
+                    raise
+        if found := client.search_runs([experiment_id], f"tags.`{RUN_ID_TAG}` = '{run_id}'", max_results=1):
+            mlflow_run_id = found[0].info.run_id
+            client.update_run(mlflow_run_id, status="RUNNING")
+        else:
+            tags = {RUN_ID_TAG: run_id, "mlflow.source.name": "pretrain"}
+            run = client.create_run(experiment_id, start_time=created_ms, tags=tags, run_name=run_id)
+            mlflow_run_id = run.info.run_id
+        return cls(client, experiment_id, mlflow_run_id)
+
+    def check_exists(self) -> None:
+        """Raise what MLflow raises if the run is not there."""
+        self.client.get_run(self.mlflow_run_id)
+
+    def describe(self, recipe_yaml: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Record the recipe, its flattened settings and `tags`.
+
+        MLflow keeps the first value of a parameter for ever; one changed by a resume becomes the tag `resumed/KEY`.
+        """
+        from mlflow.entities import Param, RunTag
+
+        known = self.client.get_run(self.mlflow_run_id).data.params
+        flat = _flatten(params)
+        new = [Param(key, value) for key, value in flat.items() if key not in known]
+        changed = {f"resumed/{key}": value for key, value in flat.items() if known.get(key, value) != value}
+        for first in range(0, len(new), MAX_PARAMS):
+            self.client.log_batch(self.mlflow_run_id, params=new[first : first + MAX_PARAMS], synchronous=True)
+        run_tags = [RunTag(key, str(value)) for key, value in {**tags, **changed}.items()]
+        self.client.log_batch(self.mlflow_run_id, tags=run_tags, synchronous=True)
+        self.client.log_text(self.mlflow_run_id, recipe_yaml, "config/recipe.yaml")
+
+    def log_metrics(self, points: Sequence[Point], model_id: str | None = None) -> None:
+        """Record points of the run; with `model_id` they belong to that model as well."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(_name(p.name), p.value, p.time_ms, p.step, model_id=model_id) for p in points]
+        for first in range(0, len(metrics), MAX_POINTS):
+            self.client.log_batch(self.mlflow_run_id, metrics=metrics[first : first + MAX_POINTS], synchronous=True)
+
+    def log_picture(self, path: Path) -> None:
+        self.client.log_artifact(self.mlflow_run_id, str(path), "pictures")
+
+    def tag(self, key: str, value: str) -> None:
+        self.client.set_tag(self.mlflow_run_id, _name(key), value)
+
+    def end(self, status: str) -> None:
+        """`status` is FINISHED, FAILED or KILLED."""
+        self.client.set_terminated(self.mlflow_run_id, status)
+
+    def register(self, checkpoint: Path, step: int, model_name: str, tags: Mapping[str, str]) -> Version:
+        """Upload the exported files of a checkpoint directory and make them a version of `model_name`.
+
+        The version carries the digest of `checkpoint.json`, which holds the digests of all other files: who downloads
+        can tell whether anything was changed in the artifact store since. A crash half-way leaves a PENDING model.
+        """
+        digest = hashlib.sha256((checkpoint / "checkpoint.json").read_bytes()).hexdigest()
+        model = self._logged_model(checkpoint, f"step-{step:08d}", {**tags, "step": str(step)})
+        if (version := self._version_of(step, model_name)) is None:
+            self._ensure_registered_model(model_name)
+            version = self.client.create_model_version(
+                model_name,
+                # Not models:/ID: an SQLite registry would look that up on the process-wide default server.
+                source=model.artifact_location,
+                run_id=self.mlflow_run_id,
+                model_id=model.model_id,
+                tags={
+                    **tags,
+                    "step": str(step),
+                    "model_id": model.model_id,
+                    "checkpoint_path": str(checkpoint.resolve()),
+                    "checkpoint_sha256": digest,
+                },
+                await_creation_for=0,
+            )
+        return Version(model.model_id, str(version.version))
+
+    def tag_version(self, model_name: str, version: str, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self.client.set_model_version_tag(model_name, version, _name(key), value)
+
+    def promote(self, model_name: str, version: str, score: float | None = None, score_tag: str = "") -> bool:
+        """Move the alias `best` to `version`; the version that had it becomes `previous`.
+
+        With a `score` only if it is higher than the tag `score_tag` of the present best, of whatever run that is.
+
+        Returns:
+            Whether the alias moved.
+        """
+        best = self.client.get_registered_model(model_name).aliases.get("best")
+        if best is not None:
+            if str(best) == version:
+                return False
+            if score is not None:
+                held = self.client.get_model_version(model_name, str(best)).tags.get(_name(score_tag))
+                if held is not None and float(held) >= score:
+                    return False
+            self.client.set_registered_model_alias(model_name, "previous", str(best))
+        self.client.set_registered_model_alias(model_name, "best", version)
+        return True
+
+    def _logged_model(self, checkpoint: Path, name: str, tags: Mapping[str, str]) -> LoggedModel:
+        known = self.client.search_logged_models(
+            [self.experiment_id], f"source_run_id = '{self.mlflow_run_id}' AND name = '{name}'"
+        )
+        model = known[0] if known else None
+        if model is None:
+            model = self.client.create_logged_model(
+                self.experiment_id, name, self.mlflow_run_id, dict(tags), {"step": tags["step"]}, model_type="backbone"
+            )
+        if model.status != "READY":
+            for file in EXPORTED_FILES:
+                self.client.log_model_artifact(model.model_id, str(checkpoint / file))
+            model = self.client.finalize_logged_model(model.model_id, "READY")
+        return model
+
+    def _version_of(self, step: int, model_name: str) -> ModelVersion | None:
+        mine = self.client.search_model_versions(f"name='{model_name}' and run_id='{self.mlflow_run_id}'")
+        return next((version for version in mine if version.tags.get("step") == str(step)), None)
+
+    def _ensure_registered_model(self, model_name: str) -> None:
+        try:
+            self.client.create_registered_model(model_name)
+        except Exception as error:
+            if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+
+def _experiment_id(client: MlflowClient, uri: str, experiment: str) -> str:
+    """Find or create the experiment. Where its artifacts go is decided once, by whoever creates it."""
+    if (found := client.get_experiment_by_name(experiment)) is not None:
+        return str(found.experiment_id)
+    database = _database(uri)
+    location = (database.resolve().parent / "mlflow-artifacts").as_uri() if database else None
+    return str(client.create_experiment(experiment, artifact_location=location))
+
+
+def _database(uri: str) -> Path | None:
+    """The file of an `sqlite:///` URI."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _name(text: str) -> str:
+    """`text` with the characters MLflow refuses in names of metrics and tags replaced."""
+    return re.sub(r"[^A-Za-z0-9_\-./: ]", "_", text)
+
+
+def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as `a.b.c` -> text; texts too long for MLflow are left out."""
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+            continue
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        if len(text) <= MAX_VALUE:
+            flat[_name(f"{prefix}{key}")] = text
+    return flat

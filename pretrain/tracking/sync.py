@@ -1,0 +1,432 @@
+"""Sends a run to MLflow from what the run writes to disk, so that no server can stop or slow training.
+
+A daemon thread tails `journal.jsonl` and `evaluations.jsonl`. What the server has acknowledged is kept in `mlflow.json`
+beside them; everything else waits on disk, for as long as it takes, until the server answers or somebody runs
+`python -m pretrain.tracking RUN_DIR`. The MLflow run is created on first contact and found again by the tag
+`pretrain.run_id`, so the server may be down when training starts and the driver may die half-way.
+
+What arrives:
+    metrics       `train/NAME` with the time they were measured. After a restart training repeats the steps since its
+                  last checkpoint: steps already sent are dropped, per metric.
+    checkpoints   a logged model plus a version of the registered model. Step 0, the random backbone that scores are
+                  compared with, is a floor and no product: its scores are recorded, it gets no version.
+    warnings      tags `warning/collapse`, `warning/non_finite_loss` and `warning/accumulation`, the last one of each.
+    evaluations   `eval/PROTOCOL/DATA/METRIC` at the step of the checkpoint, on the run, the model and the version.
+                  Each (step, protocol, data) once, however often the driver reports it.
+    alias best    the version with the highest `select` score, over all runs that share the model name; without `select`
+                  the newest. The one before is `previous`.
+Lines that cannot be understood or that MLflow refuses are parked in `tracking-rejected.jsonl`.
+
+Not here: the calls themselves (`pretrain.tracking.client`), reading a registry (`pretrain.checkpoints.references`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import yaml
+
+from pretrain.checkpoints.references import checked_name
+from pretrain.errors import RequestError
+from pretrain.record.journal import Journal, Line, read_lines
+from pretrain.tracking.client import EXPORTED_FILES, MlflowRun, Point, connect, default_uri, redact, verdict
+from pretrain.tracking.cursor import Ledger, Status
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["Status", "Tracker", "default_uri", "redact", "sync"]
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+MAX_BACKOFF_S = 30.0
+LINES_PER_BATCH = 200  # with the eight training metrics about 0.5 s for SQLite, 0.3 s for a server
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)  # what reading a bad record raises
+
+
+class Busy(RuntimeError):
+    """Another process is sending this run."""
+
+
+class Tracker:
+    """Follows one run directory.
+
+    Args:
+        run_dir: `runs/RUN_ID`; its name is the run id.
+        uri: Tracking server or database; a password in it is used but never written down.
+        experiment: MLflow experiment.
+        recipe_yaml: The resolved recipe; becomes the artifact `config/recipe.yaml`.
+        params: The same as (nested) settings; become parameters `a.b.c`. Long values are left to the artifact.
+        tags: Tags of the run, its models and versions, e.g. objective, backbone, git commit.
+        model_name: Registered model that gets the checkpoints.
+        select: PROTOCOL/DATA/METRIC, higher is better, that moves the alias `best`; None: the newest is best.
+
+    Attributes:
+        problem: Why nothing arrives at the moment, in one line; None when all is well.
+
+    Raises:
+        RequestError: `model_name` is no name MLflow accepts.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        uri: str,
+        experiment: str,
+        recipe_yaml: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        model_name: str,
+        select: str | None,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.problem: str | None = None
+        self._uri = uri
+        self._recipe_yaml = recipe_yaml
+        self._params = params
+        asked = Ledger(
+            uri=redact(uri),
+            experiment=experiment,
+            model_name=checked_name(model_name),
+            select=select,
+            tags=dict(tags),
+            created_ms=int(time.time() * 1000),
+        )
+        self._ledger = asked.continuing(Ledger.load(self.run_dir / "mlflow.json"))
+        self._client: MlflowClient | None = None
+        self._run: MlflowRun | None = None
+        self._lock: IO[str] | None = None
+        self._sent = False
+        self._failures = 0
+        self._told: set[str] = set()
+        self._closing = threading.Event()
+        self._deadline = math.inf
+        self._thread = threading.Thread(target=self._follow, name="mlflow-tracker", daemon=True)
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """The id of the run in MLflow, once the server has answered."""
+        return self._ledger.mlflow_run_id
+
+    def start(self) -> None:
+        """Begin to follow. MLflow is imported when there is a first record, away from the start of the workers."""
+        if self._acquire():
+            self._save()
+        self._thread.start()
+
+    def close(self, status: Status, deadline_s: float = 60.0) -> bool:
+        """Send the rest and end the MLflow run; call it after the last record was written.
+
+        Returns:
+            Whether everything arrived. If not, it is still on disk and a warning says how to send it later.
+        """
+        self._ledger.status = status
+        self._deadline = time.monotonic() + deadline_s
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(deadline_s + 1.0)
+        if not self._sent:
+            log.warning(
+                "not everything has reached MLflow at %s (%s); it is kept on disk, send it later with: "
+                "python -m pretrain.tracking %s",
+                redact(self._uri),
+                self.problem or "not enough time",
+                self.run_dir,
+            )
+        return self._sent
+
+    # The thread -----------------------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        while not self._sent:
+            closing = self._closing.is_set()
+            try:
+                if self._push() and closing:
+                    self._finish()
+                self._recovered()
+            except Exception as error:  # whatever a server, a proxy or a database does: training goes on
+                self._failed(error)
+                if closing and (verdict(error) == "denied" or isinstance(error, Busy)):
+                    break
+            if time.monotonic() >= self._deadline:
+                break
+            self._pause()
+        if self._lock is not None:
+            if not self._sent:
+                self._save()  # how the run ended, for `sync`
+            self._lock.close()
+
+    def _pause(self) -> None:
+        """Wait for more to do or for the server to come back; the beginning of `close` ends it."""
+        delay = POLL_S
+        if self._failures:
+            delay = min(MAX_BACKOFF_S, 2.0 ** min(self._failures, 5)) * random.uniform(0.5, 1.0)
+        if self._closing.is_set():  # a set event would not wait at all
+            time.sleep(min(delay, POLL_S) if self._failures else 0.0)
+        else:
+            self._closing.wait(delay)
+
+    def _push(self) -> bool:
+        """Send what is on disk; True when all of it has arrived."""
+        if self._run is None:
+            if not self._closing.is_set() and next(self._unsent("journal.jsonl", 0), None) is None:
+                return True
+            self._run = self._bind()
+        # Evaluations are read before the journal is emptied, so the checkpoint of each of them is registered by then.
+        evaluations = list(self._unsent("evaluations.jsonl", self._ledger.evaluations_offset))
+        while lines := list(self._unsent("journal.jsonl", self._ledger.journal_offset)):
+            self._send_journal(self._run, lines)
+            if time.monotonic() >= self._deadline:
+                return False
+        for line in evaluations:
+            self._send_record(self._run, line, self._evaluation)
+            self._ledger.evaluations_offset = line.end
+            self._save()
+        return not evaluations
+
+    def _unsent(self, name: str, offset: int) -> Iterator[Line]:
+        # A server too slow for a full batch within its timeout gets smaller ones until one succeeds.
+        return read_lines(self.run_dir / name, offset, LINES_PER_BATCH >> min(self._failures, 5))
+
+    def _bind(self) -> MlflowRun:
+        """Make sure that we are the only sender, that the server answers, and which run on it is ours."""
+        if not self._acquire():
+            raise Busy(f"another process is sending {self.run_dir}")
+        if self._client is None:
+            self._client = connect(self._uri)
+        ledger = self._ledger
+        run = MlflowRun.bind(
+            self._client, self._uri, ledger.experiment, self.run_dir.name, ledger.created_ms, ledger.mlflow_run_id
+        )
+        if run.mlflow_run_id != ledger.mlflow_run_id:
+            ledger.forget_progress()  # new to this server, or its database was replaced
+            ledger.mlflow_run_id = run.mlflow_run_id
+            self._save()
+        run.describe(self._recipe_yaml, self._params, ledger.tags)
+        return run
+
+    def _finish(self) -> None:
+        assert self._run is not None and self._ledger.status is not None
+        self._run.end(self._ledger.status)
+        self._save()
+        self._sent = True
+
+    def _acquire(self) -> bool:
+        """Become the one process that sends this run; True if we are."""
+        if self._lock is None:
+            lock = open(self.run_dir / "mlflow.lock", "w")  # noqa: SIM115  (held until the thread ends)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                return False
+            self._lock = lock
+        return True
+
+    def _save(self) -> None:
+        self._ledger.save(self.run_dir / "mlflow.json")
+
+    # What each record becomes ---------------------------------------------------------------------------------------
+
+    def _send_journal(self, run: MlflowRun, lines: list[Line]) -> None:
+        """Send consecutive metrics together and everything else one by one, in order."""
+        metrics: list[Line] = []
+        for line in lines:
+            if line.record is not None and line.record.get("kind") == "metrics":
+                metrics.append(line)
+                continue
+            self._send_metrics(run, metrics)
+            metrics = []
+            self._send_record(run, line, self._event)
+            self._ledger.journal_offset = line.end
+            self._save()
+        self._send_metrics(run, metrics)
+
+    def _send_metrics(self, run: MlflowRun, lines: list[Line]) -> None:
+        if not lines:
+            return
+        last_step = dict(self._ledger.last_step)
+        batch: list[tuple[Line, list[Point]]] = []
+        for line in lines:
+            try:
+                batch.append((line, _new_points(line.record or {}, last_step)))
+            except MALFORMED as error:
+                self._park(line, error)
+        self._send_points(run, batch)
+        self._ledger.last_step = last_step
+        self._ledger.journal_offset = lines[-1].end
+        self._save()
+
+    def _send_points(self, run: MlflowRun, batch: list[tuple[Line, list[Point]]]) -> None:
+        try:
+            run.log_metrics([point for _, points in batch for point in points])
+        except Exception as error:
+            if verdict(error) != "invalid":
+                raise
+            if len(batch) == 1:
+                self._park(batch[0][0], error)
+            else:  # one bad record must not take its neighbours with it
+                for item in batch:
+                    self._send_points(run, [item])
+
+    def _send_record(
+        self, run: MlflowRun, line: Line, reader: Callable[[dict[str, Any]], Callable[[MlflowRun], None] | None]
+    ) -> None:
+        """Read `line`, then send what `reader` makes of it; park it if we or MLflow cannot make sense of it."""
+        try:
+            if line.record is None:
+                raise ValueError("not a JSON object")
+            send = reader(line.record)
+        except MALFORMED as error:
+            self._park(line, error)
+            return
+        try:
+            if send is not None:
+                send(run)
+        except Exception as error:
+            if verdict(error) == "missing":
+                run.check_exists()  # raises if the whole run is gone; else only the model was deleted
+            elif verdict(error) != "invalid":
+                raise
+            self._park(line, error)
+
+    def _event(self, record: dict[str, Any]) -> Callable[[MlflowRun], None] | None:
+        """What to do about a record of the journal that is not a metric."""
+        kind = record["kind"]
+        if kind == "checkpoint" and (step := int(record["step"])) > 0:
+            return partial(self._send_checkpoint, step, self._inside(record["path"]))
+        if kind == "pictures" and (picture := self._inside(record["path"])).is_file():
+            return lambda run: run.log_picture(picture)
+        if kind == "warning":
+            value = f"step {record['step']}: {record['text']}"[:1000]
+            return partial(MlflowRun.tag, key=f"warning/{record['about']}", value=value)
+        if kind == "failed":
+            return partial(MlflowRun.tag, key="error", value=str(record["error"])[:1000])
+        return None
+
+    def _evaluation(self, record: dict[str, Any]) -> Callable[[MlflowRun], None] | None:
+        """What to do about a record of the evaluations."""
+        step, task = int(record["step"]), f"{record['protocol']}/{record['data']}"
+        if f"{step} {task}" in self._ledger.evaluated:
+            return None
+        if "error" in record:
+            return partial(MlflowRun.tag, key=f"eval/{task}/error", value=f"step {step}: {record['error']}"[:1000])
+        scores = {f"eval/{task}/{name}": float(value) for name, value in record["metrics"].items()}
+        return partial(self._send_scores, step, task, int(record["time"] * 1000), scores)
+
+    def _send_checkpoint(self, step: int, checkpoint: Path, run: MlflowRun) -> None:
+        ledger = self._ledger
+        if str(step) in ledger.versions:
+            return
+        if not all((checkpoint / file).is_file() for file in EXPORTED_FILES):
+            log.warning("%s is gone before it could be registered in MLflow; its scores are still recorded", checkpoint)
+            return
+        version = run.register(checkpoint, step, ledger.model_name, {**ledger.tags, "run_id": self.run_dir.name})
+        if ledger.select is None:
+            run.promote(ledger.model_name, version.version)
+        ledger.versions[str(step)] = (version.model_id, version.version)
+
+    def _send_scores(self, step: int, task: str, time_ms: int, scores: dict[str, float], run: MlflowRun) -> None:
+        ledger = self._ledger
+        model_id, version = ledger.versions.get(str(step), (None, None))
+        run.log_metrics([Point(name, value, time_ms, step) for name, value in scores.items()], model_id)
+        if version is not None:
+            run.tag_version(ledger.model_name, version, {name: repr(value) for name, value in scores.items()})
+            selected = scores.get(f"eval/{ledger.select}")
+            if selected is not None and math.isfinite(selected):
+                run.promote(ledger.model_name, version, selected, f"eval/{ledger.select}")
+        ledger.evaluated.append(f"{step} {task}")
+
+    def _inside(self, relative: str) -> Path:
+        path = (self.run_dir / relative).resolve()
+        if not path.is_relative_to(self.run_dir.resolve()):
+            raise ValueError(f"{relative!r} is outside the run directory")
+        return path
+
+    # What can go wrong ----------------------------------------------------------------------------------------------
+
+    def _park(self, line: Line, error: Exception) -> None:
+        path = self.run_dir / "tracking-rejected.jsonl"
+        log.warning("MLflow does not get one record, it is kept in %s: %s: %s", path, type(error).__name__, error)
+        reason = f"{type(error).__name__}: {error}"
+        with Journal(path) as rejected:
+            rejected.write("rejected", reason=reason, line=line.raw.decode(errors="replace"))
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self._run = None  # whoever answers next may be another server: look the run up again
+        reason = redact(str(error).partition("\n")[0]) or type(error).__name__
+        problem, remedy = f"MLflow at {redact(self._uri)} does not take the run: {reason}", "trying again"
+        if verdict(error) == "denied":
+            problem = f"MLflow at {redact(self._uri)} refuses the run: {reason}"
+            remedy = "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and whether the run was deleted"
+        if verdict(error) not in self._told:  # once per kind and outage
+            self._told.add(verdict(error))
+            log.warning("%s; training goes on, records wait in %s; %s", problem, self.run_dir, remedy)
+        self.problem = problem
+
+    def _recovered(self) -> None:
+        if self.problem is not None:
+            log.info("MLflow at %s has caught up with the run", redact(self._uri))
+        self._failures, self.problem = 0, None
+        self._told.clear()
+
+
+def sync(run_dir: Path, *, uri: str | None = None, deadline_s: float = 600.0) -> bool:
+    """Send what a run could not send while it ran; True when everything has arrived.
+
+    Args:
+        run_dir: `runs/RUN_ID`.
+        uri: Where to; default: $MLFLOW_TRACKING_URI if set, else where the run was meant to go.
+        deadline_s: When to give up.
+
+    Raises:
+        RequestError: The directory is not a tracked run.
+    """
+    run_dir = Path(run_dir)
+    ledger = Ledger.load(run_dir / "mlflow.json")
+    if ledger is None or not (run_dir / "recipe.yaml").is_file():
+        raise RequestError(f"{run_dir}: not a tracked run; expected runs/RUN_ID with mlflow.json and recipe.yaml in it")
+    recipe_yaml = (run_dir / "recipe.yaml").read_text()
+    tracker = Tracker(
+        run_dir,
+        uri=uri or os.environ.get("MLFLOW_TRACKING_URI") or ledger.uri,
+        experiment=ledger.experiment,
+        recipe_yaml=recipe_yaml,
+        params=yaml.safe_load(recipe_yaml),
+        tags=ledger.tags,
+        model_name=ledger.model_name,
+        select=ledger.select,
+    )
+    tracker.start()
+    return tracker.close(ledger.status or _ending(run_dir), deadline_s)
+
+
+def _ending(run_dir: Path) -> Status:
+    """How a run ended whose driver could not say it any more."""
+    endings: dict[str, Status] = {"finished": "FINISHED", "failed": "FAILED"}
+    ending: Status = "KILLED"
+    for line in read_lines(run_dir / "journal.jsonl"):
+        ending = endings.get((line.record or {}).get("kind", ""), "KILLED")
+    return ending
+
+
+def _new_points(record: dict[str, Any], last_step: dict[str, int]) -> list[Point]:
+    """The points of a "metrics" record beyond the steps in `last_step`, which is brought up to date."""
+    step, time_ms = int(record["step"]), int(record["time"] * 1000)
+    points = [Point(f"train/{name}", float(value), time_ms, step) for name, value in record["values"].items()]
+    new = [point for point in points if step > last_step.get(point.name, -1)]
+    last_step.update({point.name: step for point in new})
+    return new

@@ -1,0 +1,355 @@
+"""The DeepSpeed seam: everything the training loop asks of DeepSpeed, and the settings we give it.
+
+ZeRO stages 0 to 3, fp32 and bf16, CPU with gloo and CUDA with NCCL behind one small class. `optimizer.*` and
+`train.*` of a recipe are the short form; `deepspeed:` passes raw keys on.
+
+What is not here: the loop (`pretrain.worker`), schedules, the layout of checkpoints (`pretrain.checkpoints.store`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from objectives.base import Objective, Output, Progress
+from pretrain.config.schema import Recipe
+from pretrain.training.optimizers import RESHARDABLE, create_optimizer
+from pretrain.training.running_statistics import RunningStatistics
+
+__all__ = ["Engine", "init_distributed", "pick_device"]
+
+TAG = "deepspeed"  # sub-directory of the training state that DeepSpeed writes
+REDUCE_BUCKET_ELEMENTS = 50_000_000  # 200 MB in fp32; DeepSpeed's default of 5e8 reserves 2 GB per worker
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> the device of this process (LOCAL_RANK picks the GPU).
+
+    Raises:
+        ValueError: `cuda` is asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise ValueError("train.device=cuda, but torch sees no GPU; use train.device=cpu or auto")
+    if wanted == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def init_distributed(device: torch.device) -> tuple[int, int]:
+    """Join the process group that the environment describes (as torchrun sets it); returns (rank, world size)."""
+    # DeepSpeed probes for accelerators at import; saying which one keeps it from warning and from choosing another.
+    os.environ["DS_ACCELERATOR"] = device.type
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=_loopback_store(rank, world_size), rank=rank, world_size=world_size)
+    import deepspeed
+    import deepspeed.ops
+
+    # A shared-memory all-reduce for inference on CPUs, compiled with a C++ compiler at first use: not needed to train.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend)
+    return rank, world_size
+
+
+def _loopback_store(rank: int, world_size: int) -> Any:
+    """Where ranks on one machine meet: a store that listens on 127.0.0.1 only; torch's own listens on every address.
+
+    None, torch's default, for ranks on several machines and under torchrun, which has a store of its own.
+    """
+    if os.environ["MASTER_ADDR"] != "127.0.0.1" or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    port, listening = int(os.environ["MASTER_PORT"]), None
+    if rank == 0:
+        server = socket.socket()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", port))
+        server.listen()
+        listening = server.detach()
+    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, world_size, rank == 0, master_listen_fd=listening
+    )
+
+
+class StepResult(NamedTuple):
+    """Loss and metrics of one step, and whether it was applied (it is not when a loss was not finite)."""
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+    applied: bool
+
+
+class _StepGuard:
+    """Makes the steps of a torch optimiser do nothing while `skips` is set.
+
+    Whatever is around the optimiser (gradient reduction, master weights, shards) goes through its usual motions and
+    drops the gradients; weights and moments stay as they are, in every ZeRO stage.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.skips = False
+        self._step = optimizer.step
+        optimizer.step = self._guarded  # type: ignore[method-assign]
+
+    def _guarded(self, *arguments: Any, **options: Any) -> Any:
+        return None if self.skips else self._step(*arguments, **options)
+
+
+class Engine:
+    """An objective under DeepSpeed.
+
+    Args:
+        objective: Built alike on every rank; DeepSpeed broadcasts rank 0's weights.
+        recipe: Resolved recipe.
+        device: Device of this process.
+    """
+
+    def __init__(self, objective: Objective, recipe: Recipe, device: torch.device) -> None:
+        import deepspeed
+
+        optimizer = recipe.optimizer
+        groups = objective.param_groups(optimizer.weight_decay, optimizer.layer_decay)
+        torch_optimizer = create_optimizer(groups, optimizer, recipe.peak_lr)
+        self._guard = _StepGuard(torch_optimizer)
+        if objective.teacher is not None:
+            objective.teacher.to(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside DeepSpeed that a user can do nothing about
+            self._engine, *_ = deepspeed.initialize(
+                model=objective.to(device),
+                optimizer=torch_optimizer,
+                config=deepspeed_config(recipe),
+                dist_init_required=False,
+            )
+        teacher = [] if objective.teacher is None else [objective.teacher.modules]
+        self._statistics = RunningStatistics([objective, *teacher])
+        self.objective = objective
+        self.device = device
+        self.stage = recipe.train.zero_stage
+        self._optimizer_name = optimizer.name
+
+    def set_schedule(self, learning_rate: float, weight_decay: float) -> None:
+        """Set the values for the next update; groups without decay keep none, layer decay scales the rate."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+            if group["weight_decay"] > 0:
+                group["weight_decay"] = weight_decay
+
+    def step(self, micro_batches: Sequence[dict[str, torch.Tensor]], progress: Progress) -> StepResult:
+        """One optimiser step over the rank's micro-batches, with what the objective does after it.
+
+        When a loss is not finite on any rank, no rank changes weights, optimiser state or objective.
+
+        Args:
+            micro_batches: As many as `train.accumulation` says.
+            progress: Where the run is. In a logged step, gradient norms (before clipping), of all and of each part,
+                are among the metrics; they cost a pass over the gradients.
+
+        Returns:
+            Loss and metrics of this rank averaged over its micro-batches; scalars on the device.
+        """
+        self._statistics.remember()
+        outputs: list[Output] = []
+        norms: dict[str, torch.Tensor] = {}
+        for number, batch in enumerate(micro_batches, start=1):
+            output = self._engine(batch, progress)
+            self._engine.backward(output.loss)  # divides by the number of micro-batches
+            outputs.append(Output(output.loss.detach(), output.metrics))
+            if number == len(micro_batches):
+                norms = self._grad_norms() if progress.is_logged else {}
+                self._guard.skips = not self._all_finite(outputs)
+            self._engine.step()  # updates at the last micro-batch only
+        # ZeRO-3, and bf16, also drop a step whose gradient is not finite though the loss is.
+        applied = not (self._guard.skips or getattr(self._engine.optimizer, "overflow", False))
+        if applied:
+            self._statistics.average()
+            self.objective.after_step(progress, self.read_weight)
+        else:
+            self._statistics.restore()
+        if not applied and self.stage == 3 and (kept_whole := self._engine.optimizer.persistent_parameters):
+            kept_whole[0].all_gather(kept_whole)  # a dropped step leaves them sharded, which the next one cannot trace
+        metrics = {name: _mean([output.metrics[name] for output in outputs]) for name in outputs[0].metrics}
+        return StepResult(_mean([output.loss for output in outputs]), metrics | norms, applied)
+
+    @torch.no_grad()
+    def _all_finite(self, outputs: Sequence[Output]) -> bool:
+        """Whether every loss of every rank is. Collective, and a host sync, which overlaps with the backward pass."""
+        finite = torch.stack([output.loss for output in outputs]).isfinite().all().float()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
+
+    @torch.no_grad()
+    def _grad_norms(self) -> dict[str, torch.Tensor]:
+        """`grad_norm` of everything and `grad_norm/PART` of each part of the objective. Collective under ZeRO."""
+        from deepspeed.utils import safe_get_full_grad
+
+        squares: dict[str, torch.Tensor] = {}
+        for name, parameter in self.objective.named_parameters():
+            if parameter.requires_grad:
+                gradient = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
+                if gradient is not None:
+                    part, square = name.partition(".")[0], gradient.float().square().sum()
+                    squares[part] = squares[part] + square if part in squares else square
+        total = torch.stack(list(squares.values())).sum()
+        parts = {f"grad_norm/{part}": square.sqrt() for part, square in squares.items()}
+        return {"grad_norm": total.sqrt(), **(parts if len(parts) > 1 else {})}
+
+    @torch.no_grad()
+    def read_weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """The whole float32 value of a parameter, in its own shape. A collective when ZeRO or bf16 keep it elsewhere.
+
+        A frozen parameter has no float32 master: its value is as precise as the engine's type.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        is_here = self.stage < 3 and parameter.dtype == torch.float32
+        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad and not is_here else None
+        return (parameter if master is None else master).detach().float().reshape(_full_shape(parameter))
+
+    @torch.no_grad()
+    def backbone_weights(self) -> dict[str, torch.Tensor]:
+        """The exported backbone in fp32 under timm's names, on the CPU. A collective under ZeRO: call it on every rank.
+
+        That is the teacher's if the objective has one.
+        """
+        exported = self.objective.exported
+        weights = exported.timm_state_dict()  # order and persistent buffers, as timm has them
+        own = self.objective.backbone
+        full = {name: self.read_weight(p) for name, p in own.network.named_parameters()} if exported is own else {}
+        return {name: full.get(name, tensor.detach()).cpu().clone() for name, tensor in weights.items()}
+
+    def pictures(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the objective has to show for a batch. A collective under ZeRO-3, which must gather the parameters."""
+        import deepspeed
+
+        parameters = list(self.objective.parameters()) if self.stage == 3 else []
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
+            return self.objective.pictures(batch)
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's share of the training state. A collective."""
+        self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Restore model and optimiser from `save`. A collective.
+
+        Raises:
+            RuntimeError: The state does not fit this model, optimiser or ZeRO stage.
+        """
+        loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise RuntimeError(f"{directory}: DeepSpeed found no training state to restore")
+
+    def load_resharded(self, directory: Path, scratch: Path) -> None:
+        """Restore what another number of ranks saved, through DeepSpeed's universal form (arXiv:2406.18820).
+
+        A collective. Stage 0 shards nothing, so its state is read as it is.
+
+        Args:
+            directory: Where `save` wrote; not changed.
+            scratch: Takes the universal form while it is read; on storage that all ranks see.
+
+        Raises:
+            RuntimeError: As for `load`, or the optimiser is not one that DeepSpeed reshards.
+        """
+        if self.stage == 0:
+            self.load(directory)
+            return
+        if self._optimizer_name not in RESHARDABLE:
+            raise RuntimeError(
+                f"the shards of optimizer.name={self._optimizer_name} fit the number of workers that saved them only; "
+                f"resume with as many (DeepSpeed reshards {', '.join(RESHARDABLE)})"
+            )
+        rank = dist.get_rank()
+        if rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)  # of a restart that was interrupted
+            _write_universal(directory / TAG, scratch / TAG)
+        dist.barrier()  # all ranks: the universal form is complete
+        groups = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self._engine.optimizer.param_groups
+        ]
+        self._engine._config.load_universal_checkpoint = True
+        try:
+            self.load(scratch)
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+        # Stage 3 gives every group the settings of the first one, and all shards one step counter to increment.
+        for group, own in zip(self._engine.optimizer.param_groups, groups, strict=True):
+            group.update(own)
+        for state in self._engine.optimizer.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+        dist.barrier()  # all ranks have read it
+        if rank == 0:
+            shutil.rmtree(scratch)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the optimiser's own state counts."""
+        return int(self._engine.global_steps)
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe; raw keys of `deepspeed:` are merged in last."""
+    train = recipe.train
+    config: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": recipe.optimizer.clip_grad or 0.0,
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
+            "allgather_bucket_size": REDUCE_BUCKET_ELEMENTS,
+        },
+        "zero_allow_untested_optimizer": True,  # built by us, with our parameter groups
+        "bf16": {"enabled": train.precision == "bf16"},
+        "steps_per_print": None,
+    }
+    return _merged(config, recipe.deepspeed)
+
+
+def _write_universal(sharded: Path, universal: Path) -> None:
+    """Join the shards of all ranks into one file per parameter and optimiser moment."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    ds_to_universal.main(
+        argparse.Namespace(
+            input_folder=str(sharded),
+            output_folder=str(universal),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
+
+
+def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        is_nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if is_nested else value
+    return merged
+
+
+def _mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([value.detach().float() for value in values]).mean()
+
+
+def _full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Shape before ZeRO-3 partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)

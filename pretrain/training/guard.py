@@ -1,0 +1,61 @@
+"""Looks at a run while it trains: steps that had to be skipped, and features or losses that have collapsed.
+
+Both are written to the journal as warnings, from where they reach the terminal, the report and MLflow (as tags). All
+ranks decide alike, since they see the same numbers. What counts as a collapse is the objective's business
+(`Objective.diagnose`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pretrain.config.schema import TrainConfig
+
+__all__ = ["Watch"]
+
+PATIENCE = 3  # logged steps in a row with a finding before it is called a collapse
+
+
+class Watch:
+    """Counts what goes wrong in one process' part of a run.
+
+    Args:
+        train: Says when to stop.
+        say: Writes a journal record (rank 0) or nothing (other ranks).
+    """
+
+    def __init__(self, train: TrainConfig, say: Callable[..., None]) -> None:
+        self._train, self._say = train, say
+        self._num_skipped = 0
+        self._findings: list[str] = []  # of the last logged steps, without a gap
+        self._is_told = False
+
+    def skipped(self, step: int) -> None:
+        """A step was not applied because a loss was not finite.
+
+        Raises:
+            FloatingPointError: that happened more often than `train.max_skipped_steps`.
+        """
+        self._num_skipped += 1
+        allowed = self._train.max_skipped_steps
+        text = f"the loss of step {step} is not finite; skipped ({self._num_skipped} of {allowed} allowed)"
+        self._say("warning", step=step, about="non_finite_loss", text=text)
+        if self._num_skipped > allowed:
+            remedy = "lower optimizer.lr, set optimizer.clip_grad, or use train.precision=fp32"
+            raise FloatingPointError(
+                f"{self._num_skipped} steps had a loss that is not finite, the last one step {step}; {remedy}"
+            )
+
+    def judge(self, finding: str | None, step: int) -> None:
+        """What the objective says about the metrics of a logged step.
+
+        Raises:
+            FloatingPointError: it is a collapse and `train.stop_on_collapse` is set.
+        """
+        self._findings = [*self._findings, finding] if finding else []
+        if len(self._findings) < PATIENCE or self._is_told:
+            return
+        self._is_told = True
+        self._say("warning", step=step, about="collapse", text=f"collapsed: {self._findings[-1]}")
+        if self._train.stop_on_collapse:
+            raise FloatingPointError(f"stopped at step {step}, train.stop_on_collapse is set: {self._findings[-1]}")

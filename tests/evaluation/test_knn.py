@@ -1,0 +1,92 @@
+"""Nearest-neighbour vote: golden block A, ties, clamping, degenerate features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from evaluation.extraction.images import Pooled
+from evaluation.metrics import mean_class_accuracy, top_k_accuracy
+from evaluation.protocols.knn.score import score, vote
+from evaluation.registry import PROTOCOLS
+
+CPU = torch.device("cpu")
+PARAMS = PROTOCOLS["knn"].params
+
+
+def test_golden_inputs__match_their_checksums(golden: dict[str, Any], golden_splits: tuple[Pooled, Pooled]) -> None:
+    block, (train, test) = golden["A_features"], golden_splits
+    assert train.labels.tolist() == block["ytr"]
+    assert test.labels.tolist() == block["yte"]
+    assert float(train.patch_mean.sum()) == pytest.approx(block["Xtr_sum"], rel=1e-9)
+    assert test.patch_mean[23, 13:].tolist() == pytest.approx(block["Xte_23_13_16"], abs=1e-9)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 20])
+def test_vote__golden(golden: dict[str, Any], golden_splits: tuple[Pooled, Pooled], k: int) -> None:
+    train, test = golden_splits
+    shares = vote(train.patch_mean, train.labels, test.patch_mean, num_classes=4, ks=[k, 60], temperature=0.07)[k]
+    block = golden["A_knn"]["by_k"][str(k)]
+    predicted = shares.argmax(dim=1)
+    assert predicted.tolist() == block["pred"]
+    assert int((predicted == test.labels).sum()) == block["n_correct"]
+    assert shares[0].tolist() == pytest.approx(block["probs_row0"], abs=1e-5)
+    assert shares[5].tolist() == pytest.approx(block["probs_row5"], abs=1e-5)
+    if k == 5:
+        traps = golden["A_knn"]["by_k"]["traps"]
+        assert all(predicted.tolist() != trap["pred"] for trap in traps.values())
+        assert top_k_accuracy(shares, test.labels, 1) == golden["A_topk"]["micro_top1"]
+        assert top_k_accuracy(shares, test.labels, 2) == golden["A_topk"]["micro_top2"]
+        assert mean_class_accuracy(predicted, test.labels, 4) == golden["A_topk"]["macro_top1"]
+
+
+def test_vote__order_of_the_bank_and_chunks_decide_nothing(
+    golden_splits: tuple[Pooled, Pooled], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = golden_splits
+    bank = train.patch_mean.float().repeat(2, 1)  # every row twice, so that ranks tie
+    labels = torch.cat((train.labels, (train.labels + 1) % 4))
+    expected = vote(bank, labels, test.patch_mean, num_classes=4, ks=[3, 7], temperature=0.07)
+    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("evaluation.protocols.knn.score.CHUNK_ELEMENTS", 1)
+    shuffled = vote(bank[order], labels[order], test.patch_mean, num_classes=4, ks=[3, 7], temperature=0.07)
+    for k in (3, 7):
+        assert torch.equal(expected[k].argmax(dim=1), shuffled[k].argmax(dim=1))
+        assert torch.allclose(expected[k], shuffled[k], atol=1e-6)
+
+
+def test_vote__k_beyond_the_bank_is_clamped(golden_splits: tuple[Pooled, Pooled]) -> None:
+    train, test = golden_splits
+    shares = vote(train.patch_mean, train.labels, test.patch_mean, num_classes=4, ks=[60, 500], temperature=0.07)
+    assert torch.equal(shares[60], shares[500])
+
+
+def test_vote__tied_classes_go_to_the_lowest() -> None:
+    bank = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    shares = vote(bank, torch.tensor([2, 1]), torch.tensor([[1.0, 1.0]]), num_classes=3, ks=[2], temperature=0.07)[2]
+    assert shares.tolist() == [[0.0, 0.5, 0.5]]
+    assert int(shares.argmax()) == 1
+
+
+def test_score__constant_features_give_the_majority_class() -> None:
+    labels = torch.tensor([0, 1, 1, 1, 2] * 10)
+    split = Pooled(cls=torch.ones(50, 8), patch_mean=torch.zeros(50, 8), labels=labels)
+    outcome = score(split, split, num_classes=3, params=PARAMS, seed=0, device=CPU)
+    assert outcome.metrics["top1"] == outcome.metrics["top1_patch_mean"] == 0.6
+    assert set(outcome.metrics) == set(PROTOCOLS["knn"].metrics)
+
+
+def test_score__leaking_features_are_perfect_and_the_headline_is_cls() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 6
+    leak = F.one_hot(labels, 6).float() + 0.05 * torch.randn(60, 6, generator=generator)
+    noise = torch.randn(60, 6, generator=generator)
+    split = Pooled(cls=leak, patch_mean=noise, labels=labels)
+    unseen = Pooled(cls=leak + 0.01, patch_mean=torch.randn(60, 6, generator=generator), labels=labels)
+    outcome = score(split, unseen, num_classes=6, params={**PARAMS, "k": 5}, seed=0, device=CPU)
+    assert outcome.metrics["top1"] == 1.0
+    assert outcome.metrics["top1_patch_mean"] < 0.6
+    assert outcome.details["token"] == "cls"

@@ -1,0 +1,275 @@
+"""`evaluate` on a tiny random backbone: keys, caching, failures; and on the real data of the package."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+
+from backbones.images.vit import ViTBackbone
+from data_pipelines.errors import DataError
+from evaluation import EvaluationData, EvaluationError, EvaluationResult, evaluate
+from evaluation.registry import PROTOCOLS
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def quick_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps: these tests are about what surrounds the heads."""
+    for name in ("linear", "segmentation"):
+        params = MappingProxyType({**PROTOCOLS[name].params, "min_steps": 30, "epochs": 1})
+        monkeypatch.setitem(PROTOCOLS, name, dataclasses.replace(PROTOCOLS[name], params=params))
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Batch sizes of every call of a backbone, in order."""
+    sizes: list[int] = []
+    original = ViTBackbone.features
+
+    def counted(self: ViTBackbone, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert not self.training and torch.is_inference_mode_enabled()
+        sizes.append(len(x))
+        return original(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(ViTBackbone, "features", counted)
+    return sizes
+
+
+def _data(colours: EvaluationData, halves: EvaluationData, protocol: str) -> EvaluationData:
+    return halves if protocol == "segmentation" else colours
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn", "segmentation"])
+def test_evaluate__second_call_is_cached_and_extracts_nothing(
+    tmp_path: Path,
+    checkpoint: Make,
+    colours: EvaluationData,
+    halves: EvaluationData,
+    forwards: list[int],
+    protocol: str,
+) -> None:
+    data, weights = _data(colours, halves, protocol), checkpoint()
+    first = evaluate(weights, protocol, data, store=tmp_path, batch_size=16)
+    assert tuple(first.metrics) == PROTOCOLS[protocol].metrics
+    assert all(0 <= value <= 1 for value in first.metrics.values())
+    assert not first.cached and sum(forwards) == first.details["num_train"] + first.details["num_test"]
+    forwards.clear()
+    again = evaluate(weights, protocol, data, store=tmp_path, batch_size=3)
+    assert again == dataclasses.replace(first, cached=True)
+    assert forwards == []
+    stored = json.loads((tmp_path / "evaluations" / f"{first.key}.json").read_text())
+    assert stored["metrics"] == first.metrics and stored["cached"] is False
+
+
+def test_evaluate__colours_are_easy_and_squares_are_found(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData, halves: EvaluationData
+) -> None:
+    weights = checkpoint()
+    assert evaluate(weights, "linear", colours, store=tmp_path).metrics["top1"] == 1.0
+    assert evaluate(weights, "knn", colours, store=tmp_path).metrics["top1"] == 1.0
+    dense = evaluate(weights, "segmentation", halves, store=tmp_path)
+    assert dense.metrics["miou"] > dense.metrics["miou_position_prior"] + 0.1
+
+
+def test_evaluate__linear_and_knn_share_one_extraction(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData, forwards: list[int]
+) -> None:
+    weights = checkpoint()
+    linear = evaluate(weights, "linear", colours, store=tmp_path)
+    num_forwards = len(forwards)
+    knn = evaluate(weights, "knn", colours, store=tmp_path)
+    assert len(forwards) == num_forwards
+    assert (linear.details["features_cached"], knn.details["features_cached"]) == (False, True)
+    assert linear.key != knn.key
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn", "segmentation"])
+def test_evaluate__batch_size_decides_nothing(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData, halves: EvaluationData, protocol: str
+) -> None:
+    weights, data = checkpoint(), _data(colours, halves, protocol)
+    results = [evaluate(weights, protocol, data, store=tmp_path / str(size), batch_size=size) for size in (1, 7, 64)]
+    assert results[0].metrics == results[1].metrics == results[2].metrics
+    assert len({result.key for result in results}) == 1
+
+
+def test_evaluate__key_follows_weights_and_not_the_path(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData
+) -> None:
+    first = evaluate(checkpoint(seed=0), "knn", colours, store=tmp_path)
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "checkpoint-0", copy)
+    assert evaluate(copy, "knn", colours, store=tmp_path).cached
+    assert evaluate(copy / "backbone.safetensors", "knn", colours, store=tmp_path).cached
+    other = evaluate(checkpoint(seed=1), "knn", colours, store=tmp_path)
+    assert not other.cached and other.key != first.key and other.weights_digest != first.weights_digest
+
+
+def test_evaluate__key_follows_size_seed_and_data_rules(
+    tmp_path: Path, checkpoint: Make, halves: EvaluationData
+) -> None:
+    weights = checkpoint()
+    first = evaluate(weights, "segmentation", halves, store=tmp_path)
+    assert evaluate(weights, "segmentation", halves, store=tmp_path, image_size=16).cached  # the backbone's own size
+    wide = evaluate(weights, "segmentation", halves, store=tmp_path, image_size=(16, 32))
+    assert wide.details["patch_grid"] == [2, 4]
+    seeded = evaluate(weights, "segmentation", halves, store=tmp_path, seed=1)
+    description = json.loads((halves.root / "dataset.json").read_text())
+    (halves.root / "dataset.json").write_text(json.dumps({**description, "classes": ["ground", "square", "other"]}))
+    third_class = evaluate(weights, "segmentation", halves, store=tmp_path)
+    results = (first, wide, seeded, third_class)
+    assert len({result.key for result in results}) == 4 and not any(result.cached for result in results)
+
+
+def test_evaluate__two_at_once_compute_once(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData, forwards: list[int]
+) -> None:
+    weights = checkpoint()
+    results: list[EvaluationResult] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(evaluate(weights, "knn", colours, store=tmp_path)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(result.cached for result in results) == [False, True]
+    assert results[0].metrics == results[1].metrics
+    assert sum(forwards) == 83
+
+
+def test_evaluate__corrupt_features_are_extracted_again(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData, forwards: list[int]
+) -> None:
+    weights = checkpoint()
+    linear = evaluate(weights, "linear", colours, store=tmp_path)
+    (array,) = tmp_path.glob("features/*/train.cls.npy")
+    content = array.read_bytes()
+    array.write_bytes(content[:-4] + b"\0\0\x80\x7f")  # the last number becomes infinite
+    forwards.clear()
+    evaluate(weights, "knn", colours, store=tmp_path)
+    assert sum(forwards) == 83
+    assert evaluate(weights, "linear", colours, store=tmp_path, force=True).metrics == linear.metrics
+
+
+def test_evaluate__force_computes_again_on_the_same_features(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData, forwards: list[int]
+) -> None:
+    weights = checkpoint()
+    first = evaluate(weights, "linear", colours, store=tmp_path)
+    forwards.clear()
+    second = evaluate(weights, "linear", colours, store=tmp_path, force=True)
+    assert forwards == [] and not second.cached and second.metrics == first.metrics
+
+
+def test_evaluate__weights_with_nan_fail_clearly_and_leave_nothing(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData, halves: EvaluationData
+) -> None:
+    weights = checkpoint(edit=lambda tensors: tensors["norm.weight"].fill_(float("nan")))
+    for protocol, data in (("linear", colours), ("segmentation", halves)):
+        with pytest.raises(EvaluationError, match=r"features are not finite .* first 'train0000'"):
+            evaluate(weights, protocol, data, store=tmp_path)
+    left = [path for path in tmp_path.glob("*/*") if path.parent.name in ("features", "evaluations")]
+    assert [path.name for path in left if not path.name.startswith(".")] == []
+
+
+def test_evaluate__a_backbone_without_cls_uses_its_patches(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData
+) -> None:
+    weights = checkpoint(class_token=False)
+    knn = evaluate(weights, "knn", colours, store=tmp_path)
+    assert knn.details["token"] == "patch_mean" and knn.metrics["top1"] == knn.metrics["top1_patch_mean"]
+    assert evaluate(weights, "linear", colours, store=tmp_path).metrics["top1"] > 0.9
+
+
+def test_evaluate__registers_are_no_patches(tmp_path: Path, checkpoint: Make, halves: EvaluationData) -> None:
+    assert evaluate(checkpoint(reg_tokens=4), "segmentation", halves, store=tmp_path).details["patch_grid"] == [2, 2]
+
+
+def test_evaluate__classes_may_be_left_out_of_dataset_json(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData
+) -> None:
+    (colours.root / "dataset.json").unlink()
+    assert evaluate(checkpoint(), "knn", colours, store=tmp_path).metrics["top1"] == 1.0
+
+
+def test_evaluate__global_random_state_is_left_alone_by_heads(
+    tmp_path: Path, checkpoint: Make, halves: EvaluationData
+) -> None:
+    weights = checkpoint()
+    evaluate(weights, "segmentation", halves, store=tmp_path)
+    before = torch.random.get_rng_state()
+    evaluate(weights, "segmentation", halves, store=tmp_path, force=True)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("protocol", "change", "message"),
+    [
+        ("knn", {"root": "nowhere"}, "evaluation data 'colours': no directory nowhere"),
+        ("knn", {"remove": "test-000000.tar"}, r"evaluation data 'colours': no test-\*\.tar in "),
+        ("segmentation", {}, r"no field seg\.png in every sample; every sample has cls, png"),
+        ("knn", {"classes": ["red", "green"]}, r"sample 'train0002': class 2 is outside 0\.\.1"),
+        ("knn", {"classes": "red"}, "`classes` in dataset.json must be a list of names"),
+        ("knn", {"image_size": 20}, "image_size height 20 is not a multiple of the backbone's patch size 8"),
+        ("knn", {"image_size": (16, 24)}, r"image_size \(16, 24\): protocol 'knn' takes square"),
+    ],
+)
+def test_evaluate__wrong_requests_say_what_is_wrong(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData, protocol: str, change: dict[str, Any], message: str
+) -> None:
+    data = colours
+    if "root" in change:
+        data = dataclasses.replace(colours, root=Path(change["root"]))
+    if "remove" in change:
+        (colours.root / change["remove"]).unlink()
+    if "classes" in change:
+        (colours.root / "dataset.json").write_text(json.dumps({"classes": change["classes"]}))
+    with pytest.raises((EvaluationError, DataError), match=message):
+        evaluate(checkpoint(), protocol, data, store=tmp_path, image_size=change.get("image_size"))
+
+
+def test_evaluate__dense_labels_need_classes(tmp_path: Path, checkpoint: Make, halves: EvaluationData) -> None:
+    (halves.root / "dataset.json").unlink()
+    with pytest.raises(EvaluationError, match=r"dataset\.json must list `classes` for dense labels"):
+        evaluate(checkpoint(), "segmentation", halves, store=tmp_path)
+
+
+def test_extract__images_are_squeezed_not_cropped(
+    tmp_path: Path, checkpoint: Make, halves: EvaluationData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = set()
+    original = ViTBackbone.preprocess
+
+    def seen(self: ViTBackbone, images: torch.Tensor) -> torch.Tensor:
+        shapes.add(tuple(images.shape[1:]))
+        assert images.float().amax() > 150  # the bright square is inside, wherever it was
+        return original(self, images)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # threads keep the order
+    monkeypatch.setattr(ViTBackbone, "preprocess", seen)
+    evaluate(checkpoint(), "segmentation", halves, store=tmp_path, image_size=(8, 24), batch_size=1)
+    assert shapes == {(3, 8, 24)}
+
+
+def test_evaluate__demo_photos_and_chairs(tmp_path: Path, checkpoint: Make, demo_data: Path) -> None:
+    """A random backbone on the real data of the package is above chance; 16 px photos keep it quick."""
+    weights = checkpoint()
+    grocery = EvaluationData("grocery", demo_data / "grocery")
+    linear = evaluate(weights, "linear", grocery, store=tmp_path)
+    knn = evaluate(weights, "knn", grocery, store=tmp_path)
+    assert linear.metrics["top1_ci_low"] > 0.05 and knn.metrics["top1_ci_low"] > 0.05  # 20 balanced classes
+    assert linear.details["selection"] == "5-fold"
+    chair = evaluate(weights, "segmentation", EvaluationData("chair", demo_data / "chair"), store=tmp_path)
+    assert chair.metrics["miou_position_prior"] > 0.45 and chair.details["num_test"] == 60

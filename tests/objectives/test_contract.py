@@ -1,0 +1,349 @@
+"""What every registered objective keeps to, whatever it learns: `objectives/base.py`, checked by running it.
+
+One process and plain PyTorch for what concerns the objective alone; two gloo ranks under DeepSpeed, ZeRO 0 to 3 and
+bf16, for what an engine does to it. Real photos throughout.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from backbones.registry import create_backbone
+from data_pipelines.shards.dataset import open_dataset
+from data_pipelines.streaming.stream import Stream
+from data_pipelines.views.maker import views_from
+from objectives import registry
+from objectives.base import Objective, Progress
+from objectives.teacher import Teacher
+from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.training.engine import Engine
+from pretrain.worker import build_objective
+
+PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
+BACKBONE = BackboneConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3})
+# Sizes that make a step cheap; everything else is the default.
+SMALL: dict[str, dict[str, Any]] = {
+    "mae": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
+    "dino": {"num_prototypes": 64, "head_hidden_dim": 64, "head_bottleneck_dim": 32, "num_local": 2, "local_size": 24},
+    "sit": {"projector_hidden_dim": 64, "projector_dim": 32, "alien_p": 0.0},
+    "gmml": {"alien_p": 0.0},  # the other image is one of the same micro-batch, which depends on the ranks
+}
+SMALL["selfpatch"] = SMALL["dino"] | {"num_patch_prototypes": 32}
+OBJECTIVES = sorted(registry.OBJECTIVES)
+RANKS, MICRO, STEPS = 2, 8, 4
+
+
+def recipe_of(name: str, *, workers: int = 1, stage: int = 1, precision: str = "fp32") -> Recipe:
+    batch = RANKS * MICRO
+    train = TrainConfig(
+        steps=STEPS,
+        global_batch_size=batch,
+        micro_batch_size=batch // workers,
+        accumulation=1,
+        workers=workers,
+        zero_stage=stage,
+        precision=precision,
+        checkpoint_every=STEPS,
+    )
+    return Recipe(
+        name="contract",
+        objective=registry.config_class(name)(**SMALL[name]),
+        backbone=BACKBONE,
+        data=DataConfig(train=str(PHOTOS)),
+        optimizer=OptimizerConfig(lr=1e-3, clip_grad=1.0),
+        train=train,
+    )
+
+
+def objective_of(name: str, *, still: bool = False) -> Objective:
+    torch.manual_seed(0)
+    recipe = recipe_of(name)
+    for setting in ("teacher_momentum", "centre_momentum") if still else ():
+        if hasattr(recipe.objective, setting):
+            setattr(recipe.objective, setting, 1.0)
+    return build_objective(recipe)
+
+
+def batches_of(
+    objective: Objective, *, rank: int = 0, world_size: int = 1, batch: int = 16, micro: int = 8
+) -> Iterator[Any]:
+    """Micro-batches as the training loop hands them over."""
+    stream = Stream(
+        open_dataset(PHOTOS, limit=64),
+        views_from(objective.views()),
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        rank=rank,
+        world_size=world_size,
+        seed=0,
+        num_streams=2,
+        resampler="torch",
+    )
+    return (stream.finish(made) for made in iter(stream))
+
+
+def read(parameter: torch.nn.Parameter) -> Tensor:
+    return parameter.detach().float()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRETRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__builds_from_its_default_config(name: str) -> None:
+    backbone = create_backbone("vit_tiny_patch16_224", options=_options_of(name))
+    objective = registry.load(name)(backbone, registry.config_class(name)())
+    assert objective.Config is registry.config_class(name)
+    assert objective.backbone is backbone and views_from(objective.views())
+    groups = objective.param_groups(0.05)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    trainable = [id(parameter) for parameter in objective.parameters() if parameter.requires_grad]
+    assert sorted(grouped) == sorted(trainable)
+
+
+def _options_of(name: str) -> dict[str, Any]:
+    """The depth that keeps the test quick."""
+    return {"depth": 4}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__loss_falls_on_real_photos(name: str) -> None:
+    """A loss against a moving target says little about learning, so teacher and centre are held still here."""
+    objective = objective_of(name, still=True)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=2e-3)
+    total = 40
+    losses = []
+    for step, batch in enumerate(itertools.islice(batches_of(objective, batch=32, micro=32), total)):
+        progress = Progress(step, total)
+        output = objective(batch, progress)
+        optimizer.zero_grad()
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+        objective.after_step(progress, read)
+        losses.append(output.loss.item())
+        assert all(value.ndim == 0 and not value.requires_grad for value in output.metrics.values())
+    start, end = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+    assert end < start - 0.01 * abs(start), losses
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__gradients_reach_what_is_trained_and_nothing_else(name: str) -> None:
+    objective = objective_of(name)
+    batch = next(batches_of(objective))
+    objective(batch, Progress(STEPS - 1, STEPS)).loss.backward()  # the last step: nothing is held back any more
+    without = {n for n, p in objective.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    frozen = {n for n, p in objective.named_parameters() if not p.requires_grad and p.grad is not None}
+    assert not without and not frozen
+    if objective.teacher is not None:
+        assert all(p.grad is None and not p.requires_grad for p in objective.teacher.modules.parameters())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__forward_changes_no_state_and_draws_from_the_batch_alone(name: str) -> None:
+    objective = objective_of(name)
+    batch = next(batches_of(objective))
+    before = {n: t.clone() for n, t in objective.extra_state().items()}
+    first = objective(batch, Progress(1, STEPS))
+    torch.manual_seed(99)
+    second = objective(batch, Progress(1, STEPS))
+    assert torch.equal(first.loss, second.loss)
+    changed = {n for n, t in objective.extra_state().items() if not torch.equal(t, before[n])}
+    assert not {n for n in changed if "running" not in n and "num_batches" not in n}  # batch norms count by themselves
+    other = objective({**batch, "seed": batch["seed"] + 1}, Progress(1, STEPS))
+    assert name in ("dino", "selfpatch") or not torch.equal(first.loss, other.loss)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__metrics_say_how_healthy_the_features_are_and_cost_nothing_unread(name: str) -> None:
+    objective = objective_of(name)
+    batch = next(batches_of(objective))
+    logged = objective(batch, Progress(1, STEPS))
+    unread = objective(batch, Progress(1, STEPS, is_logged=False))
+    assert torch.equal(logged.loss, unread.loss)
+    assert unread.metrics.keys() < logged.metrics.keys()
+    assert logged.metrics["effective_rank"] >= 1
+    values = {name: value.item() for name, value in logged.metrics.items()}
+    assert objective.diagnose(values, Progress(1, STEPS)) is None  # all of it is there, and the run is young
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__extra_state_comes_back_bit_for_bit(name: str) -> None:
+    objective = objective_of(name)
+    batch = next(batches_of(objective))
+    progress = Progress(2, STEPS)
+    objective(batch, progress)
+    objective.after_step(progress, read)
+    saved = {n: t.clone() for n, t in objective.extra_state().items()}
+    torch.manual_seed(7)
+    again = build_objective(recipe_of(name))
+    again.load_state_dict(objective.state_dict())
+    again.load_extra_state(saved)
+    assert all(torch.equal(t, saved[n]) for n, t in again.extra_state().items())
+    assert torch.equal(objective(batch, progress).loss, again(batch, progress).loss)
+    with pytest.raises(KeyError, match=r"extra state differs in surplus"):
+        again.load_extra_state({**saved, "surplus": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__pictures_are_pictures(name: str) -> None:
+    objective = objective_of(name)
+    state = torch.get_rng_state()
+    pictures = objective.pictures(next(batches_of(objective)))
+    assert torch.equal(torch.get_rng_state(), state) and objective.training
+    assert len(pictures) >= 2
+    for caption, images in pictures.items():
+        assert images.ndim == 4 and images.shape[1] == 3 and 1 <= len(images) <= 16, caption
+        assert images.isfinite().all() and images.min() >= 0 and images.max() <= 1
+        assert images.float().std() > 0, f"{caption} shows nothing"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__diagnose_is_silent_on_a_sound_start(name: str) -> None:
+    objective = objective_of(name)
+    output = objective(next(batches_of(objective)), Progress(0, STEPS))
+    values = {n: float(t) for n, t in {**output.metrics, "loss": output.loss.detach()}.items()}
+    assert objective.diagnose(values, Progress(0, STEPS)) is None
+
+
+def test_teacher__follows_the_formula() -> None:
+    student = torch.nn.Linear(3, 2)
+    teacher = Teacher(head=student)
+    start = student.weight.detach().clone()
+    with torch.no_grad():
+        student.weight += 1
+    teacher.update(0.75, read)
+    torch.testing.assert_close(teacher.head.weight, 0.75 * start + 0.25 * (start + 1))
+    assert not list(teacher.modules.buffers()) and teacher.state_dict().keys() == {"head.weight", "head.bias"}
+
+
+# --- under an engine -------------------------------------------------------------------------------------------------
+
+STAGES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1)]
+SAVED = [("fp32", 1), ("fp32", 3), ("bf16", 1)]  # settings whose state is saved, loaded and continued
+
+
+def _every_setting(directory: Path) -> dict[str, Any]:
+    settings = STAGES if dist.get_world_size() == RANKS else [("fp32", 0)]
+    return {
+        f"{name}-{precision}-{stage}": _trained(name, precision, stage, directory)
+        for name in OBJECTIVES
+        for precision, stage in settings
+    }
+
+
+def _trained(name: str, precision: str, stage: int, directory: Path) -> dict[str, Any]:
+    """Losses of some steps; what the second half gives again from what was saved before it; what the teacher became."""
+    recipe = recipe_of(name, workers=dist.get_world_size(), stage=stage, precision=precision)
+    torch.manual_seed(0)
+    engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
+    place = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+    batches = batches_of(engine.objective, **place, batch=RANKS * MICRO, micro=RANKS * MICRO // dist.get_world_size())
+    steps = [[batch] for batch in itertools.islice(batches, STEPS)]
+    losses = [_step(engine, step, steps[step]) for step in range(STEPS // 2)]
+    state = directory / f"{name}-{precision}-{stage}"
+    engine.save(state)
+    extra = {n: t.clone() for n, t in engine.objective.extra_state().items()}
+    losses += [_step(engine, step, steps[step]) for step in range(STEPS // 2, STEPS)]
+    ended = {n: t.double().norm().item() for n, t in engine.objective.extra_state().items() if t.is_floating_point()}
+
+    found = {"losses": losses, "norms": ended}
+    if (precision, stage) not in SAVED or dist.get_world_size() == 1:
+        return found
+    torch.manual_seed(1)
+    again = Engine(build_objective(recipe), recipe, torch.device("cpu"))
+    again.load(state)
+    again.objective.load_extra_state(extra)
+    repeated = [_step(again, step, steps[step]) for step in range(STEPS // 2, STEPS)]
+    after = again.objective.extra_state()
+    same = all(torch.equal(t, after[n]) for n, t in engine.objective.extra_state().items())
+    return found | {"repeated": repeated, "same_state": same}
+
+
+def _step(engine: Engine, step: int, micro_batches: list[dict[str, Tensor]]) -> float:
+    engine.set_schedule(1e-3, 0.05)
+    result = engine.step(micro_batches, Progress(step, STEPS, is_logged=False))
+    assert result.applied
+    loss = result.loss.clone()
+    dist.all_reduce(loss)
+    return float(loss) / dist.get_world_size()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("contract")
+
+
+@pytest.fixture(scope="module")
+def both(run_on_ranks: Callable[..., Any], directory: Path) -> dict[str, Any]:
+    return run_on_ranks(RANKS, _every_setting, directory)
+
+
+@pytest.fixture(scope="module")
+def alone(run_on_ranks: Callable[..., Any], directory: Path) -> dict[str, Any]:
+    return run_on_ranks(1, _every_setting, directory)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__two_ranks_equal_one_process(
+    name: str, stage: int, both: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    """The same global batch in two ranks and in one process."""
+    ours, single = both[f"{name}-fp32-{stage}"], alone[f"{name}-fp32-0"]
+    assert ours["losses"] == pytest.approx(single["losses"], rel=2e-5)
+    # Biases in front of a batch norm have gradients of rounding errors, hence the absolute part.
+    assert ours["norms"] == pytest.approx(single["norms"], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__the_engine_equals_a_plain_pytorch_loop(name: str, alone: dict[str, Any]) -> None:
+    """Losses and what the teacher becomes: clip, AdamW, then `after_step`, in the paper's order."""
+    recipe = recipe_of(name)
+    torch.manual_seed(0)
+    objective = build_objective(recipe)
+    optimizer = torch.optim.AdamW(objective.param_groups(0.05), lr=1e-3, betas=tuple(recipe.optimizer.betas))
+    losses = []
+    for step, batch in enumerate(itertools.islice(batches_of(objective, micro=RANKS * MICRO), STEPS)):
+        loss = objective(batch, Progress(step, STEPS)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in filter(lambda p: p.requires_grad and p.grad is None, objective.parameters()):
+            parameter.grad = torch.zeros_like(parameter)  # frozen prototypes: an engine has zeros where torch has none
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+        objective.after_step(Progress(step, STEPS), read)
+        losses.append(loss.item())
+    norms = {n: t.double().norm().item() for n, t in objective.extra_state().items() if t.is_floating_point()}
+    assert alone[f"{name}-fp32-0"]["losses"] == pytest.approx(losses, rel=1e-5)
+    assert alone[f"{name}-fp32-0"]["norms"] == pytest.approx(norms, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("precision", "stage"), SAVED)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__saved_state_continues(name: str, precision: str, stage: int, both: dict[str, Any]) -> None:
+    found = both[f"{name}-{precision}-{stage}"]
+    assert found["repeated"] == found["losses"][STEPS // 2 :]
+    assert found["same_state"]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__bf16_stays_finite_and_close(name: str, both: dict[str, Any]) -> None:
+    found = both[f"{name}-bf16-1"]
+    assert found["losses"] == pytest.approx(both[f"{name}-fp32-0"]["losses"], rel=0.15)

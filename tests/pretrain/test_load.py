@@ -1,0 +1,213 @@
+"""Reading, merging and resolving recipes: what a request becomes, and that it survives being saved."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.shards.source import expand_source
+from objectives.configs import MAEConfig
+from pretrain.config.load import load_for_resume, load_recipe, recipe_description, recipe_names, recipe_path, to_yaml
+from pretrain.config.schema import Recipe
+from pretrain.errors import RequestError
+
+MINIMAL = """
+objective: {name: mae}
+backbone: {name: vit_tiny_patch16_224}
+data: {train: shards}
+optimizer: {lr: 1.0e-3}
+train: {steps: 100, global_batch_size: 32, checkpoint_every: 50}
+"""
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that looks like data for training and evaluation; it is `shards` in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "shards"
+    directory.mkdir()
+    for name in ("train-000000.tar", "train-000001.tar", "test-000000.tar"):
+        (directory / name).touch()
+    return directory
+
+
+@pytest.fixture
+def minimal(tmp_path: Path, shards: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(MINIMAL)
+    return str(path)
+
+
+def test_load_recipe__demo_needs_nothing_but_the_package() -> None:
+    recipe = load_recipe("demo")
+    assert recipe.name == "demo"
+    assert recipe.tracking.model_name == "demo"
+    assert len(expand_source(recipe.data.train)) == 6
+    assert all(Path(directory).is_absolute() for directory in recipe.evaluation.data.values())
+
+
+def test_load_recipe__every_shipped_recipe_loads(shards: Path) -> None:
+    for name in recipe_names():
+        recipe = load_recipe(name, [] if name == "demo" else [f"data.root={shards}"])
+        assert recipe.name == name
+        assert recipe_description(name)
+        assert "Command:" in recipe_path(name).read_text()
+
+
+def test_load_recipe__every_shipped_recipe_comes_back_from_its_yaml(shards: Path, tmp_path: Path) -> None:
+    for name in recipe_names():
+        recipe = load_recipe(name, [] if name == "demo" else [f"data.root={shards}"])
+        saved = tmp_path / "recipe.yaml"
+        saved.write_text(to_yaml(recipe))
+        assert load_recipe(saved) == recipe
+
+
+def test_load_recipe__paper_setting_is_the_papers() -> None:
+    recipe = load_recipe("mae_vitb16_imagenet", ["data.root=anywhere"], check_files=False)
+    assert recipe.peak_lr == pytest.approx(2.4e-3)
+    assert recipe.train.micro_batch_size == 64 and recipe.train.accumulation == 1
+    assert recipe.optimizer.warmup_steps == round(recipe.train.steps * 40 / 800)
+    assert recipe.train.steps == -(-800 * 1_281_167 // 4096)
+    mae = recipe.objective
+    assert isinstance(mae, MAEConfig)
+    assert (mae.decoder_dim, mae.decoder_depth, mae.decoder_heads) == (512, 8, 16)
+
+
+def test_load_recipe__result_is_plain_and_frozen(minimal: str) -> None:
+    recipe = load_recipe(minimal)
+    assert type(recipe) is Recipe and type(recipe.objective) is MAEConfig
+    assert type(recipe.optimizer.betas) is list and type(recipe.deepspeed) is dict
+    with pytest.raises(FrozenInstanceError):
+        recipe.train.steps = 5  # type: ignore[misc]
+
+
+def test_load_recipe__command_line_wins_over_the_file_over_defaults(minimal: str) -> None:
+    recipe = load_recipe(minimal, ["train.steps=200", "objective.mask_ratio=0.5", "train.steps=300"])
+    assert recipe.train.steps == 300
+    assert recipe.objective.mask_ratio == 0.5
+    assert recipe.train.checkpoint_every == 50
+    assert recipe.train.zero_stage == 1
+
+
+def test_load_recipe__name_is_the_files_unless_given(minimal: str) -> None:
+    assert load_recipe(minimal).name == "small"
+    assert load_recipe(minimal, ["name=other"]).tracking.model_name == "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("optimizer.lr=1e-4", 1e-4),
+        ("optimizer.lr=1", 1.0),
+        ("optimizer.clip_grad=null", None),
+        ("optimizer.betas=[0.9, 0.999]", [0.9, 0.999]),
+        ("optimizer.betas[1]=0.98", [0.9, 0.98]),
+        ("train.precision=bf16", "bf16"),
+        ("evaluation.enabled=false", False),
+        ("backbone.options={depth: 6, drop_path_rate: 0.1}", {"depth": 6, "drop_path_rate": 0.1}),
+        ("backbone.options.depth=3", {"depth": 3}),
+        ("deepspeed.zero_optimization.reduce_bucket_size=1000", {"zero_optimization": {"reduce_bucket_size": 1000}}),
+        ("tracking.experiment=a=b", "a=b"),
+        ("train.seed=7", 7),
+    ],
+)
+def test_load_recipe__override(minimal: str, text: str, value: object) -> None:
+    node: object = load_recipe(minimal, [text])
+    for name in text.partition("=")[0].partition("[")[0].split("."):
+        if isinstance(node, dict):
+            break
+        node = getattr(node, name)
+    assert node == value and type(node) is type(value)
+
+
+def test_load_recipe__item_of_a_list_of_settings(shards: Path) -> None:
+    overrides = [f"data.root={shards}", "evaluation.tasks[1].image_size=64"]
+    tasks = load_recipe("mae_cifar10", overrides).evaluation.tasks
+    assert [task.image_size for task in tasks] == [None, 64]
+
+
+def test_load_recipe__a_list_or_mapping_replaces(shards: Path) -> None:
+    overrides = [f"evaluation.data={{mine: {shards}}}", "evaluation.tasks=[{protocol: knn, data: mine}]"]
+    recipe = load_recipe("demo", [*overrides, "evaluation.select=knn/mine/top1"])
+    assert recipe.evaluation.data == {"mine": str(shards)}
+    assert [task.protocol for task in recipe.evaluation.tasks] == ["knn"]
+
+
+def test_load_recipe__references_follow_the_command_line(shards: Path) -> None:
+    recipe = load_recipe("mae_cifar10", ["data.root=shards"])
+    assert recipe.data.root == str(shards)
+    assert recipe.data.train == f"{shards}/train-*.tar"
+    assert recipe.evaluation.data == {"cifar10": str(shards)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "micro", "accumulation"),
+    [
+        ([], 16, 1),
+        (["train.workers=1"], 32, 1),
+        (["train.micro_batch_size=4"], 4, 4),
+        (["train.accumulation=8"], 2, 8),
+        (["train.workers=4", "train.micro_batch_size=2", "train.accumulation=4"], 2, 4),
+    ],
+)
+def test_load_recipe__batch_arithmetic_is_filled_in(
+    minimal: str, overrides: list[str], micro: int, accumulation: int
+) -> None:
+    train = load_recipe(minimal, overrides).train
+    assert (train.micro_batch_size, train.accumulation) == (micro, accumulation)
+    assert train.micro_batch_size * train.accumulation * train.workers == train.global_batch_size
+
+
+def test_load_recipe__mixture(shards: Path, minimal: str) -> None:
+    parts = "[{name: a, shards: shards, weight: 3, limit: 10}, {name: b, shards: shards/train-*.tar, weight: 2}]"
+    data = load_recipe(minimal, ["data.train=null", f"data.mixture={parts}"]).data
+    assert [(part.name, part.shards, part.weight, part.repeat, part.limit) for part in data.mixture] == [
+        ("a", str(shards), 3.0, None, 10),
+        ("b", f"{shards}/train-*.tar", 2.0, None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "workers", "micro", "accumulation"),
+    [
+        ([], 2, 16, 1),
+        (["train.workers=1"], 1, 16, 2),  # the micro-batch that fits a worker's memory stays
+        (["train.workers=4"], 4, 8, 1),  # four of 16 would be more than the global batch
+        (["train.workers=1", "train.micro_batch_size=32"], 1, 32, 1),
+        (["train.workers=1", "train.accumulation=4"], 1, 8, 4),
+    ],
+)
+def test_load_for_resume__global_batch_stays(
+    minimal: str, tmp_path: Path, overrides: list[str], workers: int, micro: int, accumulation: int
+) -> None:
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(to_yaml(load_recipe(minimal)))
+    train = load_for_resume(saved, overrides).train
+    assert (train.workers, train.micro_batch_size, train.accumulation) == (workers, micro, accumulation)
+    assert train.global_batch_size == 32
+
+
+def test_load_recipe__base_lr_is_per_256_samples(minimal: str) -> None:
+    assert load_recipe(minimal).peak_lr == 1e-3
+    overrides = ["optimizer.lr=null", "optimizer.base_lr=1e-3", "train.global_batch_size=512"]
+    assert load_recipe(minimal, overrides).peak_lr == pytest.approx(2e-3)
+
+
+def test_load_recipe__pictures_follow_checkpoints_unless_given(minimal: str) -> None:
+    assert load_recipe(minimal).train.pictures_every == 50
+    assert load_recipe(minimal, ["train.pictures_every=0"]).train.pictures_every == 0
+
+
+def test_load_recipe__disabled_evaluation_needs_no_data(minimal: str) -> None:
+    overrides = ["evaluation.enabled=false", "evaluation.data={gone: nowhere}"]
+    assert load_recipe(minimal, overrides).evaluation.data["gone"].endswith("/nowhere")
+
+
+def test_load_recipe__without_files_for_a_recipe_from_elsewhere(minimal: str) -> None:
+    overrides = ["data.train=/nowhere/train-*.tar", "evaluation.data={gone: /nowhere}"]
+    with pytest.raises(RequestError) as refused:
+        load_recipe(minimal, overrides)
+    assert len(refused.value.mistakes) == 2
+    assert load_recipe(minimal, overrides, check_files=False).data.train == "/nowhere/train-*.tar"

@@ -1,0 +1,294 @@
+"""What is wrong with a request, in one line each and all at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.config.load import load_for_resume, load_recipe
+from pretrain.errors import RequestError
+
+MINIMAL = """
+objective: {name: mae}
+backbone: {name: vit_tiny_patch16_224, image_size: 32, patch_size: 4}
+data: {train: shards}
+optimizer: {lr: 1.0e-3}
+train: {steps: 100, global_batch_size: 64, checkpoint_every: 50}
+evaluation:
+  data: {mine: shards}
+  tasks: [{protocol: linear, data: mine}, {protocol: knn, data: mine}]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    for name in ("train-000000.tar", "test-000000.tar"):
+        (tmp_path / "shards" / name).touch()
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(RequestError) as refused:
+        load_recipe(recipe, overrides)
+    assert all("\n" not in line for line in refused.value.mistakes)
+    return refused.value.mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        # unknown keys
+        ("train.stepz=5", "train.stepz=5: unknown setting; did you mean 'train.steps'?"),
+        ("steps=5", "steps=5: unknown setting; did you mean 'train.steps'?"),
+        ("objective.mask_rati=0.5", "objective.mask_rati=0.5: unknown setting; did you mean 'objective.mask_ratio'?"),
+        (
+            "evaluation.tasks[0].protocl=knn",
+            "evaluation.tasks[0].protocl=knn: unknown setting; did you mean 'evaluation.tasks[].protocol'?",
+        ),
+        ("train.steps.more=1", "train.steps.more=1: unknown setting"),
+        # wrong types
+        ("train.steps=many", "train.steps=many: expected a whole number >= 1"),
+        ("train.steps=1.5", "train.steps=1.5: expected a whole number >= 1"),
+        ("train.steps=null", "train.steps=null: expected a whole number >= 1"),
+        ("train.steps=true", "train.steps=true: expected a whole number >= 1"),
+        ("evaluation.enabled=3", "evaluation.enabled=3: expected true or false"),
+        ("tracking.experiment=on", "tracking.experiment=true: expected a text"),
+        ("optimizer.betas=0.9", "optimizer.betas=0.9: expected a list of 2 numbers in [0, 1]"),
+        ("optimizer.betas=[0.9, x]", "optimizer.betas=[0.9, 'x']: expected a list of 2 numbers in [0, 1]"),
+        ("optimizer.lr=fast", "optimizer.lr=fast: expected a number >= 0 or null"),
+        ("train=5", "train=5: expected settings below it, e.g. train.steps"),
+        ("evaluation.tasks=knn", "evaluation.tasks=knn: expected a list of mappings"),
+        ("evaluation.tasks[2].data=x", "evaluation.tasks[2].data=x: evaluation.tasks has 2 items, counted from 0"),
+        ("backbone.options=6", "backbone.options=6: expected a mapping {name: value}"),
+        ("backbone.name={a", "backbone.name={a: not readable as a YAML value"),
+        ("train.steps", "train.steps: expected key=value, e.g. train.steps=200"),
+        # ranges and choices
+        ("train.steps=0", "train.steps=0: expected a whole number >= 1"),
+        ("train.zero_stage=4", "train.zero_stage=4: expected a whole number in [0, 3]"),
+        ("train.precision=fp8", "train.precision=fp8: expected one of fp32, bf16"),
+        ("optimizer.lr=.nan", "optimizer.lr=nan: expected a number >= 0 or null"),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: expected a list of 2 numbers in [0, 1]"),
+        ("objective.mask_ratio=1.5", "objective.mask_ratio=1.5: expected a number in [0.01, 0.99]"),
+        # names
+        (
+            "objective.name=maee",
+            "objective.name=maee: unknown objective; known are dino, gmml, mae, selfpatch, sit; did you mean 'mae'?",
+        ),
+        ("name=a/b", "name=a/b: expected letters, digits"),
+        ("evaluation.tasks[0].protocol=liner", "unknown protocol; known are knn, linear, segmentation; did you mean "),
+        ("evaluation.tasks[0].data=mein", "unknown entry of evaluation.data; known are mine; did you mean 'mine'?"),
+        ("evaluation.select=knn/mine/top2", "unknown score of evaluation.tasks; known are linear/mine/top1"),
+        # sizes
+        ("backbone.image_size=30", "backbone.image_size=30: not a multiple of the patch size 4; nearest: 28 or 32"),
+        ("evaluation.tasks[1].image_size=2", "image_size=2: not a multiple of the patch size 4; nearest: 4"),
+        ("backbone.pixel_mean=[0.5]", "backbone.pixel_mean has 1 numbers, expected one for each of 3 channels"),
+        # schedules
+        ("optimizer.base_lr=1e-3", "optimizer.lr is given too and only one can count; add optimizer.lr=null"),
+        ("optimizer.lr=null", "give one of optimizer.lr and optimizer.base_lr"),
+        ("optimizer.min_lr=1", "optimizer.min_lr=1.0: above the peak learning rate; expected a number in [0, 0.001]"),
+        ("optimizer.warmup_steps=100", "has to be below train.steps=100; expected a whole number in [0, 99]"),
+        # files
+        ("data.train=shard/*.tar", "data.train=shard/*.tar: no .tar shard matches"),
+        ("data.train=shards/train-{000000..000001}.tar", "no such shard"),
+        ("data.train=ftp://host/train.tar", "ftp"),
+        ("data.train='pipe:cat train.tar'", "data.allow_pipe=true"),
+        (
+            "data.mixture=[{name: a, shards: shards, weight: 1}]",
+            "data.train and data.mixture are both given; add data.train=null",
+        ),
+        ("data.max_corrupt_fraction=0.9", "expected a number in [0, 0.5]"),
+        ("data.unindexed=no", "expected one of index, stream"),
+        ("data.fetch=all", "expected one of auto, range, shard"),
+        ("evaluation.data.mine=shardz", "no such directory; did you mean"),
+        ("storage=s3://bucket", "expected a local directory"),
+        ("storage=mine.yaml", "is a file; expected a directory"),
+        # references
+        ("data.train=${data.rot}/x", "unknown setting in ${data.rot}; did you mean 'data.root'?"),
+        ("tracking.experiment=${oc.env:HOME}", "only references to other settings such as ${data.root} are allowed"),
+        ("tracking.experiment=${now:}", "only references to other settings such as ${data.root} are allowed"),
+        ("train.seed=${tracking.experiment}", "what it refers to is not a whole number"),
+        # DeepSpeed keys that are ours
+        ("deepspeed.train_batch_size=8", "train_batch_size=8: decided by train.global_batch_size; set that instead"),
+        ("deepspeed.zero_optimization.stage=2", "decided by train.zero_stage; set that instead"),
+        ("deepspeed={bf16: {enabled: true}}", "decided by train.precision; set that instead"),
+        ("deepspeed.gradient_clipping=1.0", "decided by optimizer.clip_grad; set that instead"),
+    ],
+)
+def test_load_recipe__mistake(recipe: Path, override: str, line: str) -> None:
+    found = mistakes(recipe, override)
+    assert len(found) == 1, found
+    assert found[0].startswith("command line: ") and line in found[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.limit=8", "data.limit=8: needs an index, which data.unindexed=stream does without; add data.limit=null"),
+        ("data.record_samples=true", "data.record_samples=true: needs an index"),
+        ("data.mixture=[{name: a, shards: shards, weight: 1}]", "data.mixture=['a']: needs an index"),
+    ],
+)
+def test_load_recipe__what_needs_an_index(recipe: Path, override: str, line: str) -> None:
+    unset = ["data.train=null"] if "mixture" in override else []
+    found = mistakes(recipe, "data.unindexed=stream", override, *unset)
+    assert len(found) == 1, found
+    assert line in found[0]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "line"),
+    [
+        ("[]", "data.train is required: data.train=SHARDS, or a list in data.mixture"),
+        ("[{name: a, shards: shards}]", "data.mixture[0].weight=null: give one of weight (share) and repeat (passes)"),
+        ("[{name: a, shards: shards, weight: 1, repeat: 1}]", "data.mixture[0].weight=1.0: give one of weight"),
+        (
+            "[{name: a, shards: shards, weight: 1}, {name: a, shards: shards, weight: 1}]",
+            "data.mixture[1].name=a: named twice",
+        ),
+        (
+            "[{name: a, shards: shards, weight: 1}, {name: b, shards: shards, repeat: 1}]",
+            "data.mixture[1].weight=null: a has the other of weight and repeat; give all parts the same one",
+        ),
+        ("[{name: a, shards: shardz, weight: 1}]", "data.mixture[0].shards=shardz: "),
+        ("[{name: a, shards: shards, weight: 1, limt: 3}]", "did you mean 'data.mixture[].limit'?"),
+        ("[{name: a, shards: shards, weight: 0}]", "data.mixture[0].weight=0.0: expected a number in [1e-06, "),
+    ],
+)
+def test_load_recipe__mistake_in_a_mixture(recipe: Path, mixture: str, line: str) -> None:
+    found = mistakes(recipe, "data.train=null", f"data.mixture={mixture}")
+    assert len(found) == 1, found
+    assert line in found[0]
+
+
+def test_load_for_resume__refuses_what_would_change_the_run(recipe: Path) -> None:
+    with pytest.raises(RequestError) as refused:
+        load_for_resume(recipe, ["train.seed=3", "train.workers=1", "optimizer.lr=1"])
+    assert [line.partition(": ")[0] for line in refused.value.mistakes] == ["train.seed=3", "optimizer.lr=1"]
+    assert "fixed when the run began; a resume may change train.workers, " in refused.value.mistakes[0]
+
+
+def test_load_recipe__unknown_model_names_the_nearest(recipe: Path) -> None:
+    (line,) = mistakes(recipe, "backbone.name=vit_tin_patch16_224")
+    assert line.startswith("command line: backbone.name=vit_tin_patch16_224: unknown model")
+    assert line.endswith("did you mean 'vit_tiny_patch16_224'?")
+
+
+def test_load_recipe__channels_and_pixel_statistics_belong_together(recipe: Path) -> None:
+    assert mistakes(recipe, "backbone.in_chans=4") == (
+        "command line: backbone.in_chans=4: backbone.pixel_mean has 3 numbers, expected one for each of 4 channels",
+        "command line: backbone.in_chans=4: backbone.pixel_std has 3 numbers, expected one for each of 4 channels",
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["train.precision=bf16", "train.zero_stage=0"],
+            "train.precision=bf16: DeepSpeed's stage 0 trains worse in bf16 than its stages 1 to 3; "
+            "use train.zero_stage=1 with it",
+        ),
+        (
+            ["train.global_batch_size=65"],
+            "train.global_batch_size=65: micro ? x accumulation ? x workers 2 can not be the global batch 65; "
+            "nearest: train.global_batch_size=64 or 66, train.workers=1 or 5",
+        ),
+        (
+            ["train.micro_batch_size=24", "train.accumulation=2"],
+            "train.accumulation=2: micro 24 x accumulation 2 x workers 2 is 96, not the global batch 64; "
+            "nearest: train.global_batch_size=96, train.micro_batch_size=16 (accumulation 2) or 32 (accumulation 1)",
+        ),
+        (
+            ["train.micro_batch_size=24"],
+            "train.micro_batch_size=24: micro 24 x accumulation ? x workers 2 can not be the global batch 64; "
+            "nearest: train.global_batch_size=48 or 96, "
+            "train.micro_batch_size=16 (accumulation 2) or 32 (accumulation 1)",
+        ),
+        (
+            ["train.accumulation=5"],
+            "train.accumulation=5: micro ? x accumulation 5 x workers 2 can not be the global batch 64; "
+            "nearest: train.global_batch_size=60 or 70, train.accumulation=4 or 8",
+        ),
+        (
+            ["train.workers=100"],
+            "train.workers=100: micro ? x accumulation ? x workers 100 can not be the global batch 64; "
+            "nearest: train.global_batch_size=100, train.workers=64",
+        ),
+    ],
+)
+def test_load_recipe__batch_arithmetic_that_does_not_work_out(recipe: Path, overrides: list[str], line: str) -> None:
+    assert mistakes(recipe, *overrides) == (f"command line: {line}",)
+
+
+def test_load_recipe__all_mistakes_at_once(recipe: Path) -> None:
+    text = MINIMAL.replace("lr: 1.0e-3", "lr: 1.0e-3, momentum: 0.9").replace("data: mine}]", "data: yours}]")
+    recipe.write_text(text)
+    found = mistakes(recipe, "train.steps=many", "foo", "objective.hflip=2", "data.train=nowhere", "train.workers=3")
+    assert sorted(line.split("=")[0] for line in found) == [
+        "command line: data.train",
+        "command line: foo: expected key",
+        "command line: objective.hflip",
+        "command line: train.steps",
+        "command line: train.workers",
+        "recipe mine.yaml: evaluation.tasks[1].data",
+        "recipe mine.yaml: optimizer.momentum",
+    ]
+
+
+def test_load_recipe__a_mistake_does_not_cause_others(recipe: Path) -> None:
+    # warm-up, checkpoints and pictures all depend on the steps that could not be read
+    assert len(mistakes(recipe, "train.steps=many", "optimizer.warmup_steps=500")) == 1
+    # nothing can be said about the settings of an objective that does not exist
+    assert len(mistakes(recipe, "objective.name=other", "objective.anything=1")) == 1
+
+
+def test_load_recipe__mandatory_setting_says_how_to_give_it() -> None:
+    assert mistakes("mae_cifar10") == (
+        "recipe mae_cifar10.yaml: data.root is required: pretrain run mae_cifar10 data.root=DIR",
+    )
+
+
+def test_load_recipe__everything_mandatory_is_listed(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("description: nothing yet\n")
+    named = {line.split(" is required")[0].removeprefix("recipe empty.yaml: ") for line in mistakes(empty)}
+    assert named >= {
+        "objective.name",
+        "backbone.name",
+        "data.train",
+        "train.steps",
+        "train.global_batch_size",
+        "train.checkpoint_every",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("dmeo", "recipe dmeo: unknown; known are demo, "),
+        ("dmeo", "did you mean 'demo'?"),
+        ("minee.yaml", "recipe minee.yaml: no such file; did you mean "),
+        ("nowhere/mine.yaml", "there is no directory "),
+    ],
+)
+def test_load_recipe__unknown_recipe(recipe: Path, name: str, line: str) -> None:
+    assert line in mistakes(name)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("train:\n  steps: {\n", ", line 3: not readable as YAML"),
+        ("train: {}\ntrain: {}\n", "not readable as YAML: found duplicate key"),
+        ("name: !!python/object:os.system x", "not readable as YAML"),
+        ("- a\n- b\n", "expected settings (key: value), found a list"),
+    ],
+)
+def test_load_recipe__broken_file(recipe: Path, text: str, line: str) -> None:
+    recipe.write_text(text)
+    assert line in mistakes(recipe)[0]

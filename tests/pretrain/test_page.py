@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.errors import RequestError
+from pretrain.record.journal import Journal
+from pretrain.reporting.page import write_report
+
+RECIPE = """
+name: tiny
+description: <b>MAE</b> on small photos
+objective: {name: mae}
+backbone: {name: vit_tiny_patch16_224}
+data: {train: /data/photos/train-*.tar}
+train: {steps: 400, global_batch_size: 64, workers: 2, zero_stage: 1, precision: fp32, seed: 0}
+evaluation: {select: linear/photos/top1}
+"""
+
+
+class Page(HTMLParser):
+    """The cells of the tables, the sources of the images and everything that would be loaded from elsewhere."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text = path.read_text(encoding="utf-8")
+        self.images: list[str] = []
+        self.external: list[str] = []
+        self.rows: list[list[str]] = []
+        self._open = ""
+        self.feed(self.text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._open = tag if tag in ("td", "th", "small") else self._open
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        for name, value in attrs:
+            if name in ("src", "href"):
+                (self.images if str(value).startswith("data:image/") else self.external).append(str(value))
+        if tag in ("script", "link", "iframe"):
+            self.external.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._open = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[[Path, int], Path]) -> Path:
+    """A run of 400 steps with a restart at 250, checkpoints, scores with and without intervals, and pictures."""
+    run_dir = tmp_path_factory.mktemp("runs") / "tiny-20260101-000000-0001"
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(RECIPE)
+    rng = np.random.default_rng(0)
+    with Journal(run_dir / "journal.jsonl") as journal:
+        journal.write("start", world_size=2, total_steps=400, step=0)
+        before = -1
+        for step in [*range(0, 250, 10), *range(210, 401, 10)]:
+            if step < before:
+                journal.write("resumed", step=200)
+            before = step
+            loss = 0.5 + math.exp(-step / 90) + 0.01 * rng.standard_normal()
+            values = {"loss": loss, "lr": 1e-3 * min(1, step / 40), "grad_norm": loss * 2, "images_per_s": 300.0}
+            journal.write("metrics", step=step, values=values)
+            if step % 100 == 0:
+                path = make_checkpoint(run_dir, step)
+                journal.write("checkpoint", step=step, path=path.relative_to(run_dir))
+                picture = run_dir / "pictures" / f"step-{step:08d}.png"
+                picture.parent.mkdir(exist_ok=True)
+                Image.fromarray(rng.integers(0, 255, (32, 96, 3), dtype=np.uint8)).resize((384, 128), 0).save(picture)
+                journal.write("pictures", step=step, path=picture.relative_to(run_dir))
+        journal.write("finished", step=400)
+    with Journal(run_dir / "evaluations.jsonl") as evaluations:
+        for step, top1, miou in ((0, 0.312, 0.41), (100, 0.4, 0.45), (300, 0.56, 0.6), (400, 0.531, 0.62)):
+            scores = {"top1": top1, "top1_ci_low": top1 - 0.03, "top1_ci_high": top1 + 0.03, "top5": 0.9}
+            evaluations.write("evaluation", step=step, protocol="linear", data="photos", metrics=scores)
+            evaluations.write("evaluation", step=step, protocol="segmentation", data="chair", metrics={"miou": miou})
+        evaluations.write("evaluation", step=400, protocol="knn", data="photos", error="out of <memory>")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def page(run_dir: Path) -> Page:
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    return Page(path)
+
+
+def test_write_report__one_self_contained_page(page: Page) -> None:
+    assert page.external == [] and "http" not in page.text.replace("http-equiv", "")
+    assert len(page.images) == 2 + 4 + 5  # scores, training metrics, pictures
+    for image in page.images:
+        content = base64.b64decode(image.partition("base64,")[2], validate=True)
+        assert content.startswith((b"\x89PNG", b"<?xml"))
+    assert 'class="badge finished"' in page.text and "<dd>1 x</dd>" in page.text
+    assert "torch 2.15.0" in page.text and "global_batch_size: 64" in page.text
+
+
+def test_write_report__table_of_checkpoints_and_scores(page: Page) -> None:
+    assert page.rows[0] == ["step", "linear/photos top1", "segmentation/chair miou", "knn/photos "]
+    rows = {row[0]: row[1:] for row in page.rows}
+    assert rows["0 random backbone"] == ["31.2% 28.2% to 34.2%", "41.0%", "not graded"]
+    assert rows["300 best"][0] == "56.0% 53.0% to 59.0%"
+    assert rows["200 "] == ["not graded"] * 3
+    assert rows["400 "] == ["53.1% 50.1% to 56.1%", "62.0%", "failed"]
+
+
+def test_write_report__baseline_is_the_floor_of_the_chart(page: Page) -> None:
+    charts = [base64.b64decode(i.partition("base64,")[2]).decode() for i in page.images if "svg" in i[:20]]
+    dashed = [chart for chart in charts if re.search(r"stroke-dasharray: [\d.]+", chart)]
+    assert len(dashed) == 2, "one floor in each chart of scores, none in those of training"
+    assert "+21.9 points over random" in page.text
+
+
+def test_write_report__nothing_from_the_run_becomes_markup(page: Page) -> None:
+    assert "<b>MAE</b>" not in page.text and "&lt;b&gt;MAE&lt;/b&gt;" in page.text
+    assert "out of <memory>" not in page.text and "out of &lt;memory&gt;" in page.text
+
+
+def test_write_report__a_run_that_has_only_begun(storage: Path) -> None:
+    run_dir = storage / "young"
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(RECIPE)
+    page = Page(write_report(run_dir))
+    assert page.images == [] and "not finished" in page.text
+    with Journal(run_dir / "journal.jsonl") as journal:
+        journal.write("start", world_size=2, total_steps=400, step=0)
+        journal.write("metrics", step=10, values={"loss": math.nan})
+        journal.write("failed", error="loss is not finite")
+    page = Page(write_report(run_dir))
+    assert len(page.images) == 1 and "not finite at step 10" in page.text and 'class="badge failed"' in page.text
+
+
+def test_write_report__an_evaluation_repaired_later_is_no_error(storage: Path) -> None:
+    run_dir = storage / "repaired"
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(RECIPE)
+    with Journal(run_dir / "evaluations.jsonl") as evaluations:
+        evaluations.write("evaluation", step=400, protocol="knn", data="photos", error="out of memory")
+        evaluations.write("evaluation", step=400, protocol="knn", data="photos", metrics={"top1": 0.5})
+    page = Page(write_report(run_dir))
+    assert "out of memory" not in page.text
+    assert page.rows[1] == ["400 deleted", "50.0%"]
+
+
+def test_write_report__refuses_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"not a run directory; expected runs/RUN_ID with recipe\.yaml"):
+        write_report(tmp_path)
