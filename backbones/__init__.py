@@ -34,15 +34,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "Backbone": "base",
+    "Backbone": "images.base",
     "BackboneError": "errors",
     "Features": "features",
-    "TimmBackbone": "timm_model",
-    "ViTBackbone": "vit",
+    "TimmBackbone": "images.timm_model",
+    "ViTBackbone": "images.vit",
     "create_backbone": "registry",
     "from_spec": "registry",
     "load_backbone": "io",
-    "model_names": "names",
+    "model_names": "images.timm_names",
     "save_backbone": "io",
     "weights_digest": "io",
 }

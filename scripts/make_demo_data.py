@@ -31,8 +31,8 @@ from data_pipelines.decode import open_image
 from data_pipelines.errors import DataError
 from data_pipelines.order import key, permutation
 from data_pipelines.randomness import ViewRandom
-from data_pipelines.shards import Dataset, open_dataset
-from data_pipelines.views import View, random_resized_crop
+from data_pipelines.shards.dataset import Dataset, open_dataset
+from data_pipelines.views.maker import View, random_resized_crop
 
 Sample = dict[str, bytes]  # field -> bytes, and "__key__" as bytes
 

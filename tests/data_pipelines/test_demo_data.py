@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.decode import decode_image, decode_label, decode_mask
-from data_pipelines.shards import open_dataset
+from data_pipelines.shards.dataset import open_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
