@@ -164,7 +164,7 @@ def test_open__wrong_byte_count_is_corrected(tmp_path: Path, count: bytes) -> No
 WRITER = """
 import os, random, sys
 from pathlib import Path
-from data_pipelines.remote.cache import ShardCache
+from data_pipelines.storage.cache import ShardCache
 cache, size, rng = ShardCache(Path(sys.argv[1]), int(sys.argv[3]), 30.0), 1000, random.Random(int(sys.argv[2]))
 def produce(part, name):
     part.write(name.encode().ljust(size, b"."))

@@ -261,7 +261,7 @@ def test_local_copy__then_blocks_come_from_it(server: FaultServer, store: Store)
 
 READER = """
 import sys
-from data_pipelines.stores import FetchOptions, Store
+from data_pipelines.storage.stores import FetchOptions, Store
 url, cache, mode = sys.argv[1:]
 store = Store(FetchOptions(cache_dir=cache, block_bytes=50_000, timeout_s=8.0, mode=mode))
 sys.stdout.buffer.write(store.read(url, 10, 40_000))

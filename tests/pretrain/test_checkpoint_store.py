@@ -45,7 +45,7 @@ def test_publish__killed_at_any_moment_leaves_no_half_checkpoint(tmp_path: Path)
     script = """
 import os, sys
 from pathlib import Path
-from pretrain import checkpoint
+from pretrain.checkpoints import store as checkpoint
 run_dir, moment = Path(sys.argv[1]), int(sys.argv[2])
 calls = 0
 def die(*arguments):

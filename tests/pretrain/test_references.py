@@ -301,7 +301,7 @@ def test_registry__rejects_without_heavy_imports(tmp_path: Path) -> None:
     code = """
 import sys
 from pretrain.errors import RequestError
-from pretrain.registry import pull, resolve_checkpoint
+from pretrain.checkpoints.references import pull, resolve_checkpoint
 for attempt in (lambda: pull("../x"), lambda: resolve_checkpoint("no/such"), lambda: resolve_checkpoint("runs:/none")):
     try:
         attempt()

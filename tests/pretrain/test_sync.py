@@ -354,7 +354,7 @@ def test_tracker__imports_mlflow_only_when_there_is_something_to_send(tmp_path: 
     code = """
 import sys, time
 from pathlib import Path
-from pretrain import tracking
+from pretrain.tracking import sync as tracking
 tracking.POLL_S = 0.01
 Path("run").mkdir()
 tracker = tracking.Tracker(Path("run"), uri="sqlite:///x.db", experiment="e", recipe_yaml="", params={}, tags={},
