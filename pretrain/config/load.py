@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
@@ -33,6 +33,7 @@ from pretrain.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
+from pretrain.config.stages import FIXED, STAGE_KEYS, Plan, in_order
 from pretrain.errors import RequestError
 from pretrain.training.optimizers import RESHARDABLE
 
@@ -47,6 +48,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "load_for_resume",
+    "load_plan",
     "load_recipe",
     "recipe_description",
     "recipe_names",
@@ -107,7 +109,7 @@ def recipe_description(name: str) -> str:
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
-    """Read, merge, check and resolve a recipe.
+    """Read, merge, check and resolve a recipe; of one with stages, its last one.
 
     Args:
         name_or_path: a recipe of the package, or a YAML file.
@@ -120,21 +122,57 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, chec
     Raises:
         RequestError: with one line per mistake, all of them.
     """
+    return load_plan(name_or_path, overrides, check_files=check_files).recipe
+
+
+def load_plan(name_or_path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Plan:
+    """All stages of a recipe, each resolved as by `load_recipe`; one without `stages:` is a plan of one stage.
+
+    Args and errors are those of `load_recipe`. `stages[0].train.steps=5` among the overrides changes one stage.
+    """
     path = recipe_path(name_or_path)
-    origin = f"recipe {path.name}"
+    origin, how_to_set = f"recipe {path.name}", f"pretrain run {name_or_path}"
     findings = Findings()
     pairs = list(_parse_overrides(overrides, findings))
-    content = _read_yaml(path)
-    content = {"name": path.stem, **content}
-    objective = _choose_objective(content, pairs, origin, findings)
+    content = {"name": path.stem, **_read_yaml(path)}
+    stages = _stages(content.pop("stages", None) or [], pairs, origin, findings)
+    common = [(key, value) for key, value in pairs if not _is_about_stages(key)]
+    if not stages:
+        recipe = _resolved([(content, origin)], common, findings, how_to_set, check_files=check_files)
+        findings.raise_if_any()
+        return Plan.single(recipe)
+    findings.raise_if_any()
+    named, lines = [], []
+    for stage in stages:
+        findings = Findings()
+        layers = [(content, origin), (stage.settings, f"{origin}, stage {stage.name}")]
+        recipe = _resolved(layers, [*common, *stage.pairs], findings, how_to_set, check_files=check_files)
+        named.append((stage.name, recipe, stage.keys))
+        lines += findings.lines
+    if lines:
+        raise RequestError(*dict.fromkeys(lines))  # what all stages share is wrong once
+    return in_order(named)
+
+
+def _resolved(
+    contents: Sequence[tuple[dict[str, Any], str]],
+    pairs: Sequence[tuple[str, Any]],
+    findings: Findings,
+    how_to_set: str,
+    *,
+    check_files: bool,
+) -> Recipe:
+    """Layers of file contents, each with its origin, and the command line on top, merged and checked."""
+    objective, first = _choose_objective(contents, pairs, findings)
     layers = _Layers(objective, findings)
-    layers.assign("", content, origin)
+    for number, (content, origin) in enumerate(contents):
+        if number < first:  # settings of another objective than the one that is trained
+            content = {key: value for key, value in content.items() if key != "objective"}
+        layers.assign("", content, origin)
     for key, value in pairs:
         layers.assign(key, value, COMMAND_LINE)
-    draft = layers.draft(origin, how_to_set=f"pretrain run {name_or_path}")
-    recipe = rules.resolve(draft, findings, check_files=check_files)
-    findings.raise_if_any()
-    return recipe
+    draft = layers.draft(contents[0][1], how_to_set=how_to_set)
+    return rules.resolve(draft, findings, check_files=check_files)
 
 
 def load_for_resume(path: Path, overrides: Sequence[str]) -> Recipe:
@@ -177,6 +215,84 @@ def to_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
+class _WrittenStage(NamedTuple):
+    """A stage as a recipe and the command line state it."""
+
+    name: str
+    keys: dict[str, Any]  # of STAGE_KEYS, without the name
+    settings: dict[str, Any]
+    pairs: list[tuple[str, Any]]  # settings of this stage from the command line
+
+
+def _is_about_stages(key: str) -> bool:
+    return key == "stages" or key.startswith(("stages[", "stages."))
+
+
+def _stages(written: Any, pairs: Sequence[tuple[str, Any]], origin: str, findings: Findings) -> list[_WrittenStage]:
+    """The stages of a recipe, with what the command line says of the list and of single stages."""
+    for key, value in pairs:
+        if key == "stages":
+            written, origin = value, COMMAND_LINE
+    if not isinstance(written, list) or not all(isinstance(stage, Mapping) for stage in written):
+        findings.add("stages", written, "expected a list of mappings, one of overrides per stage", origin=origin)
+        return []
+    settings = [{str(key): value for key, value in stage.items()} for stage in written]
+    given: list[list[tuple[str, Any]]] = [[] for _ in settings]
+    for key, value in pairs:
+        match = re.fullmatch(r"stages\[(\d+)\]\.(.+)", key)
+        if match and int(match[1]) >= len(settings):
+            findings.add(key, value, f"stages has {len(settings)} items, counted from 0", origin=COMMAND_LINE)
+        elif match and match[2] in STAGE_KEYS:
+            settings[int(match[1])][match[2]] = value
+        elif match:
+            given[int(match[1])].append((match[2], value))
+        elif key != "stages" and _is_about_stages(key):
+            problem = "name one stage and a setting, e.g. stages[0].train.steps=200"
+            findings.add(key, value, problem, origin=COMMAND_LINE)
+    stages = []
+    for index, (own, pairs_of_it) in enumerate(zip(settings, given, strict=True)):
+        keys = {key: own.pop(key) for key in STAGE_KEYS if key in own}
+        stages.append(_WrittenStage(str(keys.pop("name", index)), keys, own, pairs_of_it))
+    for index, stage in enumerate(stages):
+        _check_stage(index, stage, [other.name for other in stages[:index]], origin, findings)
+    return stages
+
+
+def _check_stage(index: int, stage: _WrittenStage, earlier: list[str], origin: str, findings: Findings) -> None:
+    """What a stage may say, and what only the list as a whole can tell."""
+    where = f"stages[{index}]"
+    if stage.name in earlier:
+        findings.add(f"{where}.name", stage.name, "named twice; give each stage its own name", origin=origin)
+    elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", stage.name):
+        findings.add(f"{where}.name", stage.name, "expected letters, digits, '_' and '-' only", origin=origin)
+    reset = stage.keys.get("reset_optimizer", True)
+    if not isinstance(reset, bool):
+        findings.add(f"{where}.reset_optimizer", reset, "expected true or false", origin=origin)
+    elif not reset and not index:
+        problem = "the first stage has no moments to carry over; leave it out"
+        findings.add(f"{where}.reset_optimizer", reset, problem, origin=origin)
+    source = stage.keys.get("init_from")
+    if source is not None and not isinstance(source, str):
+        findings.add(f"{where}.init_from", source, "expected an earlier stage or a reference", origin=origin)
+    if reset is False and source not in (None, *earlier[-1:]):
+        problem = "moments are carried over from the stage before only; leave init_from out, or reset the optimizer"
+        findings.add(f"{where}.init_from", source, problem, origin=origin)
+    given = [*_dotted("", stage.settings), *(key for key, _ in stage.pairs)]
+    for key in given:
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+            findings.add_stray(f"{where}.{key}", "is one for all stages; set it outside stages", origin=origin)
+
+
+def _dotted(prefix: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    """`{train: {steps: 5}}` -> `train.steps`."""
+    for key, value in settings.items():
+        name = f"{prefix}.{key}".removeprefix(".")
+        if isinstance(value, Mapping):
+            yield from _dotted(name, value)
+        else:
+            yield name
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         node = OmegaConf.load(path)
@@ -208,33 +324,37 @@ def _parse_overrides(overrides: Sequence[str], findings: Findings) -> Iterator[t
 
 
 def _choose_objective(
-    content: dict[str, Any], pairs: Sequence[tuple[str, Any]], origin: str, findings: Findings
-) -> type | None:
-    """The settings class of the named objective; None, with a mistake noted, when there is none.
+    contents: Sequence[tuple[dict[str, Any], str]], pairs: Sequence[tuple[str, Any]], findings: Findings
+) -> tuple[type | None, int]:
+    """The settings class of the named objective (None, with a mistake noted, when there is none).
 
-    When the command line names another objective than the recipe, the recipe's objective settings are not its own:
-    they are dropped, and the named one starts from its defaults.
+    A later layer, or the command line, may name another objective than the one before: then the earlier layers'
+    settings of the objective are not its own, and it starts from its defaults. The second answer is the number of the
+    first layer whose settings count.
     """
-    section = content.get("objective")
-    in_recipe = section.get("name") if isinstance(section, Mapping) else None
-    name, source = in_recipe, origin
+    name, source, first = None, contents[0][1], 0
+    for number, (content, origin) in enumerate(contents):
+        section = content.get("objective")
+        if isinstance(section, Mapping) and "name" in section:
+            first = first if section["name"] == name else number
+            name, source = section["name"], origin
     for key, value in pairs:
-        if key == "objective.name":
-            name, source = value, COMMAND_LINE
-        elif key == "objective" and isinstance(value, Mapping) and "name" in value:
-            name, source = value["name"], COMMAND_LINE
+        named = value if key == "objective.name" else None
+        if key == "objective" and isinstance(value, Mapping):
+            named = value.get("name")
+        if named is not None:
+            first = first if named == name else len(contents)
+            name, source = named, COMMAND_LINE
     known = objectives.names()
     if name is None:
-        findings.add_missing("objective.name", origin, f"one of {', '.join(known)}")
+        findings.add_missing("objective.name", source, f"one of {', '.join(known)}")
     elif name not in known:
         problem = f"unknown objective; known are {', '.join(known)}{nearest(str(name), known)}"
         findings.add("objective.name", name, problem, origin=source)
     else:
-        if name != in_recipe:
-            content["objective"] = {"name": name}
-        return objectives.config_class(name)
+        return objectives.config_class(name), first
     findings.distrust("objective")
-    return None
+    return None, first
 
 
 class _Layers:

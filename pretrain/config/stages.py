@@ -1,0 +1,163 @@
+"""Recipes in stages: a list of overrides, resolved to one recipe per stage before the run.
+
+    stages:
+      - {name: small, backbone: {image_size: 64}, train: {steps: 800}}
+      - {name: large, backbone: {image_size: 96}, train: {steps: 200}, reset_optimizer: true}
+
+Everything outside `stages:` holds for all of them. A stage overrides settings of what is learned and how; where work
+is done, on how many workers, and how it is recorded is one decision for the whole run. The command line comes last, as
+always: `train.steps=20` sets every stage, `stages[1].train.steps=20` one.
+
+Three keys say how a stage begins:
+
+    init_from         where its weights come from: an earlier stage's name, or whatever `init_from` of a recipe takes.
+                      Left out, the stage before; the first stage has what the recipe says.
+    teacher_from      where frozen teachers come from, in the same words.
+    reset_optimizer   true (the default) begins with new moments; false carries them over, which needs a stage before
+                      with the same parameters.
+
+A recipe without `stages:` is a plan of one nameless stage. NOT here: carrying weights over (`pretrain.training`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pretrain.config.schema import Recipe
+
+__all__ = ["FIXED", "STAGE_KEYS", "Plan", "Stage", "in_order", "plan_yaml"]
+
+STAGE_KEYS = ("name", "init_from", "teacher_from", "reset_optimizer")
+# Decided once for a run: who it is, where it runs, and how it is graded.
+FIXED = (
+    "name",
+    "description",
+    "storage",
+    "resume_from",
+    "cluster",
+    "evaluation",
+    "tracking",
+    "train.workers",
+    "train.device",
+    "train.keep_last",
+    "train.keep_best",
+    "train.max_failures",
+    "train.max_skipped_steps",
+    "train.stop_on_collapse",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        name: Unique within the run; empty for the only stage of a recipe without `stages:`.
+        recipe: Resolved as if it were a recipe of its own; `train.steps` and all schedules count its own steps.
+        first_step: Steps of the run that are done when it begins.
+        init_from: Index of the earlier stage that its weights come from; None: as `recipe.init_from` says.
+        reset_optimizer: Whether it begins with new optimizer moments.
+    """
+
+    name: str
+    recipe: Recipe
+    first_step: int = 0
+    init_from: int | None = None
+    reset_optimizer: bool = True
+
+    @property
+    def last_step(self) -> int:
+        """Steps of the run that are done when it ends."""
+        return self.first_step + self.recipe.train.steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, stage after stage. Settings in `FIXED` are the same in all of them."""
+
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def single(cls, recipe: Recipe) -> Plan:
+        """The plan of a recipe without stages."""
+        return cls((Stage("", recipe),))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The last stage's recipe: what holds for the whole run can be read from it."""
+        return self.stages[-1].recipe
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.stages[-1].last_step
+
+    def index_at(self, step: int) -> int:
+        """The stage that is at work when `step` steps of the run are done; at a border, the one that has just ended."""
+        return next((i for i, stage in enumerate(self.stages) if step <= stage.last_step), len(self.stages) - 1)
+
+
+def in_order(named: Sequence[tuple[str, Recipe, Mapping[str, Any]]]) -> Plan:
+    """Stages one after the other.
+
+    Args:
+        named: Name, resolved recipe and the keys of `STAGE_KEYS` that each stage gives.
+    """
+    stages: list[Stage] = []
+    for index, (name, recipe, keys) in enumerate(named):
+        source = keys.get("init_from")
+        earlier = [stage.name for stage in stages]
+        stages.append(
+            Stage(
+                name,
+                recipe,
+                first_step=stages[-1].last_step if stages else 0,
+                init_from=earlier.index(source) if source in earlier else index - 1 if stages and not source else None,
+                reset_optimizer=keys.get("reset_optimizer", True),
+            )
+        )
+    return Plan(tuple(stages))
+
+
+def plan_yaml(plan: Plan) -> str:
+    """The plan as YAML that `load_plan` reads back to an equal one: what all stages share, then the differences."""
+    whole = [OmegaConf.to_container(OmegaConf.structured(stage.recipe)) for stage in plan.stages]
+    contents: list[dict[str, Any]] = [{str(key): value for key, value in content.items()} for content in whole]  # type: ignore[union-attr]
+    if len(contents) == 1:
+        return OmegaConf.to_yaml(OmegaConf.create(contents[0]))
+    shared = {key: _shared(key, [content[key] for content in contents]) for key in contents[0]}
+    shared = {key: value for key, value in shared.items() if value is not _DIFFERS}
+    stages = []
+    for stage, content in zip(plan.stages, contents, strict=True):
+        keys: dict[str, Any] = {"name": stage.name, "reset_optimizer": stage.reset_optimizer}
+        if stage.init_from is not None:
+            keys["init_from"] = plan.stages[stage.init_from].name
+        stages.append(keys | _difference(shared, content))
+    return OmegaConf.to_yaml(OmegaConf.create(shared | {"stages": stages}))
+
+
+_DIFFERS = object()
+_SECTIONS = ("objective", "backbone", "data", "optimizer", "train")  # taken apart; other mappings are values
+
+
+def _shared(key: str, values: Sequence[Any]) -> Any:
+    """What all values of a key agree on; of sections, the settings that they agree on."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    if key not in _SECTIONS or len({value.get("name") for value in values}) > 1:  # another objective: other settings
+        return _DIFFERS
+    return {key: values[0][key] for key in values[0] if all(key in v and v[key] == values[0][key] for v in values)}
+
+
+def _difference(shared: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in shared:
+            found[key] = value
+        elif value != shared[key]:
+            found[key] = {name: below for name, below in value.items() if name not in shared[key]}
+    return found
