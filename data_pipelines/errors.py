@@ -1,8 +1,11 @@
-"""What can be wrong with data. Imports nothing, so that a wrong recipe is rejected at once."""
+"""What can be wrong with data, and how a message ends. Imports nothing heavy: a wrong recipe is rejected at once."""
 
 from __future__ import annotations
 
-__all__ = ["CorruptSampleError", "DataError"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["CorruptSampleError", "DataError", "nearest", "suggest"]
 
 
 class DataError(ValueError):
@@ -11,3 +14,14 @@ class DataError(ValueError):
 
 class CorruptSampleError(DataError):
     """One sample is damaged (its bytes changed, or do not decode) while the shard around it is readable."""
+
+
+def suggest(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a message: `; did you mean 'X'?` for the allowed name that looks like `name`, or nothing."""
+    near = nearest(name, allowed, cutoff)
+    return "" if near is None else f"; did you mean {near!r}?"
+
+
+def nearest(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The allowed name that looks like `name`; None when none is alike by `cutoff`, a share in 0..1."""
+    return next(iter(difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=cutoff)), None)

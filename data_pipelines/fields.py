@@ -1,13 +1,11 @@
-"""What a field of a sample holds, and its value, for whoever looks at any data set: `verify`, `stats`, `show`.
+"""The value of a field of any kind, for whoever looks at any data set: `verify`, `stats`, `show`.
 
-A `dataset.json` written by `pack` names the kinds; for shards of other origin the name of the field decides. Kinds that
-need code to be read (pickles) are known by name and never opened.
+Not here: of which kind a field is (`field_kinds`), how its bytes are decoded (`decode`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -16,36 +14,11 @@ import numpy.typing as npt
 
 from data_pipelines.decode import Photo, chosen_decoder, decode_array, decode_arrays, decode_label, decode_mask
 from data_pipelines.errors import DataError
-from data_pipelines.shards.manifest import FIELD_KINDS, field_kind
+from data_pipelines.field_kinds import ARRAY_KINDS
 
-__all__ = ["ARRAY_KINDS", "decode_field", "has_channels", "is_never_read", "kind_of_field"]
+__all__ = ["decode_field"]
 
-ARRAY_KINDS = ("array", "points", "volume")
 _NPY_MAGIC = b"\x93NUMPY"
-_NEVER_READ = frozenset({"pickle", "pkl", "pt", "pth", "pyd"})  # reading one of these runs code
-
-
-def is_never_read(field: str) -> bool:
-    """True for fields whose name says pickle, also below a compression (`pkl.gz`)."""
-    return not _NEVER_READ.isdisjoint(field.lower().split("."))
-
-
-def kind_of_field(field: str, declared: Any) -> str | None:
-    """The kind of a field, one of `FIELD_KINDS`; None when it is unknown or never read.
-
-    Args:
-        field: everything behind the first dot of a member's name, such as `seg.png`.
-        declared: `fields` of a `dataset.json`, whoever wrote it; what is no kind there is passed over.
-    """
-    if is_never_read(field):
-        return None
-    kind = declared.get(field) if isinstance(declared, Mapping) else None
-    return kind if kind in FIELD_KINDS else field_kind(field)
-
-
-def has_channels(kind: str, shape: tuple[int, ...]) -> bool:
-    """Whether an array looks like (C, H, W), an image of several bands, and not like a volume."""
-    return kind == "array" and len(shape) == 3 and 2 * shape[0] <= min(shape[1:])
 
 
 def decode_field(kind: str, data: bytes) -> Any:

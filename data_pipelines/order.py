@@ -10,7 +10,7 @@ Permutations sort a splitmix64 hash (Steele, Lea, Flood: "Fast splittable pseudo
 anything here changes every recorded order: the golden values in the tests guard it, and `ORDER_VERSION` is part of a
 stream's signature.
 
-Not here: reading (`shards`), who builds a batch (`stream`), randomness inside a sample (`views`).
+Not here: reading (`shards`), who builds a batch (`stream`), randomness inside a sample (`randomness`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.errors import DataError
+from data_pipelines.purposes import Purpose
 
 __all__ = [
     "GOLDEN",
@@ -42,11 +43,10 @@ Ids = npt.NDArray[np.int64]
 _MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # step of the SplitMix64 counter
 _MUL_1, _MUL_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_BLOCKS, _WINDOW = 1, 2  # what a key is for; `views` uses 3
 
 
 def splitmix64(x: int) -> int:
-    """Finalise one 64-bit counter; plain integers, since numpy scalars cost many times more."""
+    """Finalize one 64-bit counter; plain integers, since numpy scalars cost many times more."""
     x = (x + GOLDEN) & _MASK
     x = ((x ^ (x >> 30)) * _MUL_1) & _MASK
     x = ((x ^ (x >> 27)) * _MUL_2) & _MASK
@@ -93,14 +93,14 @@ class EpochOrder:
         self._shard_len = np.asarray(counts, np.int64)
         self.num_samples = int(self._shard_len.sum())
         self.block_size, self.window, self.num_streams = block_size, window, num_streams
-        self._window_key = key(seed, epoch, _WINDOW)
+        self._window_key = key(seed, epoch, Purpose.WINDOW)
 
         blocks = -(-self._shard_len // block_size)  # (shards,)
         num_blocks = int(blocks.sum())
         self._first_block = np.cumsum(blocks) - blocks  # (shards,)
         self._first_id = np.cumsum(self._shard_len) - self._shard_len  # (shards,)
         # The one large array, kept as narrow as its values allow: the range of ids of a block follows from its number.
-        self._blocks = permutation(num_blocks, key(seed, epoch, _BLOCKS)).astype(np.min_scalar_type(num_blocks))
+        self._blocks = permutation(num_blocks, key(seed, epoch, Purpose.BLOCKS)).astype(np.min_scalar_type(num_blocks))
         self._window_start = self._window_starts(num_blocks, blocks)
 
         # Stream = global position mod num_streams also across epochs: this epoch begins inside a round of the streams.

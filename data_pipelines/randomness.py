@@ -10,15 +10,14 @@ from __future__ import annotations
 import torch
 
 from data_pipelines.order import GOLDEN, key, splitmix64
+from data_pipelines.purposes import Purpose
 
 __all__ = ["ViewRandom", "sample_seed"]
-
-_SAMPLE = 3  # what a key is for; `order` uses 1 and 2
 
 
 def sample_seed(seed: int, epoch: int, sample_id: int) -> int:
     """64-bit key of everything random about one sample in one epoch; view `i` draws from `key(i, base=...)` of it."""
-    return key(seed, epoch, _SAMPLE, sample_id)
+    return key(seed, epoch, Purpose.SAMPLE, sample_id)
 
 
 class ViewRandom:

@@ -1,24 +1,22 @@
 """Plain data to frozen dataclasses, with one clear line for whatever is wrong in it.
 
 Objectives state what they want as mappings of numbers and names. A dataclass says which keys there are; the checks
-here are what its `__post_init__` needs. Not here: what the keys mean (`views`, `masks`, `points`, `volumes`).
+here are what its `__post_init__` needs. Not here: what the keys mean (`views`).
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn, TypeVar
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, suggest
 
 __all__ = [
     "RESERVED_NAMES",
     "is_number",
     "is_range",
-    "nearest",
     "read_spec",
     "refuse",
     "require_choice",
@@ -51,7 +49,7 @@ def read_spec(kinds: Mapping[str, type[T]], spec: Mapping[str, Any], label: str,
     allowed = [*known, "kind"]
     for name in spec:
         if name not in allowed:
-            hint = nearest(str(name), allowed)
+            hint = suggest(str(name), allowed)
             raise DataError(f"{label}: unknown key {name!r}; allowed: {', '.join(allowed)}{hint}")
     for name, field in known.items():
         if field.default is MISSING and name not in spec:
@@ -59,12 +57,6 @@ def read_spec(kinds: Mapping[str, type[T]], spec: Mapping[str, Any], label: str,
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in spec.items()}
     values.pop("kind", None)
     return chosen(**values)
-
-
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """The end of a message: the allowed name that looks like `name`, or nothing."""
-    near = difflib.get_close_matches(name, list(allowed), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def refuse(where: str, key: str, value: object, rule: str) -> NoReturn:
@@ -99,7 +91,7 @@ def require_choice(where: str, key: str, value: object, choices: Iterable[str]) 
     """The value is one of the names."""
     names = tuple(choices)
     if value not in names:
-        refuse(where, key, value, f"one of {', '.join(names)}{nearest(str(value), names)}")
+        refuse(where, key, value, f"one of {', '.join(names)}{suggest(str(value), names)}")
 
 
 def is_number(value: object) -> bool:

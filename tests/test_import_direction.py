@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": {"backbones"},
     "evaluation": {"backbones", "data_pipelines"},
     "pretrain": {"data_pipelines", "backbones", "objectives", "evaluation", "cluster"},
+}
+# Rooms of a package from the ground up: a file may import its own room and those of earlier rows, not its neighbors in
+# a row. The files of a package itself, and its folders that no row names, are the room "".
+ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "data_pipelines": (("",), ("storage",), ("shards",), ("views",), ("streaming",), ("packing", "inspection")),
 }
 OURS = {*MAY_IMPORT, "tests", "benchmarks", "scripts"}
 ONLY_CLUSTER = {"ray"}
@@ -50,6 +56,46 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
             yield node.lineno, "." * node.level + (node.module or "")
+
+
+def import_graph(package: str) -> dict[str, set[str]]:
+    """Modules of a package -> those of its own that they import at run time, wherever in the file."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted((ROOT / package).rglob("*.py"))
+    }
+
+    def imported(path: Path) -> Iterator[str]:
+        names = [
+            name for node in run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))) for name in names_of(node)
+        ]
+        for name in names:
+            while name and name not in modules:  # `from package.module import name`
+                name = name.rpartition(".")[0]
+            yield name
+
+    return {module: set(imported(path)) & modules.keys() - {module} for module, path in modules.items()}
+
+
+def run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only type checkers see."""
+    for node in ast.iter_child_nodes(tree):
+        yield node
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            for other in node.orelse:
+                yield other
+                yield from run_time_nodes(other)
+        else:
+            yield from run_time_nodes(node)
+
+
+def names_of(node: ast.AST) -> list[str]:
+    """Full names that an import statement may mean; none for other nodes."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
@@ -87,6 +133,49 @@ def test_imports__ray_only_in_cluster_and_neither_ray_nor_mlflow_in_the_loop() -
 def test_imports__every_edge_of_the_table_exists_without_a_cycle() -> None:
     order = list(MAY_IMPORT)
     assert all(order.index(imported) < order.index(package) for package in order for imported in MAY_IMPORT[package])
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_imports__no_arrow_upward_between_the_rooms_of_a_package(package: str) -> None:
+    rows = ROOMS[package]
+    height = {room: number for number, row in enumerate(rows) for room in row}
+    assert {room for room in height if room} <= {path.name for path in (ROOT / package).iterdir() if path.is_dir()}
+
+    def room_of(module: str) -> str:
+        room = module.split(".")[1] if module.count(".") > 1 else ""
+        return room if room in height else ""
+
+    wrong = []
+    for module, imported in import_graph(package).items():
+        here = room_of(module)
+        for other in sorted(imported):
+            there = room_of(other)
+            if there != here and height[there] >= height[here]:
+                wrong.append(f"{module} imports {other}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports__no_circle_between_the_files_of_a_package(package: str) -> None:
+    try:
+        TopologicalSorter(import_graph(package)).prepare()
+    except CycleError as error:
+        pytest.fail(f"these import each other: {' <- '.join(error.args[1])}")
+
+
+def test_import_graph__sees_what_functions_import_and_not_what_types_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "toy"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "a.py").write_text("def f():\n    from toy.b import x\n")
+    (package / "b.py").write_text("from toy import c\nfrom toy.c import y\n")
+    (package / "c.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import toy.a\nelse:\n    import toy\n"
+    )
+    monkeypatch.setattr("tests.test_import_direction.ROOT", tmp_path)
+    assert import_graph("toy") == {"toy": set(), "toy.a": {"toy.b"}, "toy.b": {"toy.c"}, "toy.c": {"toy"}}
 
 
 @pytest.mark.parametrize("module", CHEAP)

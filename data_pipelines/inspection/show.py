@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines.errors import CorruptSampleError, DataError
-from data_pipelines.fields import decode_field, kind_of_field
+from data_pipelines.field_kinds import kind_of_field
+from data_pipelines.fields import decode_field
 from data_pipelines.inspection.thumbnails import PICTURED, thumbnail
 from data_pipelines.shards.dataset import Dataset
 

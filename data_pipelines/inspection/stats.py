@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import CorruptSampleError, DataError
-from data_pipelines.fields import kind_of_field
+from data_pipelines.field_kinds import kind_of_field
 from data_pipelines.inspection.tallies import ArrayTally, ImageTally, LabelTally, MaskTally, balance, spread
 from data_pipelines.shards.dataset import Dataset, open_dataset
 from data_pipelines.storage.stores import FetchOptions

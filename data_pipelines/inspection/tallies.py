@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.decode import decode_arrays, decode_label, open_image
-from data_pipelines.fields import decode_field, has_channels
+from data_pipelines.field_kinds import has_channels
+from data_pipelines.fields import decode_field
 from data_pipelines.pixel_sums import PixelSums
 
 __all__ = ["ArrayTally", "ImageTally", "LabelTally", "MaskTally", "balance", "spread"]

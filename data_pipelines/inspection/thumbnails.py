@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_pipelines.fields import ARRAY_KINDS, decode_field, has_channels
+from data_pipelines.field_kinds import ARRAY_KINDS, has_channels
+from data_pipelines.fields import decode_field
 
 __all__ = ["PICTURED", "thumbnail"]
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.fields import decode_field, is_never_read, kind_of_field
+from data_pipelines.field_kinds import is_never_read, kind_of_field
+from data_pipelines.fields import decode_field
 from data_pipelines.shards.index import ShardIndex, sidecar
 from data_pipelines.shards.manifest import MANIFEST_NAME
 from data_pipelines.shards.source import expand_source

@@ -21,12 +21,12 @@ from PIL import Image
 
 from data_pipelines.decode import open_image
 from data_pipelines.errors import DataError
+from data_pipelines.field_kinds import field_kind
 from data_pipelines.fields import decode_field
 from data_pipelines.packing.inputs import Item, Piece, suffix_of
 from data_pipelines.packing.point_files import read_points
 from data_pipelines.packing.volume_files import read_volume
 from data_pipelines.pixel_sums import PixelSums
-from data_pipelines.shards.manifest import field_kind
 
 __all__ = ["Conversion", "Encoding", "Sample", "convert", "parse_encoding"]
 

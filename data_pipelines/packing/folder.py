@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from data_pipelines.errors import DataError
-from data_pipelines.packing.shard_writer import write_atomically
+from data_pipelines.files import write_atomically
 from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 
 __all__ = ["PackFolder"]

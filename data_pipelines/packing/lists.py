@@ -10,14 +10,13 @@ they are names, and the classes are these names in sorted order.
 from __future__ import annotations
 
 import csv
-import difflib
 import os
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, nearest
 from data_pipelines.packing.inputs import Item, Listing, Piece, family_of, field_of
 
 __all__ = ["LIST_SUFFIXES", "list_rows"]
@@ -93,8 +92,8 @@ def _columns(source: Path, first: list[str]) -> tuple[dict[str, int], bool]:
     if "path" in names:
         return {name: names.index(name) for name in _COLUMNS if name in names}, True
     if family_of(first[0]) is None:
-        near = difflib.get_close_matches("path", names, n=1, cutoff=0.4)
-        hint = f"; is {near[0]!r} the column of paths?" if near else ""
+        near = nearest("path", names, cutoff=0.4)
+        hint = f"; is {near!r} the column of paths?" if near else ""
         raise DataError(f"{source} begins with {','.join(first)!r}: no column 'path' and no path of a known kind{hint}")
     return {name: number for number, name in enumerate(_COLUMNS[: len(first)])}, False
 

@@ -10,7 +10,6 @@ Not here: what counts as input (`inputs`), one sample (`conversion`), one shard 
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -21,7 +20,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, suggest
+from data_pipelines.field_kinds import field_kind
 from data_pipelines.packing.conversion import Conversion, Encoding, parse_encoding
 from data_pipelines.packing.folder import PackFolder
 from data_pipelines.packing.inputs import FAMILIES, Listing, list_folder, suffix_of
@@ -30,7 +30,7 @@ from data_pipelines.packing.plan import ShardPlan, plan_shards, without_duplicat
 from data_pipelines.packing.shard_writer import ShardJob, ShardRecord, finished_shard, sample_key, write_shard
 from data_pipelines.packing.tars import list_tars
 from data_pipelines.pixel_sums import PixelSums
-from data_pipelines.shards.manifest import ChannelStats, Manifest, Split, field_kind, split_digest
+from data_pipelines.shards.manifest import ChannelStats, Manifest, Split, split_digest
 from data_pipelines.worker_pool import run_jobs
 
 __all__ = ["KINDS", "pack"]
@@ -153,13 +153,13 @@ def _check_numbers(**numbers: float | None) -> None:
 def _list(source: Path, kind: str, masks: Path | None, unpacked: Callable[[], Path]) -> Listing:
     """List the source with what fits its kind."""
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        raise DataError(f"kind={kind!r} is not allowed; kinds are {', '.join(KINDS)}{_nearest(near)}")
+        raise DataError(f"kind={kind!r} is not allowed; kinds are {', '.join(KINDS)}{suggest(kind, KINDS)}")
     if not source.exists():
         folder = source.absolute().parent
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        near = difflib.get_close_matches(source.name, names, n=1)
-        raise DataError(f"no such file or folder to pack: {source} (only local ones are packed){_nearest(near)}")
+        raise DataError(
+            f"no such file or folder to pack: {source} (only local ones are packed){suggest(source.name, names)}"
+        )
     if (kind == "pairs" and masks is None) or (masks is not None and kind not in ("auto", "pairs", "volumes")):
         raise DataError(
             f"kind={kind!r} with masks={masks}: pairs need a folder of masks, only pairs and volumes take one"
@@ -177,10 +177,6 @@ def _list(source: Path, kind: str, masks: Path | None, unpacked: Callable[[], Pa
         return list_rows(source)
     allowed = f"a folder, a tar or a list ({' '.join(LIST_SUFFIXES)})"
     raise DataError(f"cannot pack {source} as kind={kind!r}; give {allowed} and a kind that fits, or kind='auto'")
-
-
-def _nearest(near: Sequence[str]) -> str:
-    return f"; nearest: {near[0]}" if near else ""
 
 
 def _warn_of_skipped(listing: Listing) -> None:

@@ -10,7 +10,6 @@ Not here: which items go into which shard (`pack`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tarfile
@@ -22,6 +21,7 @@ from io import BytesIO
 from pathlib import Path
 
 from data_pipelines.errors import DataError
+from data_pipelines.files import sha256, write_atomically
 from data_pipelines.packing.conversion import Conversion, convert
 from data_pipelines.packing.inputs import Item
 from data_pipelines.pixel_sums import PixelSums
@@ -29,7 +29,7 @@ from data_pipelines.shards.index import ShardIndex, scan_shard, sidecar
 from data_pipelines.shards.manifest import ShardEntry
 from data_pipelines.worker_pool import Advance
 
-__all__ = ["ShardJob", "ShardRecord", "finished_shard", "sample_key", "write_atomically", "write_shard"]
+__all__ = ["ShardJob", "ShardRecord", "finished_shard", "sample_key", "write_shard"]
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,7 @@ def write_shard(job: ShardJob, advance: Advance) -> ShardRecord:
     entry, index = None, None
     if len(rejected) < len(job.items):
         index = scan_shard(temporary, job.path)
-        with open(temporary, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        entry = ShardEntry(name, index.num_samples, index.num_bytes, sha256, index.digest)
+        entry = ShardEntry(name, index.num_samples, index.num_bytes, sha256(temporary), index.digest)
         os.replace(temporary, job.path)
     else:
         temporary.unlink()
@@ -110,21 +108,6 @@ def finished_shard(job: ShardJob) -> ShardRecord | None:
         if index is not None and index.digest == record.entry.index_digest:
             return record
     return None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole or not at all, also after a power cut."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _write_tar(

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_pipelines.errors import DataError
-from data_pipelines.fields import is_never_read
+from data_pipelines.field_kinds import field_kind, is_never_read
 from data_pipelines.packing.inputs import FAMILIES, Item, Listing, Piece, suffix_of
 from data_pipelines.shards.index import ShardIndex, scan_shard
-from data_pipelines.shards.manifest import MANIFEST_NAME, field_kind
+from data_pipelines.shards.manifest import MANIFEST_NAME
 
 __all__ = ["list_tars"]
 

@@ -9,7 +9,6 @@ Not here: where bytes come from (`stores`), in which order samples are read (`or
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import threading
@@ -23,7 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import CorruptSampleError, DataError
+from data_pipelines.errors import CorruptSampleError, DataError, suggest
 from data_pipelines.order import SampleOrder
 from data_pipelines.shards.index import ShardIndex, load_index
 from data_pipelines.shards.manifest import MANIFEST_NAME, Manifests, split_digest
@@ -223,10 +222,9 @@ def first_field(candidates: Sequence[str], fields: frozenset[str], owner: str) -
     for name in candidates:
         if name in fields:
             return name
-    near = difflib.get_close_matches(candidates[0], sorted(fields), n=1)
     raise DataError(
         f"{owner}: no field {' or '.join(candidates)} in every sample; "
-        f"every sample has {', '.join(sorted(fields)) or 'none'}{f' (nearest: {near[0]})' if near else ''}"
+        f"every sample has {', '.join(sorted(fields)) or 'none'}{suggest(candidates[0], fields)}"
     )
 
 

@@ -18,7 +18,6 @@ import json
 import mmap
 import os
 import struct
-import tempfile
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.errors import DataError
+from data_pipelines.files import write_atomically
 from data_pipelines.shards.tar_walk import Damage, Member, walk
 from data_pipelines.storage.locations import PIPE, is_local, redact, scheme_of, split_location
 from data_pipelines.storage.stores import Store
@@ -164,17 +164,7 @@ class ShardIndex:
     def save(self, path: Path) -> None:
         """Write atomically: a reader sees the whole index or none."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(self.to_bytes())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, self.to_bytes())
 
     @classmethod
     def open(cls, source: Path | bytes, num_bytes: int) -> ShardIndex | None:

@@ -5,8 +5,8 @@ and it is the last file that packing writes: a directory without it is not finis
 (without our `format`) describe their data in their own way; for those `read_manifest` returns None and the shards are
 indexed one by one.
 
-Nothing heavy is imported. Not here: what wrote it (`pack`), what the bytes of a field mean (`fields`), how the shards
-are read (`shards`).
+Nothing heavy is imported. Not here: what wrote it (`pack`), what a field holds (`field_kinds`, `fields`), how the
+shards are read (`dataset`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from data_pipelines.storage.stores import Store
 
 __all__ = [
-    "FIELD_KINDS",
     "FORMAT",
     "MANIFEST_NAME",
     "ChannelStats",
@@ -33,37 +32,12 @@ __all__ = [
     "Manifests",
     "ShardEntry",
     "Split",
-    "field_kind",
     "read_manifest",
     "split_digest",
 ]
 
 MANIFEST_NAME = "dataset.json"
 FORMAT = "pretrain-dataset/1"
-FIELD_KINDS = ("image", "label", "json", "text", "mask", "depth", "array", "points", "volume")
-
-_KIND_OF_EXTENSION = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image"),
-    **dict.fromkeys(("npy", "npz"), "array"),
-    "cls": "label",
-    "json": "json",
-    "txt": "text",
-}
-_KIND_OF_PREFIX = {
-    **dict.fromkeys((("seg", "png"), ("mask", "png"), ("label", "png")), "mask"),
-    ("depth", "png"): "depth",
-    ("points", "npy"): "points",
-    ("volume", "npy"): "volume",
-}
-
-
-def field_kind(name: str) -> str | None:
-    """What a field of this name holds, one of `FIELD_KINDS`; None for names that say nothing.
-
-    `seg.png` is a mask and `depth.png` a depth map, neither of which may pass through RGB; any other png is an image.
-    """
-    prefix, _, extension = name.lower().rpartition(".")
-    return _KIND_OF_PREFIX.get((prefix.rpartition(".")[2], extension)) or _KIND_OF_EXTENSION.get(extension)
 
 
 @dataclass(frozen=True)
@@ -102,7 +76,7 @@ class Manifest:
     """The content of `dataset.json`."""
 
     name: str
-    fields: Mapping[str, str]  # those that every sample has -> one of FIELD_KINDS
+    fields: Mapping[str, str]  # those that every sample has -> one of `FIELD_KINDS`
     splits: Mapping[str, Split]
     options: Mapping[str, Any] = field(default_factory=dict)  # what determines the bytes, besides the input
     classes: tuple[str, ...] | None = None  # in index order

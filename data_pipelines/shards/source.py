@@ -10,7 +10,6 @@ not touch the network. Not here: reading (`stores`), opening shards (`shards`).
 
 from __future__ import annotations
 
-import difflib
 import glob
 import math
 import re
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, suggest
 from data_pipelines.shards.manifest import MANIFEST_NAME, Manifests
 from data_pipelines.storage.locations import HTTP, OBJECT_STORES, PIPE, redact, scheme_of, sibling
 
@@ -120,10 +119,9 @@ def _expand_one(pattern: str, allow_pipe: bool, manifests: Manifests | None, suf
         return list(_expand_braces(pattern, _NUMBERS))
     if scheme not in _SCHEMES or not urlsplit(pattern).netloc:
         # The rest of the text may carry credentials, so the message repeats the scheme only.
-        near = difflib.get_close_matches(scheme, _SCHEMES, n=1)
         raise DataError(
             f"data source with scheme {scheme!r} is not supported; allowed are local paths and "
-            f"{', '.join(f'{name}://' for name in _SCHEMES)}{f' (nearest: {near[0]}://)' if near else ''}"
+            f"{', '.join(f'{name}://' for name in _SCHEMES)}{suggest(scheme, _SCHEMES)}"
         )
     _bound(pattern)
     return [shard for url in _expand_braces(pattern) for shard in _expand_url(url, scheme, manifests, suffixes)]
@@ -233,8 +231,8 @@ def _nearest(path: Path) -> str:
     if not folder.is_dir():
         return f"; there is no directory {folder.absolute()}"
     names = sorted(entry.name for entry in folder.iterdir() if entry.suffix == SHARD_SUFFIX or entry.is_dir())
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"; nearest there: {near[0]}" if near else f"; {folder.absolute()} has {len(names)} other shards or folders"
+    others = f"; {folder.absolute()} has {len(names)} other shards or folders"
+    return suggest(path.name, names, cutoff=0.5) or others
 
 
 # Braces.
@@ -265,6 +263,9 @@ def _expand_braces(pattern: str, braces: re.Pattern[str] = _BRACE) -> Iterator[s
 
 
 def _bound(pattern: str) -> None:
-    """Refuse ranges that nobody means before they fill the memory; what is not there ends them for local files."""
+    """Refuse brace ranges of more than `_MAX_SHARDS` shards.
+
+    Remote ranges are expanded without asking the server, so a typo would exhaust memory.
+    """
     if math.prod(max(int(last) - int(first) + 1, 1) for first, last in _RANGE.findall(pattern)) > _MAX_SHARDS:
         raise DataError(f"source {redact(pattern)} names more than {_MAX_SHARDS} shards; write a smaller brace range")

@@ -20,9 +20,11 @@ from typing import Any, BinaryIO
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage.cache import ShardCache
-from data_pipelines.storage.fetch import Facts, FetchOptions, RangesIgnored, Remote
+from data_pipelines.storage.failures import RangesIgnored
+from data_pipelines.storage.fetch import Remote
 from data_pipelines.storage.locations import PIPE, redact, scheme_of
 from data_pipelines.storage.pipe import run_pipe
+from data_pipelines.storage.request import Facts, FetchOptions
 
 __all__ = ["RemoteShards"]
 

@@ -4,7 +4,7 @@ The file systems answer single requests; when to try again, how long to wait and
 same for all of them. A request that broke off goes on at the byte already received. Their connections belong to one
 process: a fork makes its own.
 
-Not here: what is kept of the bytes (`cache`), which bytes are wanted (`shards`).
+Not here: what is kept of the bytes (`cache`), which bytes are wanted (`blocks`), single requests (`links`).
 """
 
 from __future__ import annotations
@@ -13,101 +13,21 @@ import asyncio
 import os
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from data_pipelines.errors import DataError
+from data_pipelines.storage.failures import Failure, RangesIgnored, failure_of
 from data_pipelines.storage.locations import HTTP, OBJECT_STORES, redact, scheme_of
+from data_pipelines.storage.request import Facts, FetchOptions, Link
 
-__all__ = ["Facts", "FetchOptions", "RangesIgnored", "Remote"]
+__all__ = ["Remote"]
 
 Result = TypeVar("Result")
 
 _FIRST_WAIT_S = 0.2
 _LONGEST_WAIT_S = 20.0
-_RETRIED_STATUS = frozenset({408, 425, 429})  # and 5xx
-_ABSENT_STATUS = frozenset({401, 403, 404, 410})  # of an optional file; stores answer 403 where listing is forbidden
-_LIBRARIES = frozenset({"aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "requests", "urllib3"})
 _forked: list[object] = []  # connections of the parent process; see `Remote.close`
-
-
-@dataclass(frozen=True)
-class FetchOptions:
-    """How remote shards are read; nothing here changes what is read."""
-
-    cache_dir: str | None = None  # None: $PRETRAIN_CACHE/shards, by default ~/.cache/pretrain/shards
-    cache_bytes: int = 32 << 30  # of all processes that share the folder together
-    mode: str = "auto"  # range: blocks; shard: whole shards; auto: blocks where the server can
-    block_bytes: int = 4 << 20
-    retries: int = 5  # after the first attempt; whole shards get them anew with every `block_bytes` received
-    timeout_s: float = 30.0  # to connect, and between two pieces of an answer
-    deadline_s: float = 120.0  # all attempts together; whole shards get it anew with every `block_bytes` received
-    allow_pipe: bool = False  # whether `pipe:COMMAND` may be run
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("auto", "range", "shard"):
-            raise DataError(f"fetch mode {self.mode!r} is unknown; allowed are auto, range and shard")
-        if self.block_bytes < 1 or self.retries < 0 or min(self.timeout_s, self.deadline_s) <= 0:
-            raise DataError(f"{self}: block_bytes, timeout_s and deadline_s must be positive, retries at least 0")
-        if self.cache_bytes < self.block_bytes:
-            raise DataError(
-                f"a cache of {self.cache_bytes} bytes cannot hold one block of {self.block_bytes}; raise data.cache_gb"
-            )
-
-    @property
-    def folder(self) -> Path:
-        if self.cache_dir:
-            return Path(self.cache_dir).expanduser()
-        root = os.environ.get("PRETRAIN_CACHE")
-        return (Path(root).expanduser() if root else Path.home() / ".cache" / "pretrain") / "shards"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a server says about a file."""
-
-    size: int | None  # bytes; None: it does not say
-    version: str  # ETag, generation or date; "" if it gives none
-    ranges: bool  # whether parts of the file can be asked for
-
-
-class RangesIgnored(Exception):
-    """The server sends the whole file, whatever part is asked for."""
-
-
-class Failure(Exception):
-    """One request failed.
-
-    Attributes:
-        final: asking again is useless.
-        status: of HTTP, where there is one.
-        retry_after_s: how long the server wants us to wait.
-    """
-
-    def __init__(
-        self, cause: str, *, final: bool = False, status: int | None = None, retry_after_s: float | None = None
-    ) -> None:
-        super().__init__(cause)
-        self.final, self.status, self.retry_after_s = final, status, retry_after_s
-
-
-class Link(Protocol):
-    """Single requests to one kind of store; failures raise `Failure` or an exception of the library behind."""
-
-    filesystem: Any
-
-    async def facts(self, location: str) -> Facts: ...
-
-    async def copy(
-        self, location: str, begin: int, end: int | None, facts: Facts, write: Callable[[bytes], None], *, whole: bool
-    ) -> None: ...
-
-    async def content(self, location: str) -> bytes | None: ...
-
-    async def glob(self, pattern: str) -> list[str]: ...
 
 
 class Remote:
@@ -190,7 +110,7 @@ class Remote:
             except (RangesIgnored, DataError):
                 raise
             except Exception as error:
-                patience.wait(_failure(error, self._options), location, offset())
+                patience.wait(failure_of(error, self._options), location, offset())
 
     def _link(self, location: str) -> Link:
         if self._pid != os.getpid():
@@ -257,61 +177,3 @@ class _Patience:
                 "the server or the network fails, try again later"
             )
         time.sleep(seconds)
-
-
-def status_failure(status: int, reason: str, headers: Mapping[str, str]) -> Failure:
-    """What an HTTP status other than success means."""
-    final = 400 <= status < 500 and status not in _RETRIED_STATUS
-    remedy = {401: "; check the credentials", 403: "; check the credentials", 404: "; check the name"}
-    cause = f"HTTP {status} {reason}".strip() + remedy.get(status, "")
-    return Failure(cause, final=final, status=status, retry_after_s=_retry_after_s(headers.get("Retry-After", "")))
-
-
-def is_absent(error: Exception) -> bool:
-    """Whether an optional file is not there, or not for us."""
-    if isinstance(error, FileNotFoundError | PermissionError):
-        return True
-    return _failure(error, None).status in _ABSENT_STATUS
-
-
-def _retry_after_s(value: str) -> float | None:
-    if value.strip().isdigit():
-        return float(value)
-    try:
-        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return None
-
-
-def _failure(error: Exception, options: FetchOptions | None) -> Failure:
-    """One kind of exception out of those of six libraries; what none of them raises is a bug of ours and passes."""
-    if isinstance(error, Failure):
-        return error
-    name = type(error).__name__
-    if isinstance(error, TimeoutError):
-        limits = f" ({options.timeout_s:g} s without data, or {options.deadline_s:g} s in all)" if options else ""
-        return Failure(f"timed out{limits}")
-    text = " ".join(str(error).split()) or name
-    if "Credential" in name:
-        return Failure(f"{text}; set the credentials of the store in the environment", final=True)
-    if isinstance(error, FileNotFoundError):
-        return Failure("no such file; check the name", final=True, status=404)
-    if isinstance(error, PermissionError):
-        return Failure(f"{text}; check the credentials", final=True, status=403)
-    status = _status_of(error)
-    if status is not None and status >= 400:
-        return status_failure(status, text, {})
-    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _LIBRARIES:
-        return Failure(text, final=isinstance(error, ValueError))
-    raise error
-
-
-def _status_of(error: BaseException) -> int | None:
-    """HTTP status behind an exception of botocore (`response`) or gcsfs (`code`), which s3fs translates (`cause`)."""
-    for source in (error, error.__cause__):
-        response = getattr(source, "response", None)
-        if isinstance(response, dict):
-            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
-        if type(source).__module__.startswith("gcsfs") and str(code := getattr(source, "code", "")).isdigit():
-            return int(code)
-    return None

@@ -19,8 +19,9 @@ import fsspec
 import yarl
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage.fetch import Facts, Failure, FetchOptions, RangesIgnored, is_absent, status_failure
+from data_pipelines.storage.failures import Failure, RangesIgnored, is_absent, status_failure
 from data_pipelines.storage.locations import redact
+from data_pipelines.storage.request import Facts, FetchOptions
 
 __all__ = ["BucketLink", "HttpLink"]
 

@@ -17,7 +17,9 @@ HTTP = ("http", "https")
 OBJECT_STORES = ("s3", "gs", "gcs")
 PIPE = "pipe"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_USER = re.compile(r"(\w://)[^/\s]*@")
+_LOGIN = r"[^/\s:@?#\[]*:(?!\d{1,5}(?:[/?#\s'\"]|$))"  # a user and a colon that does not begin a port
+_HOST = r"(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?"
+_USER = re.compile(rf"(\w://)(?:{_LOGIN}(?:(?!://)\S)*@(?={_HOST}/)|[^/\s?#]*@|{_LOGIN}[^\s@]*@)")
 _QUERY = re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
 _OBJECT_QUERY = re.compile(r"(\w://[^\s?#'\"]*)[?#][^\s'\"]*=[^\s'\"]*")  # a lone ? is a wildcard there
 
@@ -34,6 +36,9 @@ def scheme_of(location: str) -> str | None:
 
 def redact(text: str) -> str:
     """Text as messages may show it: URLs without user, password and query, `pipe:` without arguments.
+
+    A password may hold any character but a space, also those that should have been escaped (`@`, `/`, `?`, `#`). Where
+    such a URL can be read in two ways, more is left out; but up to five digits and a `/` are taken for a port.
 
     Text that starts with `pipe:` is taken for a location as a whole; a short digest tells two commands apart.
     """

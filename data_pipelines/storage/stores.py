@@ -2,10 +2,10 @@
 
 A location is an absolute local path, a URL, or a command (`locations`). Local files are read in place: `pread` has no
 file position, so forked loader workers share descriptors safely. What is remote comes through a cache on the local disk
-(`remote.cache`), in blocks or as whole shards.
+(`cache`), in blocks or as whole shards.
 
 A store may be pickled and forked: descriptors, connections and threads stay behind, since they mean nothing, or the
-wrong thing, in another process. Not here: the requests themselves (`remote.fetch`).
+wrong thing, in another process. Not here: the requests themselves (`fetch`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage.blocks import RemoteShards
-from data_pipelines.storage.fetch import FetchOptions
 from data_pipelines.storage.locations import is_local
+from data_pipelines.storage.request import FetchOptions
 
 __all__ = ["FetchOptions", "Store"]
 

@@ -29,12 +29,12 @@ import numpy.typing as npt
 
 from data_pipelines.errors import DataError
 from data_pipelines.order import Ids, SampleOrder, key
+from data_pipelines.purposes import Purpose
 from data_pipelines.shards.dataset import Dataset, first_field, locate
 
 __all__ = ["MAX_PATTERN", "Mixture", "MixtureOrder", "Part", "pattern_of"]
 
-MAX_PATTERN = 1 << 16  # slots; shares are realised to within 1 / 65536, and exactly where a shorter pattern can
-_PART = 5  # what a key is for; `order` uses 1 and 2, `randomness` 3, `stream` 4
+MAX_PATTERN = 1 << 16  # slots; shares are realized to within 1 / 65536, and exactly where a shorter pattern can
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class Mixture:
         """Global positions -> (epochs, sample ids); an epoch is the one of the sample's own part."""
         layout = {"block_size": block_size, "window": window, "num_streams": num_streams}
         orders = [
-            part.dataset.sample_order(seed=key(seed, _PART, number), **layout) for number, part in enumerate(self.parts)
+            part.dataset.sample_order(seed=key(seed, Purpose.PART, number), **layout)
+            for number, part in enumerate(self.parts)
         ]
         return MixtureOrder(self.pattern, orders, self._begins[:-1])
 

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from data_pipelines.errors import CorruptSampleError, DataError
 from data_pipelines.order import ORDER_VERSION, Ids, key, rank_positions
+from data_pipelines.purposes import Purpose
 from data_pipelines.randomness import sample_seed
 from data_pipelines.views.maker import AnyView, ViewMaker
 from data_pipelines.views.photometric import finish
@@ -35,7 +36,6 @@ __all__ = ["Samples", "Stream", "StreamState"]
 Batch = dict[str, Tensor]
 Request = list[tuple[int, int]]  # (epoch, sample id) of each sample of a micro-batch
 
-_SUBSTITUTE = 4  # what a key is for; `order` uses 1 and 2, `randomness` 3
 _MAX_SUBSTITUTES = 16  # tries for one sample; with a tenth of the data damaged, 1e-16 of them fail
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,10 @@ class Stream:
 
     @property
     def order_signature(self) -> dict[str, Any]:
-        """What two integers of state mean something under; plain JSON, stored in checkpoints."""
+        """Everything that must be equal for a saved (epoch, position) to name the same sample.
+
+        JSON, stored in checkpoints.
+        """
         return {
             "version": ORDER_VERSION,
             "dataset": self.dataset.digest,
@@ -283,7 +286,7 @@ class _SampleViews(TorchDataset[_Made]):
                     remedy = "data.max_corrupt_fraction=0.001 replaces such samples up to that share"
                     raise DataError(f"{error}; {remedy}") from None
                 faults.append(str(error))
-            candidate = key(self.seed, _SUBSTITUTE, sample_id, attempt) % self.dataset.num_samples
+            candidate = key(self.seed, Purpose.SUBSTITUTE, sample_id, attempt) % self.dataset.num_samples
         raise DataError(
             f"sample {sample_id} and {_MAX_SUBSTITUTES - 1} substitutes are damaged; the last: {faults[-1]}"
         )

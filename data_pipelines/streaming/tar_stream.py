@@ -1,7 +1,7 @@
 """Shards without an index: the samples of one tar, from its first byte to its last.
 
-`webdataset` walks the tar and groups its members into samples. Nothing else of it is used: it opens, splits, shuffles
-and decodes nothing, since it would run commands, follow `RANK` and `WDS_*` of the environment, and unpickle. What it
+`webdataset` walks the tar and groups its members into samples (`webdataset_internals`). Nothing else of it is used: it
+opens, splits, shuffles and decodes nothing, since it would run commands, follow the environment, and unpickle. What it
 reads is watched: like `tarfile` it takes a damaged header, or the place where a file was cut, for the end.
 
 Not here: where the bytes come from (`stores`), which shards are read in what order (`unindexed`). Random access through
@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 from data_pipelines.errors import CorruptSampleError, DataError
-from data_pipelines.fields import is_never_read
+from data_pipelines.field_kinds import is_never_read
 from data_pipelines.storage.locations import PIPE, is_local, redact, scheme_of
 from data_pipelines.storage.stores import Store
+from data_pipelines.streaming.webdataset_internals import grouped_members, split_name
 
 __all__ = ["Sample", "read_samples"]
 
@@ -47,13 +47,11 @@ def read_samples(store: Store, location: str, fields: frozenset[str] | None) -> 
     Raises:
         DataError: the shard cannot be read, or is not a whole tar.
     """
-    tariterators = _tariterators()
-    name, members = redact(location), _Members(fields, tariterators.base_plus_ext)
+    name, members = redact(location), _Members(fields)
     with _opened(store, location) as file:
         tar = _WholeTar(file, name)
         try:
-            read = tariterators.tar_file_expander([{"url": name, "stream": tar}], select_files=members.is_wanted)
-            for sample in tariterators.group_by_keys(read):
+            for sample in grouped_members(cast(BinaryIO, tar), name, members.is_wanted):
                 lacking = (fields or frozenset()) - sample.keys()
                 yield _lacks(name, sample["__key__"], lacking) if lacking else sample
             tar.require_end()
@@ -70,25 +68,16 @@ def _lacks(shard: str, sample_key: str, fields: frozenset[str]) -> CorruptSample
     )
 
 
-def _tariterators() -> Any:
-    """The part of `webdataset` in use, without the variables that change what it does, or make its import fail."""
-    for name in [name for name in os.environ if name.startswith(("GOPEN_", "WDS_"))]:
-        del os.environ[name]
-    from webdataset import tariterators
-
-    return tariterators
-
-
 class _Members:
     """Chooses the members of a shard that are read, and notes the samples of which it chose none."""
 
-    def __init__(self, fields: frozenset[str] | None, split: Callable[[str], tuple[str | None, str]]) -> None:
-        self._fields, self._split = fields, split  # split: a member's name to key and field, as webdataset does it
+    def __init__(self, fields: frozenset[str] | None) -> None:
+        self._fields = fields
         self._chosen: dict[str, bool] = {}  # samples so far -> whether any member is read
 
     def is_wanted(self, name: str) -> bool:
-        sample_key, field = self._split(name)
-        if sample_key is None:
+        sample_key, field = split_name(name)
+        if sample_key is None or field is None:
             return False
         field = field.lower()
         wanted = not is_never_read(field) and (self._fields is None or field in self._fields)

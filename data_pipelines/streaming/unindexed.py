@@ -30,6 +30,7 @@ from torch.utils.data import get_worker_info
 
 from data_pipelines.errors import CorruptSampleError, DataError
 from data_pipelines.order import Ids, key, permutation
+from data_pipelines.purposes import Purpose
 from data_pipelines.randomness import ViewRandom
 from data_pipelines.shards.source import expand_source
 from data_pipelines.storage.locations import redact
@@ -44,8 +45,7 @@ BEGINNING = StreamState(0, 0)
 SHUFFLED_SAMPLES = 1000  # held by a reader at most
 SHUFFLED_BYTES = 128 << 20  # the same in bytes, for large samples
 _JUDGED_TOGETHER = 1000  # samples of a rank, where `Stream` counts damaged ones per epoch
-_VERSION = 1
-_SHARDS, _MIX = 5, 6  # what a key is for; `order` uses 1 and 2, `randomness` 3, `stream` 4
+_VERSION = 2  # of the order
 
 Item = Sample | CorruptSampleError  # the error stands in the place of a sample that lacks something
 
@@ -213,8 +213,8 @@ class UnindexedSamples:
         worker = get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         reader, num_readers = self.rank * num_workers + number, self.world_size * num_workers
-        base = key(self.seed, self.begin, _SHARDS)
-        return _mixed(self._passes(reader, num_readers, base), ViewRandom(key(_MIX, reader, base=base)))
+        base = key(self.seed, self.begin, Purpose.SHARDS)
+        return _mixed(self._passes(reader, num_readers, base), ViewRandom(key(Purpose.MIX, reader, base=base)))
 
     def _passes(self, reader: int, num_readers: int, base: int) -> Iterator[Item]:
         num_empty = 0  # passes in a row

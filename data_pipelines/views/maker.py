@@ -4,10 +4,9 @@ Only what has to happen before samples are stacked happens here: images stay 8 b
 and applied to whole batches (`photometric`).
 
 Everything random comes from `ViewRandom`s keyed by (seed, epoch, sample id, view), so views do not depend on ranks or
-workers. Crops, masks and colours have keys of their own: asking for one of them does not change the others.
+workers. Crops and colours have keys of their own: asking for one of them does not change the others.
 
-Not here: what views there are (`view_specs`), geometry (`crops`, `points`, `volumes`), masks (`masks`), decoders
-(`decode`).
+Not here: what views there are (`specs`), geometry (`crops`, `points`, `volumes`), decoders (`decode`).
 """
 
 from __future__ import annotations
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor
 
 from data_pipelines.decode import IMAGE_FIELDS, Photo, chosen_decoder, decode_array, decode_label, decode_mask
-from data_pipelines.errors import CorruptSampleError, DataError
+from data_pipelines.errors import CorruptSampleError, DataError, suggest
 from data_pipelines.order import key
+from data_pipelines.purposes import ViewPurpose
 from data_pipelines.randomness import ViewRandom
-from data_pipelines.specs import nearest, require_choice
+from data_pipelines.specs import require_choice
 from data_pipelines.views.crops import (
     ArrayPicture,
     Crop,
@@ -57,7 +57,6 @@ __all__ = [
 ]
 
 RESAMPLERS = ("pil", "torch")
-_COLOURS, _MASKS = 1, 2  # what a view's further keys are for
 
 _ARRAY_FIELDS = ("npy", "npz")
 _DEFAULT_FIELDS = {
@@ -244,11 +243,8 @@ def _image_entries(view: View, picture: Picture, crops: Sequence[Crop], base: in
     entries = {view.name: _counted(pixels)}
     if view.return_box:
         entries[f"{view.name}.box"] = _counted(np.array([crop.as_row() for crop in crops], np.float32))
-    for number, mask in enumerate(view.mask):
-        rng, side = ViewRandom(key(_MASKS, number, base=base)), view.size // mask.patch
-        entries[f"{view.name}.{mask.name}"] = _counted(np.stack([mask.draw(side, side, rng) for _ in crops]))
     if view.photometric is not None:
-        rng = ViewRandom(key(_COLOURS, base=base))
+        rng = ViewRandom(key(ViewPurpose.COLORS, base=base))
         if view.photometric.mode == "reference":
             changed = [reference(torch.from_numpy(crop), view.photometric, rng).numpy() for crop in pixels]
             entries[view.name] = _counted(np.stack(changed))
@@ -319,7 +315,7 @@ def _field(view: AnyView, kind: str, fields: frozenset[str]) -> str:
             return name
     raise DataError(
         f"view {view.name!r}: no field {' or '.join(candidates)} in every sample; every sample has "
-        f"{', '.join(sorted(fields)) or 'none'}{nearest(candidates[0], fields)}"
+        f"{', '.join(sorted(fields)) or 'none'}{suggest(candidates[0], fields)}"
     )
 
 

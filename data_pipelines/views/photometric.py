@@ -16,7 +16,6 @@ BYOL used that of PIL. Not here: crops and flips (`crops`), normalisation (the b
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, suggest
 from data_pipelines.randomness import ViewRandom
 
 __all__ = ["NUM_PARAMS", "PARAMS_SUFFIX", "Photometric", "apply", "finish", "reference"]
@@ -90,7 +89,7 @@ class Photometric:
         if not _is_pair(pair) or not 0 < pair[0] <= pair[1] < math.inf:
             raise self._error("blur_sigma", "[low, high] with 0 < low <= high, in pixels")
         if self.mode not in MODES:
-            raise self._error("mode", " or ".join(MODES) + _nearest(self.mode, MODES))
+            raise self._error("mode", " or ".join(MODES) + suggest(str(self.mode), MODES))
 
     @classmethod
     def from_mapping(cls, spec: Mapping[str, Any]) -> Photometric:
@@ -105,7 +104,7 @@ class Photometric:
         for name in spec:
             if name not in allowed:
                 raise DataError(
-                    f"photometric: unknown key {name!r}; allowed: {', '.join(allowed)}{_nearest(name, allowed)}"
+                    f"photometric: unknown key {name!r}; allowed: {', '.join(allowed)}{suggest(str(name), allowed)}"
                 )
         sigma = spec.get("blur_sigma")
         return cls(**{**spec, "blur_sigma": tuple(sigma)} if isinstance(sigma, list) else spec)
@@ -140,11 +139,6 @@ def _is_number(value: object) -> bool:
 
 def _is_pair(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
-
-
-def _nearest(name: object, allowed: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), allowed, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class _PhotometricView(Protocol):

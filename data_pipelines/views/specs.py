@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from data_pipelines.errors import DataError
-from data_pipelines.masks import Mask, mask_from
 from data_pipelines.randomness import ViewRandom
 from data_pipelines.specs import (
     is_range,
@@ -34,7 +33,6 @@ from data_pipelines.views.volumes import VolumeView
 __all__ = ["KINDS", "AnyView", "ArrayView", "LabelView", "View", "require_distinct", "views_from"]
 
 _RESIZERS = ("bicubic", "nearest")
-_OTHER_ENTRIES = ("box", "photometric")  # that a view `x` can have as `x.box`, so no mask has their name
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,6 @@ class View:
         overlap_with: an earlier image view; crop k overlaps its crop k (or its only one).
         min_overlap: share of the smaller of the two rectangles that lies in the other, at least.
         return_box: also give `<name>.box`, float32 (5,): left, top, width, height as shares of the picture, flipped.
-        mask: each gives `<name>.<mask name>`, bool (size / patch, size / patch), True where hidden.
         photometric: colours and blur; `finish` applies what is drawn here.
     """
 
@@ -76,7 +73,6 @@ class View:
     overlap_with: str | None = None
     min_overlap: float | None = None
     return_box: bool = False
-    mask: tuple[Mask, ...] = ()
     photometric: Photometric | None = None
 
     def __post_init__(self) -> None:
@@ -98,16 +94,6 @@ class View:
             require_probabilities(where, min_overlap=self.min_overlap)
         if self.photometric is not None and self.resize == "nearest":
             raise DataError(f"{where}: photometric changes colours, and resize='nearest' says that there are none")
-        self._check_masks(where)
-
-    def _check_masks(self, where: str) -> None:
-        names = [mask.name for mask in self.mask]
-        for mask in self.mask:
-            if self.size % mask.patch:
-                raise DataError(f"{where}, mask: patch={mask.patch} does not divide the size of {self.size} pixels")
-            if names.count(mask.name) > 1 or mask.name in _OTHER_ENTRIES:
-                raise DataError(f"{where}, mask: name={mask.name!r} is taken; give each mask a name of its own")
-            mask.require_grid(self.size // mask.patch, self.size // mask.patch)
 
     def draw_crops(self, frame: tuple[int, int], rng: ViewRandom, drawn: Mapping[str, Sequence[Crop]]) -> list[Crop]:
         """The `count` crops of a sample.
@@ -214,8 +200,6 @@ def _view_from(spec: Mapping[str, Any]) -> AnyView:
     parsed = dict(spec)
     if spec.get("kind", "image") == "image":
         name = spec.get("name")
-        masks = spec.get("mask", ())
-        parsed["mask"] = tuple(mask_from(m, str(name)) for m in (masks if isinstance(masks, list | tuple) else [masks]))
         if spec.get("photometric") is not None:
             try:
                 parsed["photometric"] = Photometric.from_mapping(spec["photometric"])

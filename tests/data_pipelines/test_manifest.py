@@ -12,16 +12,7 @@ from typing import Any
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.shards.manifest import (
-    FIELD_KINDS,
-    ChannelStats,
-    Manifest,
-    ShardEntry,
-    Split,
-    field_kind,
-    read_manifest,
-    split_digest,
-)
+from data_pipelines.shards.manifest import ChannelStats, Manifest, ShardEntry, Split, read_manifest, split_digest
 
 SHARDS = (
     ShardEntry("train-000000.tar", 2, 10240, "aa", "bb"),
@@ -95,32 +86,6 @@ def test_read_manifest__names_what_is_wrong(content: bytes, named: str) -> None:
     with pytest.raises(DataError, match=named) as failure:
         read_manifest(content)
     assert "\n" not in str(failure.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("jpg", "image"),
-        ("left.png", "image"),
-        ("seg.png", "mask"),
-        ("left.seg.png", "mask"),
-        ("depth.png", "depth"),
-        ("points.npy", "points"),
-        ("volume.npy", "volume"),
-        ("pose.npy", "array"),
-        ("npz", "array"),
-        ("cls", "label"),
-        ("JSON", "json"),
-        ("txt", "text"),
-        ("pyd", None),
-        ("pkl", None),
-        ("pth", None),
-        ("mp4", None),
-    ],
-)
-def test_field_kind__goes_by_the_name(name: str, kind: str | None) -> None:
-    assert field_kind(name) == kind
-    assert kind is None or kind in FIELD_KINDS
 
 
 def test_manifest__imports_nothing_heavy() -> None:

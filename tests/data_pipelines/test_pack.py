@@ -325,7 +325,7 @@ def test_pack__compressed_tars_leave_no_copies_behind(pictures: WritePictures, t
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"kind": "image"}, "kind='image' is not allowed; kinds are auto, images.*nearest: images"),
+        ({"kind": "image"}, "kind='image' is not allowed; kinds are auto, images.*did you mean 'images'"),
         ({"kind": "list"}, "cannot pack .* as kind='list'"),
         ({"kind": "pairs"}, "pairs need a folder of masks"),
         ({"kind": "sequences", "masks": "."}, "only pairs and volumes take one"),
@@ -350,7 +350,7 @@ def test_pack__wrong_requests_leave_nothing_behind(
 def test_pack__wrong_places_are_named(pictures: WritePictures, tmp_path: Path) -> None:
     source = pictures(2)
     for bad, named in (
-        (tmp_path / "picture", "no such file or folder to pack: .*nearest: pictures"),
+        (tmp_path / "picture", "no such file or folder to pack: .*did you mean 'pictures'"),
         ("s3://bucket/prefix", "no such file or folder to pack"),
         (source / "cat" / "000.png", "cannot pack .*000.png as kind='auto'"),
     ):

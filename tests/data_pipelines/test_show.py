@@ -72,7 +72,7 @@ def test_describe__says_what_a_sample_holds(dataset: Dataset) -> None:
 
 
 def test_describe__wrong_requests(dataset: Dataset) -> None:
-    with pytest.raises(DataError, match=r"no field seg\.pn in every sample.*nearest: seg\.png"):
+    with pytest.raises(DataError, match=r"no field seg\.pn in every sample.*did you mean 'seg\.png'"):
         describe(dataset, 0, "seg.pn")
     with pytest.raises(DataError, match=r"sample id 3 is outside 0\.\.2"):
         describe(dataset, 3)

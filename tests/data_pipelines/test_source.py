@@ -172,7 +172,7 @@ def test_expand_source__webdataset_variables_play_no_role(monkeypatch: pytest.Mo
     ("source", "message"),
     [
         ("{0}/trian-*.tar", "no .tar shard matches {0}/trian-*.tar"),
-        ("{0}/train-000009.tar", "no such shard: {0}/train-000009.tar; nearest there: train-000002.tar"),
+        ("{0}/train-000009.tar", "no such shard: {0}/train-000009.tar; did you mean 'train-000002.tar'?"),
         ("{0}/train-{{000002..000004}}.tar", "no such shard: {0}/train-000003.tar"),
         ("{0}/train-{{000002..000001}}.tar", "runs backwards"),
         ("{0}/train-{{x}}.tar", "cannot read braces '{{x}}'"),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -178,8 +181,41 @@ def test_read_samples__a_sample_that_lacks_a_field_is_told(tmp_path: Path, write
     assert "sample '2': no a, b" in str(samples[-1])
 
 
-def test_read_samples__variables_of_webdataset_play_no_role(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GOPEN_REWRITE", f"{shard}=pipe:touch {shard.parent}/executed; cat {shard}")
-    monkeypatch.setenv("WDS_CACHE_SIZE", "many")
-    assert len(read(shard)) == 12
+READ_AND_TELL = """
+import os, sys
+from data_pipelines.errors import DataError
+from data_pipelines.storage.stores import Store
+from data_pipelines.streaming.tar_stream import read_samples
+before = dict(os.environ)
+try:
+    print(len(list(read_samples(Store(), sys.argv[1], frozenset({"a", "b"})))))
+except DataError as error:
+    print(error)
+print("kept" if dict(os.environ) == before else "changed")
+"""
+
+
+def read_in_a_new_process(shard: Path, **variables: str) -> list[str]:
+    """What a process says that imports webdataset under these variables: samples or an error, then `kept`."""
+    command, root = [sys.executable, "-c", READ_AND_TELL, str(shard)], Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_read_samples__variables_of_webdataset_play_no_role_and_are_left_alone(shard: Path) -> None:
+    said = read_in_a_new_process(
+        shard,
+        GOPEN_REWRITE=f"{shard}=pipe:touch {shard.parent}/executed; cat {shard}",
+        GOPEN_VERBOSE="1",
+        WDS_CACHE_SIZE="1e9",
+        WDS_SECURE="1",
+        WDS_REWRITE=f"{shard}=pipe:touch {shard.parent}/executed",
+    )
+    assert said == ["12", "kept"]
     assert not (shard.parent / "executed").exists()
+
+
+def test_read_samples__a_variable_that_webdataset_cannot_read_is_named(shard: Path) -> None:
+    said = read_in_a_new_process(shard, WDS_CACHE_SIZE="many")
+    problem = "webdataset cannot be imported with WDS_CACHE_SIZE=many: could not convert string to float: 'many'"
+    assert said == [f"shard {shard}: {problem}; unset it", "kept"]

@@ -68,7 +68,7 @@ def test_view_maker__image_views_are_bit_for_bit_random_resized_crops(grocery: D
     """The crops of one view come one after the other from its own generator, whatever else is asked for."""
     specs = [
         {"name": "global", "size": 48, "count": 2, "scale": [0.3, 1.0], "photometric": JITTER, "return_box": True},
-        {"name": "local", "size": 24, "count": 3, "scale": [0.05, 0.3], "mask": {"kind": "grid", "patch": 8}},
+        {"name": "local", "size": 24, "count": 3, "scale": [0.05, 0.3]},
         {"name": "one", "size": 8, "hflip": 0},
     ]
     views = views_from(specs)
@@ -83,23 +83,19 @@ def test_view_maker__image_views_are_bit_for_bit_random_resized_crops(grocery: D
 
 
 def test_view_maker__same_sample_same_views_in_any_order(grocery: Dataset) -> None:
-    make = maker([{"name": "v", "size": 24, "count": 2, "mask": {"kind": "random", "patch": 4, "ratio": 0.5}}], ["jpg"])
+    make = maker([{"name": "v", "size": 24, "count": 2, "photometric": JITTER}], ["jpg"])
     copy = pickle.loads(pickle.dumps(make))  # what a spawned worker gets
     first = [make(grocery.read(i), i) for i in range(6)]
     again = {i: copy(grocery.read(i), i) for i in reversed(range(6))}
     for i in range(6):
-        assert all(torch.equal(first[i][name], again[i][name]) for name in ("v", "v.mask"))
-    assert not torch.equal(first[0]["v.mask"], make(grocery.read(0), 1)["v.mask"])
+        assert all(torch.equal(first[i][name], again[i][name]) for name in ("v", "v.photometric"))
+    assert not torch.equal(first[0]["v"], make(grocery.read(0), 1)["v"])
 
 
 def test_collate__shapes_types_and_order(grocery: Dataset) -> None:
-    mask = [
-        {"kind": "random", "patch": 8, "ratio": 0.75},
-        {"kind": "groups", "patch": 1, "ratio": [0.5, 0.75], "name": "alien"},
-    ]
     specs = [
-        {"name": "global", "size": 32, "count": 2, "return_box": True, "mask": mask, "photometric": JITTER},
-        {"name": "one", "size": 16, "return_box": True, "mask": mask[0], "photometric": JITTER},
+        {"name": "global", "size": 32, "count": 2, "return_box": True, "photometric": JITTER},
+        {"name": "one", "size": 16, "return_box": True, "photometric": JITTER},
         {"name": "label", "kind": "label"},
     ]
     make = maker(specs, ["jpg", "cls"])
@@ -108,12 +104,9 @@ def test_collate__shapes_types_and_order(grocery: Dataset) -> None:
     assert {name: (tuple(t.shape), t.dtype) for name, t in batch.items()} == {
         "global": ((2, 3, 3, 32, 32), torch.uint8),
         "global.box": ((2, 3, 5), torch.float32),
-        "global.mask": ((2, 3, 4, 4), torch.bool),
-        "global.alien": ((2, 3, 32, 32), torch.bool),
         "global.photometric": ((2, 3, NUM_PARAMS), torch.float32),
         "one": ((3, 3, 16, 16), torch.uint8),
         "one.box": ((3, 5), torch.float32),
-        "one.mask": ((3, 2, 2), torch.bool),
         "one.photometric": ((3, NUM_PARAMS), torch.float32),
         "label": ((3,), torch.int64),
     }
@@ -216,12 +209,10 @@ def test_return_box__says_where_the_pixels_are(scene: dict[str, bytes]) -> None:
         assert np.array_equal(crop[:, ::-1] if flipped else crop, np.asarray(expected))
 
 
-def test_masks__do_not_depend_on_other_requests(scene: dict[str, bytes]) -> None:
-    mask = {"kind": "blocks", "patch": 4, "ratio": 0.4, "probability": 0.5}
-    plain = maker([{"name": "v", "size": 32, "count": 2, "mask": mask}], ["png"])
-    rich = maker([{"name": "v", "size": 32, "count": 2, "mask": mask, "photometric": JITTER}], ["png"])
+def test_crops__do_not_depend_on_other_requests(scene: dict[str, bytes]) -> None:
+    plain = maker([{"name": "v", "size": 32, "count": 2}], ["png"])
+    rich = maker([{"name": "v", "size": 32, "count": 2, "return_box": True, "photometric": JITTER}], ["png"])
     for seed in range(10):
-        assert torch.equal(plain(scene, seed)["v.mask"], rich(scene, seed)["v.mask"])
         assert torch.equal(plain(scene, seed)["v"], rich(scene, seed)["v"])
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 
 from data_pipelines.decode import decode_image
 from data_pipelines.errors import DataError
-from data_pipelines.masks import BlockMask, RandomMask
 from data_pipelines.randomness import ViewRandom, sample_seed
 from data_pipelines.shards.dataset import Dataset
 from data_pipelines.views.maker import View, eval_view, random_resized_crop, views_from
@@ -132,7 +131,7 @@ def test_views_from__plain_data() -> None:
         (
             {"name": "v", "sise": 8},
             "unknown key 'sise'; allowed: name, size, count, scale, ratio, hflip, field, array, channels, resize, "
-            "same_crop_as, overlap_with, min_overlap, return_box, mask, photometric, kind; did you mean 'size'?",
+            "same_crop_as, overlap_with, min_overlap, return_box, photometric, kind; did you mean 'size'?",
         ),
         ({"name": "v"}, "'size' is missing"),
         ({"size": 8}, "'name' is missing"),
@@ -167,11 +166,9 @@ def test_views_from__names_are_distinct_and_there_is_one() -> None:
         views_from([])
 
 
-def test_views_from__masks_and_colours() -> None:
-    masks = [{"kind": "random", "patch": 8, "ratio": 0.75}, {"kind": "blocks", "patch": 4, "ratio": 0.5, "name": "b"}]
-    views = views_from([{"name": "v", "size": 32, "mask": masks, "photometric": {"blur_p": 0.5}}])
-    expected = (RandomMask(patch=8, ratio=0.75), BlockMask(patch=4, ratio=0.5, name="b"))
-    assert views == (View("v", 32, mask=expected, photometric=Photometric(blur_p=0.5)),)
+def test_views_from__colors() -> None:
+    views = views_from([{"name": "v", "size": 32, "photometric": {"blur_p": 0.5}}])
+    assert views == (View("v", 32, photometric=Photometric(blur_p=0.5)),)
 
 
 @pytest.mark.parametrize(
@@ -189,10 +186,7 @@ def test_views_from__masks_and_colours() -> None:
         ({"channels": [-1]}, "channels=-1 is not allowed"),
         ({"resize": "nearest", "field": "x.png", "photometric": {}}, "photometric changes colours"),
         ({"photometric": {"blurp": 1}}, "view 'v', photometric: unknown key 'blurp'"),
-        ({"mask": {"kind": "random", "patch": 3, "ratio": 0.5}}, "patch=3 does not divide the size of 8 pixels"),
-        ({"mask": {"kind": "random", "patch": 2, "ratio": 0.5, "name": "box"}}, "name='box' is taken"),
-        ({"mask": [{"kind": "grid", "patch": 2}] * 2}, "name='mask' is taken; give each mask a name of its own"),
-        ({"mask": {"kind": "groups", "patch": 8, "ratio": 0.5}}, "side=0.3 of 8 x 8 pixels is no more than one patch"),
+        ({"mask": {"kind": "random", "patch": 4, "ratio": 0.5}}, "unknown key 'mask'"),
         ({"name": "v.w"}, "view name 'v.w' is not allowed; give a name other than sample_id, seed, without a dot"),
     ],
 )

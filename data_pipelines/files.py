@@ -1,0 +1,38 @@
+"""Whole files on a local disk: written so that no reader ever sees half of one, and identified by their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from uuid import uuid4
+
+__all__ = ["sha256", "write_atomically"]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut, also when several write it at once.
+
+    A process that is killed meanwhile leaves a `<name>.<letters>.tmp` beside it.
+    """
+    aside = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+    try:
+        with open(aside, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, after the bytes
+    finally:
+        os.close(folder)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
