@@ -28,8 +28,9 @@ def bare_steps(recipe_path: str) -> list[float]:
     from data_pipelines.streaming.stream import StreamState
     from objectives.base import Progress
     from pretrain.config.load import load_recipe
+    from pretrain.training.inputs import build_stream
+    from pretrain.training.model import build_objective
     from pretrain.training.schedules import learning_rate
-    from pretrain.worker import build_objective, build_stream
 
     recipe = load_recipe(recipe_path)
     torch.set_num_threads(1)

@@ -21,8 +21,8 @@ from data_pipelines.shards.source import check_source
 from data_pipelines.storage.locations import redact, scheme_of
 from evaluation import registry as evaluations
 from pretrain.config.mistakes import Findings, nearest
+from pretrain.config.optimizer_facts import WHOLE_PARAMETER
 from pretrain.config.schema import BackboneConfig, DataConfig, EvaluationConfig, Recipe, TrainConfig
-from pretrain.training.optimizers import WHOLE_PARAMETER
 
 __all__ = ["evaluation_data_problem", "nearest_file", "resolve"]
 

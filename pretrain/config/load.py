@@ -21,6 +21,7 @@ from objectives import registry as objectives
 from pretrain.config import checks as rules
 from pretrain.config.fields import Setting, declared_settings, template
 from pretrain.config.mistakes import COMMAND_LINE, Findings, nearest, shown
+from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import (
     REQUIRED,
     BackboneConfig,
@@ -35,7 +36,6 @@ from pretrain.config.schema import (
 )
 from pretrain.config.stages import FIXED, STAGE_KEYS, Plan, in_order
 from pretrain.errors import RequestError
-from pretrain.training.optimizers import RESHARDABLE
 
 __all__ = [
     "BackboneConfig",

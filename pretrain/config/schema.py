@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.training.optimizers import NAMES
+from pretrain.config.optimizer_facts import NAMES
 
 __all__ = [
     "BackboneConfig",

@@ -3,15 +3,14 @@
 ZeRO stages 0 to 3, fp32 and bf16, CPU with gloo and CUDA with NCCL behind one small class. `optimizer.*` and
 `train.*` of a recipe are the short form; `deepspeed:` passes raw keys on.
 
-What is not here: the loop (`pretrain.worker`), schedules, the layout of checkpoints (`pretrain.checkpoints.store`).
+Not here: the loop (`pretrain.worker`), schedules, the layout of checkpoints (`pretrain.checkpoints.store`), names of
+DeepSpeed that are not public (`pretrain.training.deepspeed_internals`).
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
-import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,9 +20,12 @@ import torch
 import torch.distributed as dist
 
 from objectives.base import Objective, Output, Progress
+from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import Recipe
-from pretrain.training.optimizers import RESHARDABLE, create_optimizer
+from pretrain.training import deepspeed_internals
+from pretrain.training.optimizers import create_optimizer
 from pretrain.training.running_statistics import RunningStatistics
+from pretrain.training.torch_internals import loopback_store
 
 __all__ = ["Engine", "init_distributed", "pick_device"]
 
@@ -53,33 +55,12 @@ def init_distributed(device: torch.device) -> tuple[int, int]:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, store=_loopback_store(rank, world_size), rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=loopback_store(rank, world_size), rank=rank, world_size=world_size)
     import deepspeed
-    import deepspeed.ops
 
-    # A shared-memory all-reduce for inference on CPUs, compiled with a C++ compiler at first use: not needed to train.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed_internals.leave_out_shared_memory_op()
     deepspeed.init_distributed(backend)
     return rank, world_size
-
-
-def _loopback_store(rank: int, world_size: int) -> Any:
-    """Where ranks on one machine meet: a store that listens on 127.0.0.1 only; torch's own listens on every address.
-
-    None, torch's default, for ranks on several machines and under torchrun, which has a store of its own.
-    """
-    if os.environ["MASTER_ADDR"] != "127.0.0.1" or "TORCHELASTIC_RUN_ID" in os.environ:
-        return None
-    port, listening = int(os.environ["MASTER_PORT"]), None
-    if rank == 0:
-        server = socket.socket()
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind(("127.0.0.1", port))
-        server.listen()
-        listening = server.detach()
-    return torch.distributed.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", port, world_size, rank == 0, master_listen_fd=listening
-    )
 
 
 class StepResult(NamedTuple):
@@ -89,11 +70,17 @@ class StepResult(NamedTuple):
     metrics: dict[str, torch.Tensor]
     applied: bool
 
+    def mean_over_ranks(self) -> dict[str, float]:
+        """Loss and metrics, each the mean over all ranks. A collective, and a host sync."""
+        values = torch.stack([self.loss, *self.metrics.values()])
+        dist.all_reduce(values)
+        return dict(zip(["loss", *self.metrics], (values / dist.get_world_size()).tolist(), strict=True))
+
 
 class _StepGuard:
-    """Makes the steps of a torch optimiser do nothing while `skips` is set.
+    """Makes the steps of a torch optimizer do nothing while `skips` is set.
 
-    Whatever is around the optimiser (gradient reduction, master weights, shards) goes through its usual motions and
+    Whatever is around the optimizer (gradient reduction, master weights, shards) goes through its usual motions and
     drops the gradients; weights and moments stay as they are, in every ZeRO stage.
     """
 
@@ -147,9 +134,9 @@ class Engine:
                 group["weight_decay"] = weight_decay
 
     def step(self, micro_batches: Sequence[dict[str, torch.Tensor]], progress: Progress) -> StepResult:
-        """One optimiser step over the rank's micro-batches, with what the objective does after it.
+        """One optimizer step over the rank's micro-batches, with what the objective does after it.
 
-        When a loss is not finite on any rank, no rank changes weights, optimiser state or objective.
+        When a loss is not finite on any rank, no rank changes weights, optimizer state or objective.
 
         Args:
             micro_batches: As many as `train.accumulation` says.
@@ -171,14 +158,14 @@ class Engine:
                 self._guard.skips = not self._all_finite(outputs)
             self._engine.step()  # updates at the last micro-batch only
         # ZeRO-3, and bf16, also drop a step whose gradient is not finite though the loss is.
-        applied = not (self._guard.skips or getattr(self._engine.optimizer, "overflow", False))
+        applied = self._engine.was_step_applied() and not self._guard.skips
         if applied:
             self._statistics.average()
             self.objective.after_step(progress, self.read_weight)
         else:
             self._statistics.restore()
-        if not applied and self.stage == 3 and (kept_whole := self._engine.optimizer.persistent_parameters):
-            kept_whole[0].all_gather(kept_whole)  # a dropped step leaves them sharded, which the next one cannot trace
+        if not applied and self.stage == 3:
+            deepspeed_internals.gather_persistent_parameters(self._engine)
         metrics = {name: _mean([output.metrics[name] for output in outputs]) for name in outputs[0].metrics}
         return StepResult(_mean([output.loss for output in outputs]), metrics | norms, applied)
 
@@ -215,7 +202,12 @@ class Engine:
 
         is_here = self.stage < 3 and parameter.dtype == torch.float32
         master = safe_get_full_fp32_param(parameter) if parameter.requires_grad and not is_here else None
-        return (parameter if master is None else master).detach().float().reshape(_full_shape(parameter))
+        return (
+            (parameter if master is None else master)
+            .detach()
+            .float()
+            .reshape(deepspeed_internals.full_shape(parameter))
+        )
 
     @torch.no_grad()
     def backbone_weights(self) -> dict[str, torch.Tensor]:
@@ -242,10 +234,10 @@ class Engine:
         self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
 
     def load(self, directory: Path) -> None:
-        """Restore model and optimiser from `save`. A collective.
+        """Restore model and optimizer from `save`. A collective.
 
         Raises:
-            RuntimeError: The state does not fit this model, optimiser or ZeRO stage.
+            RuntimeError: The state does not fit this model, optimizer or ZeRO stage.
         """
         loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_lr_scheduler_states=False)
         if loaded is None:
@@ -261,7 +253,7 @@ class Engine:
             scratch: Takes the universal form while it is read; on storage that all ranks see.
 
         Raises:
-            RuntimeError: As for `load`, or the optimiser is not one that DeepSpeed reshards.
+            RuntimeError: As for `load`, or the optimizer is not one that DeepSpeed reshards.
         """
         if self.stage == 0:
             self.load(directory)
@@ -274,21 +266,18 @@ class Engine:
         rank = dist.get_rank()
         if rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)  # of a restart that was interrupted
-            _write_universal(directory / TAG, scratch / TAG)
+            deepspeed_internals.write_universal(directory / TAG, scratch / TAG)
         dist.barrier()  # all ranks: the universal form is complete
         groups = [
             {name: value for name, value in group.items() if name != "params"}
             for group in self._engine.optimizer.param_groups
         ]
-        self._engine._config.load_universal_checkpoint = True
-        try:
+        with deepspeed_internals.reading_universal(self._engine):
             self.load(scratch)
-        finally:
-            self._engine._config.load_universal_checkpoint = False
         # Stage 3 gives every group the settings of the first one, and all shards one step counter to increment.
         for group, own in zip(self._engine.optimizer.param_groups, groups, strict=True):
             group.update(own)
-        for state in self._engine.optimizer.optimizer.state.values():
+        for state in deepspeed_internals.shard_states(self._engine):
             if "step" in state:
                 state["step"] = state["step"].clone()
         dist.barrier()  # all ranks have read it
@@ -297,7 +286,7 @@ class Engine:
 
     @property
     def optimizer_steps(self) -> int:
-        """Updates that the optimiser's own state counts."""
+        """Updates that the optimizer's own state counts."""
         return int(self._engine.global_steps)
 
 
@@ -321,23 +310,6 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     return _merged(config, recipe.deepspeed)
 
 
-def _write_universal(sharded: Path, universal: Path) -> None:
-    """Join the shards of all ranks into one file per parameter and optimiser moment."""
-    from deepspeed.checkpoint import ds_to_universal
-
-    ds_to_universal.main(
-        argparse.Namespace(
-            input_folder=str(sharded),
-            output_folder=str(universal),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
-        )
-    )
-
-
 def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in extra.items():
@@ -348,8 +320,3 @@ def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]
 
 def _mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([value.detach().float() for value in values]).mean()
-
-
-def _full_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Shape before ZeRO-3 partitioned it."""
-    return getattr(parameter, "ds_shape", parameter.shape)

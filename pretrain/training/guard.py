@@ -1,4 +1,4 @@
-"""Looks at a run while it trains: steps that had to be skipped, and features or losses that have collapsed.
+"""The health check of a run while it trains: steps that had to be skipped, and features or losses that have collapsed.
 
 Both are written to the journal as warnings, from where they reach the terminal, the report and MLflow (as tags). All
 ranks decide alike, since they see the same numbers. What counts as a collapse is the objective's business
@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 from pretrain.config.schema import TrainConfig
 
-__all__ = ["Watch"]
+__all__ = ["HealthCheck"]
 
-PATIENCE = 3  # logged steps in a row with a finding before it is called a collapse
+PATIENCE = 3  # logged steps in a row with a symptom before it is called a collapse
 
 
-class Watch:
+class HealthCheck:
     """Counts what goes wrong in one process' part of a run.
 
     Args:
@@ -27,7 +27,7 @@ class Watch:
     def __init__(self, train: TrainConfig, say: Callable[..., None]) -> None:
         self._train, self._say = train, say
         self._num_skipped = 0
-        self._findings: list[str] = []  # of the last logged steps, without a gap
+        self._symptoms: list[str] = []  # of the last logged steps, without a gap
         self._is_told = False
 
     def skipped(self, step: int) -> None:
@@ -46,16 +46,16 @@ class Watch:
                 f"{self._num_skipped} steps had a loss that is not finite, the last one step {step}; {remedy}"
             )
 
-    def judge(self, finding: str | None, step: int) -> None:
+    def observe(self, symptom: str | None, step: int) -> None:
         """What the objective says about the metrics of a logged step.
 
         Raises:
             FloatingPointError: it is a collapse and `train.stop_on_collapse` is set.
         """
-        self._findings = [*self._findings, finding] if finding else []
-        if len(self._findings) < PATIENCE or self._is_told:
+        self._symptoms = [*self._symptoms, symptom] if symptom else []
+        if len(self._symptoms) < PATIENCE or self._is_told:
             return
         self._is_told = True
-        self._say("warning", step=step, about="collapse", text=f"collapsed: {self._findings[-1]}")
+        self._say("warning", step=step, about="collapse", text=f"collapsed: {self._symptoms[-1]}")
         if self._train.stop_on_collapse:
-            raise FloatingPointError(f"stopped at step {step}, train.stop_on_collapse is set: {self._findings[-1]}")
+            raise FloatingPointError(f"stopped at step {step}, train.stop_on_collapse is set: {self._symptoms[-1]}")

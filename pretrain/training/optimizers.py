@@ -1,38 +1,23 @@
-"""The optimisers of a recipe: timm's, by name, and which of them ZeRO's shards leave intact.
+"""The optimizer of a recipe: timm's, by name, over an objective's parameter groups.
 
-ZeRO 1 to 3 hand an optimiser flat pieces of many parameters at once. An optimiser that treats each number alone does
-not notice; one that looks at a parameter as a whole (LAMB's and LARS's trust ratios, Muon's orthogonal matrices) would
-silently compute something else. NOT here: schedules (`pretrain.training.schedules`), the shards
-(`pretrain.training.engine`).
-
-Imports no torch, so that a recipe is checked without it.
+Not here: which names there are and what ZeRO's shards do to them (`pretrain.config.optimizer_facts`), schedules
+(`pretrain.training.schedules`), the shards themselves (`pretrain.training.engine`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from pretrain.config.schema import OptimizerConfig
+from pretrain.config.schema import OptimizerConfig
 
-__all__ = ["NAMES", "RESHARDABLE", "WHOLE_PARAMETER", "create_optimizer"]
-
-ELEMENTWISE = ("adamw", "nadamw", "adoptw", "lion", "sgdw")
-WHOLE_PARAMETER = {  # name -> what it computes of a parameter as a whole
-    "lamb": "a trust ratio per parameter",
-    "lars": "a trust ratio per parameter",
-    "muon": "an orthogonal matrix per parameter",
-}
-NAMES = (*ELEMENTWISE, *WHOLE_PARAMETER)
-# DeepSpeed cuts shards anew for another number of ranks only where the state is Adam's two moments.
-RESHARDABLE = ("adamw", "nadamw", "adoptw")
+__all__ = ["create_optimizer"]
 
 
 def create_optimizer(groups: Sequence[dict[str, Any]], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """timm's optimiser over parameter groups that carry their own weight decay.
+    """timm's optimizer over parameter groups that carry their own weight decay.
 
     Betas and eps go to those that have them; one with plain momentum takes the first beta. Muon uses AdamW for
     vectors, tokens and positions, whose shapes are no matrices.

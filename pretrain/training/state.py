@@ -3,7 +3,7 @@
 Every rank writes its share (DeepSpeed's shards, its RNG states); rank 0 adds the backbone as safetensors and the
 recipe, and publishes. Restoring verifies digests first and then counts what really came back.
 
-What is not here: the files and their atomic publication (`pretrain.checkpoints.store`), when to do either
+Not here: the files and their atomic publication (`pretrain.checkpoints.store`), when to do either
 (`pretrain.worker`).
 """
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from backbones.io import save_backbone
 from data_pipelines.streaming.stream import Stream, StreamState
-from pretrain.checkpoints import store as checkpoint
+from pretrain.checkpoints import store
 from pretrain.config.load import to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.training.engine import Engine
@@ -32,7 +32,7 @@ EXTRA_STATE = "objective.safetensors"  # buffers and teacher of the objective, t
 def take(
     run_dir: Path, step: int, engine: Engine, stream: Stream, recipe: Recipe, *, training_state: bool = True
 ) -> Path:
-    """Publish a checkpoint after `step` optimiser steps. A collective; returns the published directory.
+    """Publish a checkpoint after `step` optimizer steps. A collective; returns the published directory.
 
     Args:
         run_dir: Directory of the run.
@@ -42,8 +42,8 @@ def take(
         recipe: Saved along.
         training_state: False for the backbone alone (the randomly initialised one, which nobody resumes from).
     """
-    staged = checkpoint.staging_path(run_dir, step)
-    state_dir = staged / checkpoint.TRAINING_STATE
+    staged = store.staging_path(run_dir, step)
+    state_dir = staged / store.TRAINING_STATE
     rank = dist.get_rank()
     if rank == 0:
         shutil.rmtree(staged, ignore_errors=True)
@@ -53,7 +53,7 @@ def take(
         engine.save(state_dir)
         save_file(_rng_states(engine.device), state_dir / f"rng-{rank:05d}.safetensors")
     weights = engine.backbone_weights()
-    path = checkpoint.checkpoint_path(run_dir, step)
+    path = store.checkpoint_path(run_dir, step)
     if rank == 0:
         if training_state:
             extra = {name: tensor.detach().cpu().clone() for name, tensor in engine.objective.extra_state().items()}
@@ -73,12 +73,12 @@ def take(
             "objective": recipe.objective.name,
             "backbone": engine.objective.exported.spec,
         }
-        checkpoint.publish(run_dir, step, manifest)
+        store.publish(run_dir, step, manifest)
     dist.barrier()  # all ranks: a restart from here on finds this checkpoint
     return path
 
 
-def newest(run_dir: Path) -> tuple[checkpoint.Published, dict[str, Any]] | None:
+def newest(run_dir: Path) -> tuple[store.Published, dict[str, Any]] | None:
     """The newest resumable checkpoint and its manifest, verified on rank 0. A collective: all ranks agree.
 
     Raises:
@@ -87,24 +87,24 @@ def newest(run_dir: Path) -> tuple[checkpoint.Published, dict[str, Any]] | None:
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            found = checkpoint.latest(run_dir)
-            answer = [found and (found, checkpoint.verify(found.path))]
-        except checkpoint.CheckpointError as error:
+            found = store.latest(run_dir)
+            answer = [found and (found, store.verify(found.path))]
+        except store.CheckpointError as error:
             answer = [error]
     dist.broadcast_object_list(answer, src=0)  # all ranks: resume from the same step or fail alike
-    if isinstance(answer[0], checkpoint.CheckpointError):
+    if isinstance(answer[0], store.CheckpointError):
         raise answer[0]
     return answer[0]
 
 
-def restore(found: checkpoint.Published, manifest: dict[str, Any], engine: Engine, stream: Stream) -> dict[str, Any]:
+def restore(found: store.Published, manifest: dict[str, Any], engine: Engine, stream: Stream) -> dict[str, Any]:
     """Bring engine and RNG back to where the checkpoint was taken. A collective.
 
     With another number of ranks the training state is resharded and each rank begins a new RNG (which only stochastic
     layers draw from); the samples still to come are the same.
 
     Returns:
-        What was restored, for people: tensors restored and in all, optimiser step, RNG, stream position.
+        What was restored, for people: tensors restored and in all, optimizer step, RNG, stream position.
 
     Raises:
         DataError: The checkpoint was taken on another sample order.
@@ -114,8 +114,8 @@ def restore(found: checkpoint.Published, manifest: dict[str, Any], engine: Engin
     stream.require_order(manifest["stream"]["order"])
     if manifest["zero_stage"] != engine.stage:
         stages = f"zero_stage={manifest['zero_stage']}, this run has {engine.stage}"
-        raise checkpoint.CheckpointError(f"{found.path}: taken with {stages}")
-    state_dir = found.path / checkpoint.TRAINING_STATE
+        raise store.CheckpointError(f"{found.path}: taken with {stages}")
+    state_dir = found.path / store.TRAINING_STATE
     is_same_world = manifest["world_size"] == dist.get_world_size()
     if is_same_world:
         engine.load(state_dir)
@@ -127,9 +127,9 @@ def restore(found: checkpoint.Published, manifest: dict[str, Any], engine: Engin
     saved, loaded = load_file(found.path / "backbone.safetensors"), engine.backbone_weights()
     equal = [name for name, tensor in saved.items() if name in loaded and torch.equal(tensor, loaded[name])]
     if len(equal) != len(saved) or engine.optimizer_steps != found.step:
-        raise checkpoint.CheckpointError(
+        raise store.CheckpointError(
             f"{found.path}: {len(equal)} of {len(saved)} backbone tensors came back equal, "
-            f"optimiser at step {engine.optimizer_steps}"
+            f"optimizer at step {engine.optimizer_steps}"
         )
     return {
         "step": found.step,

@@ -28,8 +28,8 @@ from objectives import registry
 from objectives.base import Progress
 from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training.engine import Engine
+from pretrain.training.model import build_objective
 from pretrain.training.schedules import learning_rate, weight_decay
-from pretrain.worker import build_objective
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "losses"
 PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"

@@ -25,7 +25,7 @@ from objectives.base import Objective, Progress
 from objectives.teacher import Teacher
 from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training.engine import Engine
-from pretrain.worker import build_objective
+from pretrain.training.model import build_objective
 
 PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
 BACKBONE = BackboneConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3})

@@ -17,8 +17,8 @@ from objectives.base import Progress
 from objectives.configs import MAEConfig
 from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training.engine import Engine, deepspeed_config, init_distributed
+from pretrain.training.model import build_objective
 from pretrain.training.schedules import learning_rate, weight_decay
-from pretrain.worker import build_objective
 
 STEPS, MICRO, ACCUMULATION, RANKS = 4, 4, 2, 2
 RECIPE = Recipe(

@@ -13,8 +13,8 @@ from objectives.base import Progress
 from objectives.configs import MAEConfig
 from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training.engine import Engine
+from pretrain.training.model import build_objective
 from pretrain.training.running_statistics import RunningStatistics
-from pretrain.worker import build_objective
 
 RANKS, MICRO, STEPS = 2, 4, 2
 SWIN = BackboneConfig("swin_tiny_patch4_window7_224", 64, options={"depths": [1, 1, 2, 1], "embed_dim": 24})

@@ -1,4 +1,4 @@
-"""What the watch says about skipped steps and collapses, and when it ends a run."""
+"""What the health check says about skipped steps and collapses, and when it ends a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pretrain.config.schema import TrainConfig
-from pretrain.training.guard import PATIENCE, Watch
+from pretrain.training.guard import PATIENCE, HealthCheck
 
 TRAIN = TrainConfig(steps=100, global_batch_size=8, checkpoint_every=50, max_skipped_steps=2)
 
@@ -18,27 +18,27 @@ class Said(list[dict[str, Any]]):
         self.append({"kind": kind, **fields})
 
 
-def test_watch__skipped_steps_are_counted_and_end_the_run() -> None:
+def test_health_check__skipped_steps_are_counted_and_end_the_run() -> None:
     said = Said()
-    watch = Watch(TRAIN, said)
-    watch.skipped(3)
-    watch.skipped(7)
+    health = HealthCheck(TRAIN, said)
+    health.skipped(3)
+    health.skipped(7)
     with pytest.raises(FloatingPointError, match=r"3 steps had a loss that is not finite, the last one step 9; lower"):
-        watch.skipped(9)
+        health.skipped(9)
     assert [(r["kind"], r["about"], r["step"]) for r in said] == [("warning", "non_finite_loss", s) for s in (3, 7, 9)]
     assert said[1]["text"] == "the loss of step 7 is not finite; skipped (2 of 2 allowed)"
 
 
-def test_watch__a_collapse_is_said_once_and_only_when_it_lasts() -> None:
+def test_health_check__a_collapse_is_said_once_and_only_when_it_lasts() -> None:
     said = Said()
-    watch = Watch(TRAIN, said)
-    for step, finding in enumerate(["flat", None, *["flat"] * (PATIENCE + 2)]):
-        watch.judge(finding, step)
+    health = HealthCheck(TRAIN, said)
+    for step, symptom in enumerate(["flat", None, *["flat"] * (PATIENCE + 2)]):
+        health.observe(symptom, step)
     assert said == [{"kind": "warning", "about": "collapse", "step": 1 + PATIENCE, "text": "collapsed: flat"}]
 
 
-def test_watch__stops_on_collapse_if_asked() -> None:
-    watch = Watch(replace(TRAIN, stop_on_collapse=True), Said())
+def test_health_check__stops_on_collapse_if_asked() -> None:
+    health = HealthCheck(replace(TRAIN, stop_on_collapse=True), Said())
     with pytest.raises(FloatingPointError, match=r"stopped at step 2, train.stop_on_collapse is set: flat"):
         for step in range(PATIENCE):
-            watch.judge("flat", step)
+            health.observe("flat", step)

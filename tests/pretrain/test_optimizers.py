@@ -14,11 +14,12 @@ from timm.optim import list_optimizers
 from objectives.base import Progress
 from objectives.configs import MAEConfig
 from pretrain.config.load import load_recipe
+from pretrain.config.optimizer_facts import NAMES, WHOLE_PARAMETER
 from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.errors import RequestError
 from pretrain.training.engine import Engine
-from pretrain.training.optimizers import NAMES, WHOLE_PARAMETER, create_optimizer
-from pretrain.worker import build_objective
+from pretrain.training.model import build_objective
+from pretrain.training.optimizers import create_optimizer
 
 STEPS, MICRO, RANKS, RATE, DECAY = 3, 4, 2, 2e-3, 0.05
 # AdamW's are in test_engine.

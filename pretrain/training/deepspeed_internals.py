@@ -1,0 +1,93 @@
+"""Every name of DeepSpeed that this package uses and DeepSpeed does not document, so that an upgrade fails here.
+
+`tests/pretrain/test_deepspeed_internals.py` touches all of them:
+
+* `deepspeed.ops.__compatible_ops__`: which compiled operations may be loaded.
+* `engine.optimizer.persistent_parameters` and `Parameter.all_gather`: what ZeRO-3 keeps whole between steps.
+* `engine.optimizer.optimizer`: the torch optimizer under a ZeRO optimizer, whose state is this rank's shards.
+* `engine._config.load_universal_checkpoint`. Its public form, the key `checkpoint.load_universal`, is read once when an
+  engine is built, before it is known whether the shards of a checkpoint fit.
+* `deepspeed.checkpoint.ds_to_universal.main`: a command line without a function behind it.
+* `Parameter.ds_shape`: the shape before ZeRO-3 partitioned it.
+
+Not here: what DeepSpeed documents, such as `safe_get_full_fp32_param` (`pretrain.training.engine`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = [
+    "full_shape",
+    "gather_persistent_parameters",
+    "leave_out_shared_memory_op",
+    "reading_universal",
+    "shard_states",
+    "write_universal",
+]
+
+
+def leave_out_shared_memory_op() -> None:
+    """Do without the shared-memory all-reduce on CPUs: it serves inference, and is compiled by C++ at first use."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def gather_persistent_parameters(engine: Any) -> None:
+    """Make small parameters whole again after ZeRO-3 dropped a step, which leaves them sharded. A collective.
+
+    The next forward pass could not trace them.
+    """
+    kept_whole = engine.optimizer.persistent_parameters
+    if kept_whole:
+        kept_whole[0].all_gather(kept_whole)
+
+
+def shard_states(engine: Any) -> Iterable[dict[str, Any]]:
+    """The optimizer's state of each shard of this rank under ZeRO."""
+    states: dict[Any, dict[str, Any]] = engine.optimizer.optimizer.state
+    return states.values()
+
+
+@contextmanager
+def reading_universal(engine: Any) -> Iterator[None]:
+    """In this context `engine.load_checkpoint` reads the universal form."""
+    engine._config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        engine._config.load_universal_checkpoint = False
+
+
+def write_universal(sharded: Path, universal: Path) -> None:
+    """Join the shards of all ranks into one file per parameter and optimizer moment.
+
+    Args:
+        sharded: A directory that `engine.save_checkpoint` wrote; not changed.
+        universal: Made anew.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    ds_to_universal.main(
+        argparse.Namespace(
+            input_folder=str(sharded),
+            output_folder=str(universal),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
+
+
+def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Shape of a parameter before ZeRO-3 partitioned it; its own shape otherwise."""
+    return getattr(parameter, "ds_shape", parameter.shape)

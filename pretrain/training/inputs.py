@@ -1,0 +1,115 @@
+"""What a recipe trains on: the data it names, and one rank's share of it as a stream of views on this rank's device.
+
+Not here: the order of samples and their decoding (`data_pipelines`), which views there are (`Objective.views`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_pipelines.shards.dataset import Dataset, open_dataset
+from data_pipelines.storage.stores import FetchOptions
+from data_pipelines.streaming.mixture import Mixture, Part
+from data_pipelines.streaming.stream import Stream, StreamState
+from data_pipelines.streaming.unindexed import UnindexedStream
+from data_pipelines.views.maker import views_from
+from data_pipelines.views.photometric import PARAMS_SUFFIX
+from objectives.base import Objective
+from pretrain.config.schema import DataConfig, Recipe
+
+__all__ = ["SampleRecord", "build_stream", "fetch_options", "num_corrupt", "open_data", "to_device"]
+
+
+def build_stream(
+    recipe: Recipe, objective: Objective, rank: int, state: StreamState, *, pin_memory: bool = False
+) -> Stream:
+    """This rank's share of the recipe's sample order, from `state` on, in the views that the objective asks for."""
+    assert recipe.train.micro_batch_size is not None  # filled in by `pretrain.config.checks`
+    return _stream_of(recipe.data)(
+        views_from(objective.views()),
+        global_batch_size=recipe.train.global_batch_size,
+        micro_batch_size=recipe.train.micro_batch_size,
+        rank=rank,
+        world_size=recipe.train.workers,
+        seed=recipe.train.seed,
+        state=state,
+        num_workers=recipe.data.loader_workers,
+        prefetch_batches=recipe.data.prefetch_batches,
+        block_size=recipe.data.block_size,
+        window=recipe.data.window,
+        num_streams=recipe.data.num_streams,
+        max_corrupt_fraction=recipe.data.max_corrupt_fraction,
+        decoder=recipe.data.decoder,
+        scaled_decoding=recipe.data.scaled_decoding,
+        resampler=recipe.data.resampler,
+        pin_memory=pin_memory,
+    )
+
+
+def _stream_of(data: DataConfig) -> Callable[..., Stream]:
+    """The kind of stream that the recipe wants, bound to its data."""
+    if data.unindexed == "index":
+        return partial(Stream, open_data(data))
+    assert data.train is not None  # checked by `pretrain.config.checks`
+    return partial(UnindexedStream, data.train, fetch=fetch_options(data))
+
+
+def open_data(data: DataConfig) -> Dataset | Mixture:
+    """The recipe's data set, or its mixture of several."""
+    fetch = fetch_options(data)
+    if data.train is not None:
+        return open_dataset(data.train, fetch=fetch, limit=data.limit)
+    opened = ((part, open_dataset(part.shards, fetch=fetch, limit=part.limit)) for part in data.mixture)
+    return Mixture([Part(part.name, dataset, weight=part.weight, repeat=part.repeat) for part, dataset in opened])
+
+
+def fetch_options(data: DataConfig) -> FetchOptions:
+    """How remote shards are read and where they are kept."""
+    return FetchOptions(
+        cache_dir=data.cache_dir, cache_bytes=int(data.cache_gb * 1e9), mode=data.fetch, allow_pipe=data.allow_pipe
+    )
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch on a device, but for photometric parameters: from the host they steer the device without a sync."""
+    return {
+        name: tensor if name.endswith(PARAMS_SUFFIX) else tensor.to(device, non_blocking=True)
+        for name, tensor in batch.items()
+    }
+
+
+def num_corrupt(stream: Stream, device: torch.device) -> float:
+    """Damaged samples that were replaced so far, on all ranks. A collective, and a host sync."""
+    total = torch.tensor(float(stream.num_corrupt), device=device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+class SampleRecord:
+    """Which samples each step of this rank took: one JSON line per step, with sample ids in the order of the batches.
+
+    A step that was trained twice, after a restart from an earlier checkpoint, has two equal lines.
+
+    Args:
+        run_dir: The lines go to `samples/rank-XXXXX.jsonl` in it.
+        is_wanted: False: nothing is written.
+    """
+
+    def __init__(self, run_dir: Path, *, is_wanted: bool) -> None:
+        path = run_dir / "samples" / f"rank-{dist.get_rank():05d}.jsonl"
+        if is_wanted:
+            path.parent.mkdir(exist_ok=True)
+        self._file = path.open("a") if is_wanted else None
+
+    def write(self, step: int, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Note the batches of a step (1-based)."""
+        if self._file is not None:
+            ids = [sample_id for batch in batches for sample_id in batch["sample_id"].tolist()]
+            self._file.write(json.dumps({"step": step, "world_size": dist.get_world_size(), "ids": ids}) + "\n")
+            self._file.flush()

@@ -1,0 +1,30 @@
+"""The model of a recipe: its objective around its backbone, with initial weights from torch's global generator."""
+
+from __future__ import annotations
+
+from backbones.registry import create_backbone
+from objectives import registry
+from objectives.base import Objective
+from pretrain.config.schema import Recipe
+
+__all__ = ["build_objective"]
+
+
+def build_objective(recipe: Recipe) -> Objective:
+    """The recipe's objective around its backbone.
+
+    Raises:
+        BackboneError: The backbone cannot be built like this.
+        ObjectiveError: The objective is not known, or needs what this backbone has not.
+    """
+    settings = recipe.backbone
+    backbone = create_backbone(
+        settings.name,
+        image_size=settings.image_size,
+        patch_size=settings.patch_size,
+        in_chans=settings.in_chans,
+        options=dict(settings.options),
+        pixel_mean=tuple(settings.pixel_mean),
+        pixel_std=tuple(settings.pixel_std),
+    )
+    return registry.load(recipe.objective.name)(backbone, recipe.objective)

@@ -1,0 +1,83 @@
+"""Names of DeepSpeed that it does not document: an upgrade that changes one fails here, and says which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.training import deepspeed_internals
+
+RANKS = 2
+
+
+def _touched(directory: Path) -> dict[str, Any]:
+    """A few numbers under ZeRO-3, stepped and saved once, and what each name gives of it."""
+    import deepspeed
+    import deepspeed.ops
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 4)
+    config = {
+        "train_batch_size": 2 * RANKS,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    optimizer = torch.optim.AdamW(linear.parameters())
+    engine, *_ = deepspeed.initialize(model=linear, optimizer=optimizer, config=config, dist_init_required=False)
+    engine.backward(engine(torch.ones(2, 6)).sum())
+    engine.step()
+    engine.save_checkpoint(str(directory / "sharded"), tag="tag", save_latest=False)
+    found: dict[str, Any] = {
+        "shm": deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"],  # set when the process group was made
+        "persistent": [list(parameter.ds_shape) for parameter in engine.optimizer.persistent_parameters],
+        "shapes": [list(deepspeed_internals.full_shape(parameter)) for parameter in linear.parameters()],
+        "states": [sorted(state) for state in deepspeed_internals.shard_states(engine)],
+    }
+    for parameter in linear.parameters():
+        parameter.partition()
+    found["partitioned"] = [parameter.numel() for parameter in linear.parameters()]
+    deepspeed_internals.gather_persistent_parameters(engine)
+    found["gathered"] = [parameter.numel() for parameter in linear.parameters()]
+    with deepspeed_internals.reading_universal(engine):
+        found["universal"] = engine.load_universal_checkpoint()
+    found["universal_after"] = engine.load_universal_checkpoint()
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        deepspeed_internals.write_universal(directory / "sharded" / "tag", directory / "universal" / "tag")
+    torch.distributed.barrier()
+    found["written"] = sorted(path.name for path in (directory / "universal" / "tag" / "zero").iterdir())
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(run_on_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_on_ranks(RANKS, _touched, tmp_path_factory.mktemp("internals"))
+
+
+def test_compatible_ops__leave_out_the_shared_memory_op(found: dict[str, Any]) -> None:
+    assert found["shm"] is False
+
+
+def test_persistent_parameters__are_small_ones_and_can_be_gathered(found: dict[str, Any]) -> None:
+    assert found["persistent"] == [[4, 6], [4]]
+    assert found["partitioned"] == [0, 0]
+    assert found["gathered"] == [24, 4]
+
+
+def test_full_shape__is_known_of_sharded_and_of_plain_parameters(found: dict[str, Any]) -> None:
+    assert found["shapes"] == [[4, 6], [4]]
+    assert deepspeed_internals.full_shape(torch.nn.Parameter(torch.zeros(3, 2))) == (3, 2)
+
+
+def test_shard_states__are_those_of_the_torch_optimizer(found: dict[str, Any]) -> None:
+    assert found["states"] == [["exp_avg", "exp_avg_sq", "step"]]
+
+
+def test_universal_form__is_written_and_its_reading_is_switched(found: dict[str, Any]) -> None:
+    assert found["universal"] is True and found["universal_after"] is False
+    assert found["written"] == ["bias", "optimizer_state.pt", "weight"]

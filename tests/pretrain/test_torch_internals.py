@@ -1,0 +1,39 @@
+"""Names of torch that it does not document: an upgrade that changes one fails here."""
+
+from __future__ import annotations
+
+import socket
+
+import psutil
+import pytest
+
+from pretrain.training.torch_internals import loopback_store
+
+
+def test_loopback_store__listens_on_the_loopback_interface_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    store = loopback_store(0, 1)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    listening = {
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_loopback_store__is_left_to_torch_on_several_machines_and_under_torchrun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
+    assert loopback_store(0, 2) is None
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert loopback_store(0, 2) is None
