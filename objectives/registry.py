@@ -9,8 +9,12 @@ from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
 from backbones.plugins import by_name, entry_points, load_entry, origin
-from objectives.configs import DINOConfig, GMMLConfig, MAEConfig, SelfPatchConfig, SiTConfig
+from objectives.dino.config import DINOConfig
 from objectives.errors import ObjectiveError
+from objectives.gmml.config import GMMLConfig
+from objectives.mae.config import MAEConfig
+from objectives.selfpatch.config import SelfPatchConfig
+from objectives.sit.config import SiTConfig
 
 if TYPE_CHECKING:
     from objectives.base import Objective
@@ -19,7 +23,7 @@ __all__ = ["ENTRY_POINT_GROUP", "OBJECTIVES", "config_class", "load", "names"]
 
 ENTRY_POINT_GROUP = "pretrain.objectives"
 
-# name -> where its class is. Settings of these are in objectives.configs, so that a recipe is checked without torch.
+# name -> where its class is. Settings are in a `config.py` beside each, so that a recipe is checked without torch.
 OBJECTIVES: dict[str, str] = {
     "dino": "objectives.dino.objective:DINO",
     "gmml": "objectives.gmml.objective:GMML",

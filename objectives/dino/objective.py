@@ -17,16 +17,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from backbones.features import Features
 from backbones.images.base import Backbone
 from objectives.base import Objective, Output, Progress
-from objectives.configs import DINOConfig
+from objectives.dino.config import DINOConfig
 from objectives.health import effective_rank
-from objectives.parts import distillation
-from objectives.parts import visuals as feature_pictures
+from objectives.parts import cross_view, teacher_schedules
 from objectives.parts.centering import Centre
+from objectives.parts.image_token import image_token
 from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, multi_crop_views, require_crops, resample_positions
 from objectives.parts.prototypes import DINOHead
+from objectives.parts.visuals import crops_and_features
 from objectives.teacher import ReadWeight, Teacher
 
 __all__ = ["DINO"]
@@ -77,44 +77,39 @@ class DINO(Objective):
         """
         crops = [self.backbone.preprocess(images) for images in crops_of(batch)]  # (2 B, C, H, W), (L B, C, h, w)
         with torch.no_grad(), self.teacher.precision(self.backbone.dtype, crops[0].device):
-            taught = _image_token(self.exported.features(crops[0]))  # (2 B, D)
+            taught = image_token(self.exported.features(crops[0]))  # (2 B, D)
             teacher_logits = self.teacher.head(taught)  # (2 B, K)
-        tokens = torch.cat([_image_token(self.backbone.features(images)) for images in crops])  # (V B, D)
-        logits = self.head(tokens, distillation.freezes_prototypes(self.config, progress))  # (V B, K)
+        tokens = torch.cat([image_token(self.backbone.features(images)) for images in crops])  # (V B, D)
+        logits = self.head(tokens, teacher_schedules.freezes_prototypes(self.config, progress))  # (V B, K)
 
         batch_size = len(taught) // _NUM_GLOBAL
         with torch.autocast(logits.device.type, enabled=False):
-            temperature = distillation.teacher_temperature(self.config, progress)
+            temperature = teacher_schedules.teacher_temperature(self.config, progress)
             targets = self.centre.targets(teacher_logits, temperature).unflatten(0, (-1, batch_size))  # (2, B, K)
             scores = (logits.to(targets.dtype) / self.config.student_temp).unflatten(0, (-1, batch_size))  # (V, B, K)
-            loss = distillation.cross_view_loss(targets, scores)
+            loss = cross_view.cross_view_loss(targets, scores)
         self.centre.observe(teacher_logits, progress.step)
         metrics = {"loss": loss.detach()}
         if progress.is_logged:
-            metrics |= distillation.head_metrics("", loss, [targets], [1.0])
+            metrics |= cross_view.head_metrics("", loss, [targets], [1.0])
             metrics |= {"centre_norm": self.centre.value.norm(), "effective_rank": effective_rank(taught)}
         return Output(loss, metrics)
 
     def after_step(self, progress: Progress, read: ReadWeight) -> None:
         """Moves the centre, then the teacher."""
         self.centre.update()
-        self.teacher.update(distillation.teacher_momentum(self.config, progress), read)
+        self.teacher.update(teacher_schedules.teacher_momentum(self.config, progress), read)
 
     def diagnose(self, metrics: Mapping[str, float], progress: Progress) -> str | None:
         """Uniform outputs, outputs on a few prototypes, or one feature for all images."""
-        return distillation.collapse(metrics, progress, self.config.num_prototypes) or distillation.constant_features(
+        return cross_view.collapse(metrics, progress, self.config.num_prototypes) or cross_view.constant_features(
             metrics, progress
         )
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """At most 8 each of the crops and of what the teacher makes of the first: features as colours, attention."""
-        return feature_pictures.crops_and_features(self.exported, batch)
-
-
-def _image_token(features: Features) -> Tensor:
-    """What stands for the whole image: the class token, or the mean of the patches; (B, D)."""
-    return features.patches.mean(1) if features.cls is None else features.cls
+        return crops_and_features(self.exported, batch)
 
 
 def _spread_tokens(backbone: Backbone) -> None:

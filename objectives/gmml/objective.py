@@ -2,7 +2,8 @@
 
 S. Atito et al., "GMML is All you Need", 2022, arXiv:2205.14986. Written from the formulas; the values of the authors'
 code are in tests/golden/gmml.json. NOT here: how images are corrupted (`objectives.parts.block_corruption`), the head
-and its error (`objectives.parts.reconstruction`), the small local crops that the authors' code offers and leaves off.
+(`objectives.parts.pixel_head`) and its error (`objectives.parts.masked_l1`), the small local crops that the authors'
+code offers and leaves off.
 
 Legend: B batch, V views, n = V * B images, C channels, S side in pixels, P prefix tokens, N patches, D width.
 """
@@ -19,24 +20,19 @@ from backbones.features import Features
 from backbones.images.base import Backbone
 from backbones.images.vit import ViTBackbone
 from objectives.base import Objective, Output, Progress
-from objectives.configs import GMMLConfig
 from objectives.errors import ObjectiveError
-from objectives.parts.reconstruction import (
-    MAX_PICTURES,
-    ReconstructionHead,
-    block_corruption,
-    colours,
-    initialise_class_token,
-    masked_l1,
-    pictures_of,
-    reconstruction_finding,
-    reconstruction_metrics,
-    require_colours,
-)
+from objectives.gmml.config import GMMLConfig
+from objectives.parts.block_corruption import block_corruption
+from objectives.parts.initialization import initialize_class_token
+from objectives.parts.masked_l1 import masked_l1, reconstruction_metrics
+from objectives.parts.photometric import photometric, require_colors
+from objectives.parts.pixel_head import ReconstructionHead
+from objectives.parts.reconstruction_health import reconstruction_finding
+from objectives.parts.visuals import MAX_PICTURES, evaluating, reconstructions
 
 __all__ = ["GMML"]
 
-_COLOURS = {"jitter_p": 0.3, "brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.01, "blur_p": 0.1}
+_PHOTOMETRIC = {"jitter_p": 0.3, "brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.01, "blur_p": 0.1}
 
 
 class GMML(Objective):
@@ -55,16 +51,16 @@ class GMML(Objective):
         """Re-initialises the class token as the authors do.
 
         Raises:
-            ObjectiveError: blocks do not fit the image, the encoder's inner blocks cannot be read, or colours are to be
-                changed that are not there.
+            ObjectiveError: blocks do not fit the image, the encoder's inner blocks cannot be read, or photometric
+                augmentation is on and the input is not RGB.
         """
         super().__init__()
-        require_colours(config, backbone)
+        require_colors(config, backbone)
         self.config = config
         self.corruption = block_corruption(config, backbone)
         self.blocks = _blocks_at(config.read_depths, backbone)
         self.backbone = backbone
-        initialise_class_token(backbone)
+        initialize_class_token(backbone)
         self.head = ReconstructionHead(backbone)
 
     def views(self) -> list[dict[str, Any]]:
@@ -76,7 +72,7 @@ class GMML(Objective):
                 "count": self.config.num_views,
                 "scale": tuple(self.config.crop_scale),
                 "hflip": self.config.hflip,
-                **colours(self.config, **_COLOURS),
+                **photometric(self.config, _PHOTOMETRIC),
             }
         ]
 
@@ -121,13 +117,11 @@ class GMML(Objective):
         images = batch["image"]
         batch["seed"] = batch["seed"][:MAX_PICTURES]
         target = self.backbone.preprocess(images[0] if images.ndim == 5 else images)[:MAX_PICTURES]
-        was_training = self.training
-        self.eval()  # stochastic depth would draw from the global generator and change the training that follows
         corruption = self.corruption.of_batch(batch, target)
-        features = self._encode(corruption.apply(target))
-        prediction = self.head(features.patches, features.grid)
-        self.train(was_training)
-        return pictures_of(self.backbone, target, corruption, prediction)
+        with evaluating(self):
+            features = self._encode(corruption.apply(target))
+            prediction = self.head(features.patches, features.grid)
+        return reconstructions(self.backbone, target, corruption, prediction)
 
 
 def _blocks_at(depths: list[float], backbone: Backbone) -> list[int]:

@@ -23,15 +23,15 @@ from backbones.features import Features, take_tokens
 from backbones.images.base import Backbone
 from backbones.images.vit import ViTBackbone
 from objectives.base import Objective, Output, Progress
-from objectives.configs import MAEConfig
 from objectives.errors import ObjectiveError
+from objectives.mae.config import MAEConfig
 from objectives.masking import RandomMask, random_mask, random_noise
-from objectives.parts.reconstruction import feature_metrics, reconstruction_finding, to_rgb
+from objectives.parts.reconstruction_health import feature_metrics, reconstruction_finding
+from objectives.parts.visuals import MAX_PICTURES, as_pixels, evaluating
 from objectives.requirements import require
 
 __all__ = ["MAE", "patchify", "unpatchify"]
 
-_MAX_PICTURES = 8
 _MIN_COVERS = 4  # a side, where masking=token chooses the size of what it covers
 
 
@@ -167,12 +167,10 @@ class MAE(Objective):
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """At most 8 each of "masked", "reconstruction" (hidden patches predicted, others kept) and "original"."""
-        batch = {name: tensor[:_MAX_PICTURES] for name, tensor in batch.items()}
-        was_training = self.training
-        self.eval()  # stochastic depth would draw from the global generator and change the training that follows
+        batch = {name: tensor[:MAX_PICTURES] for name, tensor in batch.items()}
         x = self.backbone.preprocess(batch["image"])
-        result = self._reconstruct(x, batch)
-        self.train(was_training)
+        with evaluating(self):
+            result = self._reconstruct(x, batch)
 
         patches = patchify(x, self.patch_size)  # (n, N, L)
         drop_idx = result.mask.drop_idx.unsqueeze(-1).expand_as(result.prediction)  # (n, M, L)
@@ -181,11 +179,10 @@ class MAE(Objective):
         hidden = result.mask.is_masked.unsqueeze(-1)  # (n, N, 1)
         masked = torch.where(hidden, patchify(grey.expand_as(x).to(x), self.patch_size), patches)
         shown = {"masked": masked, "reconstruction": filled, "original": patches}
-        return {caption: self._to_rgb(tokens) for caption, tokens in shown.items()}
-
-    def _to_rgb(self, patches: Tensor) -> Tensor:
-        """Normalised patches (n, N, L) to (n, 3, H, W) in [0, 1]; the first three channels, or the first repeated."""
-        return to_rgb(self.backbone, unpatchify(patches, self.grid, self.patch_size))
+        return {
+            caption: as_pixels(self.backbone, unpatchify(tokens, self.grid, self.patch_size))
+            for caption, tokens in shown.items()
+        }
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -22,10 +22,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from backbones.images.base import Backbone
 from objectives.errors import ObjectiveError
 from objectives.masking import random_noise
+from objectives.parts.settings import CorruptionConfig
 
-__all__ = ["BlockCorruption", "Corruption", "blocks_from_uniform", "first_blocks", "mask_from_blocks"]
+__all__ = [
+    "BlockCorruption",
+    "Corruption",
+    "block_corruption",
+    "blocks_from_uniform",
+    "first_blocks",
+    "mask_from_blocks",
+]
 
 _NUM_BLOCKS = 240  # offered to each image; of 2000 draws, share 0.75 took at most 121 and share 0.9 at most 226
 _NUM_CHOICES = 3  # uniform numbers of an image before those of its blocks: share, alien or not, partner
@@ -105,6 +114,22 @@ class BlockCorruption:
         if "blocks" in batch:
             given["is_masked"] = mask_from_blocks(batch["blocks"], self.size)
         return replace(drawn, **given)
+
+
+def block_corruption(config: CorruptionConfig, backbone: Backbone) -> BlockCorruption:
+    """The corruption that the settings ask for.
+
+    Raises:
+        ObjectiveError: blocks of this alignment do not fit the image.
+    """
+    return BlockCorruption(
+        size=backbone.image_size,
+        align=config.align,
+        share=config.share,
+        fill=config.fill,
+        alien_p=config.alien_p,
+        alien_share=config.alien_share,
+    )
 
 
 def blocks_from_uniform(numbers: Tensor, size: int, align: int) -> Tensor:

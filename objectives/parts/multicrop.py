@@ -16,8 +16,9 @@ from torch import Tensor
 
 from backbones.images.base import Backbone
 from backbones.images.vit import ViTBackbone
-from objectives.configs import DINOConfig
 from objectives.errors import ObjectiveError
+from objectives.parts.photometric import FIRST, FURTHER, SECOND, photometric, require_colors
+from objectives.parts.settings import MultiCropConfig
 from objectives.requirements import require_sizes
 
 __all__ = ["GLOBAL_VIEWS", "crops_of", "local_size", "multi_crop_views", "require_crops", "resample_positions"]
@@ -25,22 +26,16 @@ __all__ = ["GLOBAL_VIEWS", "crops_of", "local_size", "multi_crop_views", "requir
 GLOBAL_VIEWS = ("global_1", "global_2")
 _LOCAL_VIEW = "local"
 _LOCAL_SHARE = 3 / 7  # the paper's 96 of 224 pixels
-_COLOURS = {"jitter_p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grey_p": 0.2}
-# Per view: the second global one is rarely blurred and sometimes solarised, so that no two see the same statistics.
-_BLUR_AND_SOLARISE = {
-    "global_1": {"blur_p": 1.0},
-    "global_2": {"blur_p": 0.1, "solarise_p": 0.2},
-    "local": {"blur_p": 0.5},
-}
+_PHOTOMETRIC = {"global_1": FIRST, "global_2": SECOND, "local": FURTHER}
 
 
-def local_size(backbone: Backbone, config: DINOConfig) -> int:
+def local_size(backbone: Backbone, config: MultiCropConfig) -> int:
     """Side of a local crop in pixels."""
     patch = backbone.patch_size
     return config.local_size or max(1, round(backbone.image_size * _LOCAL_SHARE / patch)) * patch
 
 
-def require_crops(backbone: Backbone, config: DINOConfig, min_patches: int = 1) -> None:
+def require_crops(backbone: Backbone, config: MultiCropConfig, min_patches: int = 1) -> None:
     """Refuses crops that the backbone cannot take.
 
     Args:
@@ -50,10 +45,8 @@ def require_crops(backbone: Backbone, config: DINOConfig, min_patches: int = 1) 
         ObjectiveError: a size is no whole number of patches, too small, or not for this backbone; or colours are to be
             changed and the images have none.
     """
-    sizes, patch = (
-        [backbone.image_size, *([local_size(backbone, config)] if config.num_local else [])],
-        backbone.patch_size,
-    )
+    patch = backbone.patch_size
+    sizes = [backbone.image_size, *([local_size(backbone, config)] if config.num_local else [])]
     if sizes[-1] % patch:
         raise ObjectiveError(
             f"objective.local_size {sizes[-1]} is not a multiple of the backbone's patch of {patch} pixels"
@@ -64,11 +57,7 @@ def require_crops(backbone: Backbone, config: DINOConfig, min_patches: int = 1) 
             "use a larger objective.local_size or a smaller backbone.patch_size"
         )
     require_sizes(backbone, config.name, *sizes)
-    if config.photometric and backbone.in_chans != 3:
-        raise ObjectiveError(
-            f"objective.photometric changes colours, and the backbone takes {backbone.in_chans} channels; "
-            "set objective.photometric=false"
-        )
+    require_colors(config, backbone)
 
 
 def resample_positions(backbone: Backbone) -> None:
@@ -77,7 +66,7 @@ def resample_positions(backbone: Backbone) -> None:
         backbone.resample_positions_as("dino")
 
 
-def multi_crop_views(backbone: Backbone, config: DINOConfig) -> list[dict[str, Any]]:
+def multi_crop_views(backbone: Backbone, config: MultiCropConfig) -> list[dict[str, Any]]:
     """The views "global_1" and "global_2", and "local" unless there are none."""
     shapes = {name: (backbone.image_size, 1, config.global_scale) for name in GLOBAL_VIEWS}
     if config.num_local:
@@ -89,15 +78,10 @@ def multi_crop_views(backbone: Backbone, config: DINOConfig) -> list[dict[str, A
             "count": count,
             "scale": tuple(scale),
             "hflip": config.hflip,
-            **({"photometric": _photometric(name, config)} if config.photometric else {}),
+            **photometric(config, _PHOTOMETRIC[name]),
         }
         for name, (size, count, scale) in shapes.items()
     ]
-
-
-def _photometric(name: str, config: DINOConfig) -> dict[str, float]:
-    spec = _COLOURS | _BLUR_AND_SOLARISE[name]
-    return spec if config.blur else spec | {"blur_p": 0.0}
 
 
 def crops_of(batch: dict[str, Tensor]) -> list[Tensor]:

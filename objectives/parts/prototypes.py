@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["DINOHead"]
+from objectives.parts.initialization import initialize_linear
 
-_INIT_STD = 0.02
+__all__ = ["DINOHead"]
 
 
 class DINOHead(nn.Module):
@@ -33,10 +33,7 @@ class DINOHead(nn.Module):
             nn.Linear(hidden_dim, bottleneck_dim),
         )
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck_dim))
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=_INIT_STD)
-                nn.init.zeros_(layer.bias)
+        initialize_linear(self.mlp)
         # Only directions count, but the length sets how fast they turn: that of torch's linear layers, as the authors'.
         nn.init.uniform_(self.prototypes, -1 / math.sqrt(bottleneck_dim), 1 / math.sqrt(bottleneck_dim))
 

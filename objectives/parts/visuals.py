@@ -1,4 +1,4 @@
-"""Features that a person can look at: patch tokens as colours, and where the class token looks.
+"""Images and features that a person can look at: reconstructions, patch tokens as colours, where the class token looks.
 
 Attention of the class token shows objects in M. Caron et al., 2021, arXiv:2104.14294, figure 1; principal components
 of patch tokens as red, green and blue are from M. Oquab et al. (DINOv2), 2023, arXiv:2304.07193, figure 1.
@@ -8,19 +8,56 @@ Legend: n pictures, N patches, D width, H attention heads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from timm.layers import Attention
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from backbones.images.base import Backbone
 from backbones.images.vit import ViTBackbone
+from objectives.parts.block_corruption import Corruption
 from objectives.parts.multicrop import crops_of
 
-__all__ = ["class_attention", "crops_and_features", "principal_colours"]
+__all__ = [
+    "MAX_PICTURES",
+    "as_pixels",
+    "class_attention",
+    "crops_and_features",
+    "evaluating",
+    "principal_colors",
+    "reconstructions",
+    "to_rgb",
+]
 
-_MAX_PICTURES = 8
+MAX_PICTURES = 8
 _CLIPPED = 0.02  # share of the patches at either end of a component that is shown as fully dark or bright
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode within: stochastic depth would draw from the global generator and change the next steps."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def reconstructions(
+    backbone: Backbone, target: Tensor, corruption: Corruption, prediction: Tensor
+) -> dict[str, Tensor]:
+    """What an image was, what the encoder saw of it, and what was predicted.
+
+    Returns:
+        "clean", "corrupted" and "reconstruction" (masked pixels predicted, others kept), (n, 3, S, S) in [0, 1].
+    """
+    filled = torch.where(corruption.is_masked, prediction.to(target.dtype), target)
+    shown = {"clean": target, "corrupted": corruption.apply(target), "reconstruction": filled}
+    return {caption: as_pixels(backbone, images) for caption, images in shown.items()}
 
 
 @torch.no_grad()
@@ -34,7 +71,7 @@ def crops_and_features(backbone: Backbone, batch: dict[str, Tensor]) -> dict[str
     Returns:
         "global 1", "global 2", "local", "features" and, where the backbone has a class token, "attention".
     """
-    num = min(_MAX_PICTURES, len(batch["global_1"]))
+    num = min(MAX_PICTURES, len(batch["global_1"]))
     shown = {name: batch[f"global_{name[-1]}"][:num] for name in ("global 1", "global 2")}
     shown["local"] = crops_of(batch)[-1][:num]
     if "local" not in batch:
@@ -42,15 +79,15 @@ def crops_and_features(backbone: Backbone, batch: dict[str, Tensor]) -> dict[str
     x = backbone.preprocess(shown["global 1"])  # (n, C, H, W)
     attention, size = class_attention(backbone, x), x.shape[-2:]
     features = backbone.features(x)
-    pictures = {name: _resized(_rgb(images), size) for name, images in shown.items()}
-    pictures["features"] = _resized(principal_colours(features.patches, features.grid), size)
+    pictures = {name: _resized(to_rgb(images), size) for name, images in shown.items()}
+    pictures["features"] = _resized(principal_colors(features.patches, features.grid), size)
     if attention is not None:
         bright = attention / attention.amax(1, keepdim=True)  # (n, N)
         pictures["attention"] = _resized(bright.unflatten(1, features.grid).unsqueeze(1).expand(-1, 3, -1, -1), size)
     return pictures
 
 
-def principal_colours(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+def principal_colors(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """The first three principal components over all patches of all pictures, as red, green and blue.
 
     Args:
@@ -93,10 +130,19 @@ def class_attention(backbone: Backbone, x: Tensor) -> Tensor | None:
     return scores.softmax(-1).mean(1)[:, backbone.num_prefix_tokens :]
 
 
-def _rgb(images: Tensor) -> Tensor:
-    """uint8 or float images (n, C, H, W) to (n, 3, H, W) in [0, 1]: the first three channels, or the first repeated."""
-    pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+def to_rgb(images: Tensor) -> Tensor:
+    """Images (n, C, H, W) to (n, 3, H, W), float in [0, 1]: the first three channels, or the first repeated.
+
+    Args:
+        images: uint8 in 0 .. 255, or floating point in [0, 1].
+    """
+    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
     return pixels[:, :3] if images.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+
+
+def as_pixels(backbone: Backbone, x: Tensor) -> Tensor:
+    """The inverse of `backbone.preprocess`, for people: normalised (n, C, H, W) to (n, 3, H, W) in [0, 1]."""
+    return to_rgb((x * backbone.pixel_std + backbone.pixel_mean).clamp(0, 1))
 
 
 def _resized(images: Tensor, size: torch.Size) -> Tensor:

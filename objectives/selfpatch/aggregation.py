@@ -16,6 +16,8 @@ from timm.layers import LayerNorm, Mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
+from objectives.parts.initialization import initialize_linear
+
 __all__ = ["Aggregation", "Neighbours", "Positives", "find_positives", "neighbours_of"]
 
 _INIT_STD = 0.02
@@ -82,10 +84,7 @@ class Aggregation(nn.Module):
         self.blocks = nn.ModuleList([_ClassAttentionBlock(dim, num_heads) for _ in range(depth)])
         self.norm = LayerNorm(dim)
         nn.init.normal_(self.cls_token, std=_INIT_STD)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=_INIT_STD)
-                nn.init.zeros_(module.bias)
+        initialize_linear(self)
 
     def forward(self, tokens: Tensor, is_valid: Tensor | None = None) -> Tensor:
         """Sums up the tokens, or those of them that `is_valid` (B, n) marks."""

@@ -21,15 +21,15 @@ from torch import Tensor
 from backbones.features import take_tokens
 from backbones.images.base import Backbone
 from objectives.base import Objective, Output, Progress
-from objectives.configs import SelfPatchConfig
 from objectives.errors import ObjectiveError
 from objectives.health import effective_rank, patch_cosine
-from objectives.parts import distillation
-from objectives.parts import visuals as feature_pictures
+from objectives.parts import cross_view, teacher_schedules
 from objectives.parts.centering import Centre
 from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, multi_crop_views, require_crops, resample_positions
 from objectives.parts.prototypes import DINOHead
+from objectives.parts.visuals import crops_and_features
 from objectives.selfpatch.aggregation import Aggregation, Positives, find_positives
+from objectives.selfpatch.config import SelfPatchConfig
 from objectives.teacher import ReadWeight, Teacher
 
 __all__ = ["SelfPatch"]
@@ -98,7 +98,7 @@ class SelfPatch(Objective):
         crops = [self.backbone.preprocess(images) for images in crops_of(batch)]  # (2 B, C, H, W), (L B, C, h, w)
         with torch.no_grad(), self.teacher.precision(self.backbone.dtype, crops[0].device):
             taught = [self._teach(images) for images in crops]
-        frozen = distillation.freezes_prototypes(self.config, progress)
+        frozen = teacher_schedules.freezes_prototypes(self.config, progress)
         patches = [self.backbone.features(images).patches for images in crops]  # per resolution (v B, N, D)
         images = torch.cat([self.aggregation(tokens) for tokens in patches])  # (V B, D)
         logits = self.head(images, frozen)  # (V B, K)
@@ -106,7 +106,7 @@ class SelfPatch(Objective):
 
         shares = [len(tokens) / len(images) for tokens in patches]  # each view counts alike, however many its patches
         with torch.autocast(logits.device.type, enabled=False):
-            temperature = distillation.teacher_temperature(self.config, progress)
+            temperature = teacher_schedules.teacher_temperature(self.config, progress)
             targets = self.centre.targets(taught[0].image_logits, temperature)  # (2 B, K)
             patch_targets = [self.patch_centre.targets(view.patch_logits, temperature) for view in taught]
             cls_loss = self._image_loss(targets, logits)
@@ -117,8 +117,8 @@ class SelfPatch(Objective):
             self.patch_centre.observe(view.patch_logits, progress.step)
         metrics = {"loss": loss.detach(), "cls_loss": cls_loss.detach(), "patch_loss": patch_loss.detach()}
         if progress.is_logged:
-            metrics |= distillation.head_metrics("cls_", cls_loss, [targets], [1.0])
-            metrics |= distillation.head_metrics("patch_", patch_loss, patch_targets, shares)
+            metrics |= cross_view.head_metrics("cls_", cls_loss, [targets], [1.0])
+            metrics |= cross_view.head_metrics("patch_", patch_loss, patch_targets, shares)
             metrics |= self._health(taught[0])
         return Output(loss, metrics)
 
@@ -140,13 +140,13 @@ class SelfPatch(Objective):
         """DINO's: targets (2 B, K) of the global views, logits (V B, K) of all."""
         views = (-1, len(targets) // _NUM_GLOBAL)
         scores = logits.to(targets.dtype) / self.config.student_temp
-        return distillation.cross_view_loss(targets.unflatten(0, views), scores.unflatten(0, views))
+        return cross_view.cross_view_loss(targets.unflatten(0, views), scores.unflatten(0, views))
 
     def _patch_loss(self, targets: list[Tensor], logits: list[Tensor], shares: list[float]) -> Tensor:
         """Mean over views of each view's mean over patches; per resolution (v B, N, K') and its share of the views."""
         temperature = self.config.student_temp
         means = [
-            share * distillation.soft_cross_entropy(target, scores.to(target.dtype) / temperature).mean()
+            share * cross_view.soft_cross_entropy(target, scores.to(target.dtype) / temperature).mean()
             for target, scores, share in zip(targets, logits, shares, strict=True)
         ]
         return torch.stack(means).sum()
@@ -173,19 +173,19 @@ class SelfPatch(Objective):
         """Moves the centres, then the teacher."""
         self.centre.update()
         self.patch_centre.update()
-        self.teacher.update(distillation.teacher_momentum(self.config, progress), read)
+        self.teacher.update(teacher_schedules.teacher_momentum(self.config, progress), read)
 
     def diagnose(self, metrics: Mapping[str, float], progress: Progress) -> str | None:
         """Uniform outputs or outputs on a few prototypes of either head, or patches of an image that are all alike."""
         config = self.config
         return (
-            distillation.collapse(metrics, progress, config.num_prototypes, "cls_")
-            or distillation.collapse(metrics, progress, config.num_patch_prototypes, "patch_")
-            or distillation.constant_features(metrics, progress)
-            or distillation.over_smoothing(metrics, progress)
+            cross_view.collapse(metrics, progress, config.num_prototypes, "cls_")
+            or cross_view.collapse(metrics, progress, config.num_patch_prototypes, "patch_")
+            or cross_view.constant_features(metrics, progress)
+            or cross_view.over_smoothing(metrics, progress)
         )
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """At most 8 each of the crops and of the teacher's patch features of the first one, as colours."""
-        return feature_pictures.crops_and_features(self.exported, batch)
+        return crops_and_features(self.exported, batch)

@@ -2,8 +2,8 @@
 
 S. Atito et al., "SiT: Self-supervised vIsion Transformer", arXiv:2104.03602, in the form that the authors' code has had
 since 2022: without rotation prediction. Written from the formulas; the values of that code are in
-tests/golden/sit.json. NOT here: how images are corrupted (`objectives.parts.block_corruption`), the head and its error
-(`objectives.parts.reconstruction`), the moving average (`objectives.teacher`).
+tests/golden/sit.json. NOT here: how images are corrupted (`objectives.parts.block_corruption`), the head
+(`objectives.parts.pixel_head`) and its error (`objectives.parts.masked_l1`), the moving average (`objectives.teacher`).
 
 Legend: B batch, W ranks, C channels, S side in pixels, N patches, D width, E projected width.
 """
@@ -21,33 +21,24 @@ from torch.nn import functional
 from backbones.features import Features
 from backbones.images.base import Backbone
 from objectives.base import Objective, Output, Progress
-from objectives.configs import SiTConfig
 from objectives.distributed import gather_rows, rank
 from objectives.health import projection_std
 from objectives.parts.batch_norm import BatchNorm
-from objectives.parts.block_corruption import Corruption
-from objectives.parts.reconstruction import (
-    MAX_PICTURES,
-    ReconstructionHead,
-    block_corruption,
-    colours,
-    initialise_class_token,
-    initialise_linear,
-    masked_l1,
-    pictures_of,
-    reconstruction_finding,
-    reconstruction_metrics,
-    require_colours,
-    summary,
-)
+from objectives.parts.block_corruption import Corruption, block_corruption
+from objectives.parts.image_token import image_token
+from objectives.parts.initialization import initialize_class_token, initialize_linear
+from objectives.parts.masked_l1 import masked_l1, reconstruction_metrics
+from objectives.parts.photometric import FIRST, SECOND, photometric, require_colors
+from objectives.parts.pixel_head import ReconstructionHead
+from objectives.parts.reconstruction_health import reconstruction_finding
+from objectives.parts.visuals import MAX_PICTURES, evaluating, reconstructions
+from objectives.sit.config import SiTConfig
 from objectives.teacher import ReadWeight, Teacher, cosine_momentum
 
 __all__ = ["Projector", "SiT", "contrast"]
 
 _VIEWS = ("view_1", "view_2")
-_COLOURS = {"jitter_p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grey_p": 0.2}
-# The second view is rarely blurred and sometimes solarised, so that the two differ in their statistics.
-_BLUR_AND_SOLARISE = {"view_1": {"blur_p": 1.0}, "view_2": {"blur_p": 0.1, "solarise_p": 0.2}}
+_PHOTOMETRIC = {"view_1": FIRST, "view_2": SECOND}
 
 
 class Projector(nn.Module):
@@ -65,7 +56,7 @@ class Projector(nn.Module):
             nn.Linear(hidden_dim, output_dim),
             BatchNorm(output_dim, affine=False),
         )
-        initialise_linear(self)
+        initialize_linear(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Collective: batch norms are over the rows of all ranks."""
@@ -93,14 +84,14 @@ class SiT(Objective):
         """Re-initialises the class token as the authors do.
 
         Raises:
-            ObjectiveError: blocks do not fit the image, or colours are to be changed that are not there.
+            ObjectiveError: blocks do not fit the image, or photometric augmentation is on and the input is not RGB.
         """
         super().__init__()
-        require_colours(config, backbone)
+        require_colors(config, backbone)
         self.config = config
         self.corruption = block_corruption(config, backbone)
         self.backbone = backbone
-        initialise_class_token(backbone)
+        initialize_class_token(backbone)
         self.projector = Projector(backbone.embed_dim, config.projector_hidden_dim, config.projector_dim)
         self.head = ReconstructionHead(backbone)
         self.teacher = Teacher(backbone=self.backbone, projector=self.projector)
@@ -113,7 +104,7 @@ class SiT(Objective):
                 "size": self.backbone.image_size,
                 "scale": tuple(self.config.crop_scale),
                 "hflip": self.config.hflip,
-                **colours(self.config, **_COLOURS, **_BLUR_AND_SOLARISE[name]),
+                **photometric(self.config, _PHOTOMETRIC[name]),
             }
             for name in _VIEWS
         ]
@@ -127,10 +118,10 @@ class SiT(Objective):
             progress: not used.
         """
         target, corruption, features, prediction = self._reconstruct(torch.cat([batch[name] for name in _VIEWS]), batch)
-        queries = self.projector(summary(features))  # (2 B, E)
+        queries = self.projector(image_token(features))  # (2 B, E)
         with torch.no_grad(), self.teacher.precision(self.backbone.dtype, target.device):
             teacher = cast(Backbone, self.teacher.backbone)
-            keys = self.teacher.projector(summary(teacher.features(target)))  # (2 B, E)
+            keys = self.teacher.projector(image_token(teacher.features(target)))  # (2 B, E)
 
         contrastive, metrics = contrast(queries, keys, self.config.temperature)
         counted = corruption.is_masked if self.config.masked_only else torch.ones_like(corruption.is_masked)
@@ -170,11 +161,9 @@ class SiT(Objective):
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """At most 8 each of "clean", "corrupted" and "reconstruction" (masked pixels predicted, others kept)."""
-        was_training = self.training
-        self.eval()  # stochastic depth would draw from the global generator and change the training that follows
-        shown = self._reconstruct(batch[_VIEWS[0]][:MAX_PICTURES], {"seed": batch["seed"][:MAX_PICTURES]})
-        self.train(was_training)
-        return pictures_of(self.backbone, shown.target, shown.corruption, shown.prediction)
+        with evaluating(self):
+            shown = self._reconstruct(batch[_VIEWS[0]][:MAX_PICTURES], {"seed": batch["seed"][:MAX_PICTURES]})
+        return reconstructions(self.backbone, shown.target, shown.corruption, shown.prediction)
 
 
 def contrast(queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 A recipe file and the command line may set exactly these keys. `pretrain.config.load` merges the layers and
 `pretrain.config.checks` checks what no single key can know. The settings of an objective live with it
-(`objectives.configs`) and are put in `Recipe.objective` by name.
+(`objectives/NAME/config.py`) and are put in `Recipe.objective` by name.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backbones.registry import create_backbone
-from objectives.configs import MAEConfig
+from objectives.mae.config import MAEConfig
 from objectives.mae.objective import MAE
 
 

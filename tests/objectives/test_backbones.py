@@ -14,8 +14,8 @@ from backbones.images.base import Backbone
 from backbones.registry import create_backbone
 from objectives import registry
 from objectives.base import Objective, Progress
-from objectives.configs import MAEConfig
 from objectives.errors import ObjectiveError
+from objectives.mae.config import MAEConfig
 from objectives.mae.objective import MAE, patchify
 from objectives.requirements import require, require_sizes
 

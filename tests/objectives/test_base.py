@@ -4,7 +4,7 @@ import pytest
 import timm.optim
 
 from backbones.registry import create_backbone
-from objectives.configs import MAEConfig
+from objectives.mae.config import MAEConfig
 from objectives.mae.objective import MAE
 
 

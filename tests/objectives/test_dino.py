@@ -14,13 +14,13 @@ from backbones.images.positions import resample_positions
 from backbones.io import load_backbone, save_backbone
 from backbones.registry import create_backbone
 from objectives.base import Progress
-from objectives.configs import DINOConfig
+from objectives.dino.config import DINOConfig
 from objectives.dino.objective import DINO
 from objectives.errors import ObjectiveError
-from objectives.parts import distillation
+from objectives.parts import cross_view, teacher_schedules
 from objectives.parts.centering import Centre
 from objectives.parts.prototypes import DINOHead
-from objectives.parts.visuals import class_attention, principal_colours
+from objectives.parts.visuals import class_attention, principal_colors
 
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 SMALL = {"num_prototypes": 128, "head_hidden_dim": 48, "head_bottleneck_dim": 24, "num_local": 2, "local_size": 8}
@@ -100,13 +100,13 @@ def test_cross_view_loss__gradient_in_float64():
     torch.manual_seed(0)
     targets = torch.randn(2, 3, 5, dtype=torch.float64).softmax(-1)
     scores = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda s: distillation.cross_view_loss(targets, s), scores)
+    torch.autograd.gradcheck(lambda s: cross_view.cross_view_loss(targets, s), scores)
 
 
 def test_cross_view_loss__is_least_at_the_targets_entropy():
     logits = torch.randn(1, 3, 7, dtype=torch.float64)
     targets = logits.softmax(-1)
-    loss = distillation.cross_view_loss(targets.repeat(2, 1, 1), logits.repeat(4, 1, 1))
+    loss = cross_view.cross_view_loss(targets.repeat(2, 1, 1), logits.repeat(4, 1, 1))
     assert loss.item() == pytest.approx(-(targets * targets.log()).sum(-1).mean().item(), rel=1e-12)
 
 
@@ -153,16 +153,20 @@ def test_schedules__momentum_is_the_golden_one():
     path = Path(__file__).parent.parent / "golden" / "selfpatch.json"
     golden = json.loads(path.read_text(encoding="utf-8"))["schedules"]
     config = DINOConfig(teacher_momentum=0.996)
-    momenta = [distillation.teacher_momentum(config, Progress(step, 30_000)) for step in golden["iterations"]]
+    momenta = [teacher_schedules.teacher_momentum(config, Progress(step, 30_000)) for step in golden["iterations"]]
     assert momenta == pytest.approx(golden["momentum"], rel=1e-11)
 
 
 def test_schedules__temperature_and_freezing():
     config = DINOConfig(teacher_temp_start=0.04, teacher_temp=0.07, teacher_temp_warmup=0.3, freeze_prototypes=0.01)
-    temperatures = [distillation.teacher_temperature(config, Progress(step, 100)) for step in (0, 15, 30, 99)]
+    temperatures = [teacher_schedules.teacher_temperature(config, Progress(step, 100)) for step in (0, 15, 30, 99)]
     assert temperatures == pytest.approx([0.04, 0.055, 0.07, 0.07])
-    assert [distillation.freezes_prototypes(config, Progress(step, 200)) for step in (0, 1, 2)] == [True, True, False]
-    assert distillation.teacher_temperature(DINOConfig(teacher_temp=0.05), Progress(0, 10)) == 0.05
+    assert [teacher_schedules.freezes_prototypes(config, Progress(step, 200)) for step in (0, 1, 2)] == [
+        True,
+        True,
+        False,
+    ]
+    assert teacher_schedules.teacher_temperature(DINOConfig(teacher_temp=0.05), Progress(0, 10)) == 0.05
 
 
 def test_forward__frozen_prototypes_get_no_gradient_and_everything_else_does():
@@ -410,17 +414,17 @@ def test_class_attention__is_what_the_last_block_computes():
     torch.testing.assert_close(found, seen[0].mean(1)[:, 0, 3:])
 
 
-def test_principal_colours__features_that_are_not_finite_are_black():
+def test_principal_colors__features_that_are_not_finite_are_black():
     patches = torch.randn(2, 16, 8)
     patches[1, 3, 5] = torch.nan
-    assert torch.equal(principal_colours(patches, (4, 4)), torch.zeros(2, 3, 4, 4))
+    assert torch.equal(principal_colors(patches, (4, 4)), torch.zeros(2, 3, 4, 4))
 
 
-def test_principal_colours__tell_two_kinds_of_patches_apart():
+def test_principal_colors__tell_two_kinds_of_patches_apart():
     torch.manual_seed(0)
     is_left = torch.arange(4).lt(2).repeat(4)  # (16,) of a 4 x 4 grid
     patches = torch.randn(2, 16, 8) * 0.1 + torch.where(is_left, 1.0, -1.0)[None, :, None]
-    colours = principal_colours(patches, (4, 4))
+    colours = principal_colors(patches, (4, 4))
     assert colours.shape == (2, 3, 4, 4)
     red = colours[:, 0].flatten(1)
     assert (red[:, is_left].mean() - red[:, ~is_left].mean()).abs() > 0.8

@@ -10,11 +10,11 @@ from torch import nn
 
 from backbones.registry import create_backbone
 from objectives.base import Progress
-from objectives.configs import GMMLConfig
 from objectives.errors import ObjectiveError
 from objectives.gmml import objective as gmml_module
+from objectives.gmml.config import GMMLConfig
 from objectives.gmml.objective import GMML
-from objectives.parts.reconstruction import masked_l1
+from objectives.parts.masked_l1 import masked_l1
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "gmml.json").read_text(encoding="utf-8"))
 START, LATE = Progress(step=0, total_steps=100), Progress(step=200, total_steps=1000)

@@ -13,9 +13,9 @@ from backbones.errors import BackboneError
 from backbones.features import Features
 from backbones.registry import create_backbone
 from objectives.base import Progress
-from objectives.configs import MAEConfig
 from objectives.errors import ObjectiveError
 from objectives.mae import objective as mae_module
+from objectives.mae.config import MAEConfig
 from objectives.mae.objective import MAE, patchify, unpatchify
 from objectives.masking import random_mask
 

@@ -9,8 +9,8 @@ import pytest
 
 from objectives import registry
 from objectives.base import Objective
-from objectives.configs import MAEConfig
 from objectives.errors import ObjectiveError
+from objectives.mae.config import MAEConfig
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_config__every_number_has_a_range_that_holds_its_default():
 
 def test_registry__imports_no_torch():
     code = (
-        "import sys; import objectives; from objectives import configs, registry; registry.names(); "
+        "import sys; import objectives; from objectives import registry; registry.names(); "
         "registry.config_class('mae')(); assert not {'torch', 'timm', 'numpy'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

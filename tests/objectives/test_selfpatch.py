@@ -16,11 +16,12 @@ from backbones.features import Features
 from backbones.io import load_backbone, save_backbone
 from backbones.registry import create_backbone
 from objectives.base import Progress
-from objectives.configs import DINOConfig, SelfPatchConfig
+from objectives.dino.config import DINOConfig
 from objectives.dino.objective import DINO
 from objectives.errors import ObjectiveError
 from objectives.selfpatch import objective as selfpatch_module
 from objectives.selfpatch.aggregation import Aggregation, find_positives, neighbours_of
+from objectives.selfpatch.config import SelfPatchConfig
 from objectives.selfpatch.objective import SelfPatch
 
 CPU = torch.device("cpu")

@@ -13,11 +13,12 @@ from torch.nn import functional
 
 from backbones.registry import create_backbone
 from objectives.base import Progress
-from objectives.configs import GMMLConfig, SiTConfig
 from objectives.errors import ObjectiveError
+from objectives.gmml.config import GMMLConfig
 from objectives.gmml.objective import GMML
 from objectives.parts.batch_norm import BatchNorm
 from objectives.sit import objective as sit_module
+from objectives.sit.config import SiTConfig
 from objectives.sit.objective import Projector, SiT, contrast
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "sit.json").read_text(encoding="utf-8"))

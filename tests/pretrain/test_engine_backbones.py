@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from objectives.base import Progress
-from objectives.configs import MAEConfig
+from objectives.mae.config import MAEConfig
 from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective

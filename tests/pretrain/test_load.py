@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.shards.source import expand_source
-from objectives.configs import MAEConfig
+from objectives.mae.config import MAEConfig
 from pretrain.config.load import load_for_resume, load_recipe, recipe_description, recipe_names, recipe_path, to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.errors import RequestError

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from timm.optim import list_optimizers
 
 from objectives.base import Progress
-from objectives.configs import MAEConfig
+from objectives.mae.config import MAEConfig
 from pretrain.config.load import load_recipe
 from pretrain.config.optimizer_facts import NAMES, WHOLE_PARAMETER
 from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig

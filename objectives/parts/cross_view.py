@@ -1,7 +1,7 @@
-"""What DINO and SelfPatch share: schedules of the teacher, cross-entropies, and the signs of a collapse.
+"""Cross-entropies between a teacher's and a student's views, and the signs of a collapse in them.
 
-M. Caron et al., 2021, arXiv:2104.14294. NOT here: the centre (`objectives.parts.centering`), the head
-(`objectives.parts.prototypes`), the moving average (`objectives.teacher`).
+M. Caron et al., 2021, arXiv:2104.14294. NOT here: the center (`objectives.parts.centering`), the head
+(`objectives.parts.prototypes`), schedules (`objectives.parts.teacher_schedules`).
 
 Legend: B batch, V views (the T that the teacher sees come first), K prototypes.
 """
@@ -15,41 +15,16 @@ import torch
 from torch import Tensor
 
 from objectives.base import Progress
-from objectives.configs import DINOConfig
 from objectives.health import entropy, used_share
-from objectives.teacher import cosine_momentum
 
 __all__ = [
     "collapse",
     "constant_features",
     "cross_view_loss",
-    "freezes_prototypes",
     "head_metrics",
     "over_smoothing",
     "soft_cross_entropy",
-    "teacher_momentum",
-    "teacher_temperature",
 ]
-
-
-def teacher_temperature(config: DINOConfig, progress: Progress) -> float:
-    """Linear from `teacher_temp_start` to `teacher_temp` over the first share `teacher_temp_warmup` of the run.
-
-    The authors' code goes in steps of an epoch.
-    """
-    warmup_steps = config.teacher_temp_warmup * progress.total_steps
-    share = min(1.0, progress.step / warmup_steps) if warmup_steps else 1.0
-    return config.teacher_temp_start + share * (config.teacher_temp - config.teacher_temp_start)
-
-
-def teacher_momentum(config: DINOConfig, progress: Progress) -> float:
-    """Of the step just taken: from `teacher_momentum` to 1."""
-    return cosine_momentum(config.teacher_momentum, progress.step, progress.total_steps)
-
-
-def freezes_prototypes(config: DINOConfig, progress: Progress) -> bool:
-    """Whether prototypes get no gradient in this step: in the first `freeze_prototypes` of the run."""
-    return progress.step < config.freeze_prototypes * progress.total_steps
 
 
 def soft_cross_entropy(targets: Tensor, scores: Tensor) -> Tensor:
