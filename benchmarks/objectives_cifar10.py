@@ -1,7 +1,8 @@
 """What each objective makes of the same minutes: probes at the start, the middle and the end of the CIFAR-10 recipes.
 
-Runs the recipes one after the other, each sized to about ten minutes on two cores, and prints a table. Raw pixels are
-graded beside them: 10 nearest neighbours (cosine, temperature 0.07) of photos shrunk to 16 x 16, less the mean photo.
+Runs the recipes one after the other, each sized to about ten minutes on two cores, and prints a table. Raw pixels
+are evaluated beside them: 10 nearest neighbours (cosine, temperature 0.07) of photos shrunk to 16 x 16, less the mean
+photo.
 
     python benchmarks/objectives_cifar10.py DIR [--objectives mae dino ...] [--storage DIR] [--table] [key=value ...]
 
@@ -13,27 +14,29 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-from pretrain.record.journal import read_journal
+from pretrain.record.events import Evaluated, Metrics
+from pretrain.record.journal import read_events
+from pretrain.record.run_dir import RunDir
 
 OBJECTIVES = ("mae", "gmml", "sit", "dino", "selfpatch")
 
 
 def row(objective: str, storage: Path) -> str:
     """The newest run of an objective's recipe: minutes of steps, images seen, and scores in percent."""
-    run_dir = max(storage.glob(f"{objective}_cifar10-*"), key=lambda path: path.stat().st_mtime)
-    steps = [record for record in read_journal(run_dir / "journal.jsonl")[0] if record["kind"] == "metrics"]
+    run = RunDir(max(storage.glob(f"{objective}_cifar10-*"), key=lambda path: path.stat().st_mtime))
+    steps = [event for event in read_events(run.journal)[0] if isinstance(event, Metrics)]
     # Until the first logged step, a run also starts; that is left out of its time.
-    minutes = (steps[-1]["time"] - steps[0]["time"]) / 60 * steps[-1]["step"] / (steps[-1]["step"] - steps[0]["step"])
+    minutes = (steps[-1].time - steps[0].time) / 60 * steps[-1].step / (steps[-1].step - steps[0].step)
     scores: dict[str, dict[int, float]] = {"linear": {}, "knn": {}}
-    for record in map(json.loads, (run_dir / "evaluations.jsonl").read_text().splitlines()):
-        scores[record["protocol"]][record["step"]] = 100 * record["metrics"]["top1"]
+    for event in read_events(run.evaluations)[0]:
+        if isinstance(event, Evaluated):
+            scores[event.protocol][event.step] = 100 * event.metrics["top1"]
     course = [" / ".join(f"{scores[probe][step]:.1f}" for step in sorted(scores[probe])) for probe in ("linear", "knn")]
-    return f"| {objective} | {minutes:.1f} | {steps[-1]['values']['samples_seen']} | {' | '.join(course)} |"
+    return f"| {objective} | {minutes:.1f} | {steps[-1].values['samples_seen']} | {' | '.join(course)} |"
 
 
 def raw_pixels(data: Path) -> float:

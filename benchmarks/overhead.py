@@ -57,13 +57,15 @@ def bare_steps(recipe_path: str) -> list[float]:
 
 
 def full_steps(recipe_path: str) -> list[float]:
-    """Step times in seconds that the journal of `pretrain run` reports."""
+    """Step times in seconds that the event log of `pretrain run` reports."""
     import pretrain
-    from pretrain.record.journal import read_journal
+    from pretrain.record.events import Metrics
+    from pretrain.record.journal import read_events
+    from pretrain.record.run_dir import RunDir
 
     result = pretrain.run(recipe_path)
-    records = read_journal(result.run_dir / "journal.jsonl")[0]
-    return [record["values"]["step_s"] for record in records if record["kind"] == "metrics"]
+    events = read_events(RunDir(result.run_dir).journal)[0]
+    return [event.values["step_s"] for event in events if isinstance(event, Metrics)]
 
 
 def measure(kind: str, recipe_path: Path) -> list[float]:

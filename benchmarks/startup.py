@@ -16,7 +16,9 @@ from typing import Any
 
 import psutil
 
-from pretrain.record.journal import read_journal
+from pretrain.record.events import Startup
+from pretrain.record.journal import read_events
+from pretrain.record.run_dir import runs_in
 
 PARTS = {
     "placed_s": "Ray up, workers placed",
@@ -36,9 +38,9 @@ def one_start(recipe: str, overrides: list[str]) -> dict[str, Any]:
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         began = time.time()
         while True:
-            journals = list(Path(scratch).glob("*/journal.jsonl"))
-            records = read_journal(journals[0])[0] if journals else []
-            found = [record for record in records if record["kind"] == "startup"]
+            runs = runs_in(Path(scratch))
+            events = read_events(runs[0].journal)[0] if runs else []
+            found = [event for event in events if isinstance(event, Startup)]
             if found:
                 break
             if run.poll() is not None:
@@ -52,7 +54,7 @@ def one_start(recipe: str, overrides: list[str]) -> dict[str, Any]:
             cpu[name] = cpu.get(name, 0.0) + times.user + times.system + times.children_user + times.children_system
         run.terminate()
         run.wait()
-    return {**found[0], "shell_s": shell_s, "cpu": cpu}
+    return {**found[0].to_json(), "shell_s": shell_s, "cpu": cpu}
 
 
 def main() -> None:

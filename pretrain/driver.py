@@ -1,6 +1,6 @@
-"""The driver of a run: starts Ray and the workers, follows the journal, queues evaluations, keeps checkpoints, reports.
+"""The driver of a run: starts Ray and the workers, follows their events, queues evaluations, prunes, reports.
 
-The driver computes nothing. Workers write the journal and publish checkpoints; the driver reads the journal and reacts.
+The driver computes nothing. Workers write events and publish checkpoints; the driver reads the events and reacts.
 If it dies, nothing is lost: `pretrain resume RUN_ID` starts another one, which catches up on training and evaluations.
 
 What is not here: the training loop (`pretrain.worker`), placement (`cluster`), MLflow (`pretrain.tracking.sync`).
@@ -27,7 +27,9 @@ from pretrain.checkpoints import store as checkpoint
 from pretrain.config.load import load_for_resume, load_recipe, to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.errors import RequestError, RunFailed
-from pretrain.record.journal import Journal, read_journal
+from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Event, Failed, Metrics
+from pretrain.record.journal import Journal, read_events
+from pretrain.record.run_dir import RunDir, find_run
 from pretrain.reporting.summary import print_summary
 from pretrain.reporting.terminal import Terminal
 
@@ -73,13 +75,15 @@ def run(recipe: Recipe | str, overrides: Sequence[str] = ()) -> RunResult:
         recipe = load_recipe(recipe, overrides)
     launched = time.time()
     run_id = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run_dir = Path(recipe.storage) / run_id
-    run_dir.mkdir(parents=True)
+    run_dir = RunDir(Path(recipe.storage) / run_id)
+    run_dir.path.mkdir(parents=True)
     try:
         return _Driver(recipe, run_dir, launched).drive()
     except RequestError:
-        if not (run_dir / "journal.jsonl").exists():
-            shutil.rmtree(run_dir)  # a wrong request leaves nothing behind; a run that began to train is never deleted
+        if not run_dir.journal.exists():
+            shutil.rmtree(
+                run_dir.path
+            )  # a wrong request leaves nothing behind; a run that began to train is never deleted
         raise
 
 
@@ -96,41 +100,37 @@ def resume(run_id: str, storage: str | os.PathLike[str] = "runs", overrides: Seq
         RunFailed: As for `run`.
     """
     launched = time.time()
-    run_dir = Path(storage).absolute() / run_id
-    written = run_dir / "recipe.yaml"
-    if not written.is_file():
-        known = sorted(path.parent.name for path in Path(storage).glob("*/recipe.yaml"))
-        raise RequestError(f"run {run_id!r} is not in {storage}; there are: {', '.join(known[-8:]) or 'none'}")
-    recipe = load_for_resume(written, overrides)
+    run_dir = find_run(run_id, Path(storage).absolute())
+    recipe = load_for_resume(run_dir.recipe, overrides)
     return _Driver(recipe, run_dir, launched).drive()
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """What Ray runs on each worker: the same loop as under torchrun, with its output in the run's log files."""
     placed = time.time()
-    run_dir = Path(settings["run_dir"])
-    log = run_dir / "logs" / f"worker-{os.environ['RANK']}.log"
-    with log.open("a") as file:
+    run_dir = RunDir(Path(settings["run_dir"]))
+    with run_dir.worker_log(int(os.environ["RANK"])).open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     from pretrain.worker import train
 
-    train(settings["recipe"], run_dir, launched=settings["launched"], placed=placed)
+    train(settings["recipe"], run_dir.path, launched=settings["launched"], placed=placed)
 
 
 class _Driver:
-    def __init__(self, recipe: Recipe, run_dir: Path, launched: float) -> None:
+    def __init__(self, recipe: Recipe, run_dir: RunDir, launched: float) -> None:
         self.recipe, self.run_dir, self.launched = recipe, run_dir, launched
         self.terminal = Terminal(recipe)
-        self.evaluations = run_dir / "evaluations.jsonl"
-        self.records: list[dict[str, Any]] = []
+        self.events: list[Event] = []
+        self.scores: list[Evaluated] = []
         self._offset = 0
 
     def drive(self) -> RunResult:
         """Everything from connecting to Ray to the closing table."""
-        (self.run_dir / "logs").mkdir(exist_ok=True)
+        self.run_dir.logs.mkdir(exist_ok=True)
         with _only_driver(self.run_dir), self.terminal, _ending_cleanly():
-            self.terminal.say(f"run {self.run_dir.name} in {self.run_dir}")
+            self.terminal.say(f"run {self.run_dir.run_id} in {self.run_dir.path}")
+            self.scores = [event for event in read_events(self.run_dir.evaluations)[0] if isinstance(event, Evaluated)]
             self._write_recipe()
             tracker = self._tracker()
             status: Status | None = None
@@ -145,12 +145,12 @@ class _Driver:
                 raise
             except ConnectionError as error:
                 if status is not None:  # connected once: a lost cluster, not a wrong address
-                    message = f"lost the cluster; go on with: pretrain resume {self.run_dir.name}"
-                    raise RunFailed(message, self.run_dir / "logs") from error
+                    message = f"lost the cluster; go on with: pretrain resume {self.run_dir.run_id}"
+                    raise RunFailed(message, self.run_dir.logs) from error
                 address = self.recipe.cluster.address or os.environ.get("RAY_ADDRESS")
                 raise RequestError(f"cluster.address={address}: no Ray answers there ({_last_line(error)})") from None
             except KeyboardInterrupt:
-                raise RunFailed(f"stopped; go on with: pretrain resume {self.run_dir.name}") from None
+                raise RunFailed(f"stopped; go on with: pretrain resume {self.run_dir.run_id}") from None
             finally:
                 if status is not None and not tracker.close(status):
                     self.terminal.say(f"MLflow has not received everything yet: {tracker.problem}")
@@ -158,9 +158,9 @@ class _Driver:
 
     def _write_recipe(self) -> None:
         """Also what a resume changed; an old file stays until the new one is whole."""
-        changed = self.run_dir / ".recipe.yaml"
+        changed = self.run_dir.recipe.with_suffix(".partial")
         changed.write_text(to_yaml(self.recipe))
-        changed.replace(self.run_dir / "recipe.yaml")
+        changed.replace(self.run_dir.recipe)
 
     def _cluster(self) -> AbstractContextManager[Cluster]:
         from cluster.connect import connect
@@ -185,31 +185,30 @@ class _Driver:
             max_failures=self.recipe.train.max_failures,
             fatal=(ValueError, ArithmeticError, checkpoint.CheckpointError),
         )
-        arguments = {"recipe": self.recipe, "run_dir": str(self.run_dir), "launched": self.launched}
+        arguments = {"recipe": self.recipe, "run_dir": str(self.run_dir.path), "launched": self.launched}
         training = _Background(
-            lambda: run_workers(cluster, train_worker, arguments, group, name="workers", storage=self.run_dir / "ray")
+            lambda: run_workers(cluster, train_worker, arguments, group, name="workers", storage=self.run_dir.ray)
         )
-        self._follow_journal(queue, show=False)  # a resumed run: what happened before
+        self._follow(queue, show=False)  # a resumed run: what happened before
         if not self._is_trained():
             training.start()
         is_training = True
         while is_training or queue.pending:
-            is_training = training.is_alive()  # asked first: the journal is read once more after its end
-            self._follow_journal(queue)
+            is_training = training.is_alive()  # asked first: the events are read once more after its end
+            self._follow(queue)
             self._collect(queue)
             time.sleep(POLL_S)
         if training.error is not None:
-            self._journal_failure(training.error)
-            raise RunFailed(f"training failed: {_last_line(training.error)}", self.run_dir / "logs")
+            self._record_failure(training.error)
+            raise RunFailed(f"training failed: {_last_line(training.error)}", self.run_dir.logs)
 
-    def _follow_journal(self, queue: EvaluationQueue, *, show: bool = True) -> None:
+    def _follow(self, queue: EvaluationQueue, *, show: bool = True) -> None:
         """React to what the workers have written since the last call."""
-        new, self._offset = read_journal(self.run_dir / "journal.jsonl", self._offset)
-        for record in new:
-            self.records.append(record)
-            if show:
-                self.terminal.show(record)
-        if any(record["kind"] == "checkpoint" for record in new) or not show:
+        new, self._offset = read_events(self.run_dir.journal, self._offset)
+        self.events += new
+        for event in new if show else ():
+            self.terminal.show(event)
+        if any(isinstance(event, CheckpointPublished) for event in new) or not show:
             self._queue_evaluations(queue)
             self._prune(queue)
 
@@ -217,51 +216,55 @@ class _Driver:
         """Every published checkpoint that is due and has no result yet; a label is accepted once."""
         if not self.recipe.evaluation.enabled:
             return
-        done = {(r["step"], r["protocol"], r["data"]) for r in read_journal(self.evaluations)[0] if "metrics" in r}
-        for found in checkpoint.published(self.run_dir):
-            if self._is_graded(found.step):
+        done = {(event.step, event.protocol, event.data) for event in self.scores}
+        for found in checkpoint.published(self.run_dir.path):
+            if self._is_due(found.step):
                 for task in grade.missing_tasks(self.recipe, found.step, done):
                     directory = self.recipe.evaluation.data[task.data]
                     label = (found.step, task.protocol, task.data)
                     queue.submit(
-                        label, grade.grade_task, str(found.path), found.step, task, directory, self.recipe.storage
+                        label, grade.evaluate_task, str(found.path), found.step, task, directory, self.recipe.storage
                     )
 
-    def _is_graded(self, step: int) -> bool:
+    def _is_due(self, step: int) -> bool:
         train, evaluation = self.recipe.train, self.recipe.evaluation
         number = -(-step // train.checkpoint_every)
         return step == train.steps or (evaluation.baseline if step == 0 else number % evaluation.every == 0)
 
     def _collect(self, queue: EvaluationQueue) -> None:
         """Write down the evaluations that have ended; a failed one is recorded and stops nothing."""
-        for (step, protocol, data), record, error in queue.finished():
+        for (step, protocol, data), scores, error in queue.finished():
+            event: Evaluated | EvaluationFailed
             if error is not None:
-                record = {"step": step, "protocol": protocol, "data": data, "error": _last_line(error)}
-            with Journal(self.evaluations) as journal:
-                journal.write("evaluation", **record)
-            self.terminal.show({"kind": "evaluation", **record})
+                event = EvaluationFailed(step=step, protocol=protocol, data=data, error=_last_line(error))
+            else:
+                event = scores
+                self.scores.append(scores)
+            with Journal(self.run_dir.evaluations) as journal:
+                journal.write(event)
+            self.terminal.show(event)
             self._prune(queue)
 
     def _prune(self, queue: EvaluationQueue) -> None:
         """Keep the newest checkpoints, the best ones, the random baseline, and all that an evaluation still needs."""
         train = self.recipe.train
-        best = sorted(self._scores().items(), key=lambda item: item[1], reverse=True)[: train.keep_best]
+        best = sorted(self._selected().items(), key=lambda item: item[1], reverse=True)[: train.keep_best]
         pinned = {0} | {label[0] for label in queue.pending} | {step for step, _ in best}
-        checkpoint.prune(self.run_dir, keep_last=train.keep_last, pinned=pinned)
+        checkpoint.prune(self.run_dir.path, keep_last=train.keep_last, pinned=pinned)
 
-    def _scores(self) -> dict[int, float]:
+    def _selected(self) -> dict[int, float]:
         """Step -> `evaluation.select` score of trained checkpoints."""
         if self.recipe.evaluation.select is None:
             return {}
         protocol, data, metric = self.recipe.evaluation.select.split("/")
         return {
-            record["step"]: record["metrics"][metric]
-            for record in read_journal(self.evaluations)[0]
-            if record["step"] > 0 and (record["protocol"], record["data"]) == (protocol, data) and "metrics" in record
+            event.step: event.metrics[metric]
+            for event in self.scores
+            if event.step > 0 and (event.protocol, event.data) == (protocol, data)
         }
 
     def _is_trained(self) -> bool:
-        newest = checkpoint.latest(self.run_dir)
+        newest = checkpoint.latest(self.run_dir.path)
         return newest is not None and newest.step >= self.recipe.train.steps
 
     def _gpus_per_worker(self, gpus: float) -> float:
@@ -275,7 +278,7 @@ class _Driver:
 
         tags = {"objective": self.recipe.objective.name, "backbone": self.recipe.backbone.name, **_git_tags()}
         return Tracker(
-            self.run_dir,
+            self.run_dir.path,
             uri=default_uri(Path(self.recipe.storage)),
             experiment=self.recipe.tracking.experiment,
             recipe_yaml=to_yaml(self.recipe),
@@ -285,24 +288,22 @@ class _Driver:
             select=self.recipe.evaluation.select,
         )
 
-    def _journal_failure(self, error: BaseException) -> None:
-        (self.run_dir / "logs" / "driver.log").write_text(f"{error}\n")
-        with Journal(self.run_dir / "journal.jsonl") as journal:
-            journal.write("failed", error=_last_line(error))
+    def _record_failure(self, error: BaseException) -> None:
+        self.run_dir.driver_log.write_text(f"{error}\n")
+        with Journal(self.run_dir.journal) as journal:
+            journal.write(Failed(error=_last_line(error)))
 
     def _finish(self) -> RunResult:
         from pretrain.reporting.page import write_report
 
-        report = write_report(self.run_dir)
-        evaluations = [record for record in read_journal(self.evaluations)[0] if "metrics" in record]
-        print_summary(self.terminal.console, self.recipe, self.run_dir, self.records, evaluations, report)
-        metrics = [record["values"] for record in self.records if record["kind"] == "metrics"]
+        report = write_report(self.run_dir.path)
+        print_summary(self.terminal.console, self.recipe, self.run_dir.path, self.events, self.scores, report)
+        metrics = [event.values for event in self.events if isinstance(event, Metrics)]
         last = dict(metrics[-1]) if metrics else {}
-        for record in sorted(evaluations, key=lambda record: record["step"]):
-            prefix = f"{record['protocol']}/{record['data']}"
-            last.update({f"{prefix}/{name}": value for name, value in record["metrics"].items()})
-        newest = checkpoint.latest(self.run_dir)
-        return RunResult(self.run_dir.name, self.run_dir, newest.path if newest else None, last)
+        for event in sorted(self.scores, key=lambda event: event.step):
+            last.update({f"{event.task}/{name}": value for name, value in event.metrics.items()})
+        newest = checkpoint.latest(self.run_dir.path)
+        return RunResult(self.run_dir.run_id, self.run_dir.path, newest.path if newest else None, last)
 
 
 class _Background(threading.Thread):
@@ -321,15 +322,15 @@ class _Background(threading.Thread):
 
 
 @contextmanager
-def _only_driver(run_dir: Path) -> Iterator[None]:
+def _only_driver(run_dir: RunDir) -> Iterator[None]:
     """Hold the run's lock: two drivers would train into the same checkpoints."""
-    lock: IO[str] = (run_dir / ".driver.lock").open("a+")
+    lock: IO[str] = run_dir.driver_lock.open("a+")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise RequestError(f"run {run_dir.name} is already driven by process {lock.read().strip()}") from None
+            raise RequestError(f"run {run_dir.run_id} is already driven by process {lock.read().strip()}") from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

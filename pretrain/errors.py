@@ -6,9 +6,12 @@ Errors of the other packages (`data_pipelines.shards.source.DataError`, `backbon
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["RequestError", "RunFailed"]
+__all__ = ["RequestError", "RunFailed", "listed", "nearest"]
 
 
 class RequestError(Exception):
@@ -42,3 +45,19 @@ class RunFailed(Exception):
 
     def __reduce__(self) -> tuple[type[RunFailed], tuple[str, Path | None]]:
         return type(self), (self.message, self.log)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'X'?` for the known name closest to `name`, or an empty text when none is close."""
+    candidates = list(known)
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    if not close:
+        last = name.rsplit(".", 1)[-1]
+        close = [key for key in candidates if key.rsplit(".", 1)[-1] == last][:1]
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def listed(items: Iterable[Any], limit: int = 20) -> str:
+    """What there is, as one phrase: `a, b, c`, at most `limit` of them; `none` when there is nothing."""
+    texts = [str(item) for item in items]
+    return (", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")) or "none"

@@ -1,6 +1,6 @@
-"""Grade checkpoints: the same function by hand (`pretrain evaluate`), from Python, and as an evaluation task of a run.
+"""Evaluate checkpoints: the same function by hand (`pretrain evaluate`), from Python, and as a task of a run.
 
-What is not here: the protocols (`evaluation`), when a run grades which checkpoint (`pretrain.driver`).
+What is not here: the protocols (`evaluation`), starting evaluations (`pretrain.driver`).
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.config.schema import EvaluationTask, Recipe
 from pretrain.errors import RequestError
+from pretrain.record.events import Evaluated
+from pretrain.record.journal import read_events
+from pretrain.record.run_dir import RECIPE, runs_in
 
 if TYPE_CHECKING:
     from evaluation.runner import EvaluationResult
 
-__all__ = ["evaluate", "grade_task", "leaderboard", "missing_tasks"]
+__all__ = ["evaluate", "evaluate_task", "leaderboard", "missing_tasks"]
 
 NICENESS = 10  # an evaluation beside the trainers gets about a tenth of a contended core
 
 
-def grade_task(checkpoint: str, step: int, task: EvaluationTask, directory: str, storage: str) -> dict[str, Any]:
-    """Run one evaluation task in a process of its own; returns a record for `evaluations.jsonl`.
+def evaluate_task(checkpoint: str, step: int, task: EvaluationTask, directory: str, storage: str) -> Evaluated:
+    """Run one evaluation task in a process of its own; returns what the run records about it.
 
     Args:
         checkpoint: Directory with `backbone.safetensors`.
@@ -35,7 +38,7 @@ def grade_task(checkpoint: str, step: int, task: EvaluationTask, directory: str,
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one core of what the trainers leave
     os.nice(max(0, NICENESS - os.nice(0)))
     result = _evaluate(Path(checkpoint), task, Path(directory), Path(storage))
-    return {"step": step, **_record(result)}
+    return _event(step, result)
 
 
 def evaluate(
@@ -45,7 +48,7 @@ def evaluate(
     *,
     storage: str | os.PathLike[str] = "runs",
 ) -> list[EvaluationResult]:
-    """Grade a checkpoint.
+    """Evaluate a checkpoint.
 
     Args:
         checkpoint: A directory, `runs:/ID[/step]` or `models:/NAME@ALIAS`.
@@ -88,12 +91,10 @@ def missing_tasks(recipe: Recipe, step: int, done: set[tuple[int, str, str]]) ->
 
 def leaderboard(storage: str | os.PathLike[str] = "runs") -> list[dict[str, Any]]:
     """All evaluations under `storage`: those of runs (run, step and record), then those made by hand."""
-    from pretrain.record.journal import read_journal
-
-    rows = []
-    for path in sorted(Path(storage).glob("*/evaluations.jsonl"), reverse=True):
-        records, _ = read_journal(path)
-        rows += [{"run": path.parent.name, **record} for record in records if "metrics" in record]
+    rows: list[dict[str, Any]] = []
+    for run in reversed(runs_in(Path(storage))):
+        events, _ = read_events(run.evaluations)
+        rows += [{"run": run.run_id, **event.to_json()} for event in events if isinstance(event, Evaluated)]
     of_runs = {row["key"] for row in rows}
     for path in sorted((Path(storage) / "evaluations").glob("*.json")):
         if path.stem not in of_runs:
@@ -109,26 +110,27 @@ def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path) 
     return run_protocol(path, task.protocol, data, store=storage, image_size=task.image_size)
 
 
-def _record(result: EvaluationResult) -> dict[str, Any]:
+def _event(step: int, result: EvaluationResult) -> Evaluated:
     from evaluation.registry import protocol
 
     ordered = protocol(result.protocol).metrics  # headline first, also in a result that comes from the store
-    return {
-        "protocol": result.protocol,
-        "data": result.data,
-        "metrics": {name: result.metrics[name] for name in ordered if name in result.metrics},
-        "key": result.key,
-        "seconds": result.seconds,
-        "cached": result.cached,
-    }
+    return Evaluated(
+        step=step,
+        protocol=result.protocol,
+        data=result.data,
+        metrics={name: result.metrics[name] for name in ordered if name in result.metrics},
+        key=result.key,
+        seconds=result.seconds,
+        cached=result.cached,
+    )
 
 
 def _recipe_of(checkpoint: Path) -> Recipe:
     from pretrain.config.load import load_recipe
 
-    path = checkpoint / "recipe.yaml"
+    path = checkpoint / RECIPE
     if not path.is_file():
-        raise RequestError(f"{checkpoint}: no recipe.yaml in it that names evaluation data; give --data NAME=DIRECTORY")
+        raise RequestError(f"{checkpoint}: no {RECIPE} in it that names evaluation data; give --data NAME=DIRECTORY")
     return load_recipe(path, check_files=False)
 
 

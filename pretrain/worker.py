@@ -1,8 +1,8 @@
 """The training loop. Ray starts it by default, torchrun can start it as well; it imports neither Ray nor MLflow.
 
 One step: take the rank's micro-batches from the stream, forward and backward through the objective, one optimizer step,
-the objective's after-step work. What the loop has to say goes to the run's journal (one JSON line per record, rank 0
-only); terminal, MLflow, evaluations and the report all read that file, so none of them can slow a step down.
+the objective's after-step work. What happens goes to the run's event log (one JSON line per event, rank 0 only);
+terminal, MLflow, evaluations and the report all read that file, so none of them can slow a step down.
 
     torchrun --nproc-per-node 2 -m pretrain.worker RECIPE [key=value ...] --run-dir DIR
 
@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,11 +26,13 @@ from objectives.base import Objective, Progress
 from pretrain.checkpoints import store
 from pretrain.config.schema import Recipe
 from pretrain.errors import RequestError
+from pretrain.record.events import CheckpointPublished, Event, Finished, Metrics, Start, Visualizations, Warned
 from pretrain.record.journal import Journal
+from pretrain.record.run_dir import RunDir
 from pretrain.training import state
 from pretrain.training.engine import Engine, init_distributed, pick_device
 from pretrain.training.guard import HealthCheck
-from pretrain.training.image_grid import write_pictures
+from pretrain.training.image_grid import write_image_grid
 from pretrain.training.inputs import SampleRecord, build_stream, num_corrupt, to_device
 from pretrain.training.model import build_objective
 from pretrain.training.schedules import learning_rate, weight_decay
@@ -40,14 +40,14 @@ from pretrain.training.throughput import StartupClock, Throughput, peak_memory_m
 
 __all__ = ["train"]
 
-Say = Callable[..., None]  # say(kind, **fields): one record of the journal
+Emit = Callable[[Event], None]
 
 
 def train(
     recipe: Recipe,
     run_dir: Path,
     *,
-    listener: Callable[[dict[str, Any]], None] | None = None,
+    listener: Emit | None = None,
     launched: float | None = None,
     placed: float | None = None,
 ) -> None:
@@ -56,8 +56,8 @@ def train(
     Args:
         recipe: Resolved recipe.
         run_dir: Directory of the run, the same on all ranks (shared storage when they are on several nodes).
-        listener: Gets each journal record on rank 0 as well.
-        launched: Unix time at which the user asked for the run; the start-up record counts from there.
+        listener: Gets each event on rank 0 as well.
+        launched: Unix time at which the user asked for the run; the start-up event counts from there.
         placed: Unix time at which this process was ready to import this module.
 
     Raises:
@@ -81,34 +81,35 @@ def train(
     found = state.newest(run_dir)
     begin = state.stream_state(found[1]) if found else StreamState(0, 0)
     stream = build_stream(recipe, objective, rank, begin, pin_memory=device.type == "cuda")
-    with Journal(run_dir / "journal.jsonl") if rank == 0 else nullcontext() as journal:
+    run = RunDir(run_dir)
+    with Journal(run.journal) if rank == 0 else nullcontext() as journal:
 
-        def say(kind: str, **fields: Any) -> None:
+        def emit(event: Event) -> None:
             if journal is not None:
-                journal.write(kind, **fields)
+                journal.write(event)
                 if listener is not None:
-                    listener({"time": time.time(), "kind": kind, **fields})
+                    listener(event)
 
-        _announce(recipe, objective, stream, device, found[0].step if found else 0, say)
+        _announce(recipe, objective, stream, device, found[0].step if found else 0, emit)
         if found:
-            say("resumed", **state.restore(*found, engine, stream))
+            emit(state.restore(*found, engine, stream))
         elif recipe.evaluation.baseline and not store.published(run_dir):
             path = state.take(run_dir, 0, engine, stream, recipe, training_state=False)
-            say("checkpoint", step=0, path=path.relative_to(run_dir))
-        run_steps(recipe, run_dir, engine, stream, found[0].step if found else 0, say, clock)
-        say("finished", step=recipe.train.steps)
+            emit(CheckpointPublished(step=0, path=run.relative(path)))
+        run_steps(recipe, run, engine, stream, found[0].step if found else 0, emit, clock)
+        emit(Finished(step=recipe.train.steps))
     dist.barrier()  # all ranks: nobody leaves while rank 0 still publishes
     dist.destroy_process_group()
 
 
 def run_steps(
-    recipe: Recipe, run_dir: Path, engine: Engine, stream: Stream, first_step: int, say: Say, clock: StartupClock
+    recipe: Recipe, run: RunDir, engine: Engine, stream: Stream, first_step: int, emit: Emit, clock: StartupClock
 ) -> None:
     """The steps from `first_step` to the last one."""
     total, accumulation = recipe.train.steps, recipe.train.accumulation or 1
     batches = iter(stream)
-    samples = SampleRecord(run_dir, is_wanted=recipe.data.record_samples)
-    throughput, health = Throughput(), HealthCheck(recipe.train, say)
+    samples = SampleRecord(run, is_wanted=recipe.data.record_samples)
+    throughput, health = Throughput(), HealthCheck(recipe.train, emit)
     for step in range(first_step, total):
         with throughput.waiting():
             loaded = [next(batches) for _ in range(accumulation)]
@@ -127,39 +128,49 @@ def run_steps(
 
         throughput.step_ended()
         if step == first_step:
-            say("startup", **clock.durations())
+            emit(clock.startup())
         if is_logged:
             values = result.mean_over_ranks()  # host sync: only on logged steps
             if recipe.data.max_corrupt_fraction:
                 values["corrupt_samples"] = num_corrupt(stream, engine.device)
             speed = throughput.report(recipe.train.global_batch_size)
             seen = {"samples_seen": done * recipe.train.global_batch_size, "memory_mb": peak_memory_mb(engine.device)}
-            say("metrics", step=done, values={**values, **rates, **speed, **seen})
+            emit(Metrics(step=done, values={**values, **rates, **speed, **seen}))
             health.observe(engine.objective.diagnose(values, progress), done)
         with throughput.paused():
             if _is_due(done, total, recipe.train.pictures_every):
                 pictures = engine.pictures(micro_batches[0])
                 if dist.get_rank() == 0:
-                    say("pictures", step=done, path=write_pictures(run_dir, done, pictures).relative_to(run_dir))
+                    write_image_grid(run.visualizations(done), pictures)
+                    emit(Visualizations(step=done, path=run.relative(run.visualizations(done))))
             if _is_due(done, total, recipe.train.checkpoint_every):
-                path = state.take(run_dir, done, engine, stream, recipe)
-                say("checkpoint", step=done, path=path.relative_to(run_dir))
+                path = state.take(run.path, done, engine, stream, recipe)
+                emit(CheckpointPublished(step=done, path=run.relative(path)))
     del batches  # ends the loader's processes
 
 
-def _announce(recipe: Recipe, objective: Objective, stream: Stream, device: torch.device, step: int, say: Say) -> None:
+def _announce(
+    recipe: Recipe, objective: Objective, stream: Stream, device: torch.device, step: int, emit: Emit
+) -> None:
     """Say what starts where, and what a user may not expect of these settings. A collective."""
     pids = [0] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())  # all ranks; rank 0 writes down which process is which rank
-    place = {"world_size": len(pids), "device": str(device), "pids": pids, "decoder": stream.decoder}
-    exact = stream.order_signature.get("exact", True)  # whether a resumed run sees what an unbroken one would
-    say("start", step=step, total_steps=recipe.train.steps, exact=exact, **place)
+    start = Start(
+        step=step,
+        total_steps=recipe.train.steps,
+        world_size=len(pids),
+        device=str(device),
+        exact=stream.order_signature.get("exact", True),
+        pids=tuple(pids),
+        decoder=stream.decoder,
+    )
+    emit(start)
     if objective.compares_images and (recipe.train.accumulation or 1) > 1:
         text = (
             f"{recipe.objective.name} compares the images of a micro-batch: {recipe.train.accumulation} of them "
             "are not what one large one is; train.accumulation=1 is"
         )
-        say("warning", step=step, about="accumulation", text=text)
+        emit(Warned(step=step, about="accumulation", text=text))
 
 
 def _is_due(done: int, total: int, every: int | None) -> bool:
@@ -167,7 +178,7 @@ def _is_due(done: int, total: int, every: int | None) -> bool:
 
 
 def main() -> None:
-    """Entry point for torchrun: no Ray, no evaluations; checkpoints, journal and terminal lines as always."""
+    """Entry point for torchrun: no Ray, no evaluations; checkpoints, event log and terminal lines as always."""
     import argparse
 
     from pretrain.config.load import load_recipe
@@ -184,9 +195,9 @@ def main() -> None:
         print("\n".join(f"error: {mistake}" for mistake in error.mistakes), file=sys.stderr)
         raise SystemExit(2) from None
 
-    def listener(record: dict[str, Any]) -> None:
-        terminal.show(record)
-        if record["kind"] == "checkpoint":
+    def listener(event: Event) -> None:
+        terminal.show(event)
+        if isinstance(event, CheckpointPublished):
             store.prune(arguments.run_dir, keep_last=recipe.train.keep_last)
 
     with Terminal(recipe) as terminal:

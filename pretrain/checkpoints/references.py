@@ -13,25 +13,26 @@ Not here: registering checkpoints and moving aliases (`pretrain.tracking.sync`).
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
-from pretrain.checkpoints.store import MANIFEST, CheckpointError, published, read_manifest
-from pretrain.errors import RequestError, RunFailed
-from pretrain.record.journal import read_journal
-from pretrain.tracking.client import EXPORTED_FILES, connect, default_uri, redact, verdict
+from pretrain.checkpoints.store import CheckpointError, published, read_manifest
+from pretrain.errors import RequestError, RunFailed, listed, nearest
+from pretrain.record.events import Evaluated
+from pretrain.record.journal import read_events
+from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RunDir, runs_in
+from pretrain.tracking.client import connect, default_uri, redact, verdict
 from pretrain.tracking.cursor import Ledger
 
 if TYPE_CHECKING:
@@ -145,17 +146,18 @@ def load_backbone(reference: str | Path, *, storage: Path = Path("runs"), tracki
 
 def best_step(run_dir: Path) -> int | None:
     """The published step with the highest score by the recipe's `evaluation.select`; None if there is none yet."""
-    select = yaml.safe_load((run_dir / "recipe.yaml").read_text())["evaluation"]["select"]
+    run = RunDir(run_dir)
+    select = yaml.safe_load(run.recipe.read_text())["evaluation"]["select"]
     if select is None:
         return None
     protocol_data, _, metric = select.rpartition("/")
     on_disk = {found.step for found in published(run_dir)}
     scores: dict[int, float] = {}
-    for record in read_journal(run_dir / "evaluations.jsonl")[0]:
-        if f"{record['protocol']}/{record['data']}" == protocol_data and record["step"] in on_disk - {0}:
-            score = record.get("metrics", {}).get(metric, math.nan)
+    for event in read_events(run.evaluations)[0]:
+        if isinstance(event, Evaluated) and event.task == protocol_data and event.step in on_disk - {0}:
+            score = event.metrics.get(metric, math.nan)
             if math.isfinite(score):
-                scores[record["step"]] = score
+                scores[event.step] = score
     return max(scores, key=lambda step: (scores[step], -step)) if scores else None
 
 
@@ -303,20 +305,20 @@ def _of_run(reference: str, storage: Path, tracking_uri: str | None) -> Path:
             f"{reference!r}: expected runs:/RUN_ID, runs:/RUN_ID/STEP, runs:/RUN_ID/best or runs:/RUN_ID/last"
         )
     run_id, step = match["run"], match["step"] or "last"
-    run_dirs = {path.parent.name: path.parent for path in storage.glob("*/recipe.yaml")}
-    run_dir = run_dirs.get(run_id) or _with_mlflow_id(run_id, run_dirs.values())
-    if run_dir is not None:
-        return _step_of(run_dir, step)
+    runs = {run.run_id: run for run in runs_in(storage)}
+    run = runs.get(run_id) or _with_mlflow_id(run_id, runs.values())
+    if run is not None:
+        return _step_of(run.path, step)
     if MLFLOW_RUN_ID.fullmatch(run_id):
         return _registered_by(run_id, step, tracking_uri or default_uri(storage))
-    raise RequestError(f"no run {run_id!r} in {storage}{_suggest(run_id, sorted(run_dirs))}")
+    raise RequestError(f"no run {run_id!r} in {storage}{_suggest(run_id, runs)}")
 
 
-def _with_mlflow_id(mlflow_run_id: str, run_dirs: Iterable[Path]) -> Path | None:
-    for run_dir in run_dirs:
-        ledger = Ledger.load(run_dir / "mlflow.json")
+def _with_mlflow_id(mlflow_run_id: str, runs: Iterable[RunDir]) -> RunDir | None:
+    for run in runs:
+        ledger = Ledger.load(run.cursor)
         if ledger is not None and ledger.mlflow_run_id == mlflow_run_id:
-            return run_dir
+            return run
     return None
 
 
@@ -326,11 +328,11 @@ def _step_of(run_dir: Path, step: str) -> Path:
         raise RequestError(f"{run_dir}: this run has published no checkpoint")
     if step == "best":
         if (best := best_step(run_dir)) is None:
-            raise RequestError(f"{run_dir}: no checkpoint was scored by evaluation.select; steps: {_listed(paths)}")
+            raise RequestError(f"{run_dir}: no checkpoint was scored by evaluation.select; steps: {listed(paths)}")
         return paths[best]
     number = max(paths) if step == "last" else int(step)
     if number not in paths:
-        raise RequestError(f"{run_dir}: no checkpoint of step {number}; there are: {_listed(paths)}")
+        raise RequestError(f"{run_dir}: no checkpoint of step {number}; there are: {listed(paths)}")
     return paths[number]
 
 
@@ -350,7 +352,7 @@ def _registered_by(mlflow_run_id: str, step: str, uri: str) -> Path:
         number = max(found, default=None) if step == "last" else int(step)
     if number is None or number not in found:
         raise RequestError(
-            f"MLflow run {mlflow_run_id}: no registered checkpoint of step {step}; there are: {_listed(sorted(found))}"
+            f"MLflow run {mlflow_run_id}: no registered checkpoint of step {step}; there are: {listed(sorted(found))}"
         )
     return _cached(found[number], uri)
 
@@ -392,11 +394,4 @@ def _sha256(path: Path) -> str:
 
 def _suggest(name: str, known: Iterable[str]) -> str:
     known = list(known)
-    if near := difflib.get_close_matches(name, known, n=1):
-        return f"; did you mean {near[0]!r}? there are: {_listed(known)}"
-    return f"; there are: {_listed(known)}"
-
-
-def _listed(items: Iterable[Any], limit: int = 20) -> str:
-    texts: Sequence[str] = [str(item) for item in items]
-    return (", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")) or "none"
+    return f"{nearest(name, known) or ';'} there are: {listed(known)}"

@@ -25,10 +25,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pretrain import __version__
+from pretrain.record.run_dir import MANIFEST
+from pretrain.version import __version__
 
 __all__ = [
-    "MANIFEST",
     "CheckpointError",
     "checkpoint_path",
     "latest",
@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 FORMAT = 1
-MANIFEST = "checkpoint.json"
 TRAINING_STATE = "training_state"
 REMEDY = "delete this checkpoint to resume from the one before"
 _NAME = re.compile(r"step-(\d{8})")

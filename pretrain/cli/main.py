@@ -17,7 +17,8 @@ import click
 
 from pretrain import __version__
 from pretrain.cli.data import data
-from pretrain.errors import RequestError, RunFailed
+from pretrain.errors import RequestError, RunFailed, nearest
+from pretrain.record.run_dir import BACKBONE, find_run
 
 __all__ = ["cli", "main"]
 
@@ -60,7 +61,7 @@ def resume(run_id: str, settings: tuple[str, ...], storage: str) -> None:
     """Go on with a run from its last complete checkpoint, on other workers if you say so (train.workers=1)."""
     from pretrain.config.load import load_for_resume
 
-    load_for_resume(_run_directory(run_id, storage) / "recipe.yaml", settings)  # refused before anything heavy starts
+    load_for_resume(find_run(run_id, Path(storage)).recipe, settings)  # refused before anything heavy starts
     from pretrain.driver import resume
 
     resume(run_id, storage, settings)
@@ -125,10 +126,10 @@ def pull(name: str, dest: str | None, full: bool, storage: str) -> None:
 @_storage
 def report(run_id: str, storage: str) -> None:
     """Write the report of a run: one self-contained HTML page."""
-    directory = _run_directory(run_id, storage)
+    run_dir = find_run(run_id, Path(storage))
     from pretrain.reporting.page import write_report
 
-    click.echo(write_report(directory))
+    click.echo(write_report(run_dir.path))
 
 
 @cli.command()
@@ -197,22 +198,6 @@ def _save_traceback() -> str:
     return file.name
 
 
-def _run_directory(run_id: str, storage: str) -> Path:
-    """The directory of an existing run.
-
-    Raises:
-        RequestError: there is none.
-    """
-    from pretrain.config.mistakes import nearest
-
-    directory = Path(storage) / run_id
-    if not (directory / "recipe.yaml").is_file():
-        known = sorted(path.parent.name for path in Path(storage).glob("*/recipe.yaml"))
-        hint = nearest(run_id, known) or (f"; the newest are {', '.join(known[-3:])}" if known else "; it holds none")
-        raise RequestError(f"run {run_id}: not in {Path(storage).absolute()}{hint}")
-    return directory
-
-
 def _check_evaluation(checkpoint: str, protocols: Sequence[str], data: Sequence[str]) -> dict[str, str]:
     """Refuse what can be known to be wrong without loading anything; returns the data directories by name."""
     from pretrain.config.checks import absolute, evaluation_data_problem, nearest_file
@@ -220,8 +205,8 @@ def _check_evaluation(checkpoint: str, protocols: Sequence[str], data: Sequence[
     mistakes = []
     path = Path(checkpoint)
     registered = ":/" in checkpoint or "@" in checkpoint
-    if not registered and not (path / "backbone.safetensors").is_file():
-        why = "no backbone.safetensors in it" if path.is_dir() else f"no such directory{nearest_file(path)}"
+    if not registered and not (path / BACKBONE).is_file():
+        why = f"no {BACKBONE} in it" if path.is_dir() else f"no such directory{nearest_file(path)}"
         forms = "a checkpoint directory, runs:/ID[/step] or models:/NAME@ALIAS"
         mistakes.append(f"checkpoint {checkpoint}: {why}; expected {forms}")
     try:
@@ -244,7 +229,6 @@ def _check_evaluation(checkpoint: str, protocols: Sequence[str], data: Sequence[
 
 def _check_protocols(names: Iterable[str]) -> None:
     from evaluation import registry
-    from pretrain.config.mistakes import nearest
 
     known = registry.names()
     unknown = [name for name in names if name not in known]
@@ -254,7 +238,6 @@ def _check_protocols(names: Iterable[str]) -> None:
 
 
 def _check_filter(option: str, name: str | None, known: set[str]) -> None:
-    from pretrain.config.mistakes import nearest
 
     if name is not None and known and name not in known:
         listing = ", ".join(sorted(known))

@@ -20,9 +20,10 @@ from data_pipelines.errors import DataError
 from data_pipelines.shards.source import check_source
 from data_pipelines.storage.locations import redact, scheme_of
 from evaluation import registry as evaluations
-from pretrain.config.mistakes import Findings, nearest
+from pretrain.config.mistakes import Findings
 from pretrain.config.optimizer_facts import WHOLE_PARAMETER
 from pretrain.config.schema import BackboneConfig, DataConfig, EvaluationConfig, Recipe, TrainConfig
+from pretrain.errors import nearest
 
 __all__ = ["evaluation_data_problem", "nearest_file", "resolve"]
 

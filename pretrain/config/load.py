@@ -20,7 +20,7 @@ from yaml import YAMLError
 from objectives import registry as objectives
 from pretrain.config import checks as rules
 from pretrain.config.fields import Setting, declared_settings, template
-from pretrain.config.mistakes import COMMAND_LINE, Findings, nearest, shown
+from pretrain.config.mistakes import COMMAND_LINE, Findings, shown
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import (
     REQUIRED,
@@ -35,7 +35,7 @@ from pretrain.config.schema import (
     TrainConfig,
 )
 from pretrain.config.stages import FIXED, STAGE_KEYS, Plan, in_order
-from pretrain.errors import RequestError
+from pretrain.errors import RequestError, nearest
 
 __all__ = [
     "BackboneConfig",

@@ -5,25 +5,13 @@ Each line reads `ORIGIN: KEY=VALUE: what is wrong; what is allowed`. Nothing her
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 from pretrain.errors import RequestError
 
-__all__ = ["COMMAND_LINE", "Findings", "nearest"]
+__all__ = ["COMMAND_LINE", "Findings", "shown"]
 
 COMMAND_LINE = "command line"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'X'?` for the known name closest to `name`, or an empty text when none is close."""
-    candidates = list(known)
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    if not close:
-        last = name.rsplit(".", 1)[-1]
-        close = [key for key in candidates if key.rsplit(".", 1)[-1] == last][:1]
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def shown(value: Any) -> str:

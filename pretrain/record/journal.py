@@ -1,4 +1,6 @@
-"""The journal of a run: an append-only file of JSON lines, the only thing the training loop writes besides checkpoints.
+"""The event log of a run: an append-only file of JSON lines, one event each.
+
+It is the only thing that the training loop writes besides checkpoints.
 
 Whoever wants to know how a run is doing (terminal, tracking server, report) tails this file, so nothing that reads
 can slow down or stop what writes. One `os.write` per record: a killed process loses nothing that was written, a power
@@ -7,8 +9,8 @@ cut may.
 Every line is strict JSON. Non-finite floats, which JSON cannot express and which are the first thing anyone looks for
 in a diverged run, are written as `{"$float": "nan" | "inf" | "-inf"}` and restored by the readers.
 
-Not here: what the records mean to a tracking server (`pretrain.tracking.sync`) or to the report
-(`pretrain.reporting.page`).
+Not here: the events (`pretrain.record.events`), what they mean to a tracking server (`pretrain.tracking.sync`) or to
+the report (`pretrain.reporting.page`).
 """
 
 from __future__ import annotations
@@ -17,26 +19,27 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Journal", "Line", "read_journal", "read_lines"]
+from pretrain.record.events import DamagedEvent, Event, from_json
+
+__all__ = ["Journal", "Line", "read_events", "read_lines"]
 
 log = logging.getLogger(__name__)
 
 
 class Journal:
-    """Appends records to a file; a full or failing disk costs records, never the training run.
+    """Appends events to a file; a full or failing disk costs events, never the training run.
 
     Args:
         path: The file; it and its directory are made if missing.
 
     Attributes:
-        lost: Records that could not be written so far.
+        lost: Events that could not be written so far.
 
     Raises:
         OSError: The file cannot be opened (only here; `write` reports a failing disk once and goes on).
@@ -51,12 +54,12 @@ class Journal:
         # A line torn by a kill must not swallow the next record: close it off with a newline first.
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
 
-    def write(self, kind: str, **fields: Any) -> None:
-        """Append one record `{"time": unix seconds, "kind": kind, **fields}`.
+    def write(self, event: Event) -> None:
+        """Append one event.
 
-        Values may be anything JSON knows, paths, and scalars with `.item()` (NumPy; torch: a device sync).
+        Its values may be anything JSON knows, paths, and scalars with `.item()` (NumPy; torch: a device sync).
         """
-        line = json.dumps(_plain({"time": time.time(), "kind": kind, **fields}), allow_nan=False) + "\n"
+        line = json.dumps(_plain(event.to_json()), allow_nan=False) + "\n"
         data = line.encode()
         if self._torn:
             data = b"\n" + data
@@ -75,7 +78,7 @@ class Journal:
             os.close(self._fd)
             self._fd = -1
             if self.lost:
-                log.warning("%s: %d records were lost in all", self.path, self.lost)
+                log.warning("%s: %d events were lost in all", self.path, self.lost)
 
     def __enter__(self) -> Journal:
         return self
@@ -87,23 +90,35 @@ class Journal:
 
     def _lose(self, error: OSError) -> None:
         if self.lost == 0:
-            log.warning("%s: cannot write (%s); training goes on, records are lost meanwhile", self.path, error)
+            log.warning("%s: cannot write (%s); training goes on, events are lost meanwhile", self.path, error)
         self.lost += 1
 
 
 @dataclass(frozen=True)
 class Line:
-    """One complete line of a journal.
+    """One complete line.
 
     Attributes:
-        record: What it says; None when it is not a JSON object (a line torn by a kill or a full disk).
         raw: Its bytes without the newline.
         end: Offset of the byte after it, in bytes from the beginning of the file.
     """
 
-    record: dict[str, Any] | None
     raw: bytes
     end: int
+
+    def event(self) -> Event | None:
+        """What it tells; None when that is of a kind that this version does not know.
+
+        Raises:
+            DamagedEvent: It is not a JSON object (a line torn by a kill or a full disk), or not a whole event.
+        """
+        try:
+            record = json.loads(self.raw, object_hook=_restore)
+        except (ValueError, TypeError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise DamagedEvent("not a JSON object")
+        return from_json(record)
 
 
 def read_lines(path: str | os.PathLike[str], offset: int = 0, limit: int | None = None) -> Iterator[Line]:
@@ -122,27 +137,25 @@ def read_lines(path: str | os.PathLike[str], offset: int = 0, limit: int | None 
             end += len(raw)
             if raw.strip():
                 count += 1
-                yield Line(_record(raw), raw.rstrip(b"\n"), end)
+                yield Line(raw.rstrip(b"\n"), end)
 
 
-def read_journal(path: str | os.PathLike[str], offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The records from `offset` on, and the offset to continue from. Damaged lines are skipped with a warning."""
-    records: list[dict[str, Any]] = []
+def read_events(path: str | os.PathLike[str], offset: int = 0) -> tuple[list[Event], int]:
+    """The events from `offset` on, and the offset to continue from.
+
+    Events of kinds that this version does not know are passed over; damaged lines are skipped with a warning.
+    """
+    events: list[Event] = []
     for line in read_lines(path, offset):
         offset = line.end
-        if line.record is None:
-            log.warning("%s: skipped a damaged line that ends at byte %d", path, line.end)
-        else:
-            records.append(line.record)
-    return records, offset
-
-
-def _record(raw: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(raw, object_hook=_restore)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+        try:
+            event = line.event()
+        except DamagedEvent as error:
+            log.warning("%s: skipped a damaged line that ends at byte %d (%s)", path, line.end, error)
+            continue
+        if event is not None:
+            events.append(event)
+    return events, offset
 
 
 def _plain(value: Any) -> Any:
@@ -159,7 +172,7 @@ def _plain(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, "item"):
         return _plain(value.item())
-    raise TypeError(f"a journal record cannot hold a {type(value).__name__}: {value!r}")
+    raise TypeError(f"an event cannot hold a {type(value).__name__}: {value!r}")
 
 
 def _restore(item: dict[str, Any]) -> Any:

@@ -9,12 +9,11 @@ Not here: comparing runs (`pretrain leaderboard`), the curves of a live run (MLf
 from __future__ import annotations
 
 import base64
-import json
 import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,14 +21,27 @@ from typing import Any
 import yaml
 
 from pretrain.checkpoints.references import best_step
-from pretrain.checkpoints.store import published
+from pretrain.checkpoints.store import CheckpointError, published, read_manifest
 from pretrain.errors import RequestError
-from pretrain.record.journal import read_journal
+from pretrain.record.events import (
+    Evaluated,
+    EvaluationFailed,
+    Event,
+    Failed,
+    Finished,
+    Metrics,
+    Resumed,
+    Start,
+    Visualizations,
+    Warned,
+)
+from pretrain.record.journal import read_events
+from pretrain.record.run_dir import RECIPE, RunDir
 
 __all__ = ["write_report"]
 
-TEMPLATES = Path(__file__).parent / "templates"
-MAX_PICTURES = 6
+TEMPLATES, TEMPLATE = Path(__file__).parent / "templates", "page.html"
+MAX_IMAGES = 6
 CI_SUFFIXES = ("_ci_low", "_ci_high")
 
 
@@ -53,50 +65,50 @@ class Task:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` and return its path.
+    """Write the page into the run directory and return its path.
 
     Raises:
         RequestError: The directory is not a run.
     """
     import jinja2
 
-    run_dir = Path(run_dir)
-    if not (run_dir / "recipe.yaml").is_file():
-        raise RequestError(f"{run_dir}: not a run directory; expected runs/RUN_ID with recipe.yaml in it")
+    run = RunDir(Path(run_dir))
+    if not run.is_run:
+        raise RequestError(f"{run.path}: not a run directory; expected runs/RUN_ID with {RECIPE} in it")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters["percent"] = _percent
-    page = environment.get_template("report.html").render(_contents(run_dir))
-    aside = run_dir / ".report.html.tmp"
+    page = environment.get_template(TEMPLATE).render(_contents(run))
+    aside = run.report.with_suffix(".partial")
     aside.write_text(page, encoding="utf-8")
-    os.replace(aside, run_dir / "report.html")
-    return run_dir / "report.html"
+    os.replace(aside, run.report)
+    return run.report
 
 
-def _contents(run_dir: Path) -> dict[str, Any]:
-    recipe_yaml = (run_dir / "recipe.yaml").read_text(encoding="utf-8")
+def _contents(run: RunDir) -> dict[str, Any]:
+    recipe_yaml = run.recipe.read_text(encoding="utf-8")
     recipe = yaml.safe_load(recipe_yaml)
-    journal, _ = read_journal(run_dir / "journal.jsonl")
-    evaluations, _ = read_journal(run_dir / "evaluations.jsonl")
-    training = _by_step(journal)
+    events, _ = read_events(run.journal)
+    evaluations, _ = read_events(run.evaluations)
+    training = _by_step(events)
     tasks = _tasks(evaluations)
     return {
-        "run_id": run_dir.name,
+        "run_id": run.run_id,
         "recipe": recipe,
         "recipe_yaml": recipe_yaml,
-        "status": _status(journal),
-        "error": next((str(r["error"]) for r in reversed(journal) if r["kind"] == "failed"), ""),
-        "facts": _facts(recipe, journal, training),
+        "status": _status(events),
+        "error": next((event.error for event in reversed(events) if isinstance(event, Failed)), ""),
+        "facts": _facts(recipe, events, training),
         "tiles": _tiles(training, tasks),
         "diverged": next((s for s, v in training.items() if not math.isfinite(v.get("loss", 0.0))), None),
         "training_charts": _training_charts(training),
         "score_charts": _score_charts(tasks),
         "tasks": tasks,
-        "rows": _rows(run_dir, tasks),
+        "rows": _rows(run, tasks),
         "details": _details(evaluations),
-        "pictures": _pictures(run_dir, journal),
-        "versions": _versions(run_dir),
+        "visualizations": _visualizations(run, events),
+        "versions": _versions(run),
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
@@ -104,27 +116,24 @@ def _contents(run_dir: Path) -> dict[str, Any]:
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def _by_step(journal: Iterable[dict[str, Any]]) -> dict[int, dict[str, float]]:
+def _by_step(events: Iterable[Event]) -> dict[int, Mapping[str, float]]:
     """Step -> metrics in order of steps; of a step that was repeated after a restart, the last time counts."""
-    found: dict[int, dict[str, float]] = {}
-    for record in journal:
-        if record["kind"] == "metrics":
-            found[record["step"]] = record["values"]
-    return dict(sorted(found.items()))
+    return dict(sorted({event.step: event.values for event in events if isinstance(event, Metrics)}.items()))
 
 
-def _tasks(evaluations: Iterable[dict[str, Any]]) -> list[Task]:
+def _tasks(evaluations: Iterable[Event]) -> list[Task]:
     tasks: dict[str, Task] = {}
-    for record in evaluations:
-        name, step = f"{record['protocol']}/{record['data']}", record["step"]
-        if "metrics" not in record:
-            known = tasks.get(name, Task(name, "", {}, {}))
-            tasks[name] = Task(name, known.metric, known.scores, {**known.errors, step: str(record.get("error"))})
-            continue
-        known = tasks.get(name, Task(name, "", {}, {}))
-        metric = known.metric or next(iter(record["metrics"]))
-        errors = {failed: text for failed, text in known.errors.items() if failed != step}  # it worked in the end
-        tasks[name] = Task(name, metric, {**known.scores, step: _score(record["metrics"], metric)}, errors)
+    for event in evaluations:
+        match event:
+            case EvaluationFailed():
+                known = tasks.get(event.task, Task(event.task, "", {}, {}))
+                tasks[event.task] = replace(known, errors={**known.errors, event.step: event.error})
+            case Evaluated():
+                known = tasks.get(event.task, Task(event.task, "", {}, {}))
+                metric = known.metric or next(iter(event.metrics), "")
+                scores = {**known.scores, event.step: _score(event.metrics, metric)}
+                errors = {step: text for step, text in known.errors.items() if step != event.step}  # repaired later
+                tasks[event.task] = Task(event.task, metric, scores, errors)
     return list(tasks.values())
 
 
@@ -133,26 +142,28 @@ def _score(metrics: Mapping[str, float], metric: str) -> Score:
     return Score(metrics.get(metric, math.nan), low, high)
 
 
-def _status(journal: Sequence[dict[str, Any]]) -> str:
-    ends = [r["kind"] for r in journal if r["kind"] in ("start", "resumed", "finished", "failed")]
-    return ends[-1] if ends and ends[-1] in ("finished", "failed") else "not finished"
+def _status(events: Sequence[Event]) -> str:
+    ends = [event for event in events if isinstance(event, Start | Resumed | Finished | Failed)]
+    return ends[-1].kind if ends and isinstance(ends[-1], Finished | Failed) else "not finished"
 
 
-def _versions(run_dir: Path) -> dict[str, str]:
+def _versions(run: RunDir) -> dict[str, str]:
     """Library versions, as the newest checkpoint recorded them."""
-    checkpoints = published(run_dir)
+    checkpoints = published(run.path)
     if not checkpoints:
         return {}
-    versions: dict[str, str] = json.loads((checkpoints[-1].path / "checkpoint.json").read_text())["versions"]
-    return versions
+    try:
+        return dict(read_manifest(checkpoints[-1].path)["versions"])
+    except (CheckpointError, KeyError):  # a damaged checkpoint is refused by whoever uses it; the page does without
+        return {}
 
 
-def _pictures(run_dir: Path, journal: Iterable[dict[str, Any]]) -> list[tuple[int, str]]:
-    """(step, PNG data URI) of the first, the last and some pictures between."""
-    paths = {r["step"]: run_dir / r["path"] for r in journal if r["kind"] == "pictures"}
+def _visualizations(run: RunDir, events: Iterable[Event]) -> list[tuple[int, str]]:
+    """(step, PNG data URI) of the first, the last and some images between."""
+    paths = {event.step: run.path / event.path for event in events if isinstance(event, Visualizations)}
     steps = [step for step in sorted(paths) if paths[step].is_file()]
-    if len(steps) > MAX_PICTURES:
-        steps = [steps[round(i * (len(steps) - 1) / (MAX_PICTURES - 1))] for i in range(MAX_PICTURES)]
+    if len(steps) > MAX_IMAGES:
+        steps = [steps[round(i * (len(steps) - 1) / (MAX_IMAGES - 1))] for i in range(MAX_IMAGES)]
     return [(s, f"data:image/png;base64,{base64.b64encode(paths[s].read_bytes()).decode()}") for s in steps]
 
 
@@ -160,7 +171,7 @@ def _pictures(run_dir: Path, journal: Iterable[dict[str, Any]]) -> list[tuple[in
 
 
 def _facts(
-    recipe: dict[str, Any], journal: Sequence[dict[str, Any]], training: Mapping[int, Mapping[str, float]]
+    recipe: dict[str, Any], events: Sequence[Event], training: Mapping[int, Mapping[str, float]]
 ) -> list[tuple[str, str]]:
     """What the run is, for the head of the page."""
     train = recipe["train"]
@@ -169,17 +180,18 @@ def _facts(
         ("backbone", str(recipe["backbone"]["name"])),
         ("data", recipe["data"]["train"] or ", ".join(part["name"] for part in recipe["data"]["mixture"])),
         ("steps", f"{max(training, default=0)} of {train['steps']}"),
-        ("batch", f"{train['global_batch_size']} images, {train['workers']} workers, ZeRO {train['zero_stage']}"),
+        ("batch", f"{train['global_batch_size']} samples, {train['workers']} workers, ZeRO {train['zero_stage']}"),
         ("precision", str(train["precision"])),
         ("seed", str(train["seed"])),
     ]
-    if journal:
-        began, ended = journal[0]["time"], journal[-1]["time"]
+    if events:
+        began, ended = events[0].time, events[-1].time
         facts.append(("started", time.strftime("%Y-%m-%d %H:%M", time.localtime(began))))
         facts.append(("wall time", _duration(ended - began)))
-    if resumed := sum(record["kind"] == "resumed" for record in journal):
+    if resumed := sum(isinstance(event, Resumed) for event in events):
         facts.append(("resumed", f"{resumed} x"))
-    facts += [("warning", f"step {r['step']}: {r['text']}") for r in journal if r["kind"] == "warning"][-8:]
+    warnings = [event for event in events if isinstance(event, Warned)]
+    facts += [("warning", f"step {warning.step}: {warning.text}") for warning in warnings[-8:]]
     return facts
 
 
@@ -196,9 +208,9 @@ def _tiles(training: Mapping[int, Mapping[str, float]], tasks: Sequence[Task]) -
         last, floor = trained[max(trained)].value, task.scores.get(0)
         remark = f"{(last - floor.value) * 100:+.1f} points over random" if floor else f"step {max(trained)}"
         tiles.append((f"{task.name} {task.metric}", _percent(last), remark))
-    rates = [values["images_per_s"] for values in training.values() if "images_per_s" in values]
+    rates = [values["samples_per_s"] for values in training.values() if "samples_per_s" in values]
     if rates:
-        tiles.append(("images/s", f"{median(rates):.0f}", "median"))
+        tiles.append(("samples/s", f"{median(rates):.0f}", "median"))
     return tiles
 
 
@@ -206,7 +218,12 @@ def _training_charts(training: Mapping[int, Mapping[str, float]]) -> list[tuple[
     """(title, image) of the training metrics worth a look; the rest is in MLflow."""
     from pretrain.reporting.charts import Curve, line_chart
 
-    titles = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm", "images_per_s": "Images per second"}
+    titles = {
+        "loss": "Loss",
+        "lr": "Learning rate",
+        "grad_norm": "Gradient norm",
+        "samples_per_s": "Samples per second",
+    }
     charts = []
     for name, title in titles.items():
         steps = [step for step, values in training.items() if name in values]
@@ -236,13 +253,13 @@ def _score_charts(tasks: Iterable[Task]) -> list[tuple[str, str]]:
     return charts
 
 
-def _rows(run_dir: Path, tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """One row per checkpoint that was published or graded: step, remarks, and a score, an error or None per task."""
-    on_disk = {found.step for found in published(run_dir)}
-    graded = {step for task in tasks for step in (*task.scores, *task.errors)}
-    best = best_step(run_dir)
+def _rows(run: RunDir, tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """One row per checkpoint that was published or evaluated: step, remarks, and a score, an error or None per task."""
+    on_disk = {found.step for found in published(run.path)}
+    evaluated = {step for task in tasks for step in (*task.scores, *task.errors)}
+    best = best_step(run.path)
     rows = []
-    for step in sorted(on_disk | graded):
+    for step in sorted(on_disk | evaluated):
         remarks = ["random backbone"] if step == 0 else []
         remarks += ["best"] if step == best else []
         remarks += ["deleted"] if step not in on_disk else []
@@ -251,12 +268,13 @@ def _rows(run_dir: Path, tasks: Sequence[Task]) -> list[dict[str, Any]]:
     return rows
 
 
-def _details(evaluations: Iterable[dict[str, Any]]) -> list[tuple[int, str, str, str]]:
+def _details(evaluations: Iterable[Event]) -> list[tuple[int, str, str, str]]:
     """(step, task, metric, value) of everything that was measured, intervals aside."""
+    evaluated = [event for event in evaluations if isinstance(event, Evaluated)]
     return [
-        (record["step"], f"{record['protocol']}/{record['data']}", name, _percent(value))
-        for record in sorted(evaluations, key=lambda record: record["step"])
-        for name, value in record.get("metrics", {}).items()
+        (event.step, event.task, name, _percent(value))
+        for event in sorted(evaluated, key=lambda event: event.step)
+        for name, value in event.metrics.items()
         if not name.endswith(CI_SUFFIXES)
     ]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pretrain.config.schema import Recipe
+from pretrain.record.events import Evaluated, Event, Metrics
 
 __all__ = ["print_summary"]
 
@@ -19,8 +19,8 @@ def print_summary(
     console: Console,
     recipe: Recipe,
     run_dir: Path,
-    records: Sequence[dict[str, Any]],
-    evaluations: Sequence[dict[str, Any]],
+    events: Sequence[Event],
+    evaluations: Sequence[Evaluated],
     report: Path,
 ) -> None:
     """Print what a run achieved.
@@ -29,11 +29,11 @@ def print_summary(
         console: Where to.
         recipe: Its recipe.
         run_dir: Its directory.
-        records: Its journal.
-        evaluations: Records with `metrics` of `evaluations.jsonl`.
+        events: What happened to it.
+        evaluations: The scores of its checkpoints.
         report: The HTML page.
     """
-    metrics = [record for record in records if record["kind"] == "metrics"]
+    metrics = [event for event in events if isinstance(event, Metrics)]
     table = Table(title=run_dir.name, title_justify="left")
     for column in ("", "random", "first", "last"):
         table.add_column(column, justify="left" if not column else "right")
@@ -42,14 +42,14 @@ def print_summary(
         table.add_row(
             "loss",
             "",
-            f"{first['values']['loss']:.4f} (step {first['step']})",
-            f"{last['values']['loss']:.4f} (step {last['step']})",
+            f"{first.values['loss']:.4f} (step {first.step})",
+            f"{last.values['loss']:.4f} (step {last.step})",
         )
     for task in recipe.evaluation.tasks:
         table.add_row(*_score_row(task.protocol, task.data, evaluations))
     if metrics:
-        rates = [record["values"]["images_per_s"] for record in metrics]
-        table.add_row("images/s", "", "", f"{median(rates):.0f}")
+        rates = [event.values["samples_per_s"] for event in metrics]
+        table.add_row("samples/s", "", "", f"{median(rates):.0f}")
     console.print(table)
     name = recipe.tracking.model_name or recipe.name
     storage = Path(recipe.storage)
@@ -61,23 +61,22 @@ def print_summary(
     console.print(f"            mlflow ui --backend-store-uri {_uri(storage)}", markup=False)
 
 
-def _score_row(protocol: str, data: str, evaluations: Sequence[dict[str, Any]]) -> tuple[str, str, str, str]:
-    """Headline metric of the random backbone, the first and the last graded checkpoint."""
-    found = sorted(
-        (r for r in evaluations if (r["protocol"], r["data"]) == (protocol, data)), key=lambda record: record["step"]
-    )
-    trained = [record for record in found if record["step"] > 0]
+def _score_row(protocol: str, data: str, evaluations: Sequence[Evaluated]) -> tuple[str, str, str, str]:
+    """Headline metric of the random backbone, the first and the last evaluated checkpoint."""
+    task = f"{protocol}/{data}"
+    found = sorted((event for event in evaluations if event.task == task), key=lambda event: event.step)
+    trained = [event for event in found if event.step > 0]
     if not found:
-        return f"{protocol}/{data}", "failed", "", ""
-    headline = next(iter(found[0]["metrics"]))
+        return task, "failed", "", ""
+    headline = next(iter(found[0].metrics))
 
-    def cell(record: dict[str, Any], *, with_step: bool) -> str:
-        score = f"{record['metrics'][headline]:.1%}"
-        return f"{score} (step {record['step']})" if with_step else score
+    def cell(event: Evaluated, *, with_step: bool) -> str:
+        score = f"{event.metrics[headline]:.1%}"
+        return f"{score} (step {event.step})" if with_step else score
 
-    random = cell(found[0], with_step=False) if found[0]["step"] == 0 else ""
+    random = cell(found[0], with_step=False) if found[0].step == 0 else ""
     ends = (cell(trained[0], with_step=True), cell(trained[-1], with_step=True)) if trained else ("", "")
-    return f"{protocol}/{data} {headline}", random, *ends
+    return f"{task} {headline}", random, *ends
 
 
 def _uri(storage: Path) -> str:

@@ -1,26 +1,35 @@
 """What a person sees while a run is on: a live bar on a terminal, plain lines anywhere else.
 
-Shows journal records and nothing else; whoever reads the journal (the driver, or rank 0 under torchrun) calls `show`.
+Shows events and nothing else; whoever sees them (the driver, or rank 0 under torchrun) calls `show`.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from pretrain.config.schema import Recipe
+from pretrain.record.events import (
+    CheckpointPublished,
+    Evaluated,
+    EvaluationFailed,
+    Event,
+    Metrics,
+    Resumed,
+    Start,
+    Startup,
+    Warned,
+)
 
 __all__ = ["Terminal"]
 
 
 class Terminal:
-    """Shows the records of one run.
+    """Shows the events of one run.
 
     Args:
         recipe: Its resolved recipe.
@@ -40,7 +49,7 @@ class Terminal:
             disable=not self.console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._probe = ""
+        self._newest_score = ""
 
     def __enter__(self) -> Terminal:
         self._bar.start()
@@ -55,66 +64,70 @@ class Terminal:
         """One line above the bar."""
         self.console.print(text, markup=False)
 
-    def show(self, record: dict[str, Any]) -> None:
-        """Show one record; kinds that say nothing to a person are passed over."""
-        handler: Callable[[dict[str, Any]], None] | None = getattr(self, f"_show_{record['kind']}", None)
-        if handler is not None:
-            handler(record)
+    def show(self, event: Event) -> None:
+        """Show one event; kinds that say nothing to a person are passed over."""
+        match event:
+            case Start():
+                self._show_start(event)
+            case Startup():
+                self.say(startup_line(event))
+            case Resumed():
+                self.say(resumed_line(event))
+            case Metrics():
+                self._show_metrics(event)
+            case CheckpointPublished():
+                self.say(f"checkpoint at step {event.step}: {event.path}")
+            case Warned():
+                self.say(f"WARNING at step {event.step}: {event.text}")
+            case Evaluated():
+                self._show_scores(event)
+            case EvaluationFailed():
+                self.say(f"evaluation {event.task} of step {event.step} failed: {event.error}")
 
-    def _show_start(self, record: dict[str, Any]) -> None:
-        place = f"{record['world_size']} x {record['device']}"
-        self.say(f"training on {place}, steps {record['step']} to {record['total_steps']}")
+    def _show_start(self, event: Start) -> None:
+        place = f"{event.world_size} x {event.device}"
+        self.say(f"training on {place}, steps {event.step} to {event.total_steps}")
         if self._task is None:
             self._task = self._bar.add_task("training", total=self._total, status="")
-        self._bar.update(self._task, completed=record["step"])
+        self._bar.update(self._task, completed=event.step)
 
-    def _show_startup(self, record: dict[str, Any]) -> None:
-        parts = ("placed", "imported", "joined", "built", "first_batch", "first_step")
-        self.say(
-            f"first step after {record['total_s']:.1f} s: " + ", ".join(f"{p} {record[p + '_s']:.1f}" for p in parts)
-        )
-
-    def _show_resumed(self, record: dict[str, Any]) -> None:
-        self.say(resumed_line(record))
-
-    def _show_metrics(self, record: dict[str, Any]) -> None:
-        values = record["values"]
-        left_s = (self._total - record["step"]) * values["step_s"]
+    def _show_metrics(self, event: Metrics) -> None:
+        values = event.values
+        left_s = (self._total - event.step) * values["step_s"]
         status = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.1e}  {values['images_per_s']:.0f} images/s  "
-            f"waiting for data {values['data_wait_fraction']:.0%}  {self._probe}ETA {duration(left_s)}"
+            f"loss {values['loss']:.4f}  lr {values['lr']:.1e}  {values['samples_per_s']:.0f} samples/s  "
+            f"waiting for data {values['data_wait_fraction']:.0%}  {self._newest_score}ETA {duration(left_s)}"
         )
         if self.console.is_terminal and self._task is not None:
-            self._bar.update(self._task, completed=record["step"], status=status)
+            self._bar.update(self._task, completed=event.step, status=status)
         else:
-            self.say(f"step {record['step']}/{self._total}  {status}")
+            self.say(f"step {event.step}/{self._total}  {status}")
 
-    def _show_checkpoint(self, record: dict[str, Any]) -> None:
-        self.say(f"checkpoint at step {record['step']}: {record['path']}")
-
-    def _show_warning(self, record: dict[str, Any]) -> None:
-        self.say(f"WARNING at step {record['step']}: {record['text']}")
-
-    def _show_evaluation(self, record: dict[str, Any]) -> None:
-        name = f"{record['protocol']}/{record['data']}"
-        if "error" in record:
-            self.say(f"evaluation {name} of step {record['step']} failed: {record['error']}")
-            return
-        headline, score = next(iter(record["metrics"].items()))
-        known = " (known)" if record["cached"] else ""
-        self.say(f"evaluation of step {record['step']}: {name}/{headline} {score:.1%}{known}")
-        if self._select in (None, f"{name}/{headline}"):
-            self._probe = f"{name} {score:.1%} (step {record['step']})  "
+    def _show_scores(self, event: Evaluated) -> None:
+        headline, score = next(iter(event.metrics.items()))
+        known = " (known)" if event.cached else ""
+        self.say(f"evaluation of step {event.step}: {event.task}/{headline} {score:.1%}{known}")
+        if self._select in (None, f"{event.task}/{headline}"):
+            self._newest_score = f"{event.task} {score:.1%} (step {event.step})  "
 
 
-def resumed_line(record: dict[str, Any]) -> str:
+def startup_line(event: Startup) -> str:
+    """How long the first step was in coming, and why."""
+    return (
+        f"first step after {event.total_s:.1f} s: placed {event.placed_s:.1f}, imported {event.imported_s:.1f}, "
+        f"joined {event.joined_s:.1f}, built {event.built_s:.1f}, first_batch {event.first_batch_s:.1f}, "
+        f"first_step {event.first_step_s:.1f}"
+    )
+
+
+def resumed_line(event: Resumed) -> str:
     """What a resume restored, in one line."""
-    saved, rngs = record["saved_world_size"], record["rng_states"]
+    saved, rngs = event.saved_world_size, event.rng_states
     ranks = f"RNG of {rngs} ranks" if rngs else f"resharded from {saved} ranks, which begin new RNGs"
     return (
-        f"resumed at step {record['step']}: backbone tensors {record['tensors']}/{record['tensors_total']} equal, "
-        f"optimiser at step {record['optimizer_step']}, {ranks}, "
-        f"stream at sample {record['samples_seen']} (epoch {record['epoch']}, position {record['position']})"
+        f"resumed at step {event.step}: backbone tensors {event.tensors}/{event.tensors_total} equal, "
+        f"optimiser at step {event.optimizer_step}, {ranks}, "
+        f"stream at sample {event.samples_seen} (epoch {event.epoch}, position {event.position})"
     )
 
 

@@ -17,14 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RECIPE
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
-__all__ = ["EXPORTED_FILES", "MlflowRun", "Point", "Version", "connect", "default_uri", "redact", "verdict"]
+__all__ = ["MlflowRun", "Point", "Version", "connect", "default_uri", "redact", "verdict"]
 
-EXPORTED_FILES = ("backbone.safetensors", "checkpoint.json", "recipe.yaml")
 RUN_ID_TAG = "pretrain.run_id"
 MAX_POINTS = 1000  # metrics per request: about 0.2 s for a server
 MAX_PARAMS = 100
@@ -144,7 +145,7 @@ class MlflowRun:
             self.client.log_batch(self.mlflow_run_id, params=new[first : first + MAX_PARAMS], synchronous=True)
         run_tags = [RunTag(key, str(value)) for key, value in {**tags, **changed}.items()]
         self.client.log_batch(self.mlflow_run_id, tags=run_tags, synchronous=True)
-        self.client.log_text(self.mlflow_run_id, recipe_yaml, "config/recipe.yaml")
+        self.client.log_text(self.mlflow_run_id, recipe_yaml, f"config/{RECIPE}")
 
     def log_metrics(self, points: Sequence[Point], model_id: str | None = None) -> None:
         """Record points of the run; with `model_id` they belong to that model as well."""
@@ -154,8 +155,8 @@ class MlflowRun:
         for first in range(0, len(metrics), MAX_POINTS):
             self.client.log_batch(self.mlflow_run_id, metrics=metrics[first : first + MAX_POINTS], synchronous=True)
 
-    def log_picture(self, path: Path) -> None:
-        self.client.log_artifact(self.mlflow_run_id, str(path), "pictures")
+    def log_visualizations(self, path: Path) -> None:
+        self.client.log_artifact(self.mlflow_run_id, str(path), "visualizations")
 
     def tag(self, key: str, value: str) -> None:
         self.client.set_tag(self.mlflow_run_id, _name(key), value)
@@ -170,7 +171,7 @@ class MlflowRun:
         The version carries the digest of `checkpoint.json`, which holds the digests of all other files: who downloads
         can tell whether anything was changed in the artifact store since. A crash half-way leaves a PENDING model.
         """
-        digest = hashlib.sha256((checkpoint / "checkpoint.json").read_bytes()).hexdigest()
+        digest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
         model = self._logged_model(checkpoint, f"step-{step:08d}", {**tags, "step": str(step)})
         if (version := self._version_of(step, model_name)) is None:
             self._ensure_registered_model(model_name)

@@ -38,8 +38,22 @@ import yaml
 
 from pretrain.checkpoints.references import checked_name
 from pretrain.errors import RequestError
-from pretrain.record.journal import Journal, Line, read_lines
-from pretrain.tracking.client import EXPORTED_FILES, MlflowRun, Point, connect, default_uri, redact, verdict
+from pretrain.record.events import (
+    CheckpointPublished,
+    DamagedEvent,
+    Evaluated,
+    EvaluationFailed,
+    Event,
+    Failed,
+    Finished,
+    Metrics,
+    Rejected,
+    Visualizations,
+    Warned,
+)
+from pretrain.record.journal import Journal, Line, read_events, read_lines
+from pretrain.record.run_dir import EXPORTED_FILES, RECIPE, RunDir
+from pretrain.tracking.client import MlflowRun, Point, connect, default_uri, redact, verdict
 from pretrain.tracking.cursor import Ledger, Status
 
 if TYPE_CHECKING:
@@ -51,8 +65,9 @@ log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 MAX_BACKOFF_S = 30.0
+MAX_TAG = 1000  # characters
 LINES_PER_BATCH = 200  # with the eight training metrics about 0.5 s for SQLite, 0.3 s for a server
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)  # what reading a bad record raises
+MALFORMED = (ValueError, ArithmeticError)  # what a damaged line raises, and numbers that nobody meant
 
 
 class Busy(RuntimeError):
@@ -91,7 +106,7 @@ class Tracker:
         model_name: str,
         select: str | None,
     ) -> None:
-        self.run_dir = Path(run_dir)
+        self.run = RunDir(Path(run_dir))
         self.problem: str | None = None
         self._uri = uri
         self._recipe_yaml = recipe_yaml
@@ -104,9 +119,9 @@ class Tracker:
             tags=dict(tags),
             created_ms=int(time.time() * 1000),
         )
-        self._ledger = asked.continuing(Ledger.load(self.run_dir / "mlflow.json"))
+        self._ledger = asked.continuing(Ledger.load(self.run.cursor))
         self._client: MlflowClient | None = None
-        self._run: MlflowRun | None = None
+        self._mlflow: MlflowRun | None = None
         self._lock: IO[str] | None = None
         self._sent = False
         self._failures = 0
@@ -143,7 +158,7 @@ class Tracker:
                 "python -m pretrain.tracking %s",
                 redact(self._uri),
                 self.problem or "not enough time",
-                self.run_dir,
+                self.run.path,
             )
         return self._sent
 
@@ -180,35 +195,35 @@ class Tracker:
 
     def _push(self) -> bool:
         """Send what is on disk; True when all of it has arrived."""
-        if self._run is None:
-            if not self._closing.is_set() and next(self._unsent("journal.jsonl", 0), None) is None:
+        if self._mlflow is None:
+            if not self._closing.is_set() and next(self._unsent(self.run.journal, 0), None) is None:
                 return True
-            self._run = self._bind()
-        # Evaluations are read before the journal is emptied, so the checkpoint of each of them is registered by then.
-        evaluations = list(self._unsent("evaluations.jsonl", self._ledger.evaluations_offset))
-        while lines := list(self._unsent("journal.jsonl", self._ledger.journal_offset)):
-            self._send_journal(self._run, lines)
+            self._mlflow = self._bind()
+        # Evaluations are read before the event log is emptied, so that the checkpoint of each is registered by then.
+        evaluations = list(self._unsent(self.run.evaluations, self._ledger.evaluations_offset))
+        while lines := list(self._unsent(self.run.journal, self._ledger.journal_offset)):
+            self._send_journal(self._mlflow, lines)
             if time.monotonic() >= self._deadline:
                 return False
         for line in evaluations:
-            self._send_record(self._run, line, self._evaluation)
+            self._send_line(self._mlflow, line)
             self._ledger.evaluations_offset = line.end
             self._save()
         return not evaluations
 
-    def _unsent(self, name: str, offset: int) -> Iterator[Line]:
+    def _unsent(self, path: Path, offset: int) -> Iterator[Line]:
         # A server too slow for a full batch within its timeout gets smaller ones until one succeeds.
-        return read_lines(self.run_dir / name, offset, LINES_PER_BATCH >> min(self._failures, 5))
+        return read_lines(path, offset, LINES_PER_BATCH >> min(self._failures, 5))
 
     def _bind(self) -> MlflowRun:
         """Make sure that we are the only sender, that the server answers, and which run on it is ours."""
         if not self._acquire():
-            raise Busy(f"another process is sending {self.run_dir}")
+            raise Busy(f"another process is sending {self.run.path}")
         if self._client is None:
             self._client = connect(self._uri)
         ledger = self._ledger
         run = MlflowRun.bind(
-            self._client, self._uri, ledger.experiment, self.run_dir.name, ledger.created_ms, ledger.mlflow_run_id
+            self._client, self._uri, ledger.experiment, self.run.run_id, ledger.created_ms, ledger.mlflow_run_id
         )
         if run.mlflow_run_id != ledger.mlflow_run_id:
             ledger.forget_progress()  # new to this server, or its database was replaced
@@ -218,15 +233,15 @@ class Tracker:
         return run
 
     def _finish(self) -> None:
-        assert self._run is not None and self._ledger.status is not None
-        self._run.end(self._ledger.status)
+        assert self._mlflow is not None and self._ledger.status is not None
+        self._mlflow.end(self._ledger.status)
         self._save()
         self._sent = True
 
     def _acquire(self) -> bool:
         """Become the one process that sends this run; True if we are."""
         if self._lock is None:
-            lock = open(self.run_dir / "mlflow.lock", "w")  # noqa: SIM115  (held until the thread ends)
+            lock = open(self.run.sender_lock, "w")  # noqa: SIM115  (held until the thread ends)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -236,37 +251,55 @@ class Tracker:
         return True
 
     def _save(self) -> None:
-        self._ledger.save(self.run_dir / "mlflow.json")
+        self._ledger.save(self.run.cursor)
 
     # What each record becomes ---------------------------------------------------------------------------------------
 
     def _send_journal(self, run: MlflowRun, lines: list[Line]) -> None:
         """Send consecutive metrics together and everything else one by one, in order."""
-        metrics: list[Line] = []
+        metrics: list[tuple[Line, Metrics]] = []
         for line in lines:
-            if line.record is not None and line.record.get("kind") == "metrics":
-                metrics.append(line)
+            if isinstance(event := _read(line), Metrics):
+                metrics.append((line, event))
                 continue
             self._send_metrics(run, metrics)
             metrics = []
-            self._send_record(run, line, self._event)
+            self._send_line(run, line)
             self._ledger.journal_offset = line.end
             self._save()
         self._send_metrics(run, metrics)
 
-    def _send_metrics(self, run: MlflowRun, lines: list[Line]) -> None:
-        if not lines:
+    def _send_line(self, run: MlflowRun, line: Line) -> None:
+        """Send what becomes of one event; park the line if we or MLflow cannot make sense of it."""
+        event = _read(line)
+        try:
+            send = self._sender(event)
+        except MALFORMED as error:
+            self._park(line, error)
+            return
+        try:
+            if send is not None:
+                send(run)
+        except Exception as error:
+            if verdict(error) == "missing":
+                run.check_exists()  # raises if the whole run is gone; else only the model was deleted
+            elif verdict(error) != "invalid":
+                raise
+            self._park(line, error)
+
+    def _send_metrics(self, run: MlflowRun, measured: list[tuple[Line, Metrics]]) -> None:
+        if not measured:
             return
         last_step = dict(self._ledger.last_step)
         batch: list[tuple[Line, list[Point]]] = []
-        for line in lines:
+        for line, event in measured:
             try:
-                batch.append((line, _new_points(line.record or {}, last_step)))
+                batch.append((line, _new_points(event, last_step)))
             except MALFORMED as error:
                 self._park(line, error)
         self._send_points(run, batch)
         self._ledger.last_step = last_step
-        self._ledger.journal_offset = lines[-1].end
+        self._ledger.journal_offset = measured[-1][0].end
         self._save()
 
     def _send_points(self, run: MlflowRun, batch: list[tuple[Line, list[Point]]]) -> None:
@@ -281,50 +314,29 @@ class Tracker:
                 for item in batch:
                     self._send_points(run, [item])
 
-    def _send_record(
-        self, run: MlflowRun, line: Line, reader: Callable[[dict[str, Any]], Callable[[MlflowRun], None] | None]
-    ) -> None:
-        """Read `line`, then send what `reader` makes of it; park it if we or MLflow cannot make sense of it."""
-        try:
-            if line.record is None:
-                raise ValueError("not a JSON object")
-            send = reader(line.record)
-        except MALFORMED as error:
-            self._park(line, error)
-            return
-        try:
-            if send is not None:
-                send(run)
-        except Exception as error:
-            if verdict(error) == "missing":
-                run.check_exists()  # raises if the whole run is gone; else only the model was deleted
-            elif verdict(error) != "invalid":
-                raise
-            self._park(line, error)
-
-    def _event(self, record: dict[str, Any]) -> Callable[[MlflowRun], None] | None:
-        """What to do about a record of the journal that is not a metric."""
-        kind = record["kind"]
-        if kind == "checkpoint" and (step := int(record["step"])) > 0:
-            return partial(self._send_checkpoint, step, self._inside(record["path"]))
-        if kind == "pictures" and (picture := self._inside(record["path"])).is_file():
-            return lambda run: run.log_picture(picture)
-        if kind == "warning":
-            value = f"step {record['step']}: {record['text']}"[:1000]
-            return partial(MlflowRun.tag, key=f"warning/{record['about']}", value=value)
-        if kind == "failed":
-            return partial(MlflowRun.tag, key="error", value=str(record["error"])[:1000])
+    def _sender(self, event: Event | DamagedEvent | None) -> Callable[[MlflowRun], None] | None:
+        """What to do about an event that is no metric; None where MLflow need not know. Raises what is damaged."""
+        match event:
+            case DamagedEvent():
+                raise event
+            case CheckpointPublished() if event.step > 0:
+                return partial(self._send_checkpoint, event.step, self.run.inside(event.path))
+            case Visualizations() if (image := self.run.inside(event.path)).is_file():
+                return lambda run: run.log_visualizations(image)
+            case Warned():
+                value = f"step {event.step}: {event.text}"[:MAX_TAG]
+                return partial(MlflowRun.tag, key=f"warning/{event.about}", value=value)
+            case Failed():
+                return partial(MlflowRun.tag, key="error", value=event.error[:MAX_TAG])
+            case EvaluationFailed() if not self._is_sent(event):
+                value = f"step {event.step}: {event.error}"[:MAX_TAG]
+                return partial(MlflowRun.tag, key=f"eval/{event.task}/error", value=value)
+            case Evaluated() if not self._is_sent(event):
+                return partial(self._send_scores, event, int(event.time * 1000))
         return None
 
-    def _evaluation(self, record: dict[str, Any]) -> Callable[[MlflowRun], None] | None:
-        """What to do about a record of the evaluations."""
-        step, task = int(record["step"]), f"{record['protocol']}/{record['data']}"
-        if f"{step} {task}" in self._ledger.evaluated:
-            return None
-        if "error" in record:
-            return partial(MlflowRun.tag, key=f"eval/{task}/error", value=f"step {step}: {record['error']}"[:1000])
-        scores = {f"eval/{task}/{name}": float(value) for name, value in record["metrics"].items()}
-        return partial(self._send_scores, step, task, int(record["time"] * 1000), scores)
+    def _is_sent(self, event: Evaluated | EvaluationFailed) -> bool:
+        return f"{event.step} {event.task}" in self._ledger.evaluated
 
     def _send_checkpoint(self, step: int, checkpoint: Path, run: MlflowRun) -> None:
         ledger = self._ledger
@@ -333,40 +345,35 @@ class Tracker:
         if not all((checkpoint / file).is_file() for file in EXPORTED_FILES):
             log.warning("%s is gone before it could be registered in MLflow; its scores are still recorded", checkpoint)
             return
-        version = run.register(checkpoint, step, ledger.model_name, {**ledger.tags, "run_id": self.run_dir.name})
+        version = run.register(checkpoint, step, ledger.model_name, {**ledger.tags, "run_id": self.run.run_id})
         if ledger.select is None:
             run.promote(ledger.model_name, version.version)
         ledger.versions[str(step)] = (version.model_id, version.version)
 
-    def _send_scores(self, step: int, task: str, time_ms: int, scores: dict[str, float], run: MlflowRun) -> None:
+    def _send_scores(self, event: Evaluated, time_ms: int, run: MlflowRun) -> None:
         ledger = self._ledger
-        model_id, version = ledger.versions.get(str(step), (None, None))
-        run.log_metrics([Point(name, value, time_ms, step) for name, value in scores.items()], model_id)
+        model_id, version = ledger.versions.get(str(event.step), (None, None))
+        scores = {f"eval/{event.task}/{name}": value for name, value in event.metrics.items()}
+        run.log_metrics([Point(name, value, time_ms, event.step) for name, value in scores.items()], model_id)
         if version is not None:
             run.tag_version(ledger.model_name, version, {name: repr(value) for name, value in scores.items()})
             selected = scores.get(f"eval/{ledger.select}")
             if selected is not None and math.isfinite(selected):
                 run.promote(ledger.model_name, version, selected, f"eval/{ledger.select}")
-        ledger.evaluated.append(f"{step} {task}")
-
-    def _inside(self, relative: str) -> Path:
-        path = (self.run_dir / relative).resolve()
-        if not path.is_relative_to(self.run_dir.resolve()):
-            raise ValueError(f"{relative!r} is outside the run directory")
-        return path
+        ledger.evaluated.append(f"{event.step} {event.task}")
 
     # What can go wrong ----------------------------------------------------------------------------------------------
 
     def _park(self, line: Line, error: Exception) -> None:
-        path = self.run_dir / "tracking-rejected.jsonl"
-        log.warning("MLflow does not get one record, it is kept in %s: %s: %s", path, type(error).__name__, error)
+        path = self.run.rejected
+        log.warning("MLflow does not get one event, it is kept in %s: %s: %s", path, type(error).__name__, error)
         reason = f"{type(error).__name__}: {error}"
         with Journal(path) as rejected:
-            rejected.write("rejected", reason=reason, line=line.raw.decode(errors="replace"))
+            rejected.write(Rejected(reason=reason, line=line.raw.decode(errors="replace")))
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
-        self._run = None  # whoever answers next may be another server: look the run up again
+        self._mlflow = None  # whoever answers next may be another server: look the run up again
         reason = redact(str(error).partition("\n")[0]) or type(error).__name__
         problem, remedy = f"MLflow at {redact(self._uri)} does not take the run: {reason}", "trying again"
         if verdict(error) == "denied":
@@ -374,7 +381,7 @@ class Tracker:
             remedy = "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and whether the run was deleted"
         if verdict(error) not in self._told:  # once per kind and outage
             self._told.add(verdict(error))
-            log.warning("%s; training goes on, records wait in %s; %s", problem, self.run_dir, remedy)
+            log.warning("%s; training goes on, events wait in %s; %s", problem, self.run.path, remedy)
         self.problem = problem
 
     def _recovered(self) -> None:
@@ -395,13 +402,14 @@ def sync(run_dir: Path, *, uri: str | None = None, deadline_s: float = 600.0) ->
     Raises:
         RequestError: The directory is not a tracked run.
     """
-    run_dir = Path(run_dir)
-    ledger = Ledger.load(run_dir / "mlflow.json")
-    if ledger is None or not (run_dir / "recipe.yaml").is_file():
-        raise RequestError(f"{run_dir}: not a tracked run; expected runs/RUN_ID with mlflow.json and recipe.yaml in it")
-    recipe_yaml = (run_dir / "recipe.yaml").read_text()
+    run = RunDir(Path(run_dir))
+    ledger = Ledger.load(run.cursor)
+    if ledger is None or not run.is_run:
+        expected = f"expected runs/RUN_ID with {run.cursor.name} and {RECIPE} in it"
+        raise RequestError(f"{run.path}: not a tracked run; {expected}")
+    recipe_yaml = run.recipe.read_text()
     tracker = Tracker(
-        run_dir,
+        run.path,
         uri=uri or os.environ.get("MLFLOW_TRACKING_URI") or ledger.uri,
         experiment=ledger.experiment,
         recipe_yaml=recipe_yaml,
@@ -411,22 +419,32 @@ def sync(run_dir: Path, *, uri: str | None = None, deadline_s: float = 600.0) ->
         select=ledger.select,
     )
     tracker.start()
-    return tracker.close(ledger.status or _ending(run_dir), deadline_s)
+    return tracker.close(ledger.status or _ending(run), deadline_s)
 
 
-def _ending(run_dir: Path) -> Status:
+def _ending(run: RunDir) -> Status:
     """How a run ended whose driver could not say it any more."""
-    endings: dict[str, Status] = {"finished": "FINISHED", "failed": "FAILED"}
-    ending: Status = "KILLED"
-    for line in read_lines(run_dir / "journal.jsonl"):
-        ending = endings.get((line.record or {}).get("kind", ""), "KILLED")
-    return ending
+    events, _ = read_events(run.journal)
+    match events[-1] if events else None:
+        case Finished():
+            return "FINISHED"
+        case Failed():
+            return "FAILED"
+        case _:
+            return "KILLED"
 
 
-def _new_points(record: dict[str, Any], last_step: dict[str, int]) -> list[Point]:
-    """The points of a "metrics" record beyond the steps in `last_step`, which is brought up to date."""
-    step, time_ms = int(record["step"]), int(record["time"] * 1000)
-    points = [Point(f"train/{name}", float(value), time_ms, step) for name, value in record["values"].items()]
-    new = [point for point in points if step > last_step.get(point.name, -1)]
-    last_step.update({point.name: step for point in new})
+def _read(line: Line) -> Event | DamagedEvent | None:
+    try:
+        return line.event()
+    except DamagedEvent as error:
+        return error
+
+
+def _new_points(event: Metrics, last_step: dict[str, int]) -> list[Point]:
+    """The points beyond the steps in `last_step`, which is brought up to date."""
+    time_ms = int(event.time * 1000)
+    points = [Point(f"train/{name}", float(value), time_ms, event.step) for name, value in event.values.items()]
+    new = [point for point in points if event.step > last_step.get(point.name, -1)]
+    last_step.update({point.name: event.step for point in new})
     return new

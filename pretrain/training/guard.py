@@ -1,6 +1,6 @@
 """The health check of a run while it trains: steps that had to be skipped, and features or losses that have collapsed.
 
-Both are written to the journal as warnings, from where they reach the terminal, the report and MLflow (as tags). All
+Both go to the event log as warnings, from where they reach the terminal, the report and MLflow (as tags). All
 ranks decide alike, since they see the same numbers. What counts as a collapse is the objective's business
 (`Objective.diagnose`).
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pretrain.config.schema import TrainConfig
+from pretrain.record.events import Event, Warned
 
 __all__ = ["HealthCheck"]
 
@@ -21,11 +22,11 @@ class HealthCheck:
 
     Args:
         train: Says when to stop.
-        say: Writes a journal record (rank 0) or nothing (other ranks).
+        emit: Writes an event (rank 0) or nothing (other ranks).
     """
 
-    def __init__(self, train: TrainConfig, say: Callable[..., None]) -> None:
-        self._train, self._say = train, say
+    def __init__(self, train: TrainConfig, emit: Callable[[Event], None]) -> None:
+        self._train, self._emit = train, emit
         self._num_skipped = 0
         self._symptoms: list[str] = []  # of the last logged steps, without a gap
         self._is_told = False
@@ -39,7 +40,7 @@ class HealthCheck:
         self._num_skipped += 1
         allowed = self._train.max_skipped_steps
         text = f"the loss of step {step} is not finite; skipped ({self._num_skipped} of {allowed} allowed)"
-        self._say("warning", step=step, about="non_finite_loss", text=text)
+        self._emit(Warned(step=step, about="non_finite_loss", text=text))
         if self._num_skipped > allowed:
             remedy = "lower optimizer.lr, set optimizer.clip_grad, or use train.precision=fp32"
             raise FloatingPointError(
@@ -56,6 +57,6 @@ class HealthCheck:
         if len(self._symptoms) < PATIENCE or self._is_told:
             return
         self._is_told = True
-        self._say("warning", step=step, about="collapse", text=f"collapsed: {self._symptoms[-1]}")
+        self._emit(Warned(step=step, about="collapse", text=f"collapsed: {self._symptoms[-1]}"))
         if self._train.stop_on_collapse:
             raise FloatingPointError(f"stopped at step {step}, train.stop_on_collapse is set: {self._symptoms[-1]}")

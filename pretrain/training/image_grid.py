@@ -7,30 +7,24 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-__all__ = ["write_pictures"]
+__all__ = ["write_image_grid"]
 
 GAP_PX = 2
 
 
-def write_pictures(run_dir: Path, step: int, pictures: dict[str, torch.Tensor]) -> Path:
-    """Write `pictures/step-XXXXXXXX.png`.
+def write_image_grid(path: Path, pictures: dict[str, torch.Tensor]) -> None:
+    """Write one PNG; it appears whole or not at all.
 
     Args:
-        run_dir: Directory of the run.
-        step: Optimiser steps done.
+        path: The file; its directory is made if missing.
         pictures: Kind -> (n, C, H, W) in [0, 1]; other than three channels are shown by their mean.
-
-    Returns:
-        The file.
     """
     rows = [torch.cat([_rgb(image) for image in images], dim=2) for images in pictures.values()]  # (3, H, n * W)
     grid = torch.cat(rows, dim=1).mul(255).round().byte().permute(1, 2, 0)  # (rows * H, n * W, 3)
-    path = run_dir / "pictures" / f"step-{step:08d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     Image.fromarray(grid.numpy()).save(partial, format="PNG")
     partial.rename(path)
-    return path
 
 
 def _rgb(image: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from data_pipelines.views.maker import views_from
 from data_pipelines.views.photometric import PARAMS_SUFFIX
 from objectives.base import Objective
 from pretrain.config.schema import DataConfig, Recipe
+from pretrain.record.run_dir import RunDir
 
 __all__ = ["SampleRecord", "build_stream", "fetch_options", "num_corrupt", "open_data", "to_device"]
 
@@ -97,12 +97,12 @@ class SampleRecord:
     A step that was trained twice, after a restart from an earlier checkpoint, has two equal lines.
 
     Args:
-        run_dir: The lines go to `samples/rank-XXXXX.jsonl` in it.
+        run: The run whose samples these are.
         is_wanted: False: nothing is written.
     """
 
-    def __init__(self, run_dir: Path, *, is_wanted: bool) -> None:
-        path = run_dir / "samples" / f"rank-{dist.get_rank():05d}.jsonl"
+    def __init__(self, run: RunDir, *, is_wanted: bool) -> None:
+        path = run.samples(dist.get_rank())
         if is_wanted:
             path.parent.mkdir(exist_ok=True)
         self._file = path.open("a") if is_wanted else None

@@ -22,6 +22,8 @@ from data_pipelines.streaming.stream import Stream, StreamState
 from pretrain.checkpoints import store
 from pretrain.config.load import to_yaml
 from pretrain.config.schema import Recipe
+from pretrain.record.events import Resumed
+from pretrain.record.run_dir import BACKBONE, RECIPE
 from pretrain.training.engine import Engine
 
 __all__ = ["newest", "restore", "take"]
@@ -58,8 +60,8 @@ def take(
         if training_state:
             extra = {name: tensor.detach().cpu().clone() for name, tensor in engine.objective.extra_state().items()}
             save_file(extra, state_dir / EXTRA_STATE)
-        save_backbone(staged / "backbone.safetensors", weights, engine.objective.exported.spec)
-        (staged / "recipe.yaml").write_text(to_yaml(recipe))
+        save_backbone(staged / BACKBONE, weights, engine.objective.exported.spec)
+        (staged / RECIPE).write_text(to_yaml(recipe))
     dist.barrier()  # all ranks have written: digests may be taken
     if rank == 0:
         state = stream.state_at(step)
@@ -97,14 +99,14 @@ def newest(run_dir: Path) -> tuple[store.Published, dict[str, Any]] | None:
     return answer[0]
 
 
-def restore(found: store.Published, manifest: dict[str, Any], engine: Engine, stream: Stream) -> dict[str, Any]:
+def restore(found: store.Published, manifest: dict[str, Any], engine: Engine, stream: Stream) -> Resumed:
     """Bring engine and RNG back to where the checkpoint was taken. A collective.
 
     With another number of ranks the training state is resharded and each rank begins a new RNG (which only stochastic
     layers draw from); the samples still to come are the same.
 
     Returns:
-        What was restored, for people: tensors restored and in all, optimizer step, RNG, stream position.
+        What was restored, for people.
 
     Raises:
         DataError: The checkpoint was taken on another sample order.
@@ -124,24 +126,24 @@ def restore(found: store.Published, manifest: dict[str, Any], engine: Engine, st
         engine.load_resharded(state_dir, found.path.with_name(f".{found.path.name}.universal"))
         torch.manual_seed(torch.initial_seed() + found.step)
     engine.objective.load_extra_state(load_file(state_dir / EXTRA_STATE))
-    saved, loaded = load_file(found.path / "backbone.safetensors"), engine.backbone_weights()
+    saved, loaded = load_file(found.path / BACKBONE), engine.backbone_weights()
     equal = [name for name, tensor in saved.items() if name in loaded and torch.equal(tensor, loaded[name])]
     if len(equal) != len(saved) or engine.optimizer_steps != found.step:
         raise store.CheckpointError(
             f"{found.path}: {len(equal)} of {len(saved)} backbone tensors came back equal, "
             f"optimizer at step {engine.optimizer_steps}"
         )
-    return {
-        "step": found.step,
-        "tensors": len(equal),
-        "tensors_total": len(saved),
-        "optimizer_step": engine.optimizer_steps,
-        "rng_states": dist.get_world_size() if is_same_world else 0,
-        "saved_world_size": manifest["world_size"],
-        "samples_seen": manifest["samples_seen"],
-        "epoch": manifest["stream"]["epoch"],
-        "position": manifest["stream"]["position"],
-    }
+    return Resumed(
+        step=found.step,
+        tensors=len(equal),
+        tensors_total=len(saved),
+        optimizer_step=engine.optimizer_steps,
+        rng_states=dist.get_world_size() if is_same_world else 0,
+        saved_world_size=manifest["world_size"],
+        samples_seen=manifest["samples_seen"],
+        epoch=manifest["stream"]["epoch"],
+        position=manifest["stream"]["position"],
+    )
 
 
 def stream_state(manifest: dict[str, Any]) -> StreamState:

@@ -12,13 +12,15 @@ from contextlib import contextmanager
 
 import torch
 
+from pretrain.record.events import Startup
+
 __all__ = ["StartupClock", "Throughput", "peak_memory_mb"]
 
 START_STEPS = 2  # the first steps of a process pay for caches and allocations: they do not count as throughput
 
 
 class StartupClock:
-    """Unix times of what comes before the first step is done; each is noted once, in the order of `durations`.
+    """Unix times of what comes before the first step is done; each is noted once, in the order of `startup`.
 
     Args:
         launched: When the user asked for the run; None: now.
@@ -33,19 +35,19 @@ class StartupClock:
         """`joined` the process group, `built` the engine, have the `first_batch`."""
         self._times.setdefault(what, time.time())
 
-    def durations(self) -> dict[str, float]:
+    def startup(self) -> Startup:
         """Where the time before the end of the first step went: seconds of wall clock, CPU seconds of this process."""
         times, now = self._times, time.time()
-        return {
-            "total_s": now - times["launched"],
-            "placed_s": times["placed"] - times["launched"],
-            "imported_s": times["entered"] - times["placed"],
-            "joined_s": times["joined"] - times["entered"],
-            "built_s": times["built"] - times["joined"],
-            "first_batch_s": times["first_batch"] - times["built"],
-            "first_step_s": now - times["first_batch"],
-            "worker_cpu_s": time.process_time(),
-        }
+        return Startup(
+            total_s=now - times["launched"],
+            placed_s=times["placed"] - times["launched"],
+            imported_s=times["entered"] - times["placed"],
+            joined_s=times["joined"] - times["entered"],
+            built_s=times["built"] - times["joined"],
+            first_batch_s=times["first_batch"] - times["built"],
+            first_step_s=now - times["first_batch"],
+            worker_cpu_s=time.process_time(),
+        )
 
 
 class Throughput:
@@ -71,7 +73,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no part of a step: pictures, checkpoints."""
+        """Around what is no part of a step: visualizations, checkpoints."""
         began = time.perf_counter()
         yield
         self._began += time.perf_counter() - began
@@ -80,7 +82,7 @@ class Throughput:
         """Means over the steps since the last report, for people; begins anew."""
         elapsed = time.perf_counter() - self._began
         values = {
-            "images_per_s": self._steps * global_batch_size / elapsed,
+            "samples_per_s": self._steps * global_batch_size / elapsed,
             "step_s": elapsed / self._steps,
             "data_wait_fraction": self._waited / elapsed,
         }

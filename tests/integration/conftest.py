@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.record.journal import read_journal
+from pretrain.record.events import Metrics, Start
+from pretrain.record.journal import read_events
 
 RECIPE = """
 name: small
@@ -61,7 +62,7 @@ class Loop:
             assert process.wait(timeout_s) == 0, self.log.read_text()[-3000:]
 
     def kill_after_step(self, step: int, timeout_s: float = 240) -> None:
-        """SIGKILL all ranks once the journal has the metrics of `step`."""
+        """SIGKILL all ranks once the event log has the metrics of `step`."""
         wait_until(lambda: self._newest_step() >= step, timeout_s, self.log)
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
@@ -69,17 +70,17 @@ class Loop:
 
     def _newest_step(self) -> int:
         """Of the metrics that this process group has written."""
-        records = read_journal(self.run_dir / "journal.jsonl")[0]
-        begun = max((i for i, record in enumerate(records) if record["kind"] == "start"), default=len(records))
-        return max((record["step"] for record in records[begun:] if record["kind"] == "metrics"), default=0)
+        events = read_events(self.run_dir / "journal.jsonl")[0]
+        begun = max((i for i, event in enumerate(events) if isinstance(event, Start)), default=len(events))
+        return max((event.step for event in events[begun:] if isinstance(event, Metrics)), default=0)
 
 
 def read_losses(run_dir: Path) -> dict[int, float]:
     """Step -> loss; a step that was trained twice must have had the same loss twice."""
     found: dict[int, float] = {}
-    for record in read_journal(run_dir / "journal.jsonl")[0]:
-        if record["kind"] == "metrics":
-            assert found.setdefault(record["step"], record["values"]["loss"]) == record["values"]["loss"]
+    for event in read_events(run_dir / "journal.jsonl")[0]:
+        if isinstance(event, Metrics):
+            assert found.setdefault(event.step, event.values["loss"]) == event.values["loss"]
     return found
 
 

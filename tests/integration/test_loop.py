@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from pretrain.checkpoints import store as checkpoint
-from pretrain.record.journal import read_journal
+from pretrain.record.events import Metrics, Resumed, Warned
+from pretrain.record.journal import read_events
 
 pytestmark = pytest.mark.integration
 
@@ -32,11 +33,11 @@ def test_loop__killed_and_resumed_equals_uninterrupted(launch: Launch, losses: L
     launch("broken").wait()
     assert losses(broken.run_dir) == expected  # bit for bit, steps trained twice included
 
-    records = read_journal(broken.run_dir / "journal.jsonl")[0]
-    (resumed,) = [record for record in records if record["kind"] == "resumed"]
-    assert resumed["step"] == resumed["optimizer_step"] == 4
-    assert resumed["tensors"] == resumed["tensors_total"] > 20
-    assert resumed["samples_seen"] == 4 * 32
+    events = read_events(broken.run_dir / "journal.jsonl")[0]
+    (resumed,) = [event for event in events if isinstance(event, Resumed)]
+    assert resumed.step == resumed.optimizer_step == 4
+    assert resumed.tensors == resumed.tensors_total > 20
+    assert resumed.samples_seen == 4 * 32
     final = [(run / "checkpoints/step-00000012/backbone.safetensors").read_bytes() for run in (whole, broken.run_dir)]
     assert final[0] == final[1]
 
@@ -53,14 +54,14 @@ def test_loop__goes_on_with_another_number_of_ranks(launch: Launch, losses: Loss
     found = _samples(parts.run_dir)
     assert set(found[2]) | set(found[1]) == set(wanted) == set(range(1, 13))
     assert all(ids == wanted[step] for steps in found.values() for step, ids in steps.items())
-    records = read_journal(parts.run_dir / "journal.jsonl")[0]
-    resumed = [record for record in records if record["kind"] == "resumed"]
-    assert [(record["step"], record["saved_world_size"]) for record in resumed] == [(4, 2), (8, 1)]
-    assert all(record["tensors"] == record["tensors_total"] for record in resumed)
+    events = read_events(parts.run_dir / "journal.jsonl")[0]
+    resumed = [event for event in events if isinstance(event, Resumed)]
+    assert [(event.step, event.saved_world_size) for event in resumed] == [(4, 2), (8, 1)]
+    assert all(event.tensors == event.tensors_total for event in resumed)
     expected = losses(whole)
-    for record in records:
-        if record["kind"] == "metrics":
-            assert record["values"]["loss"] == pytest.approx(expected[record["step"]], rel=1e-4)
+    for event in events:
+        if isinstance(event, Metrics):
+            assert event.values["loss"] == pytest.approx(expected[event.step], rel=1e-4)
 
 
 def _samples(run_dir: Path) -> dict[int, dict[int, list[int]]]:
@@ -101,9 +102,9 @@ def test_loop__a_run_that_learns_nothing_is_reported_and_stopped_if_asked(launch
     stuck = ("optimizer.base_lr=1e-9", "train.steps=120", "train.checkpoint_every=120", "evaluation.baseline=false")
     loop = launch("stuck", *stuck, "train.stop_on_collapse=true", "train.workers=1", ranks=1)
     assert [process.wait(240) for process in loop.processes] == [1]
-    (warning,) = [r for r in read_journal(loop.run_dir / "journal.jsonl")[0] if r["kind"] == "warning"]
-    assert (warning["about"], warning["step"]) == ("collapse", 103)  # the third finding in a row, from step 101 on
-    assert "no better than by their mean colour" in warning["text"]
+    (warning,) = [event for event in read_events(loop.run_dir / "journal.jsonl")[0] if isinstance(event, Warned)]
+    assert (warning.about, warning.step) == ("collapse", 103)  # the third finding in a row, from step 101 on
+    assert "no better than by their mean colour" in warning.text
     assert "stopped at step 103, train.stop_on_collapse is set: masked pixels" in loop.log.read_text()
 
 
@@ -112,8 +113,8 @@ def test_loop__losses_that_are_not_finite_end_the_run_with_the_reason(launch: La
     blown_up = ("optimizer.lr=1e30", "optimizer.base_lr=null", "optimizer.warmup_steps=0", "optimizer.clip_grad=null")
     loop = launch("blown", *blown_up, "train.max_skipped_steps=2", "evaluation.baseline=false")
     assert [process.wait(240) for process in loop.processes] == [1, 1]
-    warnings = [r for r in read_journal(loop.run_dir / "journal.jsonl")[0] if r["kind"] == "warning"]
-    assert [(r["about"], r["step"]) for r in warnings] == [("non_finite_loss", step) for step in (2, 3, 4)]
+    warnings = [event for event in read_events(loop.run_dir / "journal.jsonl")[0] if isinstance(event, Warned)]
+    assert [(event.about, event.step) for event in warnings] == [("non_finite_loss", step) for step in (2, 3, 4)]
     assert "3 steps had a loss that is not finite, the last one step 4; lower optimizer.lr" in loop.log.read_text()
     assert not list((loop.run_dir / "checkpoints").glob("step-*"))
 

@@ -22,7 +22,8 @@ import pytest
 
 from backbones import BackboneError, load_backbone
 from pretrain.cli.main import main
-from pretrain.record.journal import read_journal
+from pretrain.record.events import Metrics
+from pretrain.record.journal import read_events
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "example_plugin"
@@ -113,7 +114,7 @@ def test_plugin__names_are_known_and_settings_are_checked(environment: Environme
 
 @pytest.mark.integration
 def test_plugin__trains(trained: Path) -> None:
-    values = [record["values"] for record in read_journal(trained / "journal.jsonl")[0] if record["kind"] == "metrics"]
+    values = [event.values for event in read_events(trained / "journal.jsonl")[0] if isinstance(event, Metrics)]
     assert len(values) == STEPS
     early, late = values[:4], values[-4:]
     assert sum(value["loss"] for value in late) < 0.6 * sum(value["loss"] for value in early)

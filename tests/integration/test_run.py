@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pretrain.record.journal import read_journal
+from pretrain.record.events import Evaluated, EvaluationFailed, Resumed, Start
+from pretrain.record.journal import read_events
 
 pytestmark = pytest.mark.integration
 
@@ -22,7 +23,7 @@ Launch = Callable[..., Any]
 Losses = Callable[[Path], dict[int, float]]
 
 
-def test_run__killed_worker_recovers_is_graded_and_pulled(
+def test_run__killed_worker_recovers_is_evaluated_and_pulled(
     launch: Launch,
     losses: Losses,
     wait_for: Callable[..., None],
@@ -42,8 +43,8 @@ def test_run__killed_worker_recovers_is_graded_and_pulled(
         (run_dir,) = storage.glob("small-*")
         wait_for(lambda: max(losses(run_dir), default=0) >= 6, 240, log)
         assert _addresses_listened_on(run.pid) == {"127.0.0.1"}  # nothing of a private run can be reached from outside
-        start = next(record for record in read_journal(run_dir / "journal.jsonl")[0] if record["kind"] == "start")
-        os.kill(start["pids"][1], signal.SIGKILL)
+        start = next(event for event in read_events(run_dir / "journal.jsonl")[0] if isinstance(event, Start))
+        os.kill(start.pids[1], signal.SIGKILL)
         assert run.wait(400) == 0, log.read_text()[-3000:]
     finally:
         run.kill()
@@ -51,14 +52,15 @@ def test_run__killed_worker_recovers_is_graded_and_pulled(
     whole = launch("whole")  # the same recipe, undisturbed and without Ray
     whole.wait()
     assert losses(run_dir) == losses(whole.run_dir)
-    resumed = [record for record in read_journal(run_dir / "journal.jsonl")[0] if record["kind"] == "resumed"]
-    assert [record["step"] for record in resumed] == [4]
+    resumed = [event for event in read_events(run_dir / "journal.jsonl")[0] if isinstance(event, Resumed)]
+    assert [event.step for event in resumed] == [4]
 
-    graded = {(record["step"], record["protocol"]) for record in read_journal(run_dir / "evaluations.jsonl")[0]}
-    assert graded == {(step, "knn") for step in (0, 4, 8, 12)}
-    assert all("metrics" in record for record in read_journal(run_dir / "evaluations.jsonl")[0])
+    evaluations = read_events(run_dir / "evaluations.jsonl")[0]
+    scores = [event for event in evaluations if isinstance(event, Evaluated)]
+    assert {(event.step, event.protocol) for event in scores} == {(step, "knn") for step in (0, 4, 8, 12)}
+    assert scores == evaluations
     text = log.read_text()
-    for line in ("loss", "knn/grocery top1", "images/s", "report.html", "pretrain pull small@best", "mlflow ui"):
+    for line in ("loss", "knn/grocery top1", "samples/s", "report.html", "pretrain pull small@best", "mlflow ui"):
         assert line in text
     assert (run_dir / "report.html").is_file()
 
@@ -90,8 +92,8 @@ def test_resume__after_the_driver_was_killed(
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"resumed at step (40|80): backbone tensors (\d+)/\2 equal", done.stdout), done.stdout
     assert sorted(losses(run_dir)) == list(range(1, 121))  # and steps trained twice had equal losses
-    graded = {record["step"] for record in read_journal(run_dir / "evaluations.jsonl")[0] if "metrics" in record}
-    assert graded == {0, 40, 80, 120}
+    scores = [event for event in read_events(run_dir / "evaluations.jsonl")[0] if isinstance(event, Evaluated)]
+    assert {event.step for event in scores} == {0, 40, 80, 120}
 
 
 def _addresses_listened_on(pid: int) -> set[str]:
@@ -130,8 +132,9 @@ def test_run__failed_evaluation_is_recorded_and_stops_nothing(recipe: Path, tmp_
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     (run_dir,) = (tmp_path / "storage").glob("small-*")
-    records = read_journal(run_dir / "evaluations.jsonl")[0]
-    assert records and all("train-000000.tar" in record["error"] for record in records)
+    events = read_events(run_dir / "evaluations.jsonl")[0]
+    failed = [event for event in events if isinstance(event, EvaluationFailed)]
+    assert failed == events and failed and all("train-000000.tar" in event.error for event in failed)
     assert sorted(losses(run_dir)) == [1, 2, 3, 4]
 
 

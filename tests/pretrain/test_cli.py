@@ -166,12 +166,13 @@ def test_main__leaderboard_is_sorted_and_filtered(tmp_path: Path, capsys: pytest
 
     def record(run: str, step: int, protocol: str, metric: str, score: float) -> None:
         (tmp_path / run).mkdir(exist_ok=True)
+        (tmp_path / run / "recipe.yaml").touch()
         with (tmp_path / run / "evaluations.jsonl").open("a") as file:
             key = f"{run}-{protocol}"
             line = {"step": step, "protocol": protocol, "data": "mine", "metrics": {metric: score}, "key": key}
             by_hand.mkdir(exist_ok=True)
             (by_hand / f"{key}.json").write_text(json.dumps(line))  # the store's copy, which is not another result
-            file.write(json.dumps({"time": 0.0, "kind": "evaluation", "cached": False, **line}) + "\n")
+            file.write(json.dumps({"time": 0.0, "kind": "evaluation", "cached": False, "seconds": 1.0, **line}) + "\n")
 
     record("a", 10, "linear", "top1", 0.5)
     record("b", 20, "linear", "top1", 0.75)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from pretrain.config.schema import TrainConfig
+from pretrain.record.events import Event, Warned
 from pretrain.training.guard import PATIENCE, HealthCheck
 
 TRAIN = TrainConfig(steps=100, global_batch_size=8, checkpoint_every=50, max_skipped_steps=2)
 
 
-class Said(list[dict[str, Any]]):
-    def __call__(self, kind: str, **fields: Any) -> None:
-        self.append({"kind": kind, **fields})
+class Said(list[Warned]):
+    def __call__(self, event: Event) -> None:
+        assert isinstance(event, Warned)
+        self.append(event)
 
 
 def test_health_check__skipped_steps_are_counted_and_end_the_run() -> None:
@@ -25,8 +26,8 @@ def test_health_check__skipped_steps_are_counted_and_end_the_run() -> None:
     health.skipped(7)
     with pytest.raises(FloatingPointError, match=r"3 steps had a loss that is not finite, the last one step 9; lower"):
         health.skipped(9)
-    assert [(r["kind"], r["about"], r["step"]) for r in said] == [("warning", "non_finite_loss", s) for s in (3, 7, 9)]
-    assert said[1]["text"] == "the loss of step 7 is not finite; skipped (2 of 2 allowed)"
+    assert [(warning.about, warning.step) for warning in said] == [("non_finite_loss", step) for step in (3, 7, 9)]
+    assert said[1].text == "the loss of step 7 is not finite; skipped (2 of 2 allowed)"
 
 
 def test_health_check__a_collapse_is_said_once_and_only_when_it_lasts() -> None:
@@ -34,7 +35,8 @@ def test_health_check__a_collapse_is_said_once_and_only_when_it_lasts() -> None:
     health = HealthCheck(TRAIN, said)
     for step, symptom in enumerate(["flat", None, *["flat"] * (PATIENCE + 2)]):
         health.observe(symptom, step)
-    assert said == [{"kind": "warning", "about": "collapse", "step": 1 + PATIENCE, "text": "collapsed: flat"}]
+    (warning,) = said
+    assert (warning.about, warning.step, warning.text) == ("collapse", 1 + PATIENCE, "collapsed: flat")
 
 
 def test_health_check__stops_on_collapse_if_asked() -> None:

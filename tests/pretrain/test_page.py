@@ -12,7 +12,19 @@ import pytest
 from PIL import Image
 
 from pretrain.errors import RequestError
+from pretrain.record.events import (
+    CheckpointPublished,
+    Evaluated,
+    EvaluationFailed,
+    Failed,
+    Finished,
+    Metrics,
+    Resumed,
+    Start,
+    Visualizations,
+)
 from pretrain.record.journal import Journal
+from pretrain.record.run_dir import RunDir
 from pretrain.reporting.page import write_report
 
 RECIPE = """
@@ -24,6 +36,15 @@ data: {train: /data/photos/train-*.tar}
 train: {steps: 400, global_batch_size: 64, workers: 2, zero_stage: 1, precision: fp32, seed: 0}
 evaluation: {select: linear/photos/top1}
 """
+
+
+def resumed(step: int) -> Resumed:
+    counts = {"tensors": 1, "tensors_total": 1, "optimizer_step": step, "rng_states": 2, "saved_world_size": 2}
+    return Resumed(step=step, samples_seen=64 * step, epoch=0, position=64 * step, **counts)
+
+
+def scores(step: int, protocol: str, data: str, **metrics: float) -> Evaluated:
+    return Evaluated(step=step, protocol=protocol, data=data, metrics=metrics, key="k", seconds=1.0, cached=False)
 
 
 class Page(HTMLParser):
@@ -67,29 +88,29 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[
     (run_dir / "recipe.yaml").write_text(RECIPE)
     rng = np.random.default_rng(0)
     with Journal(run_dir / "journal.jsonl") as journal:
-        journal.write("start", world_size=2, total_steps=400, step=0)
+        journal.write(Start(world_size=2, total_steps=400, step=0, device="cpu"))
         before = -1
         for step in [*range(0, 250, 10), *range(210, 401, 10)]:
             if step < before:
-                journal.write("resumed", step=200)
+                journal.write(resumed(200))
             before = step
             loss = 0.5 + math.exp(-step / 90) + 0.01 * rng.standard_normal()
-            values = {"loss": loss, "lr": 1e-3 * min(1, step / 40), "grad_norm": loss * 2, "images_per_s": 300.0}
-            journal.write("metrics", step=step, values=values)
+            values = {"loss": loss, "lr": 1e-3 * min(1, step / 40), "grad_norm": loss * 2, "samples_per_s": 300.0}
+            journal.write(Metrics(step=step, values=values))
             if step % 100 == 0:
                 path = make_checkpoint(run_dir, step)
-                journal.write("checkpoint", step=step, path=path.relative_to(run_dir))
-                picture = run_dir / "pictures" / f"step-{step:08d}.png"
+                journal.write(CheckpointPublished(step=step, path=str(path.relative_to(run_dir))))
+                picture = RunDir(run_dir).visualizations(step)
                 picture.parent.mkdir(exist_ok=True)
                 Image.fromarray(rng.integers(0, 255, (32, 96, 3), dtype=np.uint8)).resize((384, 128), 0).save(picture)
-                journal.write("pictures", step=step, path=picture.relative_to(run_dir))
-        journal.write("finished", step=400)
+                journal.write(Visualizations(step=step, path=str(picture.relative_to(run_dir))))
+        journal.write(Finished(step=400))
     with Journal(run_dir / "evaluations.jsonl") as evaluations:
         for step, top1, miou in ((0, 0.312, 0.41), (100, 0.4, 0.45), (300, 0.56, 0.6), (400, 0.531, 0.62)):
-            scores = {"top1": top1, "top1_ci_low": top1 - 0.03, "top1_ci_high": top1 + 0.03, "top5": 0.9}
-            evaluations.write("evaluation", step=step, protocol="linear", data="photos", metrics=scores)
-            evaluations.write("evaluation", step=step, protocol="segmentation", data="chair", metrics={"miou": miou})
-        evaluations.write("evaluation", step=400, protocol="knn", data="photos", error="out of <memory>")
+            top = {"top1": top1, "top1_ci_low": top1 - 0.03, "top1_ci_high": top1 + 0.03, "top5": 0.9}
+            evaluations.write(scores(step, "linear", "photos", **top))
+            evaluations.write(scores(step, "segmentation", "chair", miou=miou))
+        evaluations.write(EvaluationFailed(step=400, protocol="knn", data="photos", error="out of <memory>"))
     return run_dir
 
 
@@ -113,9 +134,9 @@ def test_write_report__one_self_contained_page(page: Page) -> None:
 def test_write_report__table_of_checkpoints_and_scores(page: Page) -> None:
     assert page.rows[0] == ["step", "linear/photos top1", "segmentation/chair miou", "knn/photos "]
     rows = {row[0]: row[1:] for row in page.rows}
-    assert rows["0 random backbone"] == ["31.2% 28.2% to 34.2%", "41.0%", "not graded"]
+    assert rows["0 random backbone"] == ["31.2% 28.2% to 34.2%", "41.0%", "not evaluated"]
     assert rows["300 best"][0] == "56.0% 53.0% to 59.0%"
-    assert rows["200 "] == ["not graded"] * 3
+    assert rows["200 "] == ["not evaluated"] * 3
     assert rows["400 "] == ["53.1% 50.1% to 56.1%", "62.0%", "failed"]
 
 
@@ -138,9 +159,9 @@ def test_write_report__a_run_that_has_only_begun(storage: Path) -> None:
     page = Page(write_report(run_dir))
     assert page.images == [] and "not finished" in page.text
     with Journal(run_dir / "journal.jsonl") as journal:
-        journal.write("start", world_size=2, total_steps=400, step=0)
-        journal.write("metrics", step=10, values={"loss": math.nan})
-        journal.write("failed", error="loss is not finite")
+        journal.write(Start(world_size=2, total_steps=400, step=0, device="cpu"))
+        journal.write(Metrics(step=10, values={"loss": math.nan}))
+        journal.write(Failed(error="loss is not finite"))
     page = Page(write_report(run_dir))
     assert len(page.images) == 1 and "not finite at step 10" in page.text and 'class="badge failed"' in page.text
 
@@ -150,8 +171,8 @@ def test_write_report__an_evaluation_repaired_later_is_no_error(storage: Path) -
     run_dir.mkdir()
     (run_dir / "recipe.yaml").write_text(RECIPE)
     with Journal(run_dir / "evaluations.jsonl") as evaluations:
-        evaluations.write("evaluation", step=400, protocol="knn", data="photos", error="out of memory")
-        evaluations.write("evaluation", step=400, protocol="knn", data="photos", metrics={"top1": 0.5})
+        evaluations.write(EvaluationFailed(step=400, protocol="knn", data="photos", error="out of memory"))
+        evaluations.write(scores(400, "knn", "photos", top1=0.5))
     page = Page(write_report(run_dir))
     assert "out of memory" not in page.text
     assert page.rows[1] == ["400 deleted", "50.0%"]
@@ -160,3 +181,34 @@ def test_write_report__an_evaluation_repaired_later_is_no_error(storage: Path) -
 def test_write_report__refuses_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"not a run directory; expected runs/RUN_ID with recipe\.yaml"):
         write_report(tmp_path)
+
+
+def test_write_report__damaged_lines_cost_nothing_but_themselves(storage: Path) -> None:
+    """Neither a line that lacks a field nor one of a newer version takes the page down."""
+    run_dir = storage / "damaged"
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(RECIPE)
+    (run_dir / "journal.jsonl").write_text(
+        '{"time": 1, "kind": "metrics", "values": {"loss": 1.0}}\n'
+        '{"time": 1, "kind": "metrics", "step": 10, "values": null}\n'
+        '{"time": 1, "kind": "telemetry", "watts": 3}\n'
+        '{"time": 1, "kind": "metrics", "step": 20, "values": {"loss": 0.25}, "gpu": 3}\n'
+        '{"kind": "warning"}\n{"time": 1, "kind": "finished", "step": 20}\n'
+    )
+    (run_dir / "evaluations.jsonl").write_text('{"time": 1, "kind": "evaluation", "step": 20, "protocol": "knn"}\n')
+    page = Page(write_report(run_dir))
+    assert 'class="badge finished"' in page.text and "<b>0.25</b>" in page.text
+
+
+def test_write_report__runs_of_before_the_renames_can_be_read(storage: Path) -> None:
+    run_dir = storage / "old"
+    (run_dir / "pictures").mkdir(parents=True)
+    (run_dir / "recipe.yaml").write_text(RECIPE)
+    (run_dir / "pictures" / "step-00000010.png").write_bytes(b"\x89PNG")
+    (run_dir / "journal.jsonl").write_text(
+        '{"time": 1.0, "kind": "start", "step": 0, "total_steps": 10, "world_size": 2, "device": "cpu"}\n'
+        '{"time": 2.0, "kind": "metrics", "step": 10, "values": {"loss": 0.5, "images_per_s": 321.0}}\n'
+        '{"time": 2.0, "kind": "pictures", "step": 10, "path": "pictures/step-00000010.png"}\n'
+    )
+    page = Page(write_report(run_dir))
+    assert "<b>321</b>" in page.text and sum("image/png" in image[:20] for image in page.images) == 1

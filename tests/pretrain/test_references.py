@@ -15,6 +15,7 @@ from pretrain.checkpoints import references as registry
 from pretrain.checkpoints.references import best_step, load_backbone, pull, resolve_checkpoint
 from pretrain.checkpoints.store import CheckpointError
 from pretrain.errors import RequestError, RunFailed
+from pretrain.record.events import Evaluated, EvaluationFailed
 from pretrain.record.journal import Journal
 from pretrain.tracking.client import MlflowRun, connect
 
@@ -213,8 +214,9 @@ def test_resolve_checkpoint__directories_and_runs(run_dir: Path) -> None:
         resolve_checkpoint(f"runs:/{RUN_ID}/best", storage)
     with Journal(run_dir / "evaluations.jsonl") as evaluations:
         for step, top1 in ((0, 0.9), (10, 0.5), (20, 0.4), (30, 0.8)):  # a floor and a pruned one do not count
-            evaluations.write("evaluation", step=step, protocol="linear", data="photos", metrics={"top1": top1})
-        evaluations.write("evaluation", step=20, protocol="linear", data="photos", error="boom")
+            task = {"protocol": "linear", "data": "photos", "key": "k"}
+            evaluations.write(Evaluated(step=step, metrics={"top1": top1}, seconds=1.0, cached=False, **task))
+        evaluations.write(EvaluationFailed(step=20, protocol="linear", data="photos", error="boom"))
     assert best_step(run_dir) == 10
     assert resolve_checkpoint(f"runs:/{RUN_ID}/best", storage) == checkpoints / "step-00000010"
 

@@ -20,7 +20,20 @@ from typing import Any
 import pytest
 
 from pretrain.errors import RequestError
-from pretrain.record.journal import Journal, read_journal
+from pretrain.record.events import (
+    CheckpointPublished,
+    Evaluated,
+    EvaluationFailed,
+    Failed,
+    Finished,
+    Metrics,
+    Rejected,
+    Resumed,
+    Start,
+    Visualizations,
+    Warned,
+)
+from pretrain.record.journal import Journal, read_events
 from pretrain.tracking import sync as tracking
 from pretrain.tracking.client import connect
 from pretrain.tracking.sync import Tracker, default_uri, redact, sync
@@ -43,26 +56,22 @@ class Run:
     def train(self, steps: range, scale: float = 1.0) -> None:
         for step in steps:
             began = time.perf_counter()
-            self.journal.write("metrics", step=step, values={"loss": scale / (step + 1), "lr": 1e-3})
+            self.journal.write(Metrics(step=step, values={"loss": scale / (step + 1), "lr": 1e-3}))
             self.slowest_write_s = max(self.slowest_write_s, time.perf_counter() - began)
 
     def publish(self, make_checkpoint: MakeCheckpoint, step: int) -> Path:
         path = make_checkpoint(self.dir, step)
-        self.journal.write("checkpoint", step=step, path=path.relative_to(self.dir))
+        self.journal.write(CheckpointPublished(step=step, path=str(path.relative_to(self.dir))))
         return path
 
-    def grade(self, step: int, top1: float) -> None:
+    def resume(self, step: int) -> None:
+        counts = {"tensors": 1, "tensors_total": 1, "optimizer_step": step, "rng_states": 2, "saved_world_size": 2}
+        self.journal.write(Resumed(step=step, samples_seen=step, epoch=0, position=step, **counts))
+
+    def evaluate(self, step: int, top1: float) -> None:
         metrics = {"top1": top1, "top1_ci_low": top1 - 0.1, "top1_ci_high": top1 + 0.1}
-        self.evaluations.write(
-            "evaluation",
-            step=step,
-            protocol="linear",
-            data="photos",
-            metrics=metrics,
-            key="k",
-            seconds=1.0,
-            cached=False,
-        )
+        task = {"protocol": "linear", "data": "photos", "key": "k"}
+        self.evaluations.write(Evaluated(step=step, metrics=metrics, seconds=1.0, cached=False, **task))
 
     def track(self, uri: str, **changes: Any) -> Tracker:
         settings: dict[str, Any] = {
@@ -118,20 +127,20 @@ def run(storage: Path) -> Run:
 
 def test_tracker__everything_arrives(run: Run, mlflow_uri: str, make_checkpoint: MakeCheckpoint) -> None:
     tracker = run.track(mlflow_uri)
-    run.journal.write("start", world_size=2, total_steps=40, step=0)
+    run.journal.write(Start(world_size=2, total_steps=40, step=0, device="cpu"))
     run.publish(make_checkpoint, 0)
     run.train(range(0, 21, 10))
     checkpoint = run.publish(make_checkpoint, 20)
-    (run.dir / "pictures").mkdir()
-    (run.dir / "pictures" / "step-00000020.png").write_bytes(b"\x89PNG")
-    run.journal.write("pictures", step=20, path="pictures/step-00000020.png")
-    run.journal.write("warning", step=4, about="non_finite_loss", text="skipped (1 of 10 allowed)")
-    run.journal.write("warning", step=5, about="non_finite_loss", text="skipped (2 of 10 allowed)")
-    run.journal.write("warning", step=20, about="collapse", text="collapsed: flat")
-    run.grade(0, 0.25)
-    run.grade(20, 0.5)
-    run.evaluations.write("evaluation", step=20, protocol="knn", data="photos", error="out of memory")
-    run.journal.write("finished", step=20)
+    (run.dir / "visualizations").mkdir()
+    (run.dir / "visualizations" / "step-00000020.png").write_bytes(b"\x89PNG")
+    run.journal.write(Visualizations(step=20, path="visualizations/step-00000020.png"))
+    run.journal.write(Warned(step=4, about="non_finite_loss", text="skipped (1 of 10 allowed)"))
+    run.journal.write(Warned(step=5, about="non_finite_loss", text="skipped (2 of 10 allowed)"))
+    run.journal.write(Warned(step=20, about="collapse", text="collapsed: flat"))
+    run.evaluate(0, 0.25)
+    run.evaluate(20, 0.5)
+    run.evaluations.write(EvaluationFailed(step=20, protocol="knn", data="photos", error="out of memory"))
+    run.journal.write(Finished(step=20))
     assert tracker.close("FINISHED", 60) and tracker.problem is None
 
     client = connect(mlflow_uri)
@@ -144,10 +153,10 @@ def test_tracker__everything_arrives(run: Run, mlflow_uri: str, make_checkpoint:
     assert found.data.tags["warning/collapse"] == "step 20: collapsed: flat"
     artifacts = run.dir.parent / "mlflow-artifacts" / found.info.run_id / "artifacts"
     assert (artifacts / "config" / "recipe.yaml").read_text() == (run.dir / "recipe.yaml").read_text()
-    assert (artifacts / "pictures" / "step-00000020.png").read_bytes() == b"\x89PNG"
+    assert (artifacts / "visualizations" / "step-00000020.png").read_bytes() == b"\x89PNG"
 
-    written = [r for r in read_journal(run.dir / "journal.jsonl")[0] if r["kind"] == "metrics"]
-    expected = [(r["step"], r["values"]["loss"], int(r["time"] * 1000)) for r in written]
+    written = [event for event in read_events(run.dir / "journal.jsonl")[0] if isinstance(event, Metrics)]
+    expected = [(event.step, event.values["loss"], int(event.time * 1000)) for event in written]
     assert history(mlflow_uri, tracker.mlflow_run_id, "train/loss") == expected
     scores = history(mlflow_uri, tracker.mlflow_run_id, "eval/linear/photos/top1")
     assert [(step, value) for step, value, _ in scores] == [(0, 0.25), (20, 0.5)]
@@ -171,14 +180,14 @@ def test_tracker__replayed_steps_are_not_logged_twice(
 ) -> None:
     run.train(range(0, 15))
     run.publish(make_checkpoint, 10)
-    run.grade(10, 0.5)
+    run.evaluate(10, 0.5)
     run.send(mlflow_uri)
     first_id = ledger(run)["mlflow_run_id"]
-    run.journal.write("resumed", step=10)  # a new driver and new workers, from the checkpoint of step 10
+    run.resume(10)  # a new driver and new workers, from the checkpoint of step 10
     run.train(range(11, 20))
-    run.journal.write("checkpoint", step=10, path="checkpoints/step-00000010")
-    run.journal.write("metrics", step=12, values={"late": 1.0})
-    run.grade(10, 0.5)
+    run.journal.write(CheckpointPublished(step=10, path="checkpoints/step-00000010"))
+    run.journal.write(Metrics(step=12, values={"late": 1.0}))
+    run.evaluate(10, 0.5)
     run.send(mlflow_uri, params={"name": "tiny", "train": {"steps": 80, "betas": [0.9, 0.95]}})
 
     assert ledger(run)["mlflow_run_id"] == first_id
@@ -193,7 +202,7 @@ def test_tracker__replayed_steps_are_not_logged_twice(
 def test_tracker__a_lost_ledger_costs_nothing(run: Run, mlflow_uri: str, make_checkpoint: MakeCheckpoint) -> None:
     run.train(range(5))
     run.publish(make_checkpoint, 4)
-    run.grade(4, 0.5)
+    run.evaluate(4, 0.5)
     run.send(mlflow_uri)
     before = ledger(run)
     (run.dir / "mlflow.json").write_text("{ torn")
@@ -212,20 +221,20 @@ def test_tracker__best_moves_both_ways_and_across_runs(
     run = Run(storage)
     for step in (10, 20, 30):
         run.publish(make_checkpoint, step)
-    run.grade(20, 0.5)
+    run.evaluate(20, 0.5)
     run.send(mlflow_uri)
     assert steps_by_alias(mlflow_uri) == {"best": 20}
-    run.grade(30, 0.4)
+    run.evaluate(30, 0.4)
     run.send(mlflow_uri)
     assert steps_by_alias(mlflow_uri) == {"best": 20}, "a lower score moves nothing"
-    run.grade(10, 0.6)  # an earlier checkpoint, graded late
+    run.evaluate(10, 0.6)  # an earlier checkpoint, graded late
     run.send(mlflow_uri)
     assert steps_by_alias(mlflow_uri) == {"best": 10, "previous": 20}
 
     other = Run(storage, "tiny-20260101-000000-0002")
     for step, score in ((40, 0.55), (50, math.nan), (60, 0.7)):
         other.publish(make_checkpoint, step)
-        other.grade(step, score)
+        other.evaluate(step, score)
         other.send(mlflow_uri)
         assert steps_by_alias(mlflow_uri)["best"] == (60 if step == 60 else 10)
     assert steps_by_alias(mlflow_uri) == {"best": 60, "previous": 10}
@@ -234,7 +243,7 @@ def test_tracker__best_moves_both_ways_and_across_runs(
 def test_tracker__without_select_the_newest_is_best(run: Run, mlflow_uri: str, make_checkpoint: MakeCheckpoint) -> None:
     run.publish(make_checkpoint, 10)
     run.publish(make_checkpoint, 20)
-    run.grade(10, 0.9)
+    run.evaluate(10, 0.9)
     run.send(mlflow_uri, select=None)
     assert steps_by_alias(mlflow_uri) == {"best": 20, "previous": 10}
 
@@ -243,22 +252,22 @@ def test_tracker__bad_records_are_parked_and_their_neighbours_arrive(
     run: Run, mlflow_uri: str, make_checkpoint: MakeCheckpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
     run.train(range(3))
-    run.journal.write("metrics", step=3, values={"x//y": 1.0})  # MLflow refuses the name
-    run.journal.write("metrics", values={"loss": 1.0})  # no step
-    run.journal.write("pictures", step=3, path="../../outside.png")
+    run.journal.write(Metrics(step=3, values={"x//y": 1.0}))  # MLflow refuses the name
+    run.journal.write(Visualizations(step=3, path="../../outside.png"))
     with open(run.dir / "journal.jsonl", "ab") as file:
+        file.write(b'{"time": 1.0, "kind": "metrics", "values": {"loss": 1.0}}\n')
         file.write(b'{"kind": "metr\n')
-    run.journal.write("metrics", step=4, values={"loss": math.nan, "odd(name)": 2.0})
-    run.journal.write("checkpoint", step=4, path="checkpoints/step-00000004")  # pruned before it could be sent
-    run.grade(4, 0.5)
+    run.journal.write(Metrics(step=4, values={"loss": math.nan, "odd(name)": 2.0}))
+    run.journal.write(CheckpointPublished(step=4, path="checkpoints/step-00000004"))  # pruned before it could be sent
+    run.evaluate(4, 0.5)
     run.send(mlflow_uri)
 
     mlflow_run_id = ledger(run)["mlflow_run_id"]
     assert [step for step, _, _ in history(mlflow_uri, mlflow_run_id, "train/loss")] == [0, 1, 2, 4]
     assert [step for step, _, _ in history(mlflow_uri, mlflow_run_id, "train/odd_name_")] == [4]
     assert [step for step, _, _ in history(mlflow_uri, mlflow_run_id, "eval/linear/photos/top1")] == [4]
-    parked, _ = read_journal(run.dir / "tracking-rejected.jsonl")
-    reasons = " ".join(record["reason"] for record in parked)
+    parked = [event for event in read_events(run.dir / "tracking-rejected.jsonl")[0] if isinstance(event, Rejected)]
+    reasons = " ".join(event.reason for event in parked)
     assert len(parked) == 4
     assert all(text in reasons for text in ("x//y", "'step'", "outside the run directory", "not a JSON object"))
     assert "step-00000004 is gone" in caplog.text
@@ -288,8 +297,9 @@ def test_tracker__a_dead_server_stops_nothing_and_sync_delivers_later(
 
 def test_sync__ends_a_run_whose_driver_was_killed(run: Run, mlflow_uri: str) -> None:
     run.track(f"http://127.0.0.1:{free_port()}").close("FINISHED", 0)
-    for kind, status in (("metrics", "KILLED"), ("failed", "FAILED"), ("finished", "FINISHED")):
-        run.journal.write(kind, step=1, values={}, error="boom")
+    ends = (Metrics(step=1, values={}), "KILLED"), (Failed(error="boom"), "FAILED"), (Finished(step=1), "FINISHED")
+    for event, status in ends:
+        run.journal.write(event)
         content = ledger(run) | {"status": None}
         (run.dir / "mlflow.json").write_text(json.dumps(content))
         assert sync(run.dir, uri=mlflow_uri)
@@ -398,7 +408,7 @@ def test_tracker__server_down_started_killed_and_restarted(
     tracker = run.track(uri)  # nobody is listening yet
     run.train(range(0, 100))
     run.publish(make_checkpoint, 99)
-    run.grade(99, 0.4)
+    run.evaluate(99, 0.4)
     wait_for(lambda: tracker.problem is not None)
 
     with serving(database, tmp_path / "artifacts", port) as server:
@@ -407,14 +417,14 @@ def test_tracker__server_down_started_killed_and_restarted(
         wait_for(lambda: ledger(run)["last_step"]["train/loss"] > 100)
         os.killpg(server.pid, signal.SIGKILL)  # in the middle of sending
         run.train(range(3000, 4000))
-        run.journal.write("resumed", step=3900)
+        run.resume(3900)
         run.train(range(3900, 4200))
         wait_for(lambda: tracker.problem is not None)
     assert ledger(run)["last_step"]["train/loss"] < 4199
 
     with serving(database, tmp_path / "artifacts", port):
         run.publish(make_checkpoint, 4199)
-        run.grade(4199, 0.6)
+        run.evaluate(4199, 0.6)
         assert tracker.close("FINISHED", 120)
         points = history(uri, tracker.mlflow_run_id, "train/loss")
         assert [step for step, _, _ in points] == list(range(4200)), "every point exactly once"

@@ -39,7 +39,7 @@ def test_throughput__leaves_out_the_first_steps_and_pauses(clock: Clock) -> None
         _step(throughput, clock, 0.5, 1.5)
         with throughput.paused():
             clock.now += 30.0
-    assert throughput.report(64) == {"images_per_s": 32.0, "step_s": 2.0, "data_wait_fraction": 0.25}
+    assert throughput.report(64) == {"samples_per_s": 32.0, "step_s": 2.0, "data_wait_fraction": 0.25}
 
 
 def test_throughput__each_report_begins_anew(clock: Clock) -> None:
@@ -54,7 +54,7 @@ def test_startup_clock__parts_add_up(clock: Clock) -> None:
     for what in ("joined", "built", "first_batch", "first_batch"):
         clock.now += 1.0
         startup.note(what)
-    found = startup.durations()
-    assert found["placed_s"] == 7.0 and found["imported_s"] == 3.0 and found["joined_s"] == found["built_s"] == 1.0
-    assert found["first_batch_s"] == found["first_step_s"] == 1.0, "a time is noted once"
-    assert found["total_s"] == 14.0 and found["worker_cpu_s"] > 0
+    found = startup.startup()
+    assert found.placed_s == 7.0 and found.imported_s == 3.0 and found.joined_s == found.built_s == 1.0
+    assert found.first_batch_s == found.first_step_s == 1.0, "a time is noted once"
+    assert found.total_s == 14.0 and found.worker_cpu_s > 0

@@ -1,0 +1,302 @@
+"""What can happen to a run: one frozen dataclass per kind of record in the event log and among the evaluations.
+
+Writers construct events, readers match on their types, so that a renamed field is an error of the type checker and not
+a surprise for a user. On disk an event is one JSON object with `time`, `kind` and the fields of its class.
+
+Reading is lenient where versions differ and strict where something is broken: an unknown kind is passed over, unknown
+fields are dropped, but a missing or mistyped field makes the record damaged. Names that changed are read under the old
+one as well (`OLD_KINDS`, `OLD_METRICS`), for runs that were begun before.
+
+Not here: the file (`pretrain.record.journal`), where it lies (`pretrain.record.run_dir`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+
+__all__ = [
+    "CheckpointPublished",
+    "DamagedEvent",
+    "Evaluated",
+    "EvaluationFailed",
+    "Event",
+    "Failed",
+    "Finished",
+    "Metrics",
+    "Rejected",
+    "Resumed",
+    "Start",
+    "Startup",
+    "Visualizations",
+    "Warned",
+    "from_json",
+]
+
+OLD_KINDS = {"pictures": "visualizations"}
+OLD_METRICS = {"images_per_s": "samples_per_s"}
+
+
+class DamagedEvent(ValueError):
+    """A record of a known kind that lacks a field or holds a value of another type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What all have in common.
+
+    Attributes:
+        kind: What the class is called on disk.
+        time: Unix seconds; when it was made.
+    """
+
+    kind: ClassVar[str]
+    time: float = field(default_factory=time.time)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record: plain values, except that floats may be non-finite (`pretrain.record.journal` spells those)."""
+        mine = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "time"}
+        return {"time": self.time, "kind": self.kind, **mine}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(Event):
+    """A group of workers begins to train, for the first time or again.
+
+    Attributes:
+        step: Optimiser steps done so far.
+        total_steps: Of the whole run.
+        device: Of rank 0.
+        exact: Whether a resumed run sees the samples that an unbroken one would.
+        pids: Process of each rank.
+        decoder: Of JPEGs.
+    """
+
+    kind: ClassVar[str] = "start"
+    step: int
+    total_steps: int
+    world_size: int
+    device: str
+    exact: bool = True
+    pids: tuple[int, ...] = ()
+    decoder: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Startup(Event):
+    """Where the time before the first step went, in seconds of wall clock; CPU seconds are those of rank 0."""
+
+    kind: ClassVar[str] = "startup"
+    total_s: float
+    placed_s: float
+    imported_s: float
+    joined_s: float
+    built_s: float
+    first_batch_s: float
+    first_step_s: float
+    worker_cpu_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(Event):
+    """A checkpoint was restored.
+
+    Attributes:
+        step: Optimiser steps it was taken after.
+        tensors, tensors_total: Tensors of the backbone that came back equal, and those that were saved.
+        optimizer_step: What the restored optimiser counts.
+        rng_states: Ranks that got their random state back; 0 after a change of the world size.
+        saved_world_size: Ranks that wrote it.
+        samples_seen: Samples of all ranks until then.
+        epoch, position: Where the stream goes on.
+    """
+
+    kind: ClassVar[str] = "resumed"
+    step: int
+    tensors: int
+    tensors_total: int
+    optimizer_step: int
+    rng_states: int
+    saved_world_size: int
+    samples_seen: int
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics(Event):
+    """Numbers of a logged step, means over the ranks: `loss`, `lr`, `samples_per_s` and what the objective adds."""
+
+    kind: ClassVar[str] = "metrics"
+    step: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPublished(Event):
+    """A checkpoint is complete; `path` is relative to the run directory."""
+
+    kind: ClassVar[str] = "checkpoint"
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visualizations(Event):
+    """A picture of what the objective sees and makes was written; `path` is relative to the run directory."""
+
+    kind: ClassVar[str] = "visualizations"
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned(Event):
+    """Something a person should know. `about` is a word for machines, `text` a sentence for people."""
+
+    kind: ClassVar[str] = "warning"
+    step: int
+    about: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Event):
+    """The last step is done."""
+
+    kind: ClassVar[str] = "finished"
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Event):
+    """Training gave up; `error` is one line."""
+
+    kind: ClassVar[str] = "failed"
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Event):
+    """A checkpoint has scores.
+
+    Attributes:
+        step: Of the checkpoint.
+        protocol, data: What was asked.
+        metrics: Scores, the headline first.
+        key: Of the result in the store of evaluations.
+        seconds: Wall time of the computation.
+        cached: Whether the result was known before.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    protocol: str
+    data: str
+    metrics: Mapping[str, float]
+    key: str
+    seconds: float
+    cached: bool
+
+    @property
+    def task(self) -> str:
+        """`PROTOCOL/DATA`."""
+        return f"{self.protocol}/{self.data}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFailed(Event):
+    """A checkpoint could not be evaluated; `error` is one line. On disk an evaluation with `error` for `metrics`."""
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    protocol: str
+    data: str
+    error: str
+
+    @property
+    def task(self) -> str:
+        """`PROTOCOL/DATA`."""
+        return f"{self.protocol}/{self.data}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected(Event):
+    """A line of the event log that MLflow does not get, and why."""
+
+    kind: ClassVar[str] = "rejected"
+    reason: str
+    line: str
+
+
+_KINDS: dict[str, type[Event]] = {
+    event.kind: event
+    for event in (
+        Start,
+        Startup,
+        Resumed,
+        Metrics,
+        CheckpointPublished,
+        Visualizations,
+        Warned,
+        Finished,
+        Failed,
+        Evaluated,
+        Rejected,
+    )
+}
+_PARTS: dict[type[Event], list[tuple[Field[Any], Any]]] = {}
+
+
+def from_json(record: Mapping[str, Any]) -> Event | None:
+    """The event that a record tells; None when its kind is not known here.
+
+    Raises:
+        DamagedEvent: A field is missing or has a value of another type; names the kind and the field.
+    """
+    kind = record.get("kind")
+    if not isinstance(kind, str):
+        raise DamagedEvent("an event without 'kind'")
+    event = _KINDS.get(OLD_KINDS.get(kind, kind))
+    if event is Evaluated and "error" in record:
+        event = EvaluationFailed
+    if event is None:
+        return None
+    if event is Metrics and isinstance(values := record.get("values"), Mapping):
+        record = {**record, "values": {OLD_METRICS.get(name, name): value for name, value in values.items()}}
+    given = {}
+    for part, hint in _parts(event):
+        if part.name in record:
+            given[part.name] = _value(kind, part.name, hint, record[part.name])
+        elif part.name == "time" or (part.default is MISSING and part.default_factory is MISSING):
+            raise DamagedEvent(f"{kind}: no {part.name!r}")
+    return event(**given)
+
+
+def _parts(event: type[Event]) -> list[tuple[Field[Any], Any]]:
+    """The fields of a class of events with their types; looked up once per class."""
+    if event not in _PARTS:
+        hints = get_type_hints(event)
+        _PARTS[event] = [(part, hints[part.name]) for part in fields(event)]
+    return _PARTS[event]
+
+
+def _value(kind: str, name: str, hint: Any, value: Any) -> Any:
+    if not _fits(value, hint):
+        raise DamagedEvent(f"{kind}: {name!r} is {value!r:.80}, expected {getattr(hint, '__name__', hint)}")
+    return tuple(value) if get_origin(hint) is tuple else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON has the type of a field."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, Sequence) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if get_origin(hint) is Mapping:
+        return isinstance(value, Mapping) and all(_fits(item, get_args(hint)[1]) for item in value.values())
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -1,0 +1,136 @@
+"""The directory of a run: the only place that spells the names in it, and the only answer to "is this a run?".
+
+    RUN_ID/  recipe.yaml          the resolved recipe; whatever holds one is a run
+             journal.jsonl        the event log, written by rank 0 and the driver
+             evaluations.jsonl    scores of its checkpoints, written by the driver
+             mlflow.json          how much of the two has reached MLflow (tracking-rejected.jsonl: what never will)
+             checkpoints/         by step (`pretrain.checkpoints.store`)
+             visualizations/      by step
+             samples/             which samples each rank took, if asked for
+             logs/  ray/          output of the processes, state of Ray
+             report.html
+
+Not here: what the files mean (`pretrain.record.events`), what a checkpoint holds beside the names of its files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.errors import RequestError, listed, nearest
+
+__all__ = ["BACKBONE", "EXPORTED_FILES", "MANIFEST", "RECIPE", "RunDir", "find_run", "runs_in"]
+
+RECIPE = "recipe.yaml"  # of a run and of each of its checkpoints
+BACKBONE = "backbone.safetensors"
+MANIFEST = "checkpoint.json"
+EXPORTED_FILES = (BACKBONE, MANIFEST, RECIPE)  # of a checkpoint: all that using it takes
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of one run. Nothing is opened or made, except where a method says so."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run lives here: its recipe does."""
+        return self.recipe.is_file()
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / RECIPE
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def cursor(self) -> Path:
+        """What has reached MLflow (`pretrain.tracking.cursor`)."""
+        return self.path / "mlflow.json"
+
+    @property
+    def sender_lock(self) -> Path:
+        """Held by the one process that sends the run to MLflow."""
+        return self.path / "mlflow.lock"
+
+    @property
+    def driver_lock(self) -> Path:
+        """Held by the one process that drives the run."""
+        return self.path / ".driver.lock"
+
+    @property
+    def rejected(self) -> Path:
+        """Lines that MLflow does not get."""
+        return self.path / "tracking-rejected.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def driver_log(self) -> Path:
+        return self.logs / "driver.log"
+
+    @property
+    def ray(self) -> Path:
+        return self.path / "ray"
+
+    def worker_log(self, rank: int) -> Path:
+        return self.logs / f"worker-{rank}.log"
+
+    def samples(self, rank: int) -> Path:
+        """The record of samples of one rank."""
+        return self.path / "samples" / f"rank-{rank:05d}.jsonl"
+
+    def visualizations(self, step: int) -> Path:
+        return self.path / "visualizations" / f"step-{step:08d}.png"
+
+    def relative(self, path: Path) -> str:
+        """How events name a file of the run."""
+        return path.relative_to(self.path).as_posix()
+
+    def inside(self, relative: str) -> Path:
+        """The file that an event names.
+
+        Raises:
+            ValueError: It lies outside the run directory.
+        """
+        path = (self.path / relative).resolve()
+        if not path.is_relative_to(self.path.resolve()):
+            raise ValueError(f"{relative!r} is outside the run directory")
+        return path
+
+
+def runs_in(storage: Path) -> list[RunDir]:
+    """The runs of a storage directory, by name; names begin with the recipe, then the time."""
+    return sorted((RunDir(path.parent) for path in storage.glob(f"*/{RECIPE}")), key=lambda run: run.run_id)
+
+
+def find_run(run_id: str, storage: Path) -> RunDir:
+    """The run of that name.
+
+    Raises:
+        RequestError: There is none; names the closest one, or the newest.
+    """
+    run = RunDir(storage / run_id)
+    if not run.is_run:
+        known = [found.run_id for found in runs_in(storage)]
+        hint = nearest(run_id, known) or f"; there are: {listed(known[-8:])}"
+        raise RequestError(f"run {run_id}: not in {storage.absolute()}{hint}")
+    return run
