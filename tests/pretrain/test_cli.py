@@ -15,6 +15,7 @@ import click
 import pytest
 
 from data_pipelines.errors import DataError
+from pretrain import driver
 from pretrain.cli.main import cli, main
 from pretrain.errors import RequestError, RunFailed
 
@@ -106,7 +107,7 @@ def test_main__recipes(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def run_stub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
     """Put a function in the place of the work behind `pretrain run`."""
-    return lambda function: monkeypatch.setattr(sys.modules["pretrain.driver"], "run", function)
+    return lambda function: monkeypatch.setattr(driver, "run", function)
 
 
 def test_main__run_gets_the_resolved_recipe(run_stub: Callable[..., None]) -> None:
