@@ -136,14 +136,14 @@ def dino_rows(samples: SampleSet) -> dict[str, Start]:
 
 
 def dino_views(mode: str) -> tuple[AnyView, ...]:
-    """The ten crops of DINO; the two global ones differ in blur and solarisation."""
-    jitter = {"jitter_p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grey_p": 0.2}
+    """The ten crops of DINO; the two global ones differ in blur and solarization."""
+    jitter = {"jitter_p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gray_p": 0.2}
     wide = {"size": 224, "scale": (0.4, 1.0)}
     colour = {**jitter, "mode": mode}
     return views_from(
         [
             {"name": "global_1", **wide, "photometric": {**colour, "blur_p": 1.0}},
-            {"name": "global_2", **wide, "photometric": {**colour, "blur_p": 0.1, "solarise_p": 0.2}},
+            {"name": "global_2", **wide, "photometric": {**colour, "blur_p": 0.1, "solarize_p": 0.2}},
             {"name": "local", "size": 96, "count": 8, "scale": (0.05, 0.4), "photometric": {**colour, "blur_p": 0.5}},
         ]
     )
@@ -167,8 +167,8 @@ class DinoTransform:
             return transforms.Compose([first, end[0], *colour, blurred, *more, *end[1:]])
 
         local = crop(96, (0.05, 0.4), 0.5)
-        solarise = transforms.RandomSolarize(128, p=0.2)
-        self.crops = [crop(224, (0.4, 1.0), 1.0), crop(224, (0.4, 1.0), 0.1, solarise), *[local] * 8]
+        solarize = transforms.RandomSolarize(128, p=0.2)
+        self.crops = [crop(224, (0.4, 1.0), 1.0), crop(224, (0.4, 1.0), 0.1, solarize), *[local] * 8]
 
     def __call__(self, image: Image.Image) -> list[Tensor]:
         return [crop(image) for crop in self.crops]

@@ -6,7 +6,7 @@ rounds. A group has a peer, and groups with views a limit: decoding the same ima
 
     read cifar10, camvid    bytes of all fields of a sample, of samples below 1 KB and of about 50 KB
     mae 32, mae 224         one random resized crop of CIFAR-10 images and of CamVid frames (480 x 360)
-    dino                    2 x 224 + 8 x 96 crops of CamVid frames with colour jitter, grey, blur and solarisation
+    dino                    2 x 224 + 8 x 96 crops of CamVid frames with colour jitter, grey, blur and solarization
 
 mosaicml-streaming does not fit into this environment (it needs an older numpy and transformers 4): it is measured in
 an environment of its own, made from `requirements/bench-streaming.txt`, whose interpreter is given.

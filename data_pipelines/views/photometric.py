@@ -1,17 +1,17 @@
-"""Colour jitter, greyscale, blur and solarisation: drawn per crop in the loader worker, applied to whole batches.
+"""Color jitter, grayscale, blur and solarization: drawn per crop in the loader worker, applied to whole batches.
 
 Two modes, which are two different augmentations:
 
 * `linear` (default). The worker draws one row of numbers per crop; `apply` changes all pixels of a batch on the
-  device that it is on, in a fixed order: brightness, contrast, saturation, hue, grey, clamp, blur, solarise. All but
-  the last three are linear in the pixels, hence one 3 x 3 matrix per crop. Hue turns the colour plane of YIQ, which
+  device that it is on, in a fixed order: brightness, contrast, saturation, hue, gray, clamp, blur, solarize. All but
+  the last three are linear in the pixels, hence one 3 x 3 matrix per crop. Hue turns the color plane of YIQ, which
   keeps brightness. Against torchvision on float images, single steps agree to 2e-5 as long as nothing leaves [0, 1];
   hue differs (there it is a shift in HSV), and so does the order (there it is random).
 * `reference`. torchvision's own functions on one image, in the worker: the same drawn amounts, in an order drawn like
   that of its ColorJitter, rounded to 8 bits after each step. Several times slower.
 
 Blur is a Gaussian of 9 taps that is cut off at 4 pixels and reflected at the border, as in DINOv2 and DINOv3; DINO and
-BYOL used that of PIL. Not here: crops and flips (`crops`), normalisation (the backbone's).
+BYOL used that of PIL. Not here: crops and flips (`crops`), normalization (the backbone's).
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from data_pipelines.randomness import ViewRandom
 
 __all__ = ["NUM_PARAMS", "PARAMS_SUFFIX", "Photometric", "apply", "finish", "reference"]
 
-NUM_PARAMS = 7  # brightness, contrast, saturation, hue, is_grey, blur sigma, solarise level
+NUM_PARAMS = 7  # brightness, contrast, saturation, hue, is_gray, blur sigma, solarize level
 PARAMS_SUFFIX = ".photometric"  # the rows of view "x" are the entry "x.photometric" of a batch
 MODES = ("linear", "reference")
 
 _UNTOUCHED = (1.0, 1.0, 1.0, 0.0)  # brightness, contrast, saturation, hue that change nothing
-_NEVER = 256.0  # a solarise level that no pixel reaches
+_NEVER = 256.0  # a solarize level that no pixel reaches
 _RADIUS = 4  # pixels the blur looks to each side
 _STRIP = 56  # rows of a blur matrix multiplied at once, so that most of its zeros are left out
 _PIECE_BYTES = 1 << 19  # float pixels changed together on a CPU: they and a copy fit its level-2 cache
 
-_LUMA = (0.2989, 0.587, 0.114)  # torchvision's greyscale
+_LUMA = (0.2989, 0.587, 0.114)  # torchvision's grayscale
 _YIQ = (_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
 
@@ -49,18 +49,18 @@ _YIQ = (_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 class Photometric:
     """What may happen to the pixels of a crop; by default nothing.
 
-    DINO's setting for its crops: `jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey_p=0.2`, and
-    `blur_p` of 1.0, 0.1, 0.5 with `solarise_p` of 0, 0.2, 0 for the first global, the second global and local crops.
+    DINO's setting for its crops: `jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gray_p=0.2`, and
+    `blur_p` of 1.0, 0.1, 0.5 with `solarize_p` of 0, 0.2, 0 for the first global, the second global and local crops.
 
     Attributes:
-        jitter_p: probability of the colour jitter, that is of the next four together.
+        jitter_p: probability of the color jitter, that is of the next four together.
         brightness, contrast, saturation: the factor is uniform in `[max(0, 1 - x), 1 + x]`.
-        hue: the turn is uniform in `[-hue, hue]`, in whole turns of the colour circle; at most 0.5.
-        grey_p: probability of greyscale.
+        hue: the turn is uniform in `[-hue, hue]`, in whole turns of the color circle; at most 0.5.
+        gray_p: probability of grayscale.
         blur_p: probability of Gaussian blur.
         blur_sigma: least and greatest standard deviation in pixels, drawn uniformly.
-        solarise_p: probability of inverting the bright pixels.
-        solarise_level: first inverted value, 0 .. 255.
+        solarize_p: probability of inverting the bright pixels.
+        solarize_level: first inverted value, 0 .. 255.
         mode: `linear` or `reference`, see above.
     """
 
@@ -69,22 +69,22 @@ class Photometric:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
-    grey_p: float = 0.0
+    gray_p: float = 0.0
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarise_p: float = 0.0
-    solarise_level: int = 128
+    solarize_p: float = 0.0
+    solarize_level: int = 128
     mode: str = "linear"
 
     def __post_init__(self) -> None:
-        for name in ("jitter_p", "grey_p", "blur_p", "solarise_p"):
+        for name in ("jitter_p", "gray_p", "blur_p", "solarize_p"):
             self._require_range(name, 1.0, "a probability in 0..1")
         for name in ("brightness", "contrast", "saturation"):
             self._require_range(name, math.inf, "a number from 0")
         self._require_range("hue", 0.5, "a number in 0..0.5")
-        self._require_range("solarise_level", 255, "an integer in 0..255")
-        if not isinstance(self.solarise_level, int):
-            raise self._error("solarise_level", "an integer in 0..255")
+        self._require_range("solarize_level", 255, "an integer in 0..255")
+        if not isinstance(self.solarize_level, int):
+            raise self._error("solarize_level", "an integer in 0..255")
         pair = self.blur_sigma
         if not _is_pair(pair) or not 0 < pair[0] <= pair[1] < math.inf:
             raise self._error("blur_sigma", "[low, high] with 0 < low <= high, in pixels")
@@ -111,17 +111,17 @@ class Photometric:
 
     def draw(self, rng: ViewRandom) -> list[float]:
         """One crop's row of `NUM_PARAMS` numbers; always the same count of draws, whatever the probabilities."""
-        is_jittered, is_grey, is_blurred, is_solarised = (
-            rng.uniform(0.0, 1.0) < p for p in (self.jitter_p, self.grey_p, self.blur_p, self.solarise_p)
+        is_jittered, is_gray, is_blurred, is_solarized = (
+            rng.uniform(0.0, 1.0) < p for p in (self.jitter_p, self.gray_p, self.blur_p, self.solarize_p)
         )
         factors = [rng.uniform(max(0.0, 1 - x), 1 + x) for x in (self.brightness, self.contrast, self.saturation)]
-        colour = [*factors, rng.uniform(-self.hue, self.hue)]
+        color = [*factors, rng.uniform(-self.hue, self.hue)]
         sigma = rng.uniform(*self.blur_sigma)
         return [
-            *(colour if is_jittered else _UNTOUCHED),
-            float(is_grey),
+            *(color if is_jittered else _UNTOUCHED),
+            float(is_gray),
             sigma if is_blurred else 0.0,
-            float(self.solarise_level) if is_solarised else _NEVER,
+            float(self.solarize_level) if is_solarized else _NEVER,
         ]
 
     def _require_range(self, name: str, high: float, allowed: str) -> None:
@@ -193,19 +193,19 @@ def apply(images: Tensor, params: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
         raise DataError(
             f"photometric: images of shape {tuple(images.shape)} and type {images.dtype} are not (B, 3, H, W) uint8; "
-            "colours need three channels of 8 bits"
+            "colors need three channels of 8 bits"
         )
     if params.shape != (len(images), NUM_PARAMS):
         raise DataError(f"photometric: parameters of shape {tuple(params.shape)} are not ({len(images)}, {NUM_PARAMS})")
     device, params = images.device, params.cpu().double()
     sigma, level = params[:, 5], params[:, 6]
-    is_coloured = (params[:, :4] != params.new_tensor(_UNTOUCHED)).any(1) | (params[:, 4] > 0)
+    is_colored = (params[:, :4] != params.new_tensor(_UNTOUCHED)).any(1) | (params[:, 4] > 0)
     steps: list[tuple[list[bool], Callable[..., None], tuple[Tensor, ...]]] = [
         (chosen.tolist(), step, tuple(setting.float().to(device) for setting in settings))
         for chosen, step, settings in (
-            (is_coloured, _recolour, _colour_matrices(params)),
+            (is_colored, _recolor, _color_matrices(params)),
             (sigma > 0, _blur, (_blur_taps(sigma),)),
-            (level < _NEVER, _solarise, (level / 255,)),
+            (level < _NEVER, _solarize, (level / 255,)),
         )
     ]
     finished = torch.empty(images.shape, device=device)
@@ -230,25 +230,25 @@ def _change(pixels: Tensor, chosen: list[bool], step: Callable[..., None], setti
         pixels.index_copy_(0, index, some)
 
 
-def _colour_matrices(params: Tensor) -> tuple[Tensor, Tensor]:
-    """The jitter and grey of each row as `own @ pixel + mean @ mean_pixel`, both (B, 3, 3).
+def _color_matrices(params: Tensor) -> tuple[Tensor, Tensor]:
+    """The jitter and gray of each row as `own @ pixel + mean @ mean_pixel`, both (B, 3, 3).
 
     With luma weights w, brightness b and contrast c: contrast gives c b x + (1 - c) b (w . mean x) (1, 1, 1), and
     what comes after it multiplies by a matrix. Differences from the identity are what is scaled, so neutral amounts
     give exactly the identity.
     """
-    brightness, contrast, saturation, hue, is_grey = (x.view(-1, 1, 1) for x in params[:, :5].unbind(1))
+    brightness, contrast, saturation, hue, is_gray = (x.view(-1, 1, 1) for x in params[:, :5].unbind(1))
     eye, to_yiq = torch.eye(3, dtype=params.dtype), params.new_tensor(_YIQ)
-    grey = to_yiq[0].expand(3, 3)  # every channel becomes w . pixel
+    gray = to_yiq[0].expand(3, 3)  # every channel becomes w . pixel
     to_rgb, angle = torch.linalg.inv(to_yiq), 2 * math.pi * hue
     in_plane = to_rgb @ torch.diag(params.new_tensor([0.0, 1.0, 1.0])) @ to_yiq
     quarter_turn = to_rgb @ params.new_tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]]) @ to_yiq
     turn = eye + (angle.cos() - 1) * in_plane + angle.sin() * quarter_turn
-    mix = (eye + is_grey * (grey - eye)) @ turn @ (eye + (1 - saturation) * (grey - eye))
-    return brightness * contrast * mix, brightness * (1 - contrast) * mix @ grey
+    mix = (eye + is_gray * (gray - eye)) @ turn @ (eye + (1 - saturation) * (gray - eye))
+    return brightness * contrast * mix, brightness * (1 - contrast) * mix @ gray
 
 
-def _recolour(pixels: Tensor, own: Tensor, mean: Tensor) -> None:
+def _recolor(pixels: Tensor, own: Tensor, mean: Tensor) -> None:
     flat = pixels.flatten(2)  # (n, 3, H W)
     torch.clamp(torch.baddbmm(mean @ flat.mean(2, keepdim=True), own, flat), 0, 1, out=flat)
 
@@ -294,7 +294,7 @@ def _spread(size: int, device: torch.device) -> list[tuple[slice, slice, Tensor]
     return [(strip, near, spread[:, strip, near].contiguous().to(device)) for strip, near in strips]
 
 
-def _solarise(pixels: Tensor, level: Tensor) -> None:
+def _solarize(pixels: Tensor, level: Tensor) -> None:
     is_bright = pixels.clone().ge_(level.view(-1, 1, 1, 1))  # 1.0 or 0.0
     torch.sub(is_bright, pixels, out=pixels).abs_()  # exactly 1 - pixel or pixel; torch.where is slow on a CPU
 
@@ -312,13 +312,13 @@ def reference(image: Image.Image | Tensor, spec: Photometric, rng: ViewRandom) -
     """
     from torchvision.transforms import functional as tv  # here, since `linear` needs no torchvision
 
-    *jitter, is_grey, sigma, level = spec.draw(rng)
+    *jitter, is_gray, sigma, level = spec.draw(rng)
     parts = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
     todo = [(part, x) for part, x, same in zip(parts, jitter, _UNTOUCHED, strict=True) if x != same]
     while todo:
         part, amount = todo.pop(rng.below(len(todo)))
         image = part(image, amount)
-    if is_grey:
+    if is_gray:
         image = tv.rgb_to_grayscale(image, num_output_channels=3)
     if sigma:
         image = tv.gaussian_blur(image, 2 * _RADIUS + 1, sigma)

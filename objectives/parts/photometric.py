@@ -12,10 +12,10 @@ from objectives.parts.settings import AugmentationConfig
 
 __all__ = ["FIRST", "FURTHER", "SECOND", "photometric", "require_colors"]
 
-_JITTER = {"jitter_p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grey_p": 0.2}
-# The second view is rarely blurred and sometimes solarised, so that no two have the same statistics.
+_JITTER = {"jitter_p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gray_p": 0.2}
+# The second view is rarely blurred and sometimes solarized, so that no two have the same statistics.
 FIRST = _JITTER | {"blur_p": 1.0}
-SECOND = _JITTER | {"blur_p": 0.1, "solarise_p": 0.2}
+SECOND = _JITTER | {"blur_p": 0.1, "solarize_p": 0.2}
 FURTHER = _JITTER | {"blur_p": 0.5}
 
 

@@ -19,9 +19,9 @@ from data_pipelines.views.photometric import NUM_PARAMS, PARAMS_SUFFIX, Photomet
 
 tv: Any = pytest.importorskip("torchvision.transforms.functional")
 
-NEUTRAL = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0, "grey": 0.0, "sigma": 0.0, "level": 256.0}
+NEUTRAL = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0, "gray": 0.0, "sigma": 0.0, "level": 256.0}
 JITTER: dict[str, Any] = {"jitter_p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
-DINO: dict[str, Any] = {**JITTER, "grey_p": 0.2, "blur_p": 0.5, "solarise_p": 0.2}
+DINO: dict[str, Any] = {**JITTER, "gray_p": 0.2, "blur_p": 0.5, "solarize_p": 0.2}
 
 
 def noise(*shape: int, low: int = 0, high: int = 256) -> Tensor:
@@ -68,11 +68,11 @@ def test_apply__one_factor_equals_torchvision(name: str, function: str, amounts:
 def test_apply__grey_equals_torchvision() -> None:
     images = noise(4, 3, 40, 56)
     expected = tv.rgb_to_grayscale(images.float() / 255, num_output_channels=3)
-    torch.testing.assert_close(change(images, grey=1.0), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(change(images, gray=1.0), expected, rtol=0, atol=2e-5)
 
 
 def test_apply__chain_equals_torchvision_in_the_fixed_order() -> None:
-    """Mid-grey images, so that no step leaves [0, 1]."""
+    """Mid-gray images, so that no step leaves [0, 1]."""
     images = noise(4, 3, 40, 56, low=90, high=150)
     expected = tv.adjust_brightness(images.float() / 255, 1.2)
     expected = tv.adjust_contrast(expected, 0.7)
@@ -81,8 +81,8 @@ def test_apply__chain_equals_torchvision_in_the_fixed_order() -> None:
         change(images, brightness=1.2, contrast=0.7, saturation=1.3), expected, rtol=0, atol=2e-5
     )
     expected = tv.solarize(tv.gaussian_blur(tv.rgb_to_grayscale(expected, num_output_channels=3), 9, 1.3), 0.5)
-    changed = change(images, brightness=1.2, contrast=0.7, saturation=1.3, grey=1.0, sigma=1.3, level=127.5)
-    assert (changed - expected).abs().quantile(0.999) < 5e-5  # a pixel at the solarise level may fall to either side
+    changed = change(images, brightness=1.2, contrast=0.7, saturation=1.3, gray=1.0, sigma=1.3, level=127.5)
+    assert (changed - expected).abs().quantile(0.999) < 5e-5  # a pixel at the solarize level may fall to either side
 
 
 def test_apply__hue_keeps_luma_and_turns_the_same_way_as_torchvision() -> None:
@@ -121,7 +121,7 @@ def test_apply__blur_reflects_in_images_smaller_than_itself(size: int) -> None:
 
 
 @pytest.mark.parametrize("level", [0, 1, 128, 255])
-def test_apply__solarise_equals_torchvision_for_every_value(level: int) -> None:
+def test_apply__solarize_equals_torchvision_for_every_value(level: int) -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     expected = tv.solarize(images.float() / 255, level / 255)
     assert torch.equal(change(images, level=level), expected)
@@ -192,20 +192,20 @@ def test_apply__a_gpu_agrees_with_the_cpu() -> None:
     for where in ("cpu", "cuda"):
         on_gpu = apply(images.cuda(), params.to(where))
         assert on_gpu.is_cuda
-        # A pixel at the solarise level may fall to either side of it.
+        # A pixel at the solarize level may fall to either side of it.
         assert (on_gpu.cpu() - expected).abs().quantile(0.9999) < 1e-5
 
 
 def test_draw__row_has_fixed_length_and_the_stated_distribution() -> None:
-    spec = {**DINO, "blur_sigma": [0.5, 1.5], "solarise_level": 100}
+    spec = {**DINO, "blur_sigma": [0.5, 1.5], "solarize_level": 100}
     drawn = rows(spec, 4000).double()
     assert drawn.shape == (4000, NUM_PARAMS)
     is_jittered = drawn[:, 0] != 1
     shares = {
         "jitter": (is_jittered, 0.8),
-        "grey": (drawn[:, 4] == 1, 0.2),
+        "gray": (drawn[:, 4] == 1, 0.2),
         "blur": (drawn[:, 5] > 0, 0.5),
-        "solarise": (drawn[:, 6] == 100, 0.2),
+        "solarize": (drawn[:, 6] == 100, 0.2),
     }
     for name, (happened, share) in shares.items():
         assert abs(happened.double().mean() - share) < 0.03, name
@@ -273,8 +273,8 @@ def photo() -> Image.Image:
         ({"saturation": 0.4}, "adjust_saturation", 2),
         ({"hue": 0.2}, "adjust_hue", 3),
         ({"blur_p": 1.0}, "gaussian_blur", 5),
-        ({"solarise_p": 1.0}, "solarize", 6),
-        ({"grey_p": 1.0}, "rgb_to_grayscale", None),
+        ({"solarize_p": 1.0}, "solarize", 6),
+        ({"gray_p": 1.0}, "rgb_to_grayscale", None),
     ],
 )
 @pytest.mark.parametrize("kind", ["pil", "tensor"])
@@ -312,8 +312,8 @@ def test_reference__nothing_asked_nothing_done() -> None:
 
 
 def test_modes__differ_by_rounding_without_hue_and_clamps() -> None:
-    """Brightness, contrast and saturation commute, so on mid-grey images the order does not matter."""
-    spec = Photometric(**DINO | {"hue": 0.0, "solarise_p": 0.0})
+    """Brightness, contrast and saturation commute, so on mid-gray images the order does not matter."""
+    spec = Photometric(**DINO | {"hue": 0.0, "solarize_p": 0.0})
     image = 90 + tv.pil_to_tensor(photo()) // 5
     for k in range(20):
         linear = apply(image[None], torch.tensor([spec.draw(ViewRandom(k))]))[0]
@@ -333,12 +333,15 @@ def test_photometric__plain_data() -> None:
     [
         ({"blurp": 1}, "photometric: unknown key 'blurp'; allowed: jitter_p, brightness"),
         ({"blurp": 1}, "mode; did you mean 'blur_p'?"),
+        ({"solarise_p": 0.2}, "mode; did you mean 'solarize_p'?"),
+        ({"solarise_level": 9}, "mode; did you mean 'solarize_level'?"),
+        ({"grey_p": 0.2}, "mode; did you mean 'gray_p'?"),
         ({7: 1}, "unknown key 7"),
         ("dino", "photometric: 'dino' is not allowed; it is a mapping"),
-        ({"grey_p": 1.1}, "photometric: grey_p=1.1 is not allowed; it is a probability in 0..1"),
+        ({"gray_p": 1.1}, "photometric: gray_p=1.1 is not allowed; it is a probability in 0..1"),
         ({"jitter_p": -0.1}, "jitter_p=-0.1 is not allowed"),
         ({"jitter_p": float("nan")}, "jitter_p=nan is not allowed"),
-        ({"solarise_p": True}, "solarise_p=True is not allowed"),
+        ({"solarize_p": True}, "solarize_p=True is not allowed"),
         ({"blur_p": "0.5"}, "blur_p='0.5' is not allowed"),
         ({"brightness": -1}, "brightness=-1 is not allowed; it is a number from 0"),
         ({"contrast": float("inf")}, "contrast=inf is not allowed"),
@@ -349,8 +352,8 @@ def test_photometric__plain_data() -> None:
         ({"blur_sigma": [2, 1]}, "blur_sigma=(2, 1) is not allowed"),
         ({"blur_sigma": [1, float("inf")]}, "blur_sigma=(1, inf) is not allowed"),
         ({"blur_sigma": [1, 2, 3]}, "blur_sigma=(1, 2, 3) is not allowed"),
-        ({"solarise_level": 256}, "solarise_level=256 is not allowed; it is an integer in 0..255"),
-        ({"solarise_level": 0.5}, "solarise_level=0.5 is not allowed"),
+        ({"solarize_level": 256}, "solarize_level=256 is not allowed; it is an integer in 0..255"),
+        ({"solarize_level": 0.5}, "solarize_level=0.5 is not allowed"),
         ({"mode": "liner"}, "mode='liner' is not allowed; it is linear or reference; did you mean 'linear'?"),
         ({"mode": None}, "mode=None is not allowed; it is linear or reference"),
     ],

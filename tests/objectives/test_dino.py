@@ -268,9 +268,9 @@ def test_views__are_the_papers_crops():
     one, two, local = objective.views()
     assert (one["name"], one["size"], one["count"], one["scale"]) == ("global_1", 224, 1, (0.4, 1.0))
     assert (local["name"], local["size"], local["count"], local["scale"]) == ("local", 96, 8, (0.05, 0.4))
-    assert one["photometric"] | {"blur_p": 0.1, "solarise_p": 0.2} == two["photometric"]
+    assert one["photometric"] | {"blur_p": 0.1, "solarize_p": 0.2} == two["photometric"]
     assert [view["photometric"]["blur_p"] for view in (one, two, local)] == [1.0, 0.1, 0.5]
-    assert (one["photometric"]["jitter_p"], one["photometric"]["hue"], one["photometric"]["grey_p"]) == (0.8, 0.1, 0.2)
+    assert (one["photometric"]["jitter_p"], one["photometric"]["hue"], one["photometric"]["gray_p"]) == (0.8, 0.1, 0.2)
 
 
 def test_views__are_ones_that_the_pipeline_knows():

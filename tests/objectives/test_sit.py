@@ -498,11 +498,11 @@ def test_views__are_what_the_data_takes():
 
     first, second = views_from(small_sit().views())
     assert (first.name, second.name, first.scale, first.count) == ("view_1", "view_2", (0.2, 1.0), 1)
-    assert (first.photometric.blur_p, first.photometric.solarise_p) == (1.0, 0.0)
-    assert (second.photometric.blur_p, second.photometric.solarise_p) == (0.1, 0.2)
+    assert (first.photometric.blur_p, first.photometric.solarize_p) == (1.0, 0.0)
+    assert (second.photometric.blur_p, second.photometric.solarize_p) == (0.1, 0.2)
     assert second.photometric.jitter_p == 0.8
     sharp, _ = views_from(small_sit(blur=False).views())
-    assert (sharp.photometric.blur_p, sharp.photometric.grey_p) == (0.0, 0.2)
+    assert (sharp.photometric.blur_p, sharp.photometric.gray_p) == (0.0, 0.2)
 
 
 def test_pictures__of_the_first_view():
