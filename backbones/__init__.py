@@ -1,4 +1,4 @@
-"""Encoders with one output type (`Features`) around timm's models, and the file they travel in.
+"""Encoders with one output type (`Features`), of images around timm's models, and the file they travel in.
 
 Importing the package imports neither torch nor timm; each name below loads its module on first use.
 NOT here: learning objectives (`objectives`), scores (`evaluation`).
@@ -10,23 +10,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from backbones.base import Backbone
+    from backbones.encoder import Encoder
     from backbones.errors import BackboneError
     from backbones.features import Features
-    from backbones.images.base import Backbone
+    from backbones.images.base import ImageEncoder
     from backbones.images.timm_model import TimmBackbone
     from backbones.images.timm_names import model_names
     from backbones.images.vit import ViTBackbone
-    from backbones.io import load_backbone, save_backbone, weights_digest
+    from backbones.io import initialize_from, load_backbone, save_backbone, weights_digest
     from backbones.registry import create_backbone, from_spec
 
 __all__ = [
     "Backbone",
     "BackboneError",
+    "Encoder",
     "Features",
+    "ImageEncoder",
     "TimmBackbone",
     "ViTBackbone",
     "create_backbone",
     "from_spec",
+    "initialize_from",
     "load_backbone",
     "model_names",
     "save_backbone",
@@ -34,13 +39,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "Backbone": "images.base",
+    "Backbone": "base",
     "BackboneError": "errors",
+    "Encoder": "encoder",
     "Features": "features",
+    "ImageEncoder": "images.base",
     "TimmBackbone": "images.timm_model",
     "ViTBackbone": "images.vit",
     "create_backbone": "registry",
     "from_spec": "registry",
+    "initialize_from": "io",
     "load_backbone": "io",
     "model_names": "images.timm_names",
     "save_backbone": "io",

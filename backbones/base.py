@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from backbones.images.base import Backbone
+from backbones.images.base import ImageEncoder as Backbone
 
 __all__ = ["Backbone"]

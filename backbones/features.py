@@ -1,6 +1,7 @@
 """What every encoder returns, whatever it is inside.
 
-Legend: B batch, N patch tokens of the whole image, K patch tokens that ran, R registers, D width.
+Legend: B batch, N tokens of the whole sample, K tokens that ran, R registers, P prefix tokens (class token and
+registers), D width, A axes of space.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Features", "take_tokens"]
+__all__ = ["Features", "ImageFeatures", "take_tokens"]
 
 
 @dataclass(frozen=True)
@@ -18,22 +19,47 @@ class Features:
     """Tokens after the encoder's final norm.
 
     Attributes:
-        patches: (B, N, D) in row-major order; (B, K, D) in the order of `keep_idx` when only some patches ran.
+        tokens: (B, N, D), one per place of the sample, row-major where there is a grid; (B, K, D) in the order of
+            `keep_idx` when only some of them ran.
         cls: (B, D), or None for an encoder without a class token.
         registers: (B, R, D), or None for an encoder without registers.
-        grid: (rows, columns) of the whole image's patches, so N = rows * columns.
+        grid: tokens along each axis of the whole sample, such as (rows, columns), so N is their product; None where
+            tokens lie on no grid.
+        coords: (B, N, A), where tokens that lie on no grid are, in the units of the batch; None where there is a grid.
+        levels: token streams (B, P + N, D) within the encoder, before the final norm and with prefix tokens first,
+            after the layers that were asked for; empty when none were.
     """
 
-    patches: Tensor
+    tokens: Tensor
     cls: Tensor | None
     registers: Tensor | None
+    grid: tuple[int, ...] | None
+    coords: Tensor | None = None
+    levels: tuple[Tensor, ...] = ()
+
+    @property
+    def patches(self) -> Tensor:
+        """`tokens`, by the name that they have in images."""
+        return self.tokens
+
+    @property
+    def pooled(self) -> Tensor:
+        """One vector per sample, (B, D): the class token, or the mean of the tokens of an encoder without one."""
+        return self.tokens.mean(1) if self.cls is None else self.cls
+
+
+@dataclass(frozen=True)
+class ImageFeatures(Features):
+    """Features of images, whose tokens are patches on a grid of (rows, columns)."""
+
     grid: tuple[int, int]
 
-    def to(self, dtype: torch.dtype) -> Features:
+    def to(self, dtype: torch.dtype) -> ImageFeatures:
         """The same features in another type."""
         cls = None if self.cls is None else self.cls.to(dtype)
         registers = None if self.registers is None else self.registers.to(dtype)
-        return Features(self.patches.to(dtype), cls, registers, self.grid)
+        levels = tuple(level.to(dtype) for level in self.levels)
+        return ImageFeatures(self.tokens.to(dtype), cls, registers, self.grid, levels=levels)
 
 
 def take_tokens(tokens: Tensor, idx: Tensor) -> Tensor:

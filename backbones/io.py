@@ -1,4 +1,5 @@
-"""Backbone files: safetensors with the architecture in the header, checked by digest, never unpickled.
+"""Backbone files: safetensors with the architecture in the header, checked by digest, never unpickled; and weights of
+one encoder as the start of another.
 
 NOT here: training state, publication of checkpoints (`pretrain.checkpoints.store`).
 torch is imported where tensors are made, so that a digest can be taken without it.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,9 @@ from backbones.errors import BackboneError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backbones.images.base import Backbone
+    from backbones.encoder import Encoder
 
-__all__ = ["BACKBONE_FILE", "load_backbone", "save_backbone", "weights_digest"]
+__all__ = ["BACKBONE_FILE", "Initialized", "initialize_from", "load_backbone", "save_backbone", "weights_digest"]
 
 BACKBONE_FILE = "backbone.safetensors"
 _METADATA_KEY = "pretrain.backbone"
@@ -30,8 +32,8 @@ def save_backbone(path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, 
 
     Args:
         path: the file, conventionally `.../backbone.safetensors`; an existing one is replaced.
-        tensors: timm names -> weights, as from `Backbone.timm_state_dict()`.
-        spec: `Backbone.spec`.
+        tensors: names -> weights, as from `Encoder.weights()`.
+        spec: `Encoder.spec`.
     """
     from safetensors.torch import save_file
 
@@ -39,7 +41,7 @@ def save_backbone(path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, 
     save_file(plain, path, metadata={_METADATA_KEY: _canonical(spec)})
 
 
-def load_backbone(path: Path | str) -> Backbone:
+def load_backbone(path: Path | str) -> Encoder:
     """A backbone with its weights, in evaluation mode.
 
     Args:
@@ -67,10 +69,79 @@ def load_backbone(path: Path | str) -> Backbone:
         if weights[name].shape != expected[name].shape
     ]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise BackboneError(f"{file}: does not fit {backbone.spec['name']!r}: {'; '.join(sorted(wrong)[:3])}{more}")
+        raise BackboneError(f"{file}: does not fit {backbone.spec['name']!r}: {_some(wrong)}")
     backbone.network.load_state_dict(weights)
     return backbone.eval()
+
+
+@dataclass(frozen=True)
+class Initialized:
+    """What `initialize_from` did with the weights that it was given; all names are sorted.
+
+    Attributes:
+        loaded: taken over as they are.
+        resampled: brought to the shape of the encoder, such as positions of another grid.
+        missing: of the encoder, and not among the weights; they stay as they were.
+        unexpected: among the weights, and not of the encoder; they were not used.
+    """
+
+    loaded: tuple[str, ...]
+    resampled: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def initialize_from(encoder: Encoder, weights: Mapping[str, Tensor]) -> Initialized:
+    """Copies weights of another encoder into this one, each in the type and on the device that it has here.
+
+    Nothing is copied when it raises. Call it before an engine shards the parameters, and after the objective is built,
+    whose constructor may initialize them anew.
+
+    Args:
+        encoder: receives the weights by the names of `Encoder.weights()`.
+        weights: names -> tensors. Where a shape differs, `Encoder.fitted` decides: a plain ViT resamples its absolute
+            positions to its own grid.
+
+    Raises:
+        BackboneError: a tensor has another shape and cannot be fitted, or no name is the encoder's.
+    """
+    import torch
+
+    own = encoder.weights()
+    fitted = {
+        name: weights[name] if weights[name].shape == tensor.shape else encoder.fitted(name, weights[name])
+        for name, tensor in own.items()
+        if name in weights
+    }
+    wrong = [
+        f"{name} has shape {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
+        for name, tensor in fitted.items()
+        if tensor is None
+    ]
+    if wrong:
+        raise BackboneError(f"the weights do not fit backbone {encoder.spec['name']!r}: {_some(wrong)}")
+    if not fitted:
+        raise BackboneError(
+            f"the weights do not fit backbone {encoder.spec['name']!r}: none of their {len(weights)} names is one of "
+            f"its, such as {next(iter(own))}"
+        )
+    with torch.no_grad():
+        for name, tensor in fitted.items():
+            assert tensor is not None  # refused above
+            own[name].copy_(tensor)
+    resampled = {name for name in fitted if weights[name].shape != own[name].shape}
+    return Initialized(
+        loaded=tuple(sorted(fitted.keys() - resampled)),
+        resampled=tuple(sorted(resampled)),
+        missing=tuple(sorted(own.keys() - weights.keys())),
+        unexpected=tuple(sorted(weights.keys() - own.keys())),
+    )
+
+
+def _some(mistakes: list[str]) -> str:
+    """The first three of several mistakes, and how many more there are."""
+    more = f" and {len(mistakes) - 3} more" if len(mistakes) > 3 else ""
+    return f"{'; '.join(sorted(mistakes)[:3])}{more}"
 
 
 def weights_digest(path: Path | str) -> str:

@@ -20,9 +20,10 @@ from torch import nn
 
 from backbones.errors import BackboneError
 from backbones.images.base import Backbone
+from backbones.images.timm_internals import is_plain_vit
 from backbones.images.timm_model import TimmBackbone, token_size
 from backbones.images.timm_names import model_names, plugins
-from backbones.images.vit import ViTBackbone, is_plain_vit
+from backbones.images.vit import ViTBackbone
 from backbones.plugins import load_entry
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "create_backbone", "from_spec"]

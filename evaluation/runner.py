@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 
+from backbones.images.base import ImageEncoder
 from backbones.io import BACKBONE_FILE, load_backbone, weights_digest
 from evaluation import registry
 from evaluation.data import EvaluationData, LabelMaps, OpenedData
@@ -67,7 +68,10 @@ def evaluate(
 
     def make() -> EvaluationResult:
         def write(writer: ArrayWriter) -> None:
-            write_features(writer, load_backbone(checkpoint), opened, recipe, batch_size=batch_size, device=on_device)
+            backbone = load_backbone(checkpoint)
+            if not isinstance(backbone, ImageEncoder):
+                raise EvaluationError(f"backbones of kind {backbone.kind!r} cannot be evaluated; only images can")
+            write_features(writer, backbone, opened, recipe, batch_size=batch_size, device=on_device)
 
         arrays, were_made = FeatureCache(store).once(digest_of(feature_facts), feature_facts, write)
         extracted = time.perf_counter()

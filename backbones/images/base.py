@@ -1,12 +1,12 @@
 """What every image encoder is to objectives and evaluation: `preprocess`, `features`, and what it can do.
 
 Two classes implement it: `backbones.images.vit.ViTBackbone` (plain ViTs, which can leave patches out) and
-`backbones.images.timm_model.TimmBackbone` (any other timm model). An objective takes a `Backbone` and states what else
-it needs with `objectives.requirements`:
+`backbones.images.timm_model.TimmBackbone` (any other timm model). An objective takes an `ImageEncoder` and states what
+else it needs with `objectives.requirements`:
 
     require(backbone, objective, "can_drop_patches")   `features(x, keep_idx)` runs on some patches only: plain ViTs
     require(backbone, objective, "has_cls")            `features(x).cls` is a token: most ViTs, CrossViT, VOLO, ConViT
-    require(backbone, objective, "has_plain_blocks")   `features_of_blocks(x, blocks)` and `.vit`: plain ViTs
+    require(backbone, objective, "has_plain_blocks")   `features(x, layers=...)` reads inner layers: plain ViTs
     require_sizes(backbone, objective, 96, 224)        `features` takes images of these sizes: plain ViTs, Swin,
                                                        ViTamin, convolutional models; `grid_at` counts the tokens
 
@@ -17,7 +17,7 @@ Legend: B batch, C channels, N patch tokens, K kept patch tokens, D width.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -25,13 +25,14 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from backbones.encoder import Encoder
 from backbones.errors import BackboneError
-from backbones.features import Features
+from backbones.features import ImageFeatures
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "ImageEncoder"]
 
 
-class Backbone(nn.Module, ABC):
+class ImageEncoder(Encoder):
     """An image encoder around a timm model (`network`), with pixel normalisation and `Features` as output.
 
     Attributes:
@@ -41,11 +42,15 @@ class Backbone(nn.Module, ABC):
         grid: (rows, columns) of output tokens at `image_size`.
         embed_dim, in_chans: D and C.
         can_drop_patches, has_cls, has_plain_blocks: see the top of this file.
+        num_layers: how many layers `features` can read; 0 where it cannot.
+        num_prefix_tokens: tokens before the patches in what `features` reads of a layer.
     """
 
+    kind = "image"
     can_drop_patches: ClassVar[bool] = False
     has_plain_blocks: ClassVar[bool] = False
-    has_cls: bool
+    num_layers: int = 0
+    num_prefix_tokens: int = 0
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -101,24 +106,69 @@ class Backbone(nn.Module, ABC):
     def network(self) -> nn.Module:
         """The timm model, whose state dict is what is exported."""
 
-    @property
     @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Type of the weights, hence of the output."""
-
-    @abstractmethod
-    def features(self, x: Tensor, keep_idx: Tensor | None = None) -> Features:
+    def features(self, x: Tensor, keep_idx: Tensor | None = None, *, layers: Sequence[int] = ()) -> ImageFeatures:
         """Encodes images, or only some patches of them.
 
         Args:
-            x: (B, C, H, W) normalised pixels, of a size that `grid_at` allows.
+            x: (B, C, H, W) normalized pixels, of a size that `grid_at` allows.
             keep_idx: (B, K) int64 row-major patch indices: only these run, in this order. Needs `can_drop_patches`.
+            layers: after which layers the token stream is read as well, counted from 1 to `num_layers` and ascending.
+                Needs `has_plain_blocks`.
 
         Returns:
             Tokens after the final norm, in the type of the weights.
 
         Raises:
-            BackboneError: the model does not take images of this size, or cannot leave patches out.
+            BackboneError: the model does not take images of this size, cannot leave patches out, or has no such layers.
+        """
+
+    def tokens(self, batch: Tensor) -> ImageFeatures:
+        """Features of images (B, C, H, W), uint8 in 0 .. 255 or floating point in [0, 1]."""
+        return self.features(self.preprocess(batch))
+
+    def read_out(self, stream: Tensor, grid: tuple[int, int]) -> ImageFeatures:
+        """Features of a token stream of the encoder's own, such as a mean of `Features.levels`: after the final norm.
+
+        Args:
+            stream: (B, P + N, D) before the final norm, prefix tokens first.
+            grid: of the images that it comes from.
+
+        Raises:
+            BackboneError: the model has no token streams that can be read.
+        """
+        raise BackboneError(f"backbone {self.spec['name']!r} is not a plain ViT, so its layers cannot be read")
+
+    def attention(self, x: Tensor) -> Tensor | None:
+        """How much the class token attends to each patch in the last layer.
+
+        Args:
+            x: as for `features`.
+
+        Returns:
+            (B, heads, N), each at most 1 in sum; None where there is no class token or no plain attention.
+        """
+        return None
+
+    def reset_tokens(self, std: float) -> None:
+        """Draws class token and registers anew from N(0, std^2); nothing where there are none."""
+        for name in ("cls_token", "reg_token"):
+            token = getattr(self.network, name, None)
+            if isinstance(token, nn.Parameter):
+                nn.init.normal_(token, std=std)
+
+    def fix_sincos_positions(self) -> None:
+        """Replaces learned positions by MAE's fixed sin-cos table.
+
+        Raises:
+            BackboneError: the positions of the model are not a table for its patches.
+        """
+        raise BackboneError(f"backbone {self.spec['name']!r} is not a plain ViT, so its positions stay its own")
+
+    def resample_positions_as(self, method: str) -> None:
+        """Chooses how absolute positions follow images of another size, see `backbones.images.positions`.
+
+        Nothing happens for models that bring their own way, which are all but plain ViTs.
         """
 
     @abstractmethod
@@ -169,5 +219,8 @@ class Backbone(nn.Module, ABC):
         return group_parameters(self.network, self.network.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
 
     def timm_state_dict(self) -> dict[str, Tensor]:
-        """Weights under timm's own names: `timm.create_model(...).load_state_dict(...)` takes them strictly."""
-        return dict(self.network.state_dict())
+        """`weights`, whose names are timm's: `timm.create_model(...).load_state_dict(...)` takes them strictly."""
+        return self.weights()
+
+
+Backbone = ImageEncoder  # the name under which plug-ins import it

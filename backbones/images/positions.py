@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from backbones.errors import BackboneError
 
-__all__ = ["RESAMPLINGS", "resample_positions", "sincos_positions"]
+__all__ = ["RESAMPLINGS", "moved_positions", "resample_positions", "sincos_positions"]
 
 RESAMPLINGS = ("timm", "dino")
 
@@ -73,3 +73,23 @@ def resample_positions(
         mode="bicubic",
     )  # (1, D, new rows, new columns)
     return torch.cat([table[:, :num_prefix], resampled.flatten(2).mT.to(table.dtype)], dim=1)
+
+
+def moved_positions(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix: int) -> Tensor:
+    """Positions of an encoder as initial positions of another one with another grid.
+
+    A sin-cos table is a known function of the grid, so that of the new grid is computed; any other table is
+    interpolated bicubically with antialiasing.
+
+    Args:
+        table: (1, num_prefix + N, D); the prefix's positions are passed through.
+        old_grid, new_grid: (rows, columns).
+
+    Returns:
+        (1, num_prefix + new rows * new columns, D) in the type of `table`.
+    """
+    dim, patches = table.shape[-1], table[0, num_prefix:].float()  # (N, D)
+    rounding = torch.finfo(table.dtype).eps
+    if dim % 4 == 0 and torch.allclose(patches, sincos_positions(dim, old_grid).to(patches), atol=rounding):
+        return torch.cat([table[:, :num_prefix], sincos_positions(dim, new_grid).to(table)[None]], dim=1)
+    return resample_positions(table, old_grid, new_grid, num_prefix, "timm")

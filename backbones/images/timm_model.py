@@ -27,13 +27,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from backbones.errors import BackboneError
-from backbones.features import Features
-from backbones.images.base import Backbone
+from backbones.features import ImageFeatures
+from backbones.images.base import ImageEncoder
 
 __all__ = ["TimmBackbone", "token_size"]
 
 
-class TimmBackbone(Backbone):
+class TimmBackbone(ImageEncoder):
     """A timm model (as `.model`) of any architecture; patches cannot be left out.
 
     Attributes:
@@ -82,15 +82,12 @@ class TimmBackbone(Backbone):
         """The timm model."""
         return self.model
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return next(self.model.parameters()).dtype
-
-    def features(self, x: Tensor, keep_idx: Tensor | None = None) -> Features:
-        """Encodes images, see `Backbone.features`; all patches run."""
+    def features(self, x: Tensor, keep_idx: Tensor | None = None, *, layers: Sequence[int] = ()) -> ImageFeatures:
+        """Encodes images, see `ImageEncoder.features`; all patches run, and no layer is read."""
         if keep_idx is not None:
             raise BackboneError(f"backbone {self.spec['name']!r} cannot leave patches out; it is not a plain ViT")
+        if layers:
+            raise BackboneError(f"backbone {self.spec['name']!r} is not a plain ViT, so its layers cannot be read")
         self.grid_at(x.shape[-2], x.shape[-1])
         x = x.to(self.dtype)
         if self.dtype != torch.bfloat16:
@@ -136,7 +133,7 @@ def _batch_norm(
     return functional.batch_norm(x, mean, var, weight, bias, *rest, **options)
 
 
-def _dry_run(model: nn.Module, size: tuple[int, int], in_chans: int, name: str) -> Features:
+def _dry_run(model: nn.Module, size: tuple[int, int], in_chans: int, name: str) -> ImageFeatures:
     """Features of one black image, for their shapes.
 
     Raises:
@@ -168,7 +165,7 @@ def token_size(model: nn.Module) -> int | None:
     return int(stages[0 if _has_branches(model) else -1]["reduction"]) if stages else None
 
 
-def _freeze_unused(model: nn.Module, features: Features) -> tuple[str, ...]:
+def _freeze_unused(model: nn.Module, features: ImageFeatures) -> tuple[str, ...]:
     """Freezes and names the parameters that the features do not depend on; leaves no gradients behind."""
     outputs = [tensor for tensor in (features.patches, features.cls, features.registers) if tensor is not None]
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -181,7 +178,7 @@ def _freeze_unused(model: nn.Module, features: Features) -> tuple[str, ...]:
     return tuple(name for name, _ in unused)
 
 
-def _features(model: nn.Module, x: Tensor) -> Features:
+def _features(model: nn.Module, x: Tensor) -> ImageFeatures:
     """Runs the model and sorts what it returns into `Features`."""
     if isinstance(model, Hiera):  # its last tokens are not in row-major order for every variant, its stage outputs are
         output = model.forward_features(x, return_intermediates=True)[1][-1]  # (B, rows, columns, D)
@@ -195,12 +192,12 @@ def _features(model: nn.Module, x: Tensor) -> Features:
     if output.ndim == 4:
         is_channel_last = isinstance(model, Hiera) or getattr(model, "output_fmt", "NCHW") == "NHWC"
         cells = output if is_channel_last else output.permute(0, 2, 3, 1)  # (B, rows, columns, D)
-        return Features(_normed(model, cells.flatten(1, 2)), None, None, (cells.shape[1], cells.shape[2]))
+        return ImageFeatures(_normed(model, cells.flatten(1, 2)), None, None, (cells.shape[1], cells.shape[2]))
     tokens = _normed(model, output)  # (B, P + N, D)
     num_prefix, grid = _prefix_and_grid(model, tokens.shape[1], (x.shape[-2], x.shape[-1]))
     has_cls = num_prefix > 0 and getattr(model, "cls_token", None) is not None
-    return Features(
-        patches=tokens[:, num_prefix:],
+    return ImageFeatures(
+        tokens=tokens[:, num_prefix:],
         cls=tokens[:, 0] if has_cls else None,
         registers=tokens[:, int(has_cls) : num_prefix] if num_prefix > has_cls else None,
         grid=grid,
@@ -229,13 +226,13 @@ def _has_branches(model: nn.Module) -> bool:
     return getattr(model, "num_branches", 1) == 2
 
 
-def _of_two_branches(fine: Tensor, coarse: Tensor) -> Features:
+def _of_two_branches(fine: Tensor, coarse: Tensor) -> ImageFeatures:
     """CrossViT: tokens of both branches, (B, 1 + N, D) and (B, 1 + n, d) with square grids, as one grid of N."""
     rows, coarse_rows = math.isqrt(fine.shape[1] - 1), math.isqrt(coarse.shape[1] - 1)
     coarse_map = coarse[:, 1:].mT.unflatten(2, (coarse_rows, coarse_rows))  # (B, d, coarse_rows, coarse_rows)
     resized = functional.interpolate(coarse_map.float(), size=(rows, rows), mode="bilinear").to(coarse.dtype)
-    return Features(
-        patches=torch.cat([fine[:, 1:], resized.flatten(2).mT], dim=-1),  # (B, N, D + d)
+    return ImageFeatures(
+        tokens=torch.cat([fine[:, 1:], resized.flatten(2).mT], dim=-1),  # (B, N, D + d)
         cls=torch.cat([fine[:, 0], coarse[:, 0]], dim=-1),  # (B, D + d)
         registers=None,
         grid=(rows, rows),

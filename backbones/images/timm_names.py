@@ -1,27 +1,23 @@
 """Names of all models a recipe may ask for, without importing torch or timm.
 
-timm registers a model by decorating a module-level function with `@register_model`; its name is the function's name.
-Reading the installed sources as text gives the same list as `timm.list_models()` (a test compares the two) in some
+Reading timm's installed sources as text gives the same list as `timm.list_models()` (a test compares the two) in some
 60 ms, where importing timm takes seconds. NOT here: building a model (`backbones.registry`).
 """
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
 
 from backbones.errors import BackboneError
+from backbones.images.timm_internals import registered_names
 from backbones.plugins import by_name, entry_points
 
 __all__ = ["ENTRY_POINT_GROUP", "model_names", "plugins"]
 
 ENTRY_POINT_GROUP = "pretrain.backbones"
-
-# The decorator, any further decorators, then the function whose name is the model's.
-_REGISTERED = re.compile(r"^@register_model\b[^\n]*\n(?:@[^\n]*\n)*def (\w+)\(", re.MULTILINE)
 
 
 @cache
@@ -29,8 +25,7 @@ def _timm_names() -> frozenset[str]:
     spec = find_spec("timm")
     if spec is None or not spec.submodule_search_locations:
         raise BackboneError("timm is not installed, so no backbone is available; install it with: pip install timm")
-    sources = sorted((Path(spec.submodule_search_locations[0]) / "models").glob("*.py"))
-    return frozenset(name for source in sources for name in _REGISTERED.findall(source.read_text(encoding="utf-8")))
+    return registered_names(Path(spec.submodule_search_locations[0]) / "models")
 
 
 @cache

@@ -11,6 +11,7 @@ Legend: B batch, V views, n = V * B images, C channels, S side in pixels, P pref
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from backbones.features import Features
 from backbones.images.base import Backbone
-from backbones.images.vit import ViTBackbone
 from objectives.base import Objective, Output, Progress
 from objectives.errors import ObjectiveError
 from objectives.gmml.config import GMMLConfig
@@ -100,11 +100,9 @@ class GMML(Objective):
         """Features of normalised images (n, C, S, S): the final norm of the mean of the token streams at `blocks`."""
         if not self.blocks:
             return self.backbone.features(x)
-        assert isinstance(self.backbone, ViTBackbone)
-        streams = self.backbone.features_of_blocks(x, self.blocks)
-        mean = torch.stack(streams).mean(0)  # (n, P + N, D)
-        tokens = self.backbone.vit.norm(mean)
-        return Features(tokens[:, self.backbone.num_prefix_tokens :], None, None, self.backbone.grid)
+        streams = self.backbone.features(x, layers=self.blocks).levels
+        features = self.backbone.read_out(torch.stack(streams).mean(0), self.backbone.grid)  # of (n, P + N, D)
+        return replace(features, cls=None, registers=None)  # the head and the metrics read the patches
 
     def diagnose(self, metrics: Mapping[str, float], progress: Progress) -> str | None:
         """Grey reconstructions, or features that are all alike."""
@@ -132,10 +130,9 @@ def _blocks_at(depths: list[float], backbone: Backbone) -> list[int]:
     """
     if set(depths) == {1.0}:
         return []
-    if not isinstance(backbone, ViTBackbone):
+    if not backbone.has_plain_blocks:
         raise ObjectiveError(
             f"objective.read_depths {list(depths)} averages the tokens of several blocks, and the blocks of backbone "
             f"{backbone.spec['name']!r} do not all have the same tokens; set objective.read_depths=[1.0]"
         )
-    num_blocks = len(backbone.vit.blocks)
-    return sorted({max(1, round(depth * num_blocks)) for depth in depths})
+    return sorted({max(1, round(depth * backbone.num_layers)) for depth in depths})

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-    from backbones.images.base import Backbone
+    from backbones.encoder import Encoder
 
 __all__ = ["best_step", "checked_name", "load_backbone", "pull", "resolve_checkpoint"]
 
@@ -132,7 +132,7 @@ def resolve_checkpoint(reference: str | Path, storage: Path = Path("runs"), *, t
     return _cached(version, uri)
 
 
-def load_backbone(reference: str | Path, *, storage: Path = Path("runs"), tracking_uri: str | None = None) -> Backbone:
+def load_backbone(reference: str | Path, *, storage: Path = Path("runs"), tracking_uri: str | None = None) -> Encoder:
     """The backbone of a checkpoint with its pretrained weights, in evaluation mode.
 
     Raises:

@@ -10,8 +10,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from backbones import load_backbone, save_backbone, weights_digest
+from backbones import initialize_from, load_backbone, save_backbone, weights_digest
 from backbones.errors import BackboneError
+from backbones.images.positions import sincos_positions
 from backbones.registry import create_backbone
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 2}
@@ -125,3 +126,69 @@ def test_weights_digest__needs_no_torch(checkpoint):
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == weights_digest(checkpoint)
+
+
+def other(size: int, **options: object):
+    torch.manual_seed(1)
+    return create_backbone("vit_tiny_patch16_224", image_size=size, patch_size=4, options=SMALL | options)
+
+
+def test_initialize_from__same_architecture_is_taken_over_whole(backbone):
+    encoder = other(16)
+    done = initialize_from(encoder, backbone.weights())
+    assert set(done.loaded) == encoder.weights().keys()
+    assert done.resampled == done.missing == done.unexpected == ()
+    assert all(torch.equal(tensor, backbone.weights()[name]) for name, tensor in encoder.weights().items())
+
+
+def test_initialize_from__learned_positions_are_resampled_to_the_grid_and_prefixes_kept():
+    source, encoder = other(16), other(24)
+    with torch.no_grad():
+        source.vit.pos_embed.normal_()
+    done = initialize_from(encoder, source.weights())
+    assert done.resampled == ("pos_embed",)
+    assert len(done.loaded) == len(source.weights()) - 1
+    own, given = encoder.vit.pos_embed, source.vit.pos_embed  # (1, 3 + 36, D), (1, 3 + 16, D)
+    assert torch.equal(own[:, :3], given[:, :3])
+    x = torch.randn(2, 3, 24, 24)
+    torch.testing.assert_close(encoder.eval().features(x).tokens, source.eval().features(x).tokens)
+
+
+def test_initialize_from__sincos_positions_of_another_grid_are_those_of_the_own_grid(backbone):
+    for fixed in (True, False):
+        encoder = other(24)
+        if fixed:
+            encoder.fix_sincos_positions()
+        assert initialize_from(encoder, backbone.weights()).resampled == ("pos_embed",)
+        torch.testing.assert_close(encoder.vit.pos_embed[0, 3:].detach(), sincos_positions(32, (6, 6)))
+        assert isinstance(encoder.vit.pos_embed, torch.nn.Parameter) == (not fixed)
+
+
+def test_initialize_from__names_what_is_missing_and_what_is_not_used(backbone):
+    weights = backbone.weights() | {"head.weight": torch.zeros(10, 32)}
+    del weights["norm.bias"]
+    encoder = other(16)
+    with torch.no_grad():
+        encoder.vit.norm.bias.fill_(7.0)
+    done = initialize_from(encoder, weights)
+    assert (done.missing, done.unexpected) == (("norm.bias",), ("head.weight",))
+    assert encoder.vit.norm.bias.eq(7.0).all()
+
+
+def test_initialize_from__what_does_not_fit_is_refused_before_anything_is_copied(backbone):
+    encoder = other(16, embed_dim=16)
+    before = {name: tensor.clone() for name, tensor in encoder.weights().items()}
+    with pytest.raises(BackboneError, match=r"do not fit .*has shape .*, not .* and \d+ more") as caught:
+        initialize_from(encoder, backbone.weights())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BackboneError, match="none of their 1 names is one of its, such as cls_token"):
+        initialize_from(encoder, {"stem.weight": torch.zeros(2)})
+    with pytest.raises(BackboneError, match=r"pos_embed has shape \(1, 8, 16\)"):  # 5 patches are no square
+        initialize_from(encoder, {"pos_embed": torch.zeros(1, 8, 16)})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.weights().items())
+
+
+def test_initialize_from__keeps_the_types_of_the_encoder(backbone):
+    encoder = other(16).bfloat16()
+    initialize_from(encoder, backbone.weights())
+    assert {tensor.dtype for tensor in encoder.weights().values()} == {torch.bfloat16}

@@ -1,0 +1,186 @@
+"""Everything of timm that is not its public interface, in one file, so that an upgrade of timm fails in one place.
+
+timm's two classes of plain ViTs share attributes but no base class and no documented way to run some patches only or to
+look between the blocks; what their `_pos_embed` and `forward_features` do is done here from their parts. A test touches
+every name. Importing this imports neither torch nor timm, because the names of models are read without them.
+
+Legend: B batch, C channels, N patch tokens, K kept patch tokens, P prefix tokens (class token, registers), D width,
+H attention heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = [
+    "VIT_ATTRIBUTES",
+    "ViTSizes",
+    "block_outputs",
+    "class_attention",
+    "embedded_patches",
+    "enter_blocks",
+    "final_norm",
+    "is_plain_vit",
+    "patch_projection",
+    "prefix",
+    "registered_names",
+    "rotations",
+    "vit_sizes",
+]
+
+# What is read of a plain ViT, here and nowhere else.
+VIT_ATTRIBUTES = (
+    "blocks", "cls_token", "embed_dim", "grad_checkpointing", "no_embed_class", "norm", "norm_pre", "num_prefix_tokens",
+    "patch_embed", "pos_drop", "pos_embed", "reg_token",
+)  # fmt: skip
+
+# The decorator, any further decorators, then the function whose name is the model's.
+_REGISTERED = re.compile(r"^@register_model\b[^\n]*\n(?:@[^\n]*\n)*def (\w+)\(", re.MULTILINE)
+
+
+def registered_names(models: Path) -> frozenset[str]:
+    """Names of all models whose source files lie in the folder `models` of timm, read as text.
+
+    timm registers a model by decorating a module-level function with `@register_model`; the function's name is the
+    model's.
+    """
+    sources = sorted(models.glob("*.py"))
+    return frozenset(name for source in sources for name in _REGISTERED.findall(source.read_text(encoding="utf-8")))
+
+
+def is_plain_vit(model: nn.Module) -> bool:
+    """Whether each patch is embedded alone and keeps its own token, in one of the two classes that are known here.
+
+    Subclasses that embed or run tokens in their own way (distillation tokens, for example) are not.
+    """
+    from timm.layers import PatchEmbed
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not isinstance(model, VisionTransformer | Eva) or type(model.patch_embed) is not PatchEmbed:
+        return False
+    base = VisionTransformer if isinstance(model, VisionTransformer) else Eva
+    return all(getattr(type(model), name) is getattr(base, name) for name in ("_pos_embed", "forward_features"))
+
+
+class ViTSizes(NamedTuple):
+    """What a plain ViT is built for."""
+
+    image: tuple[int, int]  # height and width in pixels
+    patch: tuple[int, int]  # height and width in pixels
+    width: int  # D
+    in_chans: int  # C
+    num_prefix: int  # P
+    num_blocks: int
+    has_cls: bool
+    positions_on_prefix: bool  # the position table has rows for prefix tokens
+
+
+def vit_sizes(vit: Any) -> ViTSizes:
+    """The sizes of a plain ViT."""
+    embed = vit.patch_embed
+    return ViTSizes(
+        image=tuple(embed.img_size),
+        patch=tuple(embed.patch_size),
+        width=int(vit.embed_dim),
+        in_chans=int(embed.proj.in_channels),
+        num_prefix=int(vit.num_prefix_tokens),
+        num_blocks=len(vit.blocks),
+        has_cls=vit.cls_token is not None,
+        positions_on_prefix=not vit.no_embed_class,
+    )
+
+
+def patch_projection(vit: Any) -> Tensor:
+    """The weight that embeds patches, (D, C, p, p)."""
+    weight: Tensor = vit.patch_embed.proj.weight
+    return weight
+
+
+def embedded_patches(vit: Any, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Patch tokens (B, N, D) of images (B, C, H, W) without positions, and their (rows, columns)."""
+    patches = vit.patch_embed(x)  # (B, rows, columns, D)
+    return patches.flatten(1, 2), (int(patches.shape[1]), int(patches.shape[2]))
+
+
+def prefix(vit: Any) -> Tensor | None:
+    """Class token and registers without positions, (1, P, D); None where there are none."""
+    import torch
+
+    tokens = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+    return torch.cat(tokens, dim=1) if tokens else None
+
+
+def enter_blocks(vit: Any, tokens: Tensor) -> Tensor:
+    """What happens to tokens (B, P + K, D) with positions before the first block."""
+    entered: Tensor = vit.norm_pre(vit.pos_drop(tokens))
+    return entered
+
+
+def rotations(vit: Any, tokens: Tensor, grid: tuple[int, int], keep_idx: Tensor | None) -> Tensor | None:
+    """Rotary table for the patches that run, with a depth axis in front for models with one table per block."""
+    from timm.layers import apply_keep_indices_nlc
+
+    rope = getattr(vit, "rope", None)
+    if rope is None:
+        return None
+    table: Tensor = rope.get_embed(shape=list(grid))  # (N, F), or (depth, heads, N, F)
+    if keep_idx is None:
+        return table
+    kept = apply_keep_indices_nlc(tokens, table, keep_idx)  # batch axis in front
+    return kept.transpose(0, 1) if vit.rope_mixed else kept.unsqueeze(1)
+
+
+def block_outputs(vit: Any, tokens: Tensor, rotary: Tensor | None) -> Iterator[Tensor]:
+    """The token stream (B, P + K, D) after each block."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    recompute = vit.grad_checkpointing and torch.is_grad_enabled()
+    for depth, block in enumerate(vit.blocks):
+        extra: dict[str, Any] = {}
+        if rotary is not None:
+            extra["rope"] = rotary[depth] if vit.rope_mixed else rotary
+        tokens = checkpoint(block, tokens, use_reentrant=False, **extra) if recompute else block(tokens, **extra)
+        yield tokens
+
+
+def final_norm(vit: Any, tokens: Tensor) -> Tensor:
+    """The norm after the last block, (B, P + K, D)."""
+    normed: Tensor = vit.norm(tokens)
+    return normed
+
+
+def class_attention(vit: Any, tokens: Tensor, rotary: Tensor | None) -> Tensor | None:
+    """Attention of the class token in the last block.
+
+    Args:
+        vit: a plain ViT.
+        tokens, rotary: as for `block_outputs`.
+
+    Returns:
+        (B, H, P + K) that sum to 1; None without a class token or with attention of another kind than timm's plain one.
+    """
+    import torch
+    from timm.layers import Attention
+
+    attention = getattr(vit.blocks[-1], "attn", None)
+    if vit.cls_token is None or not isinstance(attention, Attention):
+        return None
+    inputs: list[Tensor] = []  # a hook sees them whether the block has its norm before or after the attention
+    hook = attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    try:
+        for _ in block_outputs(vit, tokens, rotary):
+            pass
+    finally:
+        hook.remove()
+    query, keys, _ = attention.qkv(inputs[0]).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)  # (B, P + K, H, d)
+    query, keys = attention.q_norm(query[:, 0]), attention.k_norm(keys)
+    scores = torch.einsum("bhd,bthd->bht", query, keys) * attention.scale
+    return scores.softmax(-1)
