@@ -87,7 +87,7 @@ class Objective(nn.Module, ABC):
         """
 
     def after_step(self, progress: Progress, read: ReadWeight) -> None:
-        """Work after an optimiser step, such as moving the teacher or a centre; nothing by default.
+        """Work after an optimiser step, such as moving the teacher or a center; nothing by default.
 
         All ranks call it alike, so collectives are allowed. `progress` is that of the step just taken, `read` gives
         a parameter's whole float32 value.
@@ -143,7 +143,8 @@ class Objective(nn.Module, ABC):
         (BEiT, arXiv:2106.08254, counted as timm does); everything outside the encoder has scale 1.
 
         Returns:
-            Groups with "params", "weight_decay", "lr_scale" and "group_name", the first encoder layer first.
+            Groups with "params", "weight_decay", "wd_scale" (1: decays, 0: does not), "lr_scale" and "group_name", the
+            first encoder layer first. A schedule sets "weight_decay" to its value times "wd_scale", as it sets "lr".
 
         Raises:
             BackboneError: layers are to differ, and the encoder does not say which parameter is in which.
@@ -159,7 +160,8 @@ class Objective(nn.Module, ABC):
         return [
             {
                 "params": groups[layer, decays],
-                "weight_decay": weight_decay if decays else 0.0,
+                "weight_decay": weight_decay * decays,
+                "wd_scale": float(decays),
                 "lr_scale": layer_decay ** (last - layer),
                 "group_name": ("decay" if decays else "no_decay") + (f".layer{layer}" if layer < last else ""),
             }

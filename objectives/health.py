@@ -22,7 +22,7 @@ _RANKME_EPS = 1e-7
 def effective_rank(features: Tensor) -> Tensor:
     """RankMe: exp(entropy of the singular values), which is how many directions the features use.
 
-    Garrido et al. 2023, arXiv:2210.02885, equation 1: p_k = s_k / sum(s) + 1e-7, features not centred. The value grows
+    Garrido et al. 2023, arXiv:2210.02885, equation 1: p_k = s_k / sum(s) + 1e-7, features not centerd. The value grows
     with the number of rows, so compare it at one batch size only; with more than 256 rows, the first 256 count.
 
     Args:

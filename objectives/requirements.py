@@ -11,11 +11,11 @@ from objectives.errors import ObjectiveError
 
 __all__ = ["require", "require_sizes"]
 
-# Flag of a backbone -> what it stands for, after "needs".
+# Flag of a backbone -> what an objective needs, and what is to be said of a backbone without it.
 _CAPABILITIES = {
-    "can_drop_patches": "a backbone that can leave patches out (a plain ViT)",
-    "has_cls": "a backbone with a class token",
-    "has_plain_blocks": "the outputs of the blocks of a plain ViT",
+    "can_drop_patches": ("a backbone that can leave patches out", "cannot"),
+    "has_cls": ("a class token", "has none"),
+    "has_plain_blocks": ("the outputs of a plain ViT's blocks", "has no such blocks"),
 }
 
 
@@ -27,9 +27,10 @@ def require(backbone: Backbone, objective: str, *capabilities: str) -> None:
     """
     for capability in capabilities:
         if not getattr(backbone, capability):
+            wanted, lack = _CAPABILITIES[capability]
             raise ObjectiveError(
-                f"objective {objective!r} needs {_CAPABILITIES[capability]}, which {backbone.spec['name']!r} is not "
-                "or has not; use for example vit_tiny_patch16_224"
+                f"objective {objective!r} needs {wanted}; backbone {backbone.spec['name']!r} {lack}: use for example "
+                "vit_tiny_patch16_224"
             )
 
 

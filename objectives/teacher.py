@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from timm.layers import DropPath
+from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
 
 __all__ = ["ReadWeight", "Teacher", "cosine_momentum"]
@@ -30,7 +30,7 @@ def cosine_momentum(start: float, step: int, total_steps: int) -> float:
 
 
 class Teacher:
-    """Float32 copies of named student modules, without gradients and without stochastic depth.
+    """Float32 copies of named student modules, without gradients, and without dropout and stochastic depth of any kind.
 
     The copies stay in training mode, so batch norms use the statistics of their own batch; their buffers are not
     averaged. Each copy is an attribute of the name that it was given.
@@ -39,9 +39,7 @@ class Teacher:
     def __init__(self, **students: nn.Module) -> None:
         self.modules = nn.ModuleDict({name: copy.deepcopy(student).float() for name, student in students.items()})
         self.modules.requires_grad_(False)
-        for module in self.modules.modules():
-            if isinstance(module, DropPath):
-                module.drop_prob = 0.0
+        _drop_nothing(self.modules)
         self._pairs = [
             (source, target)
             for name, student in students.items()
@@ -80,3 +78,19 @@ class Teacher:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore from `state_dict`, strictly."""
         self.modules.load_state_dict(state)
+
+
+def _drop_nothing(network: nn.Module) -> None:
+    """Sets all rates to 0 at which layers drop numbers, patches or branches in training mode.
+
+    Evaluation mode would do the same and more: batch norms would use their running statistics, and some attention
+    layers would cache biases that the next update changes.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, PatchDropout | PatchDropoutWithIndices):
+            module.prob = 0.0
+        for name, value in vars(module).items():  # `drop_prob`, `attn_drop_p`, `drop_rate`, ... of timm's layers
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -17,6 +17,6 @@ class DINOConfig(DistillationConfig, MultiCropConfig):
     num_prototypes: int = field(default=65536, metadata={"range": (2, 2**20), "help": "outputs of the head"})
     head_hidden_dim: int = field(default=2048, metadata={"range": (1, 65536), "help": "width of the head's layers"})
     head_bottleneck_dim: int = field(default=256, metadata={"range": (1, 65536), "help": "width before the prototypes"})
-    centre_momentum: float = field(
-        default=0.9, metadata={"range": (0.0, 1.0), "help": "share of the teacher's centre that is kept per step"}
+    center_momentum: float = field(
+        default=0.9, metadata={"range": (0.0, 1.0), "help": "share of the teacher's center that is kept per step"}
     )

@@ -22,7 +22,7 @@ from objectives.base import Objective, Output, Progress
 from objectives.dino.config import DINOConfig
 from objectives.health import effective_rank
 from objectives.parts import cross_view, teacher_schedules
-from objectives.parts.centering import Centre
+from objectives.parts.centering import Center
 from objectives.parts.image_token import image_token
 from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, multi_crop_views, require_crops, resample_positions
 from objectives.parts.prototypes import DINOHead
@@ -38,7 +38,7 @@ _TOKEN_STD = 0.02
 class DINO(Objective):
     """Cross-entropy between the teacher's and the student's prototypes, over all pairs of different views.
 
-    Statistics for the centre are means over images, so micro-batches and ranks give what one large batch gives.
+    Statistics for the center are means over images, so micro-batches and ranks give what one large batch gives.
     """
 
     Config: ClassVar[type] = DINOConfig
@@ -61,7 +61,7 @@ class DINO(Objective):
             hidden_dim=config.head_hidden_dim,
             bottleneck_dim=config.head_bottleneck_dim,
         )
-        self.centre = Centre(config.num_prototypes, config.centre_momentum)
+        self.center = Center(config.num_prototypes, config.center_momentum)
         self.teacher: Teacher = Teacher(backbone=backbone, head=self.head)
 
     def views(self) -> list[dict[str, Any]]:
@@ -85,19 +85,19 @@ class DINO(Objective):
         batch_size = len(taught) // _NUM_GLOBAL
         with torch.autocast(logits.device.type, enabled=False):
             temperature = teacher_schedules.teacher_temperature(self.config, progress)
-            targets = self.centre.targets(teacher_logits, temperature).unflatten(0, (-1, batch_size))  # (2, B, K)
+            targets = self.center.targets(teacher_logits, temperature).unflatten(0, (-1, batch_size))  # (2, B, K)
             scores = (logits.to(targets.dtype) / self.config.student_temp).unflatten(0, (-1, batch_size))  # (V, B, K)
             loss = cross_view.cross_view_loss(targets, scores)
-        self.centre.observe(teacher_logits, progress.step)
+        self.center.observe(teacher_logits, progress.step)
         metrics = {"loss": loss.detach()}
         if progress.is_logged:
             metrics |= cross_view.head_metrics("", loss, [targets], [1.0])
-            metrics |= {"centre_norm": self.centre.value.norm(), "effective_rank": effective_rank(taught)}
+            metrics |= {"center_norm": self.center.value.norm(), "effective_rank": effective_rank(taught)}
         return Output(loss, metrics)
 
     def after_step(self, progress: Progress, read: ReadWeight) -> None:
-        """Moves the centre, then the teacher."""
-        self.centre.update()
+        """Moves the center, then the teacher."""
+        self.center.update()
         self.teacher.update(teacher_schedules.teacher_momentum(self.config, progress), read)
 
     def diagnose(self, metrics: Mapping[str, float], progress: Progress) -> str | None:

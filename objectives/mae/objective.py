@@ -40,7 +40,7 @@ class _Reconstruction(NamedTuple):
 
     prediction: Tensor  # (B, M, L) normalised like the target
     target: Tensor  # (B, M, L)
-    centre: Tensor  # (B, M, 1) with norm_pix_loss, else a 0: target = (pixels - centre) / spread
+    center: Tensor  # (B, M, 1) with norm_pix_loss, else a 0: target = (pixels - center) / spread
     spread: Tensor  # (B, M, 1) with norm_pix_loss, else a 1
     mask: RandomMask
     features: Features  # of the visible patches, or of the covered images
@@ -91,7 +91,7 @@ class MAE(Objective):
             depth=config.decoder_depth,
             num_heads=config.decoder_heads,
         )
-        _initialise(self, vit)
+        _initialize(self, vit)
 
     def views(self) -> list[dict[str, Any]]:
         """One crop, "image": random resized crop and flip."""
@@ -128,13 +128,13 @@ class MAE(Objective):
         mask = random_mask(noise, self.config.mask_ratio)
         features, prediction = self._predict(x, mask)  # (B, M, L)
         target = take_tokens(patchify(x, self.patch_size), mask.drop_idx)  # (B, M, L), never below float32
-        centre, spread = target.new_zeros(()), target.new_ones(())
+        center, spread = target.new_zeros(()), target.new_ones(())
         if self.config.norm_pix_loss:
             # Unbiased variance and eps inside the root are the paper's code; flat patches stay finite.
-            variance, centre = torch.var_mean(target, dim=-1, keepdim=True)
+            variance, center = torch.var_mean(target, dim=-1, keepdim=True)
             spread = (variance + 1e-6).sqrt()
-            target = (target - centre) / spread
-        return _Reconstruction(prediction.to(target.dtype), target, centre, spread, mask, features)
+            target = (target - center) / spread
+        return _Reconstruction(prediction.to(target.dtype), target, center, spread, mask, features)
 
     def _predict(self, x: Tensor, mask: RandomMask) -> tuple[Features, Tensor]:
         """Features of what is not masked of the images (B, C, H, W), and from these what is, (B, M, L)."""
@@ -174,7 +174,7 @@ class MAE(Objective):
 
         patches = patchify(x, self.patch_size)  # (n, N, L)
         drop_idx = result.mask.drop_idx.unsqueeze(-1).expand_as(result.prediction)  # (n, M, L)
-        filled = patches.scatter(1, drop_idx, result.prediction * result.spread + result.centre)
+        filled = patches.scatter(1, drop_idx, result.prediction * result.spread + result.center)
         grey = (0.5 - self.backbone.pixel_mean) / self.backbone.pixel_std  # (C, 1, 1)
         hidden = result.mask.is_masked.unsqueeze(-1)  # (n, N, 1)
         masked = torch.where(hidden, patchify(grey.expand_as(x).to(x), self.patch_size), patches)
@@ -232,7 +232,7 @@ def _check_ratio(mask_ratio: float, num_patches: int) -> None:
         )
 
 
-def _initialise(objective: MAE, backbone: ViTBackbone) -> None:
+def _initialize(objective: MAE, backbone: ViTBackbone) -> None:
     """The paper's initialisation: Xavier-uniform matrices, N(0, 0.02^2) tokens, plain norms.
 
     The patch projection counts as one matrix (D, C * p * p) and keeps torch's default bias.

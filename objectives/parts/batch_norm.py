@@ -32,9 +32,9 @@ class BatchNorm(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             num_rows = len(x) * num_ranks()
-            centred = wide - sum_over_ranks(wide.sum(0)) / num_rows
-            variance = sum_over_ranks(centred.square().sum(0)) / num_rows
-            normal = centred * (variance + _EPS).rsqrt()
+            centerd = wide - sum_over_ranks(wide.sum(0)) / num_rows
+            variance = sum_over_ranks(centerd.square().sum(0)) / num_rows
+            normal = centerd * (variance + _EPS).rsqrt()
             if self.weight is None or self.bias is None:
                 return normal
             return (normal * self.weight + self.bias).to(x.dtype)

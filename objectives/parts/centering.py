@@ -1,10 +1,10 @@
-"""Centring and sharpening of a teacher's logits, which keep self-distillation from collapsing.
+"""Centering and sharpening of a teacher's logits, which keep self-distillation from collapsing.
 
 M. Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", 2021, arXiv:2104.14294, section 3.1:
 
     targets = softmax((logits - c) / temperature),    c <- m * c + (1 - m) * mean(logits)
 
-Subtracting the centre alone leads to the uniform distribution, a low temperature alone to a single prototype for
+Subtracting the center alone leads to the uniform distribution, a low temperature alone to a single prototype for
 everything; together they balance.
 
 Legend: K prototypes.
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from objectives.distributed import mean_over_ranks
 
-__all__ = ["Centre"]
+__all__ = ["Center"]
 
 
-class Centre(nn.Module):
+class Center(nn.Module):
     """Running mean of a teacher's logits, as a float32 buffer `value` (K,).
 
     `observe` belongs into an objective's forward and changes no state; `update` belongs into its `after_step`. What was
@@ -33,7 +33,8 @@ class Centre(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(num_prototypes))
-        self._step, self._sum = -1, torch.zeros(0)  # of the logits observed in that step, and their number behind
+        self._step = -1  # the step that was observed last
+        self._sum = torch.zeros(0)  # sum of this step's logits (K), then the number of rows: (K + 1,)
 
     def targets(self, logits: Tensor, temperature: float) -> Tensor:
         """Distributions over prototypes, (..., K) -> (..., K), at least float32."""
@@ -41,7 +42,7 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def observe(self, logits: Tensor, step: int) -> None:
-        """Adds logits (..., K) to what the centre will move towards after `step`."""
+        """Adds logits (..., K) to what the center will move towards after `step`."""
         rows = logits.flatten(0, -2)  # (n, K)
         total = rows.sum(0, dtype=self.value.dtype)
         seen = torch.cat([total, total.new_tensor([len(rows)])])  # (K + 1,)

@@ -18,12 +18,12 @@ from torch.nn import functional
 
 from objectives.parts.initialization import initialize_linear
 
-__all__ = ["Aggregation", "Neighbours", "Positives", "find_positives", "neighbours_of"]
+__all__ = ["Aggregation", "Neighbors", "Positives", "find_positives", "neighbors_of"]
 
 _INIT_STD = 0.02
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
     """The eight patches around each patch of a grid."""
 
     idx: Tensor  # (N, 8) int64, sorted
@@ -39,15 +39,15 @@ class Positives(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def neighbours_of(grid: tuple[int, int], device: torch.device) -> Neighbours:
-    """Neighbours on a torus: beyond a border lies the opposite one. Grids have at least 3 x 3 patches."""
+def neighbors_of(grid: tuple[int, int], device: torch.device) -> Neighbors:
+    """Neighbors on a torus: beyond a border lies the opposite one. Grids have at least 3 x 3 patches."""
     rows, columns = grid
     here = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (N, 2)
     around = torch.tensor([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)])  # (8, 2)
     near_row, near_column = (here[:, None] + around).unbind(-1)  # (N, 8) each
     is_inside = (near_row >= 0) & (near_row < rows) & (near_column >= 0) & (near_column < columns)
     idx, order = (near_row % rows * columns + near_column % columns).sort(1)
-    return Neighbours(idx.to(device), is_inside.gather(1, order).to(device))
+    return Neighbors(idx.to(device), is_inside.gather(1, order).to(device))
 
 
 def find_positives(tokens: Tensor, grid: tuple[int, int], num_positives: int, *, wraps: bool) -> Positives:
@@ -60,7 +60,7 @@ def find_positives(tokens: Tensor, grid: tuple[int, int], num_positives: int, *,
         wraps: whether patches beyond a border count; without, those that are not `is_inside` are no positives, and a
             corner has 3 at most.
     """
-    neighbours = neighbours_of(grid, tokens.device)
+    neighbours = neighbors_of(grid, tokens.device)
     unit = functional.normalize(tokens, dim=-1)
     # One neighbour at a time, because all at once would hold eight copies of the tokens.
     similarity = torch.stack([(unit * unit[:, idx]).sum(-1) for idx in neighbours.idx.T], dim=-1)  # (B, N, 8)

@@ -4,7 +4,7 @@ S. Yun et al., "Patch-level Representation Learning for Self-supervised Vision T
 arXiv:2206.07990. The encoder should have neither class token nor final norm (`class_token: false, final_norm: false`
 among the backbone's options), as in the paper: both are in the aggregation head. It works with them too.
 
-As in the authors' code, and unlike DINO: the teacher sees all crops, centres are means over all of them, and the patch
+As in the authors' code, and unlike DINO: the teacher sees all crops, centers are means over all of them, and the patch
 loss compares student and teacher on the same crop. NOT here: clipping per parameter tensor, which theirs does.
 
 Legend: B batch, V = 2 + L views, N patches of a crop, D width, k positives, K image and K' patch prototypes.
@@ -24,7 +24,7 @@ from objectives.base import Objective, Output, Progress
 from objectives.errors import ObjectiveError
 from objectives.health import effective_rank, patch_cosine
 from objectives.parts import cross_view, teacher_schedules
-from objectives.parts.centering import Centre
+from objectives.parts.centering import Center
 from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, multi_crop_views, require_crops, resample_positions
 from objectives.parts.prototypes import DINOHead
 from objectives.parts.visuals import crops_and_features
@@ -51,7 +51,7 @@ class _Taught(NamedTuple):
 class SelfPatch(Objective):
     """DINO's loss on images plus `patch_loss_weight` times a cross-entropy on patches.
 
-    Statistics for the centres are sums over images and patches, so micro-batches and ranks give what one large batch
+    Statistics for the centers are sums over images and patches, so micro-batches and ranks give what one large batch
     gives.
     """
 
@@ -78,8 +78,8 @@ class SelfPatch(Objective):
         self.aggregation = Aggregation(dim, num_heads, config.aggregation_depth)
         self.head = DINOHead(dim, config.num_prototypes, **widths)
         self.patch_head = DINOHead(dim, config.num_patch_prototypes, **widths)
-        self.centre = Centre(config.num_prototypes, config.centre_momentum)
-        self.patch_centre = Centre(config.num_patch_prototypes, config.centre_momentum)
+        self.center = Center(config.num_prototypes, config.center_momentum)
+        self.patch_center = Center(config.num_patch_prototypes, config.center_momentum)
         self.teacher: Teacher = Teacher(
             backbone=backbone, aggregation=self.aggregation, head=self.head, patch_head=self.patch_head
         )
@@ -107,14 +107,14 @@ class SelfPatch(Objective):
         shares = [len(tokens) / len(images) for tokens in patches]  # each view counts alike, however many its patches
         with torch.autocast(logits.device.type, enabled=False):
             temperature = teacher_schedules.teacher_temperature(self.config, progress)
-            targets = self.centre.targets(taught[0].image_logits, temperature)  # (2 B, K)
-            patch_targets = [self.patch_centre.targets(view.patch_logits, temperature) for view in taught]
+            targets = self.center.targets(taught[0].image_logits, temperature)  # (2 B, K)
+            patch_targets = [self.patch_center.targets(view.patch_logits, temperature) for view in taught]
             cls_loss = self._image_loss(targets, logits)
             patch_loss = self._patch_loss(patch_targets, patch_logits, shares)
             loss = cls_loss + self.config.patch_loss_weight * patch_loss
         for view in taught:
-            self.centre.observe(view.image_logits, progress.step)
-            self.patch_centre.observe(view.patch_logits, progress.step)
+            self.center.observe(view.image_logits, progress.step)
+            self.patch_center.observe(view.patch_logits, progress.step)
         metrics = {"loss": loss.detach(), "cls_loss": cls_loss.detach(), "patch_loss": patch_loss.detach()}
         if progress.is_logged:
             metrics |= cross_view.head_metrics("cls_", cls_loss, [targets], [1.0])
@@ -161,8 +161,8 @@ class SelfPatch(Objective):
         is_inside, similarity = taught.positives.is_inside, taught.positives.similarity
         is_real = is_inside if self.config.borders == "clip" else torch.ones_like(is_inside)
         return {
-            "centre_norm": self.centre.value.norm(),
-            "patch_centre_norm": self.patch_centre.value.norm(),
+            "center_norm": self.center.value.norm(),
+            "patch_center_norm": self.patch_center.value.norm(),
             "effective_rank": effective_rank(taught.image),
             "patch_cosine": patch_cosine(taught.patches),
             "positive_similarity": similarity.where(is_real, 0).sum() / is_real.sum(),
@@ -170,9 +170,9 @@ class SelfPatch(Objective):
         }
 
     def after_step(self, progress: Progress, read: ReadWeight) -> None:
-        """Moves the centres, then the teacher."""
-        self.centre.update()
-        self.patch_centre.update()
+        """Moves the centers, then the teacher."""
+        self.center.update()
+        self.patch_center.update()
         self.teacher.update(teacher_schedules.teacher_momentum(self.config, progress), read)
 
     def diagnose(self, metrics: Mapping[str, float], progress: Progress) -> str | None:

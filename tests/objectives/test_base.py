@@ -22,9 +22,9 @@ def name_of(mae):
 
 def test_param_groups__two_without_layer_decay(mae, name_of):
     groups = mae.param_groups(weight_decay=0.05)
-    assert [(g["group_name"], g["weight_decay"], g["lr_scale"]) for g in groups] == [
-        ("decay", 0.05, 1.0),
-        ("no_decay", 0.0, 1.0),
+    assert [(g["group_name"], g["weight_decay"], g["wd_scale"], g["lr_scale"]) for g in groups] == [
+        ("decay", 0.05, 1.0, 1.0),
+        ("no_decay", 0.0, 0.0, 1.0),
     ]
     decayed = {name_of[id(p)] for p in groups[0]["params"]}
     assert {"backbone.vit.cls_token", "decoder.mask_token", "decoder.predict.weight"} <= decayed
@@ -49,6 +49,14 @@ def test_param_groups__layer_decay_scales_as_timm_does(mae, name_of):
     assert scales["backbone.vit.cls_token"] == pytest.approx(0.6**3)
     assert scales["backbone.vit.blocks.1.mlp.fc1.weight"] == pytest.approx(0.6)
     assert {s for n, s in scales.items() if n.startswith(("decoder.", "backbone.vit.norm"))} == {1.0}
+
+
+def test_param_groups__know_that_they_decay_when_the_decay_starts_at_zero(mae):
+    groups = mae.param_groups(weight_decay=0.0)
+    assert {(g["group_name"], g["weight_decay"], g["wd_scale"]) for g in groups} == {
+        ("decay", 0.0, 1.0),
+        ("no_decay", 0.0, 0.0),
+    }
 
 
 def test_param_groups__are_what_torch_optimisers_take(mae):

@@ -37,7 +37,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "gmml": {"alien_p": 0.0},  # the other image is one of the same micro-batch, which depends on the ranks
 }
 SMALL["selfpatch"] = SMALL["dino"] | {"num_patch_prototypes": 32}
-OBJECTIVES = sorted(registry.OBJECTIVES)
+OBJECTIVES = list(registry.built_in_names())
 RANKS, MICRO, STEPS = 2, 8, 4
 
 
@@ -66,7 +66,7 @@ def recipe_of(name: str, *, workers: int = 1, stage: int = 1, precision: str = "
 def objective_of(name: str, *, still: bool = False) -> Objective:
     torch.manual_seed(0)
     recipe = recipe_of(name)
-    for setting in ("teacher_momentum", "centre_momentum") if still else ():
+    for setting in ("teacher_momentum", "center_momentum") if still else ():
         if hasattr(recipe.objective, setting):
             setattr(recipe.objective, setting, 1.0)
     return build_objective(recipe)
@@ -120,7 +120,7 @@ def _options_of(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_contract__loss_falls_on_real_photos(name: str) -> None:
-    """A loss against a moving target says little about learning, so teacher and centre are held still here."""
+    """A loss against a moving target says little about learning, so teacher and center are held still here."""
     objective = objective_of(name, still=True)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=2e-3)
     total = 40

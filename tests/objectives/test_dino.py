@@ -18,7 +18,7 @@ from objectives.dino.config import DINOConfig
 from objectives.dino.objective import DINO
 from objectives.errors import ObjectiveError
 from objectives.parts import cross_view, teacher_schedules
-from objectives.parts.centering import Centre
+from objectives.parts.centering import Center
 from objectives.parts.prototypes import DINOHead
 from objectives.parts.visuals import class_attention, principal_colors
 
@@ -69,7 +69,7 @@ def plain_loss(objective: DINO, batch: dict[str, Tensor], temperature: float) ->
     losses = []
     for i in range(2):
         taught = objective.teacher.head(objective.teacher.backbone.features(crops[i]).cls).detach()
-        target = torch.softmax((taught - objective.centre.value) / temperature, dim=-1)
+        target = torch.softmax((taught - objective.center.value) / temperature, dim=-1)
         for v in range(len(crops)):
             if v != i:
                 student = objective.head(objective.backbone.features(crops[v]).cls)
@@ -83,7 +83,7 @@ def test_forward__loss_and_gradients_are_those_of_the_paper(num_local):
     objective = double(small(num_local=num_local, teacher_temp=0.06))
     other = double(small(seed=1))
     objective.teacher.modules.load_state_dict(other.teacher.modules.state_dict())
-    objective.centre.value.normal_(std=0.1)
+    objective.center.value.normal_(std=0.1)
     batch = images(num_local=max(num_local, 1))
     if num_local == 0:
         del batch["local"]
@@ -180,23 +180,23 @@ def test_forward__frozen_prototypes_get_no_gradient_and_everything_else_does():
 # State
 
 
-def test_centre__is_a_running_mean_over_the_steps_rows():
-    centre = Centre(3, momentum=0.9).double()
+def test_center__is_a_running_mean_over_the_steps_rows():
+    center = Center(3, momentum=0.9).double()
     first, second = torch.rand(4, 3).double(), torch.rand(2, 5, 3).double()
-    centre.observe(torch.full((7, 3), torch.nan), step=0)  # a step that was thrown away
-    centre.observe(first, step=1)
-    centre.observe(second, step=1)
-    assert (centre.value == 0).all()
-    centre.update()
+    center.observe(torch.full((7, 3), torch.nan), step=0)  # a step that was thrown away
+    center.observe(first, step=1)
+    center.observe(second, step=1)
+    assert (center.value == 0).all()
+    center.update()
     mean = torch.cat([first, second.flatten(0, 1)]).mean(0)
-    torch.testing.assert_close(centre.value, 0.1 * mean)
-    centre.observe(first, step=2)
-    centre.update()
-    torch.testing.assert_close(centre.value, 0.09 * mean + 0.1 * first.mean(0))
+    torch.testing.assert_close(center.value, 0.1 * mean)
+    center.observe(first, step=2)
+    center.update()
+    torch.testing.assert_close(center.value, 0.09 * mean + 0.1 * first.mean(0))
 
 
-def test_after_step__moves_centre_by_the_globals_and_teacher_by_the_student():
-    objective = double(small(teacher_momentum=0.9, centre_momentum=0.9))
+def test_after_step__moves_center_by_the_globals_and_teacher_by_the_student():
+    objective = double(small(teacher_momentum=0.9, center_momentum=0.9))
     before = {name: value.clone() for name, value in objective.teacher.state_dict().items()}
     batch = images()
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_after_step__moves_centre_by_the_globals_and_teacher_by_the_student():
         taught = objective.teacher.head(objective.teacher.backbone.features(objective.backbone.preprocess(crops)).cls)
     objective(batch, Progress(5, 10))
     objective.after_step(Progress(5, 10), read)
-    torch.testing.assert_close(objective.centre.value, 0.1 * taught.mean(0))
+    torch.testing.assert_close(objective.center.value, 0.1 * taught.mean(0))
     for name, value in objective.teacher.state_dict().items():
         student = dict(objective.named_parameters())[name]
         torch.testing.assert_close(value, 0.95 * before[name] + 0.05 * student)
@@ -228,10 +228,10 @@ def test_state__comes_back_bit_by_bit():
     other.load_state_dict(objective.state_dict())
     other.load_extra_state(objective.extra_state())
     assert torch.equal(objective(batch, LATE).loss, other(batch, LATE).loss)
-    assert objective.centre.value.abs().max() > 0
+    assert objective.center.value.abs().max() > 0
 
 
-def _loss_gradient_and_centre() -> list[list[Any]]:
+def _loss_gradient_and_center() -> list[list[Any]]:
     """Of each rank, which takes its share of four images."""
     rank, world = dist.get_rank(), dist.get_world_size()
     objective, batch = double(small()), images(num=4)
@@ -240,15 +240,15 @@ def _loss_gradient_and_centre() -> list[list[Any]]:
     loss = objective(mine, Progress(0, 10)).loss
     loss.backward()
     objective.after_step(Progress(0, 10), read)
-    found = [loss.tolist(), objective.backbone.vit.pos_embed.grad.tolist(), objective.centre.value.tolist()]
+    found = [loss.tolist(), objective.backbone.vit.pos_embed.grad.tolist(), objective.center.value.tolist()]
     ranks: list[Any] = [None] * world
     dist.all_gather_object(ranks, found)
     return ranks
 
 
 @pytest.mark.long
-def test_ranks__two_give_the_loss_gradient_and_centre_of_one_with_the_whole_batch(run_on_ranks):
-    found = run_on_ranks(2, _loss_gradient_and_centre)
+def test_ranks__two_give_the_loss_gradient_and_center_of_one_with_the_whole_batch(run_on_ranks):
+    found = run_on_ranks(2, _loss_gradient_and_center)
     ranks = [[torch.tensor(numbers, dtype=torch.float64) for numbers in rank] for rank in found]
     objective = double(small())
     loss = objective(images(num=4), Progress(0, 10)).loss
@@ -257,7 +257,7 @@ def test_ranks__two_give_the_loss_gradient_and_centre_of_one_with_the_whole_batc
     for number, whole in enumerate((loss.detach(), objective.backbone.vit.pos_embed.grad)):
         torch.testing.assert_close((ranks[0][number] + ranks[1][number]) / 2, whole, rtol=1e-10, atol=1e-14)
     for rank in ranks:
-        torch.testing.assert_close(rank[2], objective.centre.value, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(rank[2], objective.center.value, rtol=1e-12, atol=1e-15)
 
 
 # Views, encoders, export
@@ -354,7 +354,7 @@ def test_bf16__loss_stays_in_float32_and_near():
     assert output.loss.dtype == torch.float32
     assert output.loss.item() == pytest.approx(expected, rel=0.02)
     objective.after_step(LATE, lambda p: p.detach().float())
-    assert objective.centre.value.dtype == torch.float32
+    assert objective.center.value.dtype == torch.float32
 
 
 def test_metrics__say_what_they_say():

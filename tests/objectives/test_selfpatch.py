@@ -20,7 +20,7 @@ from objectives.dino.config import DINOConfig
 from objectives.dino.objective import DINO
 from objectives.errors import ObjectiveError
 from objectives.selfpatch import objective as selfpatch_module
-from objectives.selfpatch.aggregation import Aggregation, find_positives, neighbours_of
+from objectives.selfpatch.aggregation import Aggregation, find_positives, neighbors_of
 from objectives.selfpatch.config import SelfPatchConfig
 from objectives.selfpatch.objective import SelfPatch
 
@@ -130,7 +130,7 @@ def matches(values: Tensor, expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_golden__float64_losses_gradients_and_centres_of_two_calls(golden, case):
+def test_golden__float64_losses_gradients_and_centers_of_two_calls(golden, case):
     values = golden.values[case]
     objective = golden.build(case)
     for step, (call, after) in enumerate(
@@ -147,10 +147,10 @@ def test_golden__float64_losses_gradients_and_centres_of_two_calls(golden, case)
         assert math.hypot(*norms.values()) == pytest.approx(expected["grad_norm"], rel=1e-8)
         if step == 0:
             assert norms == pytest.approx(values["grad_norm_per_param_call1"], rel=1e-8, abs=1e-14)
-        objective.centre.update()
-        objective.patch_centre.update()
-        matches(objective.centre.value, values["f64"][after]["center"])
-        matches(objective.patch_centre.value, values["f64"][after]["patch_center"])
+        objective.center.update()
+        objective.patch_center.update()
+        matches(objective.center.value, values["f64"][after]["center"])
+        matches(objective.patch_center.value, values["f64"][after]["patch_center"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -164,8 +164,8 @@ def test_golden__float32_losses_and_gradients_of_two_calls(golden, case):
         assert output.loss.item() == pytest.approx(expected["loss"], rel=2e-6)
         norm = math.hypot(*(p.grad.norm().item() for p in objective.parameters()))
         assert norm == pytest.approx(expected["grad_norm"], rel=1e-5)
-        objective.centre.update()
-        objective.patch_centre.update()
+        objective.center.update()
+        objective.patch_center.update()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -195,7 +195,7 @@ def test_golden__neighbours_wrap_around(golden, case):
     for side, kind in ((image // patch, "global"), (local // patch, "local")):
         patches = [0, 1, *([side - 1] if kind == "global" else []), side * side - 1]  # of which the file has the rows
         rows = golden.values[case][f"neighbour_table_first_{kind}"]
-        assert neighbours_of((side, side), CPU).idx[patches].tolist() == rows
+        assert neighbors_of((side, side), CPU).idx[patches].tolist() == rows
 
 
 @pytest.mark.parametrize(("case", "epoch"), [("selfpatch_small", 3), ("selfpatch_224", 1)])
@@ -228,8 +228,8 @@ def test_golden__trajectory_of_two_epochs(golden, case, epoch):
         assert losses[ours] == pytest.approx(values["f64"][theirs], rel=1e-9)
     assert optimizer.state[objective.head.prototypes]["step"] == values["adam_steps"]["c_head.last_layer.weight_v"]
     assert optimizer.state[objective.backbone.vit.pos_embed]["step"] == values["adam_steps"]["backbone.pos_embed"]
-    matches(objective.centre.value, values["final_center"])
-    matches(objective.patch_centre.value, values["final_patch_center"])
+    matches(objective.center.value, values["final_center"])
+    matches(objective.patch_center.value, values["final_patch_center"])
     for key, module in (("final_student_l2", objective), ("final_teacher_l2", objective.teacher.modules)):
         norms = {official_name(name): p.norm().item() for name, p in module.named_parameters()}
         # The gains of the weight-normalised layers are 1 and no parameters here.
@@ -237,11 +237,11 @@ def test_golden__trajectory_of_two_epochs(golden, case, epoch):
 
 
 def keep_globals_only(objective: SelfPatch) -> None:
-    """Lets the centres see the first logits of a step only, which are those of the global crops."""
-    for centre in (objective.centre, objective.patch_centre):
-        observe = centre.observe
-        centre.observe = lambda logits, step, centre=centre, observe=observe: (  # type: ignore[method-assign]
-            None if step == centre._step else observe(logits, step)
+    """Lets the centers see the first logits of a step only, which are those of the global crops."""
+    for center in (objective.center, objective.patch_center):
+        observe = center.observe
+        center.observe = lambda logits, step, center=center, observe=observe: (  # type: ignore[method-assign]
+            None if step == center._step else observe(logits, step)
         )
 
 
@@ -273,12 +273,12 @@ def test_golden__a_wrong_detail_gives_its_known_loss(golden, variant, monkeypatc
     for step, call in enumerate(("loss_call1", "loss_call2")):
         loss = objective(golden.batch("selfpatch_small"), Progress(step, 10)).loss.item()
         assert loss == pytest.approx(golden.values["wrong_variants"][variant][call], rel=1e-9)
-        objective.centre.update()
-        objective.patch_centre.update()
+        objective.center.update()
+        objective.patch_center.update()
 
 
 def test_golden__dino_is_the_image_term(golden):
-    """DINO around SelfPatch's encoder and aggregation has its image loss, and centres of the globals as DINO has."""
+    """DINO around SelfPatch's encoder and aggregation has its image loss, and centers of the globals as DINO has."""
     objective = golden.build("selfpatch_small")
     settings = {key: SMALL[key] for key in SMALL if key != "num_patch_prototypes"}
     dino = DINO(objective.backbone, DINOConfig(**settings, num_local=2, local_size=16, freeze_prototypes=0.0)).double()
@@ -301,8 +301,8 @@ def test_golden__dino_is_the_image_term(golden):
         assert loss + 0.1 * metrics["patch_loss"].item() == pytest.approx(wrong[f"loss_call{step + 1}"], rel=1e-9)
         if step == 0:
             assert loss == pytest.approx(golden.values["selfpatch_small"]["f64"][call]["cls_loss"], rel=1e-9)
-        for centre in (dino.centre, selfpatch.centre, selfpatch.patch_centre):
-            centre.update()
+        for center in (dino.center, selfpatch.center, selfpatch.patch_center):
+            center.update()
 
 
 @pytest.mark.slow
@@ -341,14 +341,14 @@ def test_loss__is_that_of_a_plain_loop():
     objective.teacher.modules.load_state_dict(
         {name: value + 0.1 * torch.randn_like(value) for name, value in objective.teacher.state_dict().items()}
     )
-    objective.centre.value.normal_(std=0.1)
-    objective.patch_centre.value.normal_(std=0.1)
+    objective.center.value.normal_(std=0.1)
+    objective.patch_center.value.normal_(std=0.1)
     batch, config = as_float64(images()), objective.config
     teacher = objective.teacher
     views = [objective.backbone.preprocess(x) for x in (batch["global_1"], batch["global_2"], *batch["local"])]
 
-    def cross_entropy(logits: Tensor, centre: Tensor, predicted: Tensor) -> Tensor:
-        target = torch.softmax((logits - centre) / config.teacher_temp, -1)
+    def cross_entropy(logits: Tensor, center: Tensor, predicted: Tensor) -> Tensor:
+        target = torch.softmax((logits - center) / config.teacher_temp, -1)
         return -(target * torch.log_softmax(predicted / config.student_temp, -1)).sum(-1).mean()
 
     with torch.no_grad():
@@ -357,7 +357,7 @@ def test_loss__is_that_of_a_plain_loop():
         student_image = [objective.head(objective.aggregation(tokens)) for tokens in z]
         teacher_image = [teacher.head(teacher.aggregation(tokens)) for tokens in taught]
         pairs = [(i, v) for i in range(2) for v in range(4) if v != i]
-        cls = sum(cross_entropy(teacher_image[i], objective.centre.value, student_image[v]) for i, v in pairs) / 6
+        cls = sum(cross_entropy(teacher_image[i], objective.center.value, student_image[v]) for i, v in pairs) / 6
         patch = 0.0
         for view in range(4):
             side = 8 if view < 2 else 4
@@ -376,7 +376,7 @@ def test_loss__is_that_of_a_plain_loop():
                     targets.append(teacher.aggregation(taught[view][image][best][None]))
                 predicted = objective.patch_head(objective.aggregation.norm(z[view][image]))
                 logits = teacher.patch_head(torch.cat(targets))
-                patch += cross_entropy(logits, objective.patch_centre.value, predicted) / 16
+                patch += cross_entropy(logits, objective.patch_center.value, predicted) / 16
     output = objective(batch, LATE)
     assert output.metrics["cls_loss"].item() == pytest.approx(float(cls), rel=1e-10)
     assert output.metrics["patch_loss"].item() == pytest.approx(float(patch), rel=1e-10)
@@ -446,7 +446,7 @@ def test_forward__changes_no_state_and_a_step_not_taken_leaves_no_trace():
         assert torch.equal(value, other.extra_state()[name]), name
 
 
-def test_micro_batches__give_the_loss_gradient_and_centres_of_the_whole_batch():
+def test_micro_batches__give_the_loss_gradient_and_centers_of_the_whole_batch():
     whole, parts = small().double(), small().double()
     for objective in (whole, parts):
         objective.teacher.modules.double()
@@ -461,8 +461,8 @@ def test_micro_batches__give_the_loss_gradient_and_centres_of_the_whole_batch():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-12, msg=name)
     for objective in (whole, parts):
         objective.after_step(LATE, read)
-    torch.testing.assert_close(whole.centre.value, parts.centre.value, rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(whole.patch_centre.value, parts.patch_centre.value, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(whole.center.value, parts.center.value, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(whole.patch_center.value, parts.patch_center.value, rtol=1e-12, atol=1e-15)
 
 
 def test_gradient__reaches_everything_but_frozen_prototypes():
@@ -479,7 +479,7 @@ def test_state__comes_back_bit_by_bit_and_the_next_step_is_the_same():
     objective, other = small(seed=0), small(seed=1)
     objective(images(), Progress(0, 10))
     objective.after_step(Progress(0, 10), read)
-    assert {"buffer.centre.value", "buffer.patch_centre.value", "teacher.aggregation.cls_token"} <= set(
+    assert {"buffer.center.value", "buffer.patch_center.value", "teacher.aggregation.cls_token"} <= set(
         objective.extra_state()
     )
     other.load_state_dict(objective.state_dict())
@@ -537,7 +537,7 @@ def test_bf16__loss_stays_in_float32_and_near():
     assert all(p.grad.isfinite().all() for p in objective.parameters())
     assert all(p.dtype == torch.float32 for p in objective.teacher.modules.parameters())
     objective.after_step(LATE, lambda p: p.detach().float())
-    assert objective.centre.value.dtype == torch.float32
+    assert objective.center.value.dtype == torch.float32
 
 
 # Health
