@@ -20,9 +20,8 @@ FURTHER = _JITTER | {"blur_p": 0.5}
 
 
 def photometric(config: AugmentationConfig, changes: dict[str, float]) -> dict[str, dict[str, float]]:
-    """The entry "photometric" of a view with these changes, as far as the settings want them; else no entry."""
-    wanted = {name: value for name, value in changes.items() if config.blur or name != "blur_p"}
-    return {"photometric": wanted} if config.photometric else {}
+    """The entry "photometric" of a view with these changes, without blur if the settings say so; else no entry."""
+    return {"photometric": changes | ({} if config.blur else {"blur_p": 0.0})} if config.photometric else {}
 
 
 def require_colors(config: AugmentationConfig, backbone: Backbone) -> None:

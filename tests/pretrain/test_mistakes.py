@@ -125,6 +125,14 @@ def test_load_recipe__mistake(recipe: Path, override: str, line: str) -> None:
     assert found[0].startswith("command line: ") and line in found[0]
 
 
+@pytest.mark.parametrize("objective", ["dino", "selfpatch"])
+def test_load_recipe__old_spelling_gets_the_new_one(recipe: Path, objective: str) -> None:
+    found = mistakes(recipe, f"objective.name={objective}", "objective.centre_momentum=0.9")
+    assert found == (
+        "command line: objective.centre_momentum=0.9: unknown setting; did you mean 'objective.center_momentum'?",
+    )
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
