@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from backbones.images.timm_names import model_names
     from backbones.images.vit import ViTBackbone
     from backbones.io import initialize_from, load_backbone, save_backbone, weights_digest
-    from backbones.registry import create_backbone, from_spec
+    from backbones.registry import create_backbone, from_config, from_spec
 
 __all__ = [
     "Backbone",
@@ -30,6 +30,7 @@ __all__ = [
     "TimmBackbone",
     "ViTBackbone",
     "create_backbone",
+    "from_config",
     "from_spec",
     "initialize_from",
     "load_backbone",
@@ -47,6 +48,7 @@ _HOME = {
     "TimmBackbone": "images.timm_model",
     "ViTBackbone": "images.vit",
     "create_backbone": "registry",
+    "from_config": "registry",
     "from_spec": "registry",
     "initialize_from": "io",
     "load_backbone": "io",

@@ -1,231 +1,159 @@
-"""Backbones by name: timm's registered models and those of other installed packages.
+"""Encoders by kind and name: images through timm's models, and what other installed packages add. Imports no torch.
 
-The entry point of a plug-in is a function that builds a network for the keywords `img_size`, `patch_size` and
-`in_chans` and the recipe's `options`. The network needs two of timm's methods: `forward_features(x)`, which gives what
-`backbones.images.timm_model` understands, and `group_matcher(coarse)`, which says how deep each parameter lies.
-NOT here: pretrained weights (`backbones.io` loads ours; nothing is downloaded).
+A recipe's `backbone.kind` chooses the class and its settings, as `objective.name` does for objectives; "image" is built
+in. An entry point of a plug-in, in the group `pretrain.backbones`, is one of two things:
+
+    a subclass of `backbones.encoder.Encoder`   a kind of its own; the entry's name is the kind
+    a function that builds a network            one more name of kind "image", see `backbones.images.build`
+
+NOT here: how an image encoder is built (`backbones.images.build`), weights (`backbones.io`).
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
-from torch import nn
+from backbones.errors import BackboneError, suggest
+from backbones.images.config import ImageConfig
+from backbones.images.timm_names import plugins
+from backbones.plugins import load_entry, origin
 
-from backbones.errors import BackboneError
-from backbones.images.base import Backbone
-from backbones.images.timm_internals import is_plain_vit
-from backbones.images.timm_model import TimmBackbone, token_size
-from backbones.images.timm_names import model_names, plugins
-from backbones.images.vit import ViTBackbone
-from backbones.plugins import load_entry
+if TYPE_CHECKING:
+    from backbones.encoder import Encoder
+    from backbones.images.base import ImageEncoder
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "create_backbone", "from_spec"]
+__all__ = ["IMAGE", "config_class", "create_backbone", "encoder_class", "from_config", "from_spec", "kinds"]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# timm source files whose `patch_size` is that of the output tokens; the others' stages may shrink the grid further.
-_PLAIN_FAMILIES = {"vision_transformer", "deit", "eva"}
-# Set by create_backbone itself, so a recipe's `options` may not.
-_RESERVED = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "in_chans": "in_chans",
-    "num_classes": None,
-    "global_pool": None,
-    "dynamic_img_size": None,
-    "dynamic_img_pad": None,
-    "strict_img_size": None,
-    "pretrained": None,
-}
+IMAGE = "image"
 
 
-_PLUGIN_METHODS = ("forward_features", "group_matcher")
-
-
-def create_backbone(
-    name: str,
-    *,
-    image_size: int | None = None,
-    patch_size: int | None = None,
-    in_chans: int = 3,
-    options: Mapping[str, Any] | None = None,
-    pixel_mean: Sequence[float] = IMAGENET_MEAN,
-    pixel_std: Sequence[float] = IMAGENET_STD,
-    position_resampling: str = "timm",
-) -> Backbone:
-    """A randomly initialised backbone; draws from torch's global generator, as timm does.
-
-    Args:
-        name: one of `backbones.images.timm_names.model_names()`; timm's may be followed by the tag of a pretrained
-        variant, whose
-            sizes it then has.
-        image_size: pixels per side; None takes the model's own.
-        patch_size: pixels per side of an output token; None takes the model's own. Swin's stem has patches of an eighth
-            of it. Many models have no choice.
-        in_chans: channels of the images.
-        options: further arguments of the timm model, for example `{"depth": 6, "embed_dim": 192, "reg_tokens": 4}`.
-        pixel_mean, pixel_std: per channel, for pixels in [0, 1].
-        position_resampling: how a plain ViT's absolute positions follow images of another size, see
-            `backbones.images.positions`.
-
-    Returns:
-        A `ViTBackbone` for a plain ViT, else a `TimmBackbone`.
+def kinds() -> tuple[str, ...]:
+    """All known kinds; this imports every plug-in of backbones, so it is for messages only.
 
     Raises:
-        BackboneError: unknown name, an argument that the model does not take, or a model that yields no patches.
+        BackboneError: a plug-in cannot be imported.
     """
-    options = dict(options or {})
-    for key in sorted(_RESERVED.keys() & options.keys()):
-        remedy = f"use backbone.{_RESERVED[key]}" if _RESERVED[key] else "leave it out"
-        raise BackboneError(f"backbone {name!r}: option {key!r} is set by the platform; {remedy}")
-    library, build = _find(name)
-    arguments = {**options, **_patch_argument(name, build, patch_size), "in_chans": in_chans}
-    model = _built(name, build, arguments, image_size)
-    described: dict[str, Any] = {
-        "library": library, "name": name, "options": options, "pixel_mean": pixel_mean, "pixel_std": pixel_std,
-    }  # fmt: skip
-    backbone: Backbone
-    if is_plain_vit(model):
-        backbone = ViTBackbone(model, **described, position_resampling=position_resampling)
-    elif position_resampling != "timm":
-        raise BackboneError(f"backbone {name!r} is not a plain ViT, so position_resampling is timm's only")
-    else:
-        size = _own_image_size(name, model) if image_size is None else image_size
-        backbone = TimmBackbone(model, **described, image_size=size, in_chans=in_chans)
-    if patch_size not in (None, backbone.patch_size):
-        raise BackboneError(
-            f"backbone {name!r} has tokens of {backbone.patch_size} px; leave out patch_size {patch_size}"
-        )
-    return backbone
+    loaded = {name: load_entry(entry, "backbone", BackboneError) for name, entry in plugins().items()}
+    return (IMAGE, *sorted(name for name, found in loaded.items() if _is_encoder(found)))
 
 
-def from_spec(spec: Mapping[str, Any]) -> Backbone:
-    """The architecture that `Backbone.spec` describes, with random weights.
+def config_class(kind: str) -> type:
+    """The dataclass of the settings of a kind; for a plug-in it is `Class.Config`, which imports the plug-in.
+
+    Raises:
+        BackboneError: as for `encoder_class`.
+    """
+    return ImageConfig if kind == IMAGE else encoder_class(kind).Config
+
+
+def encoder_class(kind: str) -> type[Encoder]:
+    """The class of encoders of a kind.
+
+    Raises:
+        BackboneError: unknown kind, or a plug-in that cannot be imported or is no encoder.
+    """
+    if kind == IMAGE:
+        from backbones.images.base import ImageEncoder
+
+        return ImageEncoder
+    entry = plugins().get(kind)
+    if entry is None:
+        known = kinds()
+        raise BackboneError(f"unknown kind of backbone; known are {', '.join(known)}{suggest(kind, known)}")
+    found = load_entry(entry, "backbone", BackboneError)
+    _check_plugin(entry, found)
+    return found
+
+
+@overload
+def create_backbone(name: str, *, kind: Literal["image"] = ..., **settings: Any) -> ImageEncoder: ...
+@overload
+def create_backbone(name: str, *, kind: str, **settings: Any) -> Encoder: ...
+def create_backbone(name: str, *, kind: str = IMAGE, **settings: Any) -> Encoder:
+    """A randomly initialized backbone; draws from torch's global generator.
+
+    Args:
+        name: a model of that kind.
+        kind: what it encodes.
+        settings: of images, those of `backbones.images.build.create_image_encoder`; of another kind, the fields of its
+            `Config`.
+
+    Raises:
+        BackboneError: unknown kind or name, or settings that the model does not take.
+    """
+    if kind == IMAGE:
+        from backbones.images.build import create_image_encoder
+
+        return create_image_encoder(name, **settings)
+    return encoder_class(kind)(_config(kind, {"name": name, **settings}))
+
+
+def from_config(config: Any) -> Encoder:
+    """The randomly initialized backbone that a recipe's settings ask for: an instance of the kind's `Config`.
+
+    Raises:
+        BackboneError: as for `create_backbone`.
+    """
+    if config.kind == IMAGE:
+        settings = {entry.name: getattr(config, entry.name) for entry in fields(config)}
+        return create_backbone(**settings)
+    return encoder_class(config.kind)(config)
+
+
+def from_spec(spec: Mapping[str, Any]) -> Encoder:
+    """The architecture that `Encoder.spec` describes, with random weights.
 
     Raises:
         BackboneError: a key is missing or unknown, or the model is not available here.
     """
-    expected = {"library", "name", "image_size", "patch_size", "in_chans", "options", "pixel_mean", "pixel_std"}
-    if spec.keys() - {"position_resampling"} != expected:
+    kind = spec.get("kind", IMAGE)
+    if kind == IMAGE:
+        from backbones.images.build import image_encoder_from_spec
+
+        return image_encoder_from_spec(spec)
+    expected = {"kind", "library", "name", "settings"}
+    if spec.keys() != expected:
         raise BackboneError(f"backbone spec has keys {sorted(spec)}, expected {sorted(expected)}")
-    if spec["library"] != "timm" and spec["name"] not in plugins():
+    if kind not in plugins():
         raise BackboneError(
-            f"backbone {spec['name']!r} is not installed here; it is the plug-in {spec['library']}, so install the "
-            f"package with the module {spec['library'].partition(':')[0].partition('.')[0]}"
+            f"backbones of kind {kind!r} are not installed here; they are the plug-in {spec['library']}, so install "
+            f"the package with the module {spec['library'].partition(':')[0].partition('.')[0]}"
         )
-    return create_backbone(**{key: value for key, value in spec.items() if key != "library"})
+    return encoder_class(kind)(_config(kind, spec["settings"]))
 
 
-def _find(name: str) -> tuple[str, Callable[..., nn.Module]]:
-    """Where `name` comes from ("timm", or the plug-in's MODULE:FUNCTION) and the function that builds it."""
-    if name in plugins():
-        return plugins()[name].value, load_entry(plugins()[name], "backbone", BackboneError)
-    if name.partition(".")[0] not in model_names():
-        near = difflib.get_close_matches(name, model_names(), n=3)
-        hint = f"nearest: {', '.join(near)}" if near else "timm.list_models() lists all"
-        raise BackboneError(f"backbone {name!r} is not known; {hint}")
-    import timm  # here, because a rejected name need not pay for it
-
-    return "timm", partial(timm.create_model, name)
+def _config(kind: str, settings: Mapping[str, Any]) -> Any:
+    try:
+        return config_class(kind)(**settings)
+    except TypeError as error:
+        raise BackboneError(f"backbone of kind {kind!r}: {error}") from error
 
 
-def _built(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], image_size: int | None) -> nn.Module:
-    """The model without classifier. What not every model takes is left out for those that do not.
+def _is_encoder(found: Any) -> bool:
+    """Whether what an entry point names is a class of encoders; what is none need not have imported torch."""
+    from backbones.encoder import Encoder
 
-    Raises:
-        BackboneError: it does not take the arguments, or what is built is no encoder.
-    """
-    optional: dict[str, Any] = {
-        "num_classes": 0, "global_pool": "", "dynamic_img_size": True, "strict_img_size": False,
-    }  # fmt: skip
-    if image_size is not None:
-        optional["img_size"] = image_size  # convolutional models take images of any size and no such argument
-    if name in plugins() and "patch_size" in arguments:
-        optional["patch_size"] = arguments["patch_size"]
-        arguments = {key: value for key, value in arguments.items() if key != "patch_size"}
-    while True:
-        try:
-            model = build(**optional, **arguments)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            unexpected = re.search(r"unexpected keyword argument(?:\(s\): \[| )'(\w+)'", str(error))
-            refused = unexpected[1] if unexpected else "global_pool"  # some check its value, in ways of their own
-            if refused in optional:
-                del optional[refused]
-                continue
-            shown = arguments if image_size is None else {"img_size": image_size, **arguments}
-            given = ", ".join(f"{key}={value!r}" for key, value in shown.items())
-            reason = " ".join(str(error).split())
-            raise BackboneError(f"backbone {name!r} cannot be built with {given}: {reason}") from error
-        _check_plugin(name, model)
-        return model
+    return isinstance(found, type) and issubclass(found, Encoder)
 
 
-def _check_plugin(name: str, model: nn.Module) -> None:
-    """Refuses what a plug-in may have built by mistake, before it fails somewhere else.
+def _check_plugin(entry: EntryPoint, found: Any) -> None:
+    """Refuses what is no encoder of its kind, before anything fails in a stranger way.
 
     Raises:
-        BackboneError: it lacks a method that every backbone needs.
+        BackboneError: it is a function for images, has another kind, or its `Config` is not a dataclass with kind and
+            name.
     """
-    lacking = [method for method in _PLUGIN_METHODS if not callable(getattr(model, method, None))]
-    if name in plugins() and lacking:
-        raise BackboneError(f"backbone {name!r} is a {type(model).__name__} without {' and '.join(lacking)}")
-
-
-def _patch_argument(name: str, build: Callable[..., nn.Module], patch_size: int | None) -> dict[str, int]:
-    """timm's `patch_size`, with which the output tokens are `patch_size` pixels wide; empty where it need not be given.
-
-    Raises:
-        BackboneError: the stages of the model shrink the grid by a factor that does not divide the size.
-    """
-    if patch_size is None:
-        return {}
-    if name in plugins() or _family(name) in _PLAIN_FAMILIES:
-        return {"patch_size": patch_size}
-    with torch.device("meta"):  # shapes only: no memory, no random numbers
-        model = build(num_classes=0)
-    own = token_size(model)
-    if own is None or patch_size == own:
-        return {}
-    stem = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if stem is None:
-        parameter = inspect.signature(type(model).__init__).parameters.get("patch_size")
-        stem = None if parameter is None else parameter.default
-    stem = stem[0] if isinstance(stem, tuple) and len(set(stem)) == 1 else stem
-    if not isinstance(stem, int) or own % stem or stem == 1:
+    where = f"backbone {entry.name!r}: {origin(entry)}"
+    if not _is_encoder(found):
+        raise BackboneError(f"{where} builds image encoders and is no kind; set backbone.name={entry.name} instead")
+    if getattr(found, "kind", None) != entry.name:
+        raise BackboneError(f"{where} is of kind {getattr(found, 'kind', None)!r}; name its entry point like its kind")
+    config = getattr(found, "Config", None)
+    settings = {field.name for field in fields(config)} if is_dataclass(config) else set()
+    if not {"kind", "name"} <= settings:
         raise BackboneError(
-            f"backbone {name!r} has tokens of {own} px and no other choice; leave out patch_size {patch_size}"
+            f"{where} needs a class attribute Config: a dataclass of its settings, with kind: str and name: str"
         )
-    factor = own // stem
-    if patch_size % factor:
-        raise BackboneError(
-            f"backbone {name!r}: patch_size {patch_size} is not a multiple of {factor}, by which its stages "
-            "shrink the grid"
-        )
-    return {"patch_size": patch_size // factor}
-
-
-def _family(name: str) -> str:
-    import timm
-
-    return timm.models.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
-
-
-def _own_image_size(name: str, model: nn.Module) -> int:
-    """The image side that timm gives the model.
-
-    Raises:
-        BackboneError: timm gives none, or not a square.
-    """
-    settings = getattr(model, "pretrained_cfg", None) or {}
-    height, width = tuple(settings.get("input_size") or (0, 0, 0))[1:]
-    if not height or height != width:
-        raise BackboneError(f"backbone {name!r} has no square image size of its own; give image_size")
-    return int(height)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from backbones.encoder import Encoder
 from backbones.errors import BackboneError
 from backbones.features import ImageFeatures
+from backbones.images.config import ImageConfig
 
 __all__ = ["Backbone", "ImageEncoder"]
 
@@ -47,6 +48,7 @@ class ImageEncoder(Encoder):
     """
 
     kind = "image"
+    Config = ImageConfig
     can_drop_patches: ClassVar[bool] = False
     has_plain_blocks: ClassVar[bool] = False
     num_layers: int = 0

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from backbones.images.config import ImageConfig
 from backbones.images.timm_names import model_names
 from data_pipelines.errors import DataError
 from data_pipelines.shards.source import check_source
@@ -22,7 +23,7 @@ from data_pipelines.storage.locations import redact, scheme_of
 from evaluation import registry as evaluations
 from pretrain.config.mistakes import Findings
 from pretrain.config.optimizer_facts import WHOLE_PARAMETER
-from pretrain.config.schema import BackboneConfig, DataConfig, EvaluationConfig, Recipe, TrainConfig
+from pretrain.config.schema import DataConfig, EvaluationConfig, Recipe, TrainConfig
 from pretrain.errors import nearest
 
 __all__ = ["evaluation_data_problem", "nearest_file", "resolve"]
@@ -56,7 +57,8 @@ def resolve(draft: Recipe, findings: Findings, *, check_files: bool) -> Recipe:
         check_files: also look whether the data is there.
     """
     _check_names(draft, findings)
-    _check_backbone(draft.backbone, findings)
+    if isinstance(draft.backbone, ImageConfig):  # of another kind, its own constructor knows what is right
+        _check_image_encoder(draft.backbone, findings)
     _check_optimizer(draft, findings)
     _check_optimizer_shards(draft, findings)
     _check_precision(draft.train, findings)
@@ -117,7 +119,7 @@ def _check_names(draft: Recipe, findings: Findings) -> None:
             findings.add(key, name, "expected letters, digits, '.', '_' and '-' only (it names directories)")
 
 
-def _check_backbone(backbone: BackboneConfig, findings: Findings) -> None:
+def _check_image_encoder(backbone: ImageConfig, findings: Findings) -> None:
     if not findings.sound("backbone.name"):
         return
     known = model_names()
@@ -137,7 +139,7 @@ def _check_backbone(backbone: BackboneConfig, findings: Findings) -> None:
             findings.add(blamed, channels if blamed.endswith("in_chans") else numbers, problem)
 
 
-def _sizes(backbone: BackboneConfig) -> tuple[int | None, int | None]:
+def _sizes(backbone: ImageConfig) -> tuple[int | None, int | None]:
     """Image and patch size in pixels, read from the model's name where the recipe leaves them open."""
     match = _MODEL_SIZES.search(backbone.name)
     patch_size, image_size = (int(match.group(1)), int(match.group(2))) if match else (None, None)
@@ -323,8 +325,8 @@ def _check_evaluation_data(evaluation: EvaluationConfig, findings: Findings) -> 
             findings.add(key, directory, problem)
 
 
-def _check_evaluation_tasks(evaluation: EvaluationConfig, backbone: BackboneConfig, findings: Findings) -> None:
-    _, patch_size = _sizes(backbone)
+def _check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, findings: Findings) -> None:
+    patch_size = _sizes(backbone)[1] if isinstance(backbone, ImageConfig) else None
     protocols = evaluations.names()
     for index, task in enumerate(evaluation.tasks):
         key = f"evaluation.tasks[{index}]"

@@ -104,8 +104,12 @@ def template(key: str) -> str:
     return re.sub(r"\[\d+\]", "[]", key)
 
 
-def declared_settings(objective: type | None) -> tuple[dict[str, Setting], frozenset[str]]:
-    """All settings of a recipe whose objective has the settings class `objective`.
+def declared_settings(chosen: Mapping[str, type | None]) -> tuple[dict[str, Setting], frozenset[str]]:
+    """All settings of a recipe.
+
+    Args:
+        chosen: the settings class of each section that a name chooses, such as "objective"; None: unknown, and left
+            out.
 
     Returns:
         the settings by key, and the keys of the sections that hold them (`""` is the whole recipe).
@@ -116,7 +120,9 @@ def declared_settings(objective: type | None) -> tuple[dict[str, Setting], froze
     def walk(owner: type, prefix: str) -> None:
         for entry, hint in _fields(owner):
             key = f"{prefix}.{entry.name}".removeprefix(".")
-            kind = objective if key == "objective" else _without_none(hint)
+            kind = chosen[key] if key in chosen else _without_none(hint)
+            if kind is None:
+                continue
             if isinstance(kind, type) and is_dataclass(kind):
                 sections.add(key)
                 walk(kind, key)
@@ -127,8 +133,6 @@ def declared_settings(objective: type | None) -> tuple[dict[str, Setting], froze
                 walk(setting.item_class, f"{key}[]")
 
     walk(Recipe, "")
-    if objective is None:
-        del settings["objective"]
     return settings, frozenset(sections)
 
 

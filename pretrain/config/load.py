@@ -17,6 +17,8 @@ from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from yaml import YAMLError
 
+from backbones import registry as backbones
+from backbones.errors import BackboneError
 from objectives import registry as objectives
 from pretrain.config import checks as rules
 from pretrain.config.fields import Setting, declared_settings, template
@@ -24,7 +26,6 @@ from pretrain.config.mistakes import COMMAND_LINE, Findings, shown
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import (
     REQUIRED,
-    BackboneConfig,
     ClusterConfig,
     DataConfig,
     EvaluationConfig,
@@ -38,7 +39,6 @@ from pretrain.config.stages import FIXED, STAGE_KEYS, Plan, in_order
 from pretrain.errors import RequestError, nearest
 
 __all__ = [
-    "BackboneConfig",
     "ClusterConfig",
     "DataConfig",
     "EvaluationConfig",
@@ -163,12 +163,15 @@ def _resolved(
     check_files: bool,
 ) -> Recipe:
     """Layers of file contents, each with its origin, and the command line on top, merged and checked."""
-    objective, first = _choose_objective(contents, pairs, findings)
-    layers = _Layers(objective, findings)
+    chosen = {
+        "objective": _choose_objective(contents, pairs, findings),
+        "backbone": _choose_backbone(contents, pairs, findings),
+    }
+    layers = _Layers({key: settings for key, (settings, _) in chosen.items()}, findings)
     for number, (content, origin) in enumerate(contents):
-        if number < first:  # settings of another objective than the one that is trained
-            content = {key: value for key, value in content.items() if key != "objective"}
-        layers.assign("", content, origin)
+        # Without the settings of another objective, or kind of backbone, than the one that is trained.
+        counted = {key: value for key, value in content.items() if key not in chosen or number >= chosen[key][1]}
+        layers.assign("", counted, origin)
     for key, value in pairs:
         layers.assign(key, value, COMMAND_LINE)
     draft = layers.draft(contents[0][1], how_to_set=how_to_set)
@@ -332,19 +335,7 @@ def _choose_objective(
     settings of the objective are not its own, and it starts from its defaults. The second answer is the number of the
     first layer whose settings count.
     """
-    name, source, first = None, contents[0][1], 0
-    for number, (content, origin) in enumerate(contents):
-        section = content.get("objective")
-        if isinstance(section, Mapping) and "name" in section:
-            first = first if section["name"] == name else number
-            name, source = section["name"], origin
-    for key, value in pairs:
-        named = value if key == "objective.name" else None
-        if key == "objective" and isinstance(value, Mapping):
-            named = value.get("name")
-        if named is not None:
-            first = first if named == name else len(contents)
-            name, source = named, COMMAND_LINE
+    name, source, first = _named("objective", "name", None, contents, pairs)
     known = objectives.names()
     if name is None:
         findings.add_missing("objective.name", source, f"one of {', '.join(known)}")
@@ -357,17 +348,60 @@ def _choose_objective(
     return None, first
 
 
+def _choose_backbone(
+    contents: Sequence[tuple[dict[str, Any], str]], pairs: Sequence[tuple[str, Any]], findings: Findings
+) -> tuple[type | None, int]:
+    """The settings class of the kind of backbone, as `_choose_objective` finds that of the objective."""
+    kind, source, first = _named("backbone", "kind", backbones.IMAGE, contents, pairs)
+    try:
+        return backbones.config_class(str(kind)), first
+    except BackboneError as error:
+        findings.add("backbone.kind", kind, str(error), origin=source)
+    findings.distrust("backbone")
+    return None, first
+
+
+def _named(
+    section: str,
+    key: str,
+    default: str | None,
+    contents: Sequence[tuple[dict[str, Any], str]],
+    pairs: Sequence[tuple[str, Any]],
+) -> tuple[Any, str, int]:
+    """What the last layer says of the key that chooses the settings of a section.
+
+    Returns:
+        the value, the layer's origin, and the number of the first layer from which on it is the same.
+    """
+    name, source, first = default, contents[0][1], 0
+    for number, (content, origin) in enumerate(contents):
+        settings = content.get(section)
+        if isinstance(settings, Mapping) and key in settings:
+            first = first if settings[key] == name else number
+            name, source = settings[key], origin
+    for given, value in pairs:
+        named = value if given == f"{section}.{key}" else None
+        if given == section and isinstance(value, Mapping):
+            named = value.get(key)
+        if named is not None:
+            first = first if named == name else len(contents)
+            name, source = named, COMMAND_LINE
+    return name, source, first
+
+
 class _Layers:
     """The settings while layers are put on one another."""
 
-    def __init__(self, objective: type | None, findings: Findings) -> None:
+    def __init__(self, chosen: Mapping[str, type | None], findings: Findings) -> None:
+        """`chosen` has the settings class of each section that a name chooses; None where the name is wrong."""
         self._findings = findings
-        self._settings, self._sections = declared_settings(objective)
+        self._unknown = {section for section, settings in chosen.items() if settings is None}
+        self._settings, self._sections = declared_settings(chosen)
         self._references: dict[str, Any] = {}  # key -> value as written, where it refers to another setting
         self._cfg = OmegaConf.structured(Recipe)
-        if objective is not None:
-            _unlock(self._cfg)
-            self._cfg.objective = OmegaConf.structured(objective)
+        _unlock(self._cfg)
+        for section, settings in chosen.items():
+            self._cfg[section] = None if settings is None else OmegaConf.structured(settings)
         _unlock(self._cfg)
 
     def assign(self, key: str, value: Any, origin: str) -> None:
@@ -382,8 +416,8 @@ class _Layers:
             self._assign_section(key, value, origin)
         elif owner := self._owner(key):
             self._assign_setting(key, owner, value, origin)
-        elif declared.partition(".")[0] == "objective" and "objective" not in self._sections:
-            pass  # which settings exist is unknown; that the objective is wrong is reported already
+        elif declared.partition(".")[0] in self._unknown:
+            pass  # which settings exist is unknown; that the name which chooses them is wrong is reported already
         else:
             self._findings.add(key, value, f"unknown setting{nearest(key, self._settings)}", origin=origin)
 
@@ -399,8 +433,6 @@ class _Layers:
         for key, setting in self._concrete_settings():
             if self._findings.is_wrong(key):
                 OmegaConf.update(self._cfg, key, setting.stand_in, merge=False)
-        if "objective" not in self._sections:
-            self._cfg.objective = None
         recipe = OmegaConf.to_object(self._cfg)
         assert isinstance(recipe, Recipe)
         return recipe

@@ -2,7 +2,8 @@
 
 A recipe file and the command line may set exactly these keys. `pretrain.config.load` merges the layers and
 `pretrain.config.checks` checks what no single key can know. The settings of an objective live with it
-(`objectives/NAME/config.py`) and are put in `Recipe.objective` by name.
+(`objectives/NAME/config.py`) and are put in `Recipe.objective` by name; those of a kind of backbone likewise
+(`backbones.images.config`), in `Recipe.backbone` by `backbone.kind`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from backbones.images.config import ImageConfig
 from pretrain.config.optimizer_facts import NAMES
 
 __all__ = [
-    "BackboneConfig",
     "ClusterConfig",
     "DataConfig",
     "EvaluationConfig",
@@ -26,8 +27,6 @@ __all__ = [
 ]
 
 REQUIRED = "???"  # OmegaConf's mark of a mandatory value
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def setting(
@@ -53,21 +52,6 @@ def setting(
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """Which encoder to pretrain."""
-
-    name: str = setting("timm model name, e.g. vit_base_patch16_224")
-    image_size: int | None = setting("side of the input in pixels; null: as the name says", None, range=(1, 8192))
-    patch_size: int | None = setting("side of a patch in pixels; null: as the name says", None, range=(1, 1024))
-    in_chans: int = setting("channels of the input", 3, range=(1, 1024))
-    options: dict[str, Any] = setting("further timm arguments, e.g. {depth: 6}", {})
-    pixel_mean: list[float] = setting("mean per channel of images in [0, 1]; default: ImageNet", list(IMAGENET_MEAN))
-    pixel_std: list[float] = setting(
-        "deviation per channel of images in [0, 1]; default: ImageNet", list(IMAGENET_STD), range=(1e-6, None)
-    )
 
 
 @dataclass(frozen=True)
@@ -220,7 +204,7 @@ class Recipe:
     name: str = setting("name of the recipe; default: the file name")
     description: str = setting("one line for `pretrain recipes`", "")
     objective: Any = setting("name of the objective and its settings")
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    backbone: Any = field(default_factory=ImageConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backbones.registry import create_backbone
+from backbones.registry import from_config
 from objectives import registry
 from objectives.base import Objective
 from pretrain.config.schema import Recipe
@@ -17,14 +17,5 @@ def build_objective(recipe: Recipe) -> Objective:
         BackboneError: The backbone cannot be built like this.
         ObjectiveError: The objective is not known, or needs what this backbone has not.
     """
-    settings = recipe.backbone
-    backbone = create_backbone(
-        settings.name,
-        image_size=settings.image_size,
-        patch_size=settings.patch_size,
-        in_chans=settings.in_chans,
-        options=dict(settings.options),
-        pixel_mean=tuple(settings.pixel_mean),
-        pixel_std=tuple(settings.pixel_std),
-    )
+    backbone = from_config(recipe.backbone)
     return registry.load(recipe.objective.name)(backbone, recipe.objective)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from backbones import registry
 from backbones.errors import BackboneError
+from backbones.images import build
 from backbones.plugins import by_name, load_entry, origin
 from backbones.registry import create_backbone, from_spec
 
@@ -40,10 +40,10 @@ class Network(nn.Module):
 def plugin(monkeypatch):
     """Makes a function the plug-in "mine"."""
 
-    def install(build) -> None:
-        monkeypatch.setattr(EntryPoint, "load", lambda self: build)
-        monkeypatch.setattr(registry, "plugins", lambda: {"mine": point("mine")})
-        monkeypatch.setattr(registry, "model_names", lambda: ("mine",))
+    def install(network) -> None:
+        monkeypatch.setattr(EntryPoint, "load", lambda self: network)
+        monkeypatch.setattr(build, "plugins", lambda: {"mine": point("mine")})
+        monkeypatch.setattr(build, "model_names", lambda: ("mine",))
 
     return install
 

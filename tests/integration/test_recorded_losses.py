@@ -21,12 +21,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from backbones.images.config import ImageConfig
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.streaming.stream import Stream
 from data_pipelines.views.maker import views_from
 from objectives import registry
 from objectives.base import Progress
-from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from pretrain.training.schedules import learning_rate, weight_decay
@@ -49,7 +50,7 @@ def _recipe(name: str, stage: int) -> Recipe:
     return Recipe(
         name="recorded",
         objective=registry.config_class(name)(**SMALL[name]),
-        backbone=BackboneConfig(
+        backbone=ImageConfig(
             "vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3, "drop_path_rate": 0.1}
         ),
         data=DataConfig(train=str(PHOTOS)),

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from backbones.images.config import ImageConfig
 from backbones.registry import create_backbone
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.streaming.stream import Stream
@@ -23,12 +24,12 @@ from data_pipelines.views.maker import views_from
 from objectives import registry
 from objectives.base import Objective, Progress
 from objectives.teacher import Teacher
-from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 
 PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
-BACKBONE = BackboneConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3})
+BACKBONE = ImageConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3})
 # Sizes that make a step cheap; everything else is the default.
 SMALL: dict[str, dict[str, Any]] = {
     "mae": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},

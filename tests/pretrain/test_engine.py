@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from backbones.images.config import ImageConfig
 from objectives.base import Progress
 from objectives.mae.config import MAEConfig
-from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training.engine import Engine, deepspeed_config, init_distributed
 from pretrain.training.model import build_objective
 from pretrain.training.schedules import learning_rate, weight_decay
@@ -24,7 +25,7 @@ STEPS, MICRO, ACCUMULATION, RANKS = 4, 4, 2, 2
 RECIPE = Recipe(
     name="engine",
     objective=MAEConfig(decoder_dim=48, decoder_depth=1, decoder_heads=3),
-    backbone=BackboneConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 2, "embed_dim": 48, "num_heads": 3}),
+    backbone=ImageConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 2, "embed_dim": 48, "num_heads": 3}),
     data=DataConfig(train="unused"),
     optimizer=OptimizerConfig(lr=1e-3, warmup_steps=1, layer_decay=0.9, clip_grad=0.5, weight_decay_end=0.2),
     train=TrainConfig(

@@ -9,16 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from backbones.images.config import ImageConfig
 from objectives.base import Progress
 from objectives.mae.config import MAEConfig
-from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from pretrain.training.running_statistics import RunningStatistics
 
 RANKS, MICRO, STEPS = 2, 4, 2
-SWIN = BackboneConfig("swin_tiny_patch4_window7_224", 64, options={"depths": [1, 1, 2, 1], "embed_dim": 24})
-FASTVIT = BackboneConfig("fastvit_t8", 64)  # has batch norms
+SWIN = ImageConfig("swin_tiny_patch4_window7_224", 64, options={"depths": [1, 1, 2, 1], "embed_dim": 24})
+FASTVIT = ImageConfig("fastvit_t8", 64)  # has batch norms
 SETTINGS = {
     "swin-0": (SWIN, 0, "fp32"),
     "swin-3": (SWIN, 3, "fp32"),
@@ -30,7 +31,7 @@ SETTINGS = {
 pytestmark = pytest.mark.long
 
 
-def _recipe(backbone: BackboneConfig, stage: int, precision: str) -> Recipe:
+def _recipe(backbone: ImageConfig, stage: int, precision: str) -> Recipe:
     train = TrainConfig(
         steps=STEPS,
         global_batch_size=MICRO * RANKS,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, dataclass, field
 from pathlib import Path
 
 import pytest
 
+from backbones import registry as backbones
 from data_pipelines.shards.source import expand_source
 from objectives.mae.config import MAEConfig
 from pretrain.config.load import load_for_resume, load_recipe, recipe_description, recipe_names, recipe_path, to_yaml
@@ -211,3 +212,30 @@ def test_load_recipe__without_files_for_a_recipe_from_elsewhere(minimal: str) ->
         load_recipe(minimal, overrides)
     assert len(refused.value.mistakes) == 2
     assert load_recipe(minimal, overrides, check_files=False).data.train == "/nowhere/train-*.tar"
+
+
+def test_load_recipe__kind_of_backbone_chooses_its_settings(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class SeriesConfig:
+        kind: str = "series"
+        name: str = "mean"
+        dim: int = field(default=4, metadata={"range": (1, 64)})
+
+    find = backbones.config_class
+    monkeypatch.setattr(backbones, "config_class", lambda kind: SeriesConfig if kind == "series" else find(kind))
+    assert load_recipe(minimal, ["backbone.kind=image"]).backbone == load_recipe(minimal).backbone
+    recipe = load_recipe(minimal, ["backbone.kind=series", "backbone.dim=6"])
+    assert recipe.backbone == SeriesConfig(dim=6)  # the file's settings, of images, do not count
+    saved = Path(minimal).with_name("saved.yaml")
+    saved.write_text(to_yaml(recipe))
+    assert load_recipe(str(saved)) == recipe
+    with pytest.raises(RequestError) as caught:
+        load_recipe(minimal, ["backbone.kind=series", "backbone.dim=65", "backbone.image_size=32"])
+    assert caught.value.mistakes == (
+        "command line: backbone.image_size=32: unknown setting; did you mean 'backbone.dim'?",
+        "command line: backbone.dim=65: expected a whole number in [1, 64]",
+    )
+    with pytest.raises(RequestError) as caught:
+        load_recipe(minimal, ["backbone.kind=imge", "backbone.dim=65"])
+    expected = "command line: backbone.kind=imge: unknown kind of backbone; known are image; did you mean 'image'?"
+    assert caught.value.mistakes == (expected,)

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from timm.optim import list_optimizers
 
+from backbones.images.config import ImageConfig
 from objectives.base import Progress
 from objectives.mae.config import MAEConfig
 from pretrain.config.load import load_recipe
 from pretrain.config.optimizer_facts import NAMES, WHOLE_PARAMETER
-from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.errors import RequestError
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
@@ -36,7 +37,7 @@ def _recipe(name: str, stage: int, workers: int = RANKS) -> Recipe:
     return Recipe(
         name="optimizers",
         objective=MAEConfig(decoder_dim=24, decoder_depth=1, decoder_heads=2),
-        backbone=BackboneConfig("vit_tiny_patch16_224", 16, 4, options={"depth": 1, "embed_dim": 24, "num_heads": 2}),
+        backbone=ImageConfig("vit_tiny_patch16_224", 16, 4, options={"depth": 1, "embed_dim": 24, "num_heads": 2}),
         data=DataConfig(train="unused"),
         optimizer=OptimizerConfig(name=name, lr=RATE, weight_decay=DECAY, betas=[0.8, 0.9]),
         train=TrainConfig(
