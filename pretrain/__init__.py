@@ -1,4 +1,4 @@
-"""Distributed self-supervised pretraining for vision: train, grade every checkpoint, record, pull.
+"""Distributed self-supervised pretraining for vision: train, evaluate every checkpoint, record, pull.
 
     import pretrain
 

@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from pretrain import evaluations as grade
-from pretrain.checkpoints import store as checkpoint
+from pretrain.checkpoints import store
 from pretrain.config.load import load_for_resume, load_recipe, to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.errors import RequestError, RunFailed
+from pretrain.evaluations import due, evaluate_task, retention
 from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Event, Failed, Metrics
 from pretrain.record.journal import Journal, read_events
 from pretrain.record.run_dir import RunDir, find_run
@@ -183,7 +183,7 @@ class _Driver:
             cpus_per_worker=self.recipe.cluster.cpus_per_worker,
             gpus_per_worker=self._gpus_per_worker(cluster.num_gpus),
             max_failures=self.recipe.train.max_failures,
-            fatal=(ValueError, ArithmeticError, checkpoint.CheckpointError),
+            fatal=(ValueError, ArithmeticError, store.CheckpointError),
         )
         arguments = {"recipe": self.recipe, "run_dir": str(self.run_dir.path), "launched": self.launched}
         training = _Background(
@@ -213,23 +213,13 @@ class _Driver:
             self._prune(queue)
 
     def _queue_evaluations(self, queue: EvaluationQueue) -> None:
-        """Every published checkpoint that is due and has no result yet; a label is accepted once."""
-        if not self.recipe.evaluation.enabled:
-            return
+        """What is due by now; the queue accepts a label once."""
         done = {(event.step, event.protocol, event.data) for event in self.scores}
-        for found in checkpoint.published(self.run_dir.path):
-            if self._is_due(found.step):
-                for task in grade.missing_tasks(self.recipe, found.step, done):
-                    directory = self.recipe.evaluation.data[task.data]
-                    label = (found.step, task.protocol, task.data)
-                    queue.submit(
-                        label, grade.evaluate_task, str(found.path), found.step, task, directory, self.recipe.storage
-                    )
-
-    def _is_due(self, step: int) -> bool:
-        train, evaluation = self.recipe.train, self.recipe.evaluation
-        number = -(-step // train.checkpoint_every)
-        return step == train.steps or (evaluation.baseline if step == 0 else number % evaluation.every == 0)
+        found = {checkpoint.step: checkpoint for checkpoint in store.published(self.run_dir.path)}
+        for step, task in due(self.recipe, found, done):
+            label = (step, task.protocol, task.data)
+            directory = self.recipe.evaluation.data[task.data]
+            queue.submit(label, evaluate_task, str(found[step].path), step, task, directory, self.recipe.storage)
 
     def _collect(self, queue: EvaluationQueue) -> None:
         """Write down the evaluations that have ended; a failed one is recorded and stops nothing."""
@@ -246,25 +236,12 @@ class _Driver:
             self._prune(queue)
 
     def _prune(self, queue: EvaluationQueue) -> None:
-        """Keep the newest checkpoints, the best ones, the random baseline, and all that an evaluation still needs."""
-        train = self.recipe.train
-        best = sorted(self._selected().items(), key=lambda item: item[1], reverse=True)[: train.keep_best]
-        pinned = {0} | {label[0] for label in queue.pending} | {step for step, _ in best}
-        checkpoint.prune(self.run_dir.path, keep_last=train.keep_last, pinned=pinned)
-
-    def _selected(self) -> dict[int, float]:
-        """Step -> `evaluation.select` score of trained checkpoints."""
-        if self.recipe.evaluation.select is None:
-            return {}
-        protocol, data, metric = self.recipe.evaluation.select.split("/")
-        return {
-            event.step: event.metrics[metric]
-            for event in self.scores
-            if event.step > 0 and (event.protocol, event.data) == (protocol, data)
-        }
+        steps = [found.step for found in store.published(self.run_dir.path)]
+        kept = retention(self.recipe, steps, self.scores) | {0} | {label[0] for label in queue.pending}
+        store.prune(self.run_dir.path, keep_last=self.recipe.train.keep_last, pinned=kept)
 
     def _is_trained(self) -> bool:
-        newest = checkpoint.latest(self.run_dir.path)
+        newest = store.latest(self.run_dir.path)
         return newest is not None and newest.step >= self.recipe.train.steps
 
     def _gpus_per_worker(self, gpus: float) -> float:
@@ -274,7 +251,8 @@ class _Driver:
         return float(self.recipe.train.device != "cpu" and gpus >= self.recipe.train.workers)
 
     def _tracker(self) -> Any:
-        from pretrain.tracking.sync import Tracker, default_uri
+        from pretrain.tracking.client import default_uri
+        from pretrain.tracking.sync import Tracker
 
         tags = {"objective": self.recipe.objective.name, "backbone": self.recipe.backbone.name, **_git_tags()}
         return Tracker(
@@ -302,7 +280,7 @@ class _Driver:
         last = dict(metrics[-1]) if metrics else {}
         for event in sorted(self.scores, key=lambda event: event.step):
             last.update({f"{event.task}/{name}": value for name, value in event.metrics.items()})
-        newest = checkpoint.latest(self.run_dir.path)
+        newest = store.latest(self.run_dir.path)
         return RunResult(self.run_dir.run_id, self.run_dir.path, newest.path if newest else None, last)
 
 

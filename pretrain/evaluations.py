@@ -1,13 +1,16 @@
 """Evaluate checkpoints: the same function by hand (`pretrain evaluate`), from Python, and as a task of a run.
 
-What is not here: the protocols (`evaluation`), starting evaluations (`pretrain.driver`).
+Which checkpoints of a run are evaluated (`due`), and which keep their training state (`retention`), is decided here.
+
+Not here: the protocols (`evaluation`), starting evaluations and pruning (`pretrain.driver`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +23,7 @@ from pretrain.record.run_dir import RECIPE, runs_in
 if TYPE_CHECKING:
     from evaluation.runner import EvaluationResult
 
-__all__ = ["evaluate", "evaluate_task", "leaderboard", "missing_tasks"]
+__all__ = ["due", "evaluate", "evaluate_task", "leaderboard", "retention"]
 
 NICENESS = 10  # an evaluation beside the trainers gets about a tenth of a contended core
 
@@ -30,7 +33,7 @@ def evaluate_task(checkpoint: str, step: int, task: EvaluationTask, directory: s
 
     Args:
         checkpoint: Directory with `backbone.safetensors`.
-        step: Its optimiser step.
+        step: Its optimizer step.
         task: Protocol, name of the data, size.
         directory: Where the data lies.
         storage: Root of runs and evaluations.
@@ -84,9 +87,46 @@ def evaluate(
     return [_evaluate(path, task, directory, root) for task, directory in asked]
 
 
-def missing_tasks(recipe: Recipe, step: int, done: set[tuple[int, str, str]]) -> list[EvaluationTask]:
-    """The recipe's tasks that have no result for `step` yet; `done` holds (step, protocol, data)."""
-    return [task for task in recipe.evaluation.tasks if (step, task.protocol, task.data) not in done]
+def due(
+    recipe: Recipe, steps: Iterable[int], done: Container[tuple[int, str, str]]
+) -> Iterator[tuple[int, EvaluationTask]]:
+    """What a run still has to evaluate: (step, task), in the order of `steps`.
+
+    That is every `evaluation.every`-th checkpoint, the last one, and the random backbone (step 0) if it is asked for.
+
+    Args:
+        recipe: Of the run.
+        steps: Of its published checkpoints.
+        done: (step, protocol, data) of the scores there are.
+    """
+    train, evaluation = recipe.train, recipe.evaluation
+    if not evaluation.enabled:
+        return
+    for step in steps:
+        number = -(-step // train.checkpoint_every)
+        if step == train.steps or (evaluation.baseline if step == 0 else number % evaluation.every == 0):
+            yield from ((step, task) for task in evaluation.tasks if (step, task.protocol, task.data) not in done)
+
+
+def retention(recipe: Recipe, steps: Iterable[int], scores: Iterable[Evaluated]) -> set[int]:
+    """The steps of a run whose training state is kept: the newest ones and the best ones.
+
+    Args:
+        recipe: Of the run; `train.keep_last`, `train.keep_best` and `evaluation.select` decide.
+        steps: Of its published checkpoints.
+        scores: Of its checkpoints.
+    """
+    train = recipe.train
+    task, _, metric = (recipe.evaluation.select or "").rpartition("/")
+    trained = sorted(step for step in steps if step > 0)
+    selected = {
+        event.step: event.metrics.get(metric, math.nan)
+        for event in scores
+        if event.task == task and event.step in trained
+    }
+    ranked = sorted((-score, step) for step, score in selected.items() if math.isfinite(score))
+    best = [step for _, step in ranked[: train.keep_best]]
+    return {*trained[-train.keep_last :], *best}
 
 
 def leaderboard(storage: str | os.PathLike[str] = "runs") -> list[dict[str, Any]]:

@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from data_pipelines.storage.locations import redact
 from pretrain.checkpoints.store import CheckpointError, published, read_manifest
 from pretrain.errors import RequestError, RunFailed, listed, nearest
 from pretrain.record.events import Evaluated
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RunDir, runs_in
-from pretrain.tracking.client import connect, default_uri, redact, verdict
-from pretrain.tracking.cursor import Ledger
+from pretrain.tracking.client import MODEL_NAME, connect, default_uri, verdict
+from pretrain.tracking.cursor import Cursor
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,13 +42,12 @@ if TYPE_CHECKING:
 
     from backbones.encoder import Encoder
 
-__all__ = ["best_step", "checked_name", "load_backbone", "pull", "resolve_checkpoint"]
+__all__ = ["best_step", "load_backbone", "pull", "resolve_checkpoint"]
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._\- ]{0,126}"
 REGISTERED = re.compile(
-    rf"(?P<scheme>models:/)?(?P<name>{NAME})(?:@(?P<alias>[A-Za-z][A-Za-z0-9_\-]*)|(?(scheme)/(?P<version>[1-9][0-9]*)|(?!)))?"
+    rf"(?P<scheme>models:/)?(?P<name>{MODEL_NAME})(?:@(?P<alias>[A-Za-z][A-Za-z0-9_\-]*)|(?(scheme)/(?P<version>[1-9][0-9]*)|(?!)))?"
 )
-RUN = re.compile(rf"runs:/(?P<run>{NAME})(?:/(?P<step>[0-9]+|best|last))?")
+RUN = re.compile(rf"runs:/(?P<run>{MODEL_NAME})(?:/(?P<step>[0-9]+|best|last))?")
 MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
 FORMS = "a directory, NAME@ALIAS, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID[/STEP]"
 
@@ -59,19 +59,6 @@ class Registered:
     name: str
     alias: str
     version: str | None
-
-
-def checked_name(name: str) -> str:
-    """`name` if it can be the name of a registered model and of a directory.
-
-    Raises:
-        RequestError: It can not.
-    """
-    if not re.fullmatch(NAME, name):
-        raise RequestError(
-            f"model name {name!r}: expected a letter or digit, then up to 126 letters, digits, spaces or any of . _ -"
-        )
-    return name
 
 
 def pull(
@@ -316,8 +303,8 @@ def _of_run(reference: str, storage: Path, tracking_uri: str | None) -> Path:
 
 def _with_mlflow_id(mlflow_run_id: str, runs: Iterable[RunDir]) -> RunDir | None:
     for run in runs:
-        ledger = Ledger.load(run.cursor)
-        if ledger is not None and ledger.mlflow_run_id == mlflow_run_id:
+        cursor = Cursor.load(run.cursor)
+        if cursor is not None and cursor.mlflow_run_id == mlflow_run_id:
             return run
     return None
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import click
 
-from pretrain import __version__
 from pretrain.cli.data import data
 from pretrain.errors import RequestError, RunFailed, nearest
 from pretrain.record.run_dir import BACKBONE, find_run
+from pretrain.version import __version__
 
 __all__ = ["cli", "main"]
 
@@ -59,9 +59,7 @@ def run(recipe: str, settings: tuple[str, ...], address: str | None) -> None:
 @_storage
 def resume(run_id: str, settings: tuple[str, ...], storage: str) -> None:
     """Go on with a run from its last complete checkpoint, on other workers if you say so (train.workers=1)."""
-    from pretrain.config.load import load_for_resume
-
-    load_for_resume(find_run(run_id, Path(storage)).recipe, settings)  # refused before anything heavy starts
+    find_run(run_id, Path(storage))  # refused before anything is imported
     from pretrain.driver import resume
 
     resume(run_id, storage, settings)
@@ -73,7 +71,7 @@ def resume(run_id: str, settings: tuple[str, ...], storage: str) -> None:
 @click.option("--data", metavar="NAME=DIRECTORY", multiple=True, help="Repeatable; default: the data of its recipe.")
 @_storage
 def evaluate(checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...], storage: str) -> None:
-    """Grade CHECKPOINT: a directory, runs:/ID[/step] or models:/NAME@ALIAS. Known results are not computed again."""
+    """Evaluate CHECKPOINT: a directory, runs:/ID[/step] or models:/NAME@ALIAS. Known results are not computed again."""
     directories = _check_evaluation(checkpoint, protocols, data)
     from pretrain.evaluations import evaluate
 

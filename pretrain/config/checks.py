@@ -21,7 +21,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.shards.source import check_source
 from data_pipelines.storage.locations import redact, scheme_of
 from evaluation import registry as evaluations
-from pretrain.config.mistakes import Findings
+from pretrain.config.mistakes import Mistakes
 from pretrain.config.optimizer_facts import WHOLE_PARAMETER
 from pretrain.config.schema import DataConfig, EvaluationConfig, Recipe, TrainConfig
 from pretrain.errors import nearest
@@ -48,36 +48,36 @@ _OWNED_DEEPSPEED_KEYS = {
 }
 
 
-def resolve(draft: Recipe, findings: Findings, *, check_files: bool) -> Recipe:
-    """Check the rules and fill in paths and derived values.
+def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
+    """Check the settings together and fill in paths and derived values.
 
     Args:
-        draft: the merged recipe, with stand-ins where `findings` already holds a mistake.
-        findings: receives the mistakes; the result is only meaningful when it stays empty.
+        draft: the merged recipe, with stand-ins where `mistakes` already holds a mistake.
+        mistakes: receives the mistakes; the result is only meaningful when it stays empty.
         check_files: also look whether the data is there.
     """
-    _check_names(draft, findings)
+    _check_names(draft, mistakes)
     if isinstance(draft.backbone, ImageConfig):  # of another kind, its own constructor knows what is right
-        _check_image_encoder(draft.backbone, findings)
-    _check_optimizer(draft, findings)
-    _check_optimizer_shards(draft, findings)
-    _check_precision(draft.train, findings)
-    _check_deepspeed(draft.deepspeed, findings)
+        _check_image_encoder(draft.backbone, mistakes)
+    _check_optimizer(draft, mistakes)
+    _check_optimizer_shards(draft, mistakes)
+    _check_precision(draft.train, mistakes)
+    _check_deepspeed(draft.deepspeed, mistakes)
     recipe = replace(
         draft,
         data=_with_absolute_paths(draft.data),
-        train=_with_batch_arithmetic(draft.train, findings),
+        train=_with_batch_arithmetic(draft.train, mistakes),
         evaluation=replace(
             draft.evaluation, data={name: absolute(path) for name, path in draft.evaluation.data.items()}
         ),
         tracking=replace(draft.tracking, model_name=draft.tracking.model_name or draft.name),
-        storage=_checked_storage(draft.storage, findings),
+        storage=_checked_storage(draft.storage, mistakes),
     )
-    _check_data(draft.data, findings, check_files=check_files)
+    _check_data(draft.data, mistakes, check_files=check_files)
     if recipe.evaluation.enabled:
         if check_files:
-            _check_evaluation_data(recipe.evaluation, findings)
-        _check_evaluation_tasks(recipe.evaluation, recipe.backbone, findings)
+            _check_evaluation_data(recipe.evaluation, mistakes)
+        _check_evaluation_tasks(recipe.evaluation, recipe.backbone, mistakes)
     return recipe
 
 
@@ -113,30 +113,30 @@ def evaluation_data_problem(directory: str | Path) -> str | None:
     return None
 
 
-def _check_names(draft: Recipe, findings: Findings) -> None:
+def _check_names(draft: Recipe, mistakes: Mistakes) -> None:
     for key, name in (("name", draft.name), ("tracking.model_name", draft.tracking.model_name)):
-        if findings.sound(key) and name is not None and not _RUN_NAME.fullmatch(name):
-            findings.add(key, name, "expected letters, digits, '.', '_' and '-' only (it names directories)")
+        if mistakes.sound(key) and name is not None and not _RUN_NAME.fullmatch(name):
+            mistakes.add(key, name, "expected letters, digits, '.', '_' and '-' only (it names directories)")
 
 
-def _check_image_encoder(backbone: ImageConfig, findings: Findings) -> None:
-    if not findings.sound("backbone.name"):
+def _check_image_encoder(backbone: ImageConfig, mistakes: Mistakes) -> None:
+    if not mistakes.sound("backbone.name"):
         return
     known = model_names()
     plain_name = backbone.name.partition(".")[0]
     if plain_name not in known:
         problem = f"unknown model; it is none of the {len(known)} registered names{nearest(plain_name, known)}"
-        findings.add("backbone.name", backbone.name, problem)
+        mistakes.add("backbone.name", backbone.name, problem)
         return
     image_size, patch_size = _sizes(backbone)
-    if findings.sound("backbone.image_size", "backbone.patch_size") and image_size and patch_size:
-        _check_divisible("backbone.image_size", image_size, patch_size, findings)
+    if mistakes.sound("backbone.image_size", "backbone.patch_size") and image_size and patch_size:
+        _check_divisible("backbone.image_size", image_size, patch_size, mistakes)
     channels = backbone.in_chans
     for key, numbers in (("backbone.pixel_mean", backbone.pixel_mean), ("backbone.pixel_std", backbone.pixel_std)):
-        if findings.sound(key) and len(numbers) != channels:
+        if mistakes.sound(key) and len(numbers) != channels:
             problem = f"{key} has {len(numbers)} numbers, expected one for each of {channels} channels"
-            blamed = findings.latest(key, "backbone.in_chans")
-            findings.add(blamed, channels if blamed.endswith("in_chans") else numbers, problem)
+            blamed = mistakes.latest(key, "backbone.in_chans")
+            mistakes.add(blamed, channels if blamed.endswith("in_chans") else numbers, problem)
 
 
 def _sizes(backbone: ImageConfig) -> tuple[int | None, int | None]:
@@ -146,62 +146,62 @@ def _sizes(backbone: ImageConfig) -> tuple[int | None, int | None]:
     return backbone.image_size or image_size, backbone.patch_size or patch_size
 
 
-def _check_divisible(key: str, image_size: int, patch_size: int, findings: Findings) -> None:
+def _check_divisible(key: str, image_size: int, patch_size: int, mistakes: Mistakes) -> None:
     if image_size % patch_size:
         below = image_size - image_size % patch_size
         sizes = [size for size in (below, below + patch_size) if size]
         problem = f"not a multiple of the patch size {patch_size}; nearest: {' or '.join(map(str, sizes))}"
-        findings.add(key, image_size, problem)
+        mistakes.add(key, image_size, problem)
 
 
-def _check_optimizer(draft: Recipe, findings: Findings) -> None:
+def _check_optimizer(draft: Recipe, mistakes: Mistakes) -> None:
     optimizer = draft.optimizer
-    if findings.sound("optimizer.lr", "optimizer.base_lr"):
+    if mistakes.sound("optimizer.lr", "optimizer.base_lr"):
         if optimizer.lr is None and optimizer.base_lr is None:
             problem = "give one of optimizer.lr and optimizer.base_lr (lr = base_lr x global_batch_size / 256)"
-            findings.add("optimizer.lr", None, problem)
+            mistakes.add("optimizer.lr", None, problem)
         elif optimizer.lr is not None and optimizer.base_lr is not None:
-            key = findings.latest("optimizer.base_lr", "optimizer.lr")
+            key = mistakes.latest("optimizer.base_lr", "optimizer.lr")
             other = "optimizer.base_lr" if key == "optimizer.lr" else "optimizer.lr"
             value = optimizer.lr if key == "optimizer.lr" else optimizer.base_lr
             problem = f"{other} is given too and only one can count; add {other}=null"
-            findings.add(key, value, problem)
-    peak_is_known = findings.sound("optimizer.lr", "optimizer.base_lr", "train.global_batch_size")
-    if peak_is_known and findings.sound("optimizer.min_lr") and optimizer.min_lr > draft.peak_lr:
+            mistakes.add(key, value, problem)
+    peak_is_known = mistakes.sound("optimizer.lr", "optimizer.base_lr", "train.global_batch_size")
+    if peak_is_known and mistakes.sound("optimizer.min_lr") and optimizer.min_lr > draft.peak_lr:
         problem = f"above the peak learning rate; expected a number in [0, {draft.peak_lr:g}]"
-        findings.add("optimizer.min_lr", optimizer.min_lr, problem)
-    if findings.sound("optimizer.warmup_steps", "train.steps") and optimizer.warmup_steps >= draft.train.steps:
+        mistakes.add("optimizer.min_lr", optimizer.min_lr, problem)
+    if mistakes.sound("optimizer.warmup_steps", "train.steps") and optimizer.warmup_steps >= draft.train.steps:
         steps = draft.train.steps
         problem = f"has to be below train.steps={steps}; expected a whole number in [0, {steps - 1}]"
-        findings.add("optimizer.warmup_steps", optimizer.warmup_steps, problem)
+        mistakes.add("optimizer.warmup_steps", optimizer.warmup_steps, problem)
 
 
-def _check_optimizer_shards(draft: Recipe, findings: Findings) -> None:
+def _check_optimizer_shards(draft: Recipe, mistakes: Mistakes) -> None:
     name, stage = draft.optimizer.name, draft.train.zero_stage
-    if findings.sound("optimizer.name", "train.zero_stage") and name in WHOLE_PARAMETER and stage > 0:
+    if mistakes.sound("optimizer.name", "train.zero_stage") and name in WHOLE_PARAMETER and stage > 0:
         problem = (
             f"computes {WHOLE_PARAMETER[name]}, and ZeRO stage {stage} gives it flat pieces of many; use "
             "train.zero_stage=0 (and train.precision=fp32) with it, or one of adamw, nadamw, adoptw, lion, sgdw"
         )
-        findings.add("optimizer.name", name, problem)
+        mistakes.add("optimizer.name", name, problem)
 
 
-def _check_precision(train: TrainConfig, findings: Findings) -> None:
-    if findings.sound("train.precision", "train.zero_stage") and train.precision == "bf16" and train.zero_stage == 0:
+def _check_precision(train: TrainConfig, mistakes: Mistakes) -> None:
+    if mistakes.sound("train.precision", "train.zero_stage") and train.precision == "bf16" and train.zero_stage == 0:
         problem = "DeepSpeed's stage 0 trains worse in bf16 than its stages 1 to 3; use train.zero_stage=1 with it"
-        findings.add("train.precision", train.precision, problem)
+        mistakes.add("train.precision", train.precision, problem)
 
 
-def _check_deepspeed(raw: Mapping[str, Any], findings: Findings) -> None:
+def _check_deepspeed(raw: Mapping[str, Any], mistakes: Mistakes) -> None:
     for owned, ours in _OWNED_DEEPSPEED_KEYS.items():
         node: Any = raw
         for name in owned.split("."):
             node = node[name] if isinstance(node, Mapping) and name in node else None
         if node is not None:
-            findings.add(f"deepspeed.{owned}", node, f"decided by {ours}; set that instead")
+            mistakes.add(f"deepspeed.{owned}", node, f"decided by {ours}; set that instead")
 
 
-def _with_batch_arithmetic(train: TrainConfig, findings: Findings) -> TrainConfig:
+def _with_batch_arithmetic(train: TrainConfig, mistakes: Mistakes) -> TrainConfig:
     """Fill in micro_batch_size, accumulation and pictures_every, so that global = micro x accumulation x workers."""
     keys = ("train.global_batch_size", "train.micro_batch_size", "train.accumulation", "train.workers")
     micro, accumulation = train.micro_batch_size, train.accumulation
@@ -209,12 +209,12 @@ def _with_batch_arithmetic(train: TrainConfig, findings: Findings) -> TrainConfi
         accumulation = 1
     given = micro if micro is not None else accumulation
     assert given is not None
-    if findings.sound(*keys):
+    if mistakes.sound(*keys):
         quotient, rest = divmod(train.global_batch_size, given * train.workers)
         both = micro is not None and accumulation is not None
         wanted = accumulation if both else quotient
         if rest or quotient != wanted or not quotient:
-            findings.add(*_batch_mistake(train, findings.latest(*keys)))
+            mistakes.add(*_batch_mistake(train, mistakes.latest(*keys)))
         elif micro is None:
             micro = quotient
         else:
@@ -263,89 +263,89 @@ def _with_absolute_paths(data: DataConfig) -> DataConfig:
     )
 
 
-def _check_data(data: DataConfig, findings: Findings, *, check_files: bool) -> None:
-    if findings.sound("data.train", "data.mixture") and (data.train is None) == (not data.mixture):
+def _check_data(data: DataConfig, mistakes: Mistakes, *, check_files: bool) -> None:
+    if mistakes.sound("data.train", "data.mixture") and (data.train is None) == (not data.mixture):
         if data.train is None:
-            findings.add_missing("data.train", findings.origin("name"), "data.train=SHARDS, or a list in data.mixture")
+            mistakes.add_missing("data.train", mistakes.origin("name"), "data.train=SHARDS, or a list in data.mixture")
         else:
-            key = findings.latest("data.train", "data.mixture")
+            key = mistakes.latest("data.train", "data.mixture")
             value = data.train if key == "data.train" else [part.name for part in data.mixture]
-            findings.add(key, value, "data.train and data.mixture are both given; add data.train=null or mixture=[]")
-    if findings.sound("data.limit", "data.mixture") and data.limit is not None and data.mixture:
-        findings.add("data.limit", data.limit, "limits data.train; in a mixture give each part its own limit")
-    if findings.sound("data.unindexed") and data.unindexed == "stream":
-        _check_unindexed(data, findings)
+            mistakes.add(key, value, "data.train and data.mixture are both given; add data.train=null or mixture=[]")
+    if mistakes.sound("data.limit", "data.mixture") and data.limit is not None and data.mixture:
+        mistakes.add("data.limit", data.limit, "limits data.train; in a mixture give each part its own limit")
+    if mistakes.sound("data.unindexed") and data.unindexed == "stream":
+        _check_unindexed(data, mistakes)
     sources = {"data.train": data.train}
     for index, part in enumerate(data.mixture):
         key = f"data.mixture[{index}]"
         sources[f"{key}.shards"] = part.shards
-        if findings.sound(key) and (part.weight is None) == (part.repeat is None):
-            findings.add(f"{key}.weight", part.weight, "give one of weight (share) and repeat (passes) to each part")
-        elif findings.sound(key) and (part.weight is None) != (data.mixture[0].weight is None):
+        if mistakes.sound(key) and (part.weight is None) == (part.repeat is None):
+            mistakes.add(f"{key}.weight", part.weight, "give one of weight (share) and repeat (passes) to each part")
+        elif mistakes.sound(key) and (part.weight is None) != (data.mixture[0].weight is None):
             problem = f"{data.mixture[0].name} has the other of weight and repeat; give all parts the same one"
-            findings.add(f"{key}.weight", part.weight, problem)
-        if findings.sound(key) and part.name in [other.name for other in data.mixture[:index]]:
-            findings.add(f"{key}.name", part.name, "named twice; give each part its own name")
-    if findings.sound("data.decoder") and data.decoder == "simplejpeg" and find_spec("simplejpeg") is None:
-        findings.add("data.decoder", data.decoder, "not installed: pip install 'pretrain[fast]', or use auto or pil")
+            mistakes.add(f"{key}.weight", part.weight, problem)
+        if mistakes.sound(key) and part.name in [other.name for other in data.mixture[:index]]:
+            mistakes.add(f"{key}.name", part.name, "named twice; give each part its own name")
+    if mistakes.sound("data.decoder") and data.decoder == "simplejpeg" and find_spec("simplejpeg") is None:
+        mistakes.add("data.decoder", data.decoder, "not installed: pip install 'pretrain[fast]', or use auto or pil")
     for key, source in sources.items():
-        if check_files and source is not None and findings.sound(key):
+        if check_files and source is not None and mistakes.sound(key):
             try:
                 compressed = data.unindexed == "stream"
                 check_source(absolute(source), allow_pipe=data.allow_pipe, compressed=compressed)
             except DataError as error:
-                findings.add(key, redact(source), str(error))
+                mistakes.add(key, redact(source), str(error))
 
 
-def _check_unindexed(data: DataConfig, findings: Findings) -> None:
+def _check_unindexed(data: DataConfig, mistakes: Mistakes) -> None:
     """Without an index there are no numbered samples, so nothing can count or name them."""
     for key, value, default in (
         ("data.limit", data.limit, "null"),
         ("data.mixture", [part.name for part in data.mixture], "[]"),
         ("data.record_samples", data.record_samples, "false"),
     ):
-        if findings.sound(key) and value:
+        if mistakes.sound(key) and value:
             problem = f"needs an index, which data.unindexed=stream does without; add {key}={default}"
-            findings.add(key, value, f"{problem} or data.unindexed=index")
+            mistakes.add(key, value, f"{problem} or data.unindexed=index")
 
 
-def _checked_storage(storage: str, findings: Findings) -> str:
-    if findings.sound("storage"):
+def _checked_storage(storage: str, mistakes: Mistakes) -> str:
+    if mistakes.sound("storage"):
         if "://" in storage:
-            findings.add("storage", storage, "expected a local directory (remote stores are not supported yet)")
+            mistakes.add("storage", storage, "expected a local directory (remote stores are not supported yet)")
         elif Path(absolute(storage)).is_file():
-            findings.add("storage", storage, "is a file; expected a directory")
+            mistakes.add("storage", storage, "is a file; expected a directory")
     return str(absolute(storage))
 
 
-def _check_evaluation_data(evaluation: EvaluationConfig, findings: Findings) -> None:
+def _check_evaluation_data(evaluation: EvaluationConfig, mistakes: Mistakes) -> None:
     for name, directory in evaluation.data.items():
         key = f"evaluation.data.{name}"
-        if findings.sound(key) and (problem := evaluation_data_problem(directory)):
-            findings.add(key, directory, problem)
+        if mistakes.sound(key) and (problem := evaluation_data_problem(directory)):
+            mistakes.add(key, directory, problem)
 
 
-def _check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, findings: Findings) -> None:
+def _check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, mistakes: Mistakes) -> None:
     patch_size = _sizes(backbone)[1] if isinstance(backbone, ImageConfig) else None
     protocols = evaluations.names()
     for index, task in enumerate(evaluation.tasks):
         key = f"evaluation.tasks[{index}]"
-        _check_known(f"{key}.protocol", task.protocol, "protocol", protocols, findings)
-        if findings.sound("evaluation.data"):
-            _check_known(f"{key}.data", task.data, "entry of evaluation.data", evaluation.data, findings)
-        if findings.sound(f"{key}.image_size", "backbone.patch_size") and task.image_size and patch_size:
-            _check_divisible(f"{key}.image_size", task.image_size, patch_size, findings)
-    if evaluation.select is not None and findings.sound("evaluation.select", "evaluation.tasks"):
+        _check_known(f"{key}.protocol", task.protocol, "protocol", protocols, mistakes)
+        if mistakes.sound("evaluation.data"):
+            _check_known(f"{key}.data", task.data, "entry of evaluation.data", evaluation.data, mistakes)
+        if mistakes.sound(f"{key}.image_size", "backbone.patch_size") and task.image_size and patch_size:
+            _check_divisible(f"{key}.image_size", task.image_size, patch_size, mistakes)
+    if evaluation.select is not None and mistakes.sound("evaluation.select", "evaluation.tasks"):
         choices = [
             f"{task.protocol}/{task.data}/{metric}"
             for task in evaluation.tasks
             for metric in evaluations.protocol(task.protocol).metrics
         ]
-        _check_known("evaluation.select", evaluation.select, "score of evaluation.tasks", choices, findings)
+        _check_known("evaluation.select", evaluation.select, "score of evaluation.tasks", choices, mistakes)
 
 
-def _check_known(key: str, name: str, noun: str, known: Iterable[str], findings: Findings) -> None:
+def _check_known(key: str, name: str, noun: str, known: Iterable[str], mistakes: Mistakes) -> None:
     names = list(known)
-    if findings.sound(key) and name not in names:
+    if mistakes.sound(key) and name not in names:
         listing = ", ".join(names) if names else "none"
-        findings.add(key, name, f"unknown {noun}; known are {listing}{nearest(name, names)}")
+        mistakes.add(key, name, f"unknown {noun}; known are {listing}{nearest(name, names)}")

@@ -20,9 +20,9 @@ from yaml import YAMLError
 from backbones import registry as backbones
 from backbones.errors import BackboneError
 from objectives import registry as objectives
-from pretrain.config import checks as rules
+from pretrain.config import checks
 from pretrain.config.fields import Setting, declared_settings, template
-from pretrain.config.mistakes import COMMAND_LINE, Findings, shown
+from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import (
     REQUIRED,
@@ -98,7 +98,7 @@ def recipe_path(name_or_path: str | Path) -> Path:
     if path.is_file():
         return path.absolute()
     if "/" in text or path.suffix in (".yaml", ".yml"):
-        raise RequestError(f"recipe {text}: no such file{rules.nearest_file(path)}")
+        raise RequestError(f"recipe {text}: no such file{checks.nearest_file(path)}")
     known = recipe_names()
     raise RequestError(f"recipe {text}: unknown; known are {', '.join(known)}, or a path{nearest(text, known)}")
 
@@ -131,24 +131,28 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = (), *, check_
     Args and errors are those of `load_recipe`. `stages[0].train.steps=5` among the overrides changes one stage.
     """
     path = recipe_path(name_or_path)
-    origin, how_to_set = f"recipe {path.name}", f"pretrain run {name_or_path}"
-    findings = Findings()
-    pairs = list(_parse_overrides(overrides, findings))
-    content = {"name": path.stem, **_read_yaml(path)}
-    stages = _stages(content.pop("stages", None) or [], pairs, origin, findings)
+    return _plan(path, _read_yaml(path), overrides, f"pretrain run {name_or_path}", check_files=check_files)
+
+
+def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_set: str, *, check_files: bool) -> Plan:
+    origin = f"recipe {path.name}"
+    mistakes = Mistakes()
+    pairs = list(_parse_overrides(overrides, mistakes))
+    content = {"name": path.stem, **content}
+    stages = _stages(content.pop("stages", None) or [], pairs, origin, mistakes)
     common = [(key, value) for key, value in pairs if not _is_about_stages(key)]
     if not stages:
-        recipe = _resolved([(content, origin)], common, findings, how_to_set, check_files=check_files)
-        findings.raise_if_any()
+        recipe = _resolved([(content, origin)], common, mistakes, how_to_set, check_files=check_files)
+        mistakes.raise_if_any()
         return Plan.single(recipe)
-    findings.raise_if_any()
+    mistakes.raise_if_any()
     named, lines = [], []
     for stage in stages:
-        findings = Findings()
+        mistakes = Mistakes()
         layers = [(content, origin), (stage.settings, f"{origin}, stage {stage.name}")]
-        recipe = _resolved(layers, [*common, *stage.pairs], findings, how_to_set, check_files=check_files)
+        recipe = _resolved(layers, [*common, *stage.pairs], mistakes, how_to_set, check_files=check_files)
         named.append((stage.name, recipe, stage.keys))
-        lines += findings.lines
+        lines += mistakes.lines
     if lines:
         raise RequestError(*dict.fromkeys(lines))  # what all stages share is wrong once
     return in_order(named)
@@ -157,17 +161,17 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = (), *, check_
 def _resolved(
     contents: Sequence[tuple[dict[str, Any], str]],
     pairs: Sequence[tuple[str, Any]],
-    findings: Findings,
+    mistakes: Mistakes,
     how_to_set: str,
     *,
     check_files: bool,
 ) -> Recipe:
     """Layers of file contents, each with its origin, and the command line on top, merged and checked."""
     chosen = {
-        "objective": _choose_objective(contents, pairs, findings),
-        "backbone": _choose_backbone(contents, pairs, findings),
+        "objective": _choose_objective(contents, pairs, mistakes),
+        "backbone": _choose_backbone(contents, pairs, mistakes),
     }
-    layers = _Layers({key: settings for key, (settings, _) in chosen.items()}, findings)
+    layers = _Layers({key: settings for key, (settings, _) in chosen.items()}, mistakes)
     for number, (content, origin) in enumerate(contents):
         # Without the settings of another objective, or kind of backbone, than the one that is trained.
         counted = {key: value for key, value in content.items() if key not in chosen or number >= chosen[key][1]}
@@ -175,7 +179,7 @@ def _resolved(
     for key, value in pairs:
         layers.assign(key, value, COMMAND_LINE)
     draft = layers.draft(contents[0][1], how_to_set=how_to_set)
-    return rules.resolve(draft, findings, check_files=check_files)
+    return checks.resolve(draft, mistakes, check_files=check_files)
 
 
 def load_for_resume(path: Path, overrides: Sequence[str]) -> Recipe:
@@ -192,25 +196,28 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Recipe:
     if forbidden:
         allowed = f"a resume may change {', '.join(_RESUMABLE)}"
         raise RequestError(*(f"{key}={pairs[key]}: fixed when the run began; {allowed}" for key in forbidden))
+    content = _read_yaml(path)
     open_keys = {"train.micro_batch_size", "train.accumulation"} - set(pairs)
     derived = [f"{key}=null" for key in open_keys] if len(open_keys) == 1 else []
     if "train.workers" in pairs:
-        saved = load_recipe(path, check_files=False)
-        optimizer = saved.optimizer.name
-        if saved.train.zero_stage and optimizer not in RESHARDABLE:
+        workers, optimizer = pairs["train.workers"], _written(content, path, "optimizer.name")
+        if _written(content, path, "train.zero_stage") and optimizer not in RESHARDABLE:
             known = f"DeepSpeed can cut anew only the state of {', '.join(RESHARDABLE)}"
-            raise RequestError(f"train.workers={pairs['train.workers']}: the run uses {optimizer} sharded, and {known}")
+            raise RequestError(f"train.workers={workers}: the run uses {optimizer} sharded, and {known}")
         if len(open_keys) == 2:
-            derived = _division(saved.train, pairs["train.workers"])
-    return load_recipe(path, (*derived, *overrides))
+            share = (int(workers) if workers.isdigit() else 0) * int(_written(content, path, "train.micro_batch_size"))
+            is_whole = share > 0 and int(_written(content, path, "train.global_batch_size")) % share == 0
+            derived = ["train.accumulation=null", *([] if is_whole else ["train.micro_batch_size=null"])]
+    return _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True).recipe
 
 
-def _division(train: TrainConfig, workers: str) -> list[str]:
-    """What to leave open of a saved division of the global batch, for another number of workers."""
-    assert train.micro_batch_size is not None  # a saved recipe has it filled in
-    share = (int(workers) if workers.isdigit() else 0) * train.micro_batch_size
-    is_whole = share > 0 and train.global_batch_size % share == 0
-    return ["train.accumulation=null", *([] if is_whole else ["train.micro_batch_size=null"])]
+def _written(content: Mapping[str, Any], path: Path, key: str) -> Any:
+    """A setting of a recipe that a run has written, which holds all of them."""
+    section, _, name = key.partition(".")
+    try:
+        return content[section][name]
+    except (KeyError, TypeError):
+        raise RequestError(f"recipe {path}: {key} is missing; the recipe of a run holds every setting") from None
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -231,59 +238,59 @@ def _is_about_stages(key: str) -> bool:
     return key == "stages" or key.startswith(("stages[", "stages."))
 
 
-def _stages(written: Any, pairs: Sequence[tuple[str, Any]], origin: str, findings: Findings) -> list[_WrittenStage]:
+def _stages(written: Any, pairs: Sequence[tuple[str, Any]], origin: str, mistakes: Mistakes) -> list[_WrittenStage]:
     """The stages of a recipe, with what the command line says of the list and of single stages."""
     for key, value in pairs:
         if key == "stages":
             written, origin = value, COMMAND_LINE
     if not isinstance(written, list) or not all(isinstance(stage, Mapping) for stage in written):
-        findings.add("stages", written, "expected a list of mappings, one of overrides per stage", origin=origin)
+        mistakes.add("stages", written, "expected a list of mappings, one of overrides per stage", origin=origin)
         return []
     settings = [{str(key): value for key, value in stage.items()} for stage in written]
     given: list[list[tuple[str, Any]]] = [[] for _ in settings]
     for key, value in pairs:
         match = re.fullmatch(r"stages\[(\d+)\]\.(.+)", key)
         if match and int(match[1]) >= len(settings):
-            findings.add(key, value, f"stages has {len(settings)} items, counted from 0", origin=COMMAND_LINE)
+            mistakes.add(key, value, f"stages has {len(settings)} items, counted from 0", origin=COMMAND_LINE)
         elif match and match[2] in STAGE_KEYS:
             settings[int(match[1])][match[2]] = value
         elif match:
             given[int(match[1])].append((match[2], value))
         elif key != "stages" and _is_about_stages(key):
             problem = "name one stage and a setting, e.g. stages[0].train.steps=200"
-            findings.add(key, value, problem, origin=COMMAND_LINE)
+            mistakes.add(key, value, problem, origin=COMMAND_LINE)
     stages = []
     for index, (own, pairs_of_it) in enumerate(zip(settings, given, strict=True)):
         keys = {key: own.pop(key) for key in STAGE_KEYS if key in own}
         stages.append(_WrittenStage(str(keys.pop("name", index)), keys, own, pairs_of_it))
     for index, stage in enumerate(stages):
-        _check_stage(index, stage, [other.name for other in stages[:index]], origin, findings)
+        _check_stage(index, stage, [other.name for other in stages[:index]], origin, mistakes)
     return stages
 
 
-def _check_stage(index: int, stage: _WrittenStage, earlier: list[str], origin: str, findings: Findings) -> None:
+def _check_stage(index: int, stage: _WrittenStage, earlier: list[str], origin: str, mistakes: Mistakes) -> None:
     """What a stage may say, and what only the list as a whole can tell."""
     where = f"stages[{index}]"
     if stage.name in earlier:
-        findings.add(f"{where}.name", stage.name, "named twice; give each stage its own name", origin=origin)
+        mistakes.add(f"{where}.name", stage.name, "named twice; give each stage its own name", origin=origin)
     elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", stage.name):
-        findings.add(f"{where}.name", stage.name, "expected letters, digits, '_' and '-' only", origin=origin)
+        mistakes.add(f"{where}.name", stage.name, "expected letters, digits, '_' and '-' only", origin=origin)
     reset = stage.keys.get("reset_optimizer", True)
     if not isinstance(reset, bool):
-        findings.add(f"{where}.reset_optimizer", reset, "expected true or false", origin=origin)
+        mistakes.add(f"{where}.reset_optimizer", reset, "expected true or false", origin=origin)
     elif not reset and not index:
         problem = "the first stage has no moments to carry over; leave it out"
-        findings.add(f"{where}.reset_optimizer", reset, problem, origin=origin)
+        mistakes.add(f"{where}.reset_optimizer", reset, problem, origin=origin)
     source = stage.keys.get("init_from")
     if source is not None and not isinstance(source, str):
-        findings.add(f"{where}.init_from", source, "expected an earlier stage or a reference", origin=origin)
+        mistakes.add(f"{where}.init_from", source, "expected an earlier stage or a reference", origin=origin)
     if reset is False and source not in (None, *earlier[-1:]):
         problem = "moments are carried over from the stage before only; leave init_from out, or reset the optimizer"
-        findings.add(f"{where}.init_from", source, problem, origin=origin)
+        mistakes.add(f"{where}.init_from", source, problem, origin=origin)
     given = [*_dotted("", stage.settings), *(key for key, _ in stage.pairs)]
     for key in given:
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
-            findings.add_stray(f"{where}.{key}", "is one for all stages; set it outside stages", origin=origin)
+            mistakes.add_stray(f"{where}.{key}", "is one for all stages; set it outside stages", origin=origin)
 
 
 def _dotted(prefix: str, settings: Mapping[str, Any]) -> Iterator[str]:
@@ -310,24 +317,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _parse_overrides(overrides: Sequence[str], findings: Findings) -> Iterator[tuple[str, Any]]:
+def _parse_overrides(overrides: Sequence[str], mistakes: Mistakes) -> Iterator[tuple[str, Any]]:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            findings.add_stray(text, "expected key=value, e.g. train.steps=200")
+            mistakes.add_stray(text, "expected key=value, e.g. train.steps=200")
             continue
         try:
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
         except (YAMLError, OmegaConfBaseException) as error:
             what = getattr(error, "problem", None) or str(error).splitlines()[0]
-            findings.add(key, value, f"not readable as a YAML value: {what}", origin=COMMAND_LINE)
+            mistakes.add(key, value, f"not readable as a YAML value: {what}", origin=COMMAND_LINE)
             continue
         assert isinstance(parsed, dict)
         yield key.strip(), parsed["value"]
 
 
 def _choose_objective(
-    contents: Sequence[tuple[dict[str, Any], str]], pairs: Sequence[tuple[str, Any]], findings: Findings
+    contents: Sequence[tuple[dict[str, Any], str]], pairs: Sequence[tuple[str, Any]], mistakes: Mistakes
 ) -> tuple[type | None, int]:
     """The settings class of the named objective (None, with a mistake noted, when there is none).
 
@@ -338,26 +345,26 @@ def _choose_objective(
     name, source, first = _named("objective", "name", None, contents, pairs)
     known = objectives.names()
     if name is None:
-        findings.add_missing("objective.name", source, f"one of {', '.join(known)}")
+        mistakes.add_missing("objective.name", source, f"one of {', '.join(known)}")
     elif name not in known:
         problem = f"unknown objective; known are {', '.join(known)}{nearest(str(name), known)}"
-        findings.add("objective.name", name, problem, origin=source)
+        mistakes.add("objective.name", name, problem, origin=source)
     else:
         return objectives.config_class(name), first
-    findings.distrust("objective")
+    mistakes.distrust("objective")
     return None, first
 
 
 def _choose_backbone(
-    contents: Sequence[tuple[dict[str, Any], str]], pairs: Sequence[tuple[str, Any]], findings: Findings
+    contents: Sequence[tuple[dict[str, Any], str]], pairs: Sequence[tuple[str, Any]], mistakes: Mistakes
 ) -> tuple[type | None, int]:
     """The settings class of the kind of backbone, as `_choose_objective` finds that of the objective."""
     kind, source, first = _named("backbone", "kind", backbones.IMAGE, contents, pairs)
     try:
         return backbones.config_class(str(kind)), first
     except BackboneError as error:
-        findings.add("backbone.kind", kind, str(error), origin=source)
-    findings.distrust("backbone")
+        mistakes.add("backbone.kind", kind, str(error), origin=source)
+    mistakes.distrust("backbone")
     return None, first
 
 
@@ -392,9 +399,9 @@ def _named(
 class _Layers:
     """The settings while layers are put on one another."""
 
-    def __init__(self, chosen: Mapping[str, type | None], findings: Findings) -> None:
+    def __init__(self, chosen: Mapping[str, type | None], mistakes: Mistakes) -> None:
         """`chosen` has the settings class of each section that a name chooses; None where the name is wrong."""
-        self._findings = findings
+        self._mistakes = mistakes
         self._unknown = {section for section, settings in chosen.items() if settings is None}
         self._settings, self._sections = declared_settings(chosen)
         self._references: dict[str, Any] = {}  # key -> value as written, where it refers to another setting
@@ -411,7 +418,7 @@ class _Layers:
         """
         declared = template(key)
         if problem := self._absent_item(key):
-            self._findings.add(key, value, problem, origin=origin)
+            self._mistakes.add(key, value, problem, origin=origin)
         elif declared in self._sections:
             self._assign_section(key, value, origin)
         elif owner := self._owner(key):
@@ -419,19 +426,19 @@ class _Layers:
         elif declared.partition(".")[0] in self._unknown:
             pass  # which settings exist is unknown; that the name which chooses them is wrong is reported already
         else:
-            self._findings.add(key, value, f"unknown setting{nearest(key, self._settings)}", origin=origin)
+            self._mistakes.add(key, value, f"unknown setting{nearest(key, self._settings)}", origin=origin)
 
     def draft(self, origin: str, how_to_set: str) -> Recipe:
-        """The merged recipe. Where a mistake was found it holds a stand-in; `Findings.sound` tells."""
+        """The merged recipe. Where a mistake was found it holds a stand-in; `Mistakes.sound` tells."""
         self._check_required(origin, how_to_set)
         self._check_references()
         for key, setting in self._concrete_settings():
-            if self._findings.sound(key):
+            if self._mistakes.sound(key):
                 value = _plain(self._cfg, key)
                 if not setting.is_in_range(value):
-                    self._findings.add(key, value, f"expected {setting.expectation}")
+                    self._mistakes.add(key, value, f"expected {setting.expectation}")
         for key, setting in self._concrete_settings():
-            if self._findings.is_wrong(key):
+            if self._mistakes.is_wrong(key):
                 OmegaConf.update(self._cfg, key, setting.stand_in, merge=False)
         recipe = OmegaConf.to_object(self._cfg)
         assert isinstance(recipe, Recipe)
@@ -441,7 +448,7 @@ class _Layers:
         if not isinstance(value, Mapping | None):
             example = next(name for name in self._settings if name.startswith(f"{template(key)}."))
             problem = f"expected settings below it, e.g. {example}"
-            self._findings.add_stray(f"{key}={shown(value)}", problem, origin=origin)
+            self._mistakes.add_stray(f"{key}={shown(value)}", problem, origin=origin)
             return
         for name, below in (value or {}).items():
             self.assign(f"{key}.{name}".removeprefix("."), below, origin)
@@ -469,19 +476,19 @@ class _Layers:
     def _assign_setting(self, key: str, setting: Setting, value: Any, origin: str) -> None:
         if setting.item_class and isinstance(value, list):
             self._put(key, [setting.item_class() for _ in value])
-            self._findings.note_origin(key, origin, value)
+            self._mistakes.note_origin(key, origin, value)
             for index, item in enumerate(value):
                 self.assign(f"{key}[{index}]", item, origin)
             return
         refers = any("${" in text for text in _texts(value))
         whole = template(key) == setting.key
         if problem := _forbidden_reference(value):
-            self._findings.add(key, value, problem, origin=origin)
+            self._mistakes.add(key, value, problem, origin=origin)
         elif not self._fits(key, setting, value, checked=whole and not refers and value != REQUIRED):
             expected = setting.expectation if whole else f"{setting.key} to be {setting.expectation}"
-            self._findings.add(key, value, f"expected {expected}", origin=origin)
+            self._mistakes.add(key, value, f"expected {expected}", origin=origin)
         else:
-            self._findings.note_origin(key, origin, value)
+            self._mistakes.note_origin(key, origin, value)
             if whole:
                 self._references.pop(key, None)
             if refers:
@@ -516,17 +523,17 @@ class _Layers:
         for key, setting in self._concrete_settings():
             section, _, name = key.rpartition(".")
             holder = OmegaConf.select(self._cfg, section) if section else self._cfg
-            if self._findings.sound(key) and OmegaConf.is_missing(holder, name):
-                self._findings.add_missing(key, origin, f"{how_to_set} {key}={setting.metavar}")
+            if self._mistakes.sound(key) and OmegaConf.is_missing(holder, name):
+                self._mistakes.add_missing(key, origin, f"{how_to_set} {key}={setting.metavar}")
 
     def _check_references(self) -> None:
         for key, written in self._references.items():
             try:
                 _plain(self._cfg, key)
             except InterpolationToMissingValueError:
-                self._findings.distrust(key)  # the missing setting is reported itself
+                self._mistakes.distrust(key)  # the missing setting is reported itself
             except OmegaConfBaseException:
-                self._findings.add(key, written, self._reference_problem(key, written))
+                self._mistakes.add(key, written, self._reference_problem(key, written))
 
     def _reference_problem(self, key: str, written: Any) -> str:
         for name in _INSIDE_REFERENCE.findall(" ".join(_texts(written))):

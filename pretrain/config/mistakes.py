@@ -9,7 +9,7 @@ from typing import Any
 
 from pretrain.errors import RequestError
 
-__all__ = ["COMMAND_LINE", "Findings", "shown"]
+__all__ = ["COMMAND_LINE", "Mistakes", "shown"]
 
 COMMAND_LINE = "command line"
 
@@ -21,7 +21,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-class Findings:
+class Mistakes:
     """Collects mistakes and remembers which layer gave each setting its value."""
 
     def __init__(self) -> None:

@@ -169,13 +169,13 @@ class EvaluationTask:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How checkpoints are graded while training goes on."""
+    """How checkpoints are evaluated while training goes on."""
 
-    enabled: bool = setting("grade checkpoints at all", True)
-    every: int = setting("grade every n-th checkpoint; the last one always", 1, range=(1, None))
-    baseline: bool = setting("grade the randomly initialised backbone as well (step 0)", True)
+    enabled: bool = setting("evaluate checkpoints at all", True)
+    every: int = setting("evaluate every n-th checkpoint; the last one always", 1, range=(1, None))
+    baseline: bool = setting("evaluate the randomly initialized backbone as well (step 0)", True)
     data: dict[str, str] = setting("name: directory with train-*.tar and test-*.tar", {})
-    tasks: list[EvaluationTask] = setting("what to run on each graded checkpoint", [])
+    tasks: list[EvaluationTask] = setting("what to run on each evaluated checkpoint", [])
     select: str | None = setting("PROTOCOL/DATA/METRIC that moves the alias `best`; null: the newest is best", None)
     slots: int = setting("evaluations that may run at the same time", 1, range=(1, 1024))
 

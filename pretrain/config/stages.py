@@ -32,7 +32,7 @@ from pretrain.config.schema import Recipe
 __all__ = ["FIXED", "STAGE_KEYS", "Plan", "Stage", "in_order", "plan_yaml"]
 
 STAGE_KEYS = ("name", "init_from", "teacher_from", "reset_optimizer")
-# Decided once for a run: who it is, where it runs, and how it is graded.
+# Decided once for a run: who it is, where it runs, and how it is evaluated.
 FIXED = (
     "name",
     "description",

@@ -66,7 +66,7 @@ class Start(Event):
     """A group of workers begins to train, for the first time or again.
 
     Attributes:
-        step: Optimiser steps done so far.
+        step: Optimizer steps done so far.
         total_steps: Of the whole run.
         device: Of rank 0.
         exact: Whether a resumed run sees the samples that an unbroken one would.
@@ -104,9 +104,9 @@ class Resumed(Event):
     """A checkpoint was restored.
 
     Attributes:
-        step: Optimiser steps it was taken after.
+        step: Optimizer steps it was taken after.
         tensors, tensors_total: Tensors of the backbone that came back equal, and those that were saved.
-        optimizer_step: What the restored optimiser counts.
+        optimizer_step: What the restored optimizer counts.
         rng_states: Ranks that got their random state back; 0 after a change of the world size.
         saved_world_size: Ranks that wrote it.
         samples_seen: Samples of all ranks until then.

@@ -9,6 +9,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from data_pipelines.storage.locations import redact
 from pretrain.config.schema import Recipe
 from pretrain.record.events import Evaluated, Event, Metrics
 
@@ -80,6 +81,6 @@ def _score_row(protocol: str, data: str, evaluations: Sequence[Evaluated]) -> tu
 
 
 def _uri(storage: Path) -> str:
-    from pretrain.tracking.client import default_uri, redact
+    from pretrain.tracking.client import default_uri
 
     return redact(default_uri(storage))

@@ -126,7 +126,7 @@ def resumed_line(event: Resumed) -> str:
     ranks = f"RNG of {rngs} ranks" if rngs else f"resharded from {saved} ranks, which begin new RNGs"
     return (
         f"resumed at step {event.step}: backbone tensors {event.tensors}/{event.tensors_total} equal, "
-        f"optimiser at step {event.optimizer_step}, {ranks}, "
+        f"optimizer at step {event.optimizer_step}, {ranks}, "
         f"stream at sample {event.samples_seen} (epoch {event.epoch}, position {event.position})"
     )
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from pretrain.errors import RequestError
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RECIPE
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
-__all__ = ["MlflowRun", "Point", "Version", "connect", "default_uri", "redact", "verdict"]
+__all__ = ["MODEL_NAME", "MlflowRun", "Point", "Version", "checked_model_name", "connect", "default_uri", "verdict"]
 
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._\- ]{0,126}"  # also a good name for a directory
 RUN_ID_TAG = "pretrain.run_id"
 MAX_POINTS = 1000  # metrics per request: about 0.2 s for a server
 MAX_PARAMS = 100
@@ -53,9 +55,17 @@ def default_uri(storage: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
 
 
-def redact(uri: str) -> str:
-    """`uri` without the user and password it may carry, for logs and files."""
-    return re.sub(r"(://)[^/@]*@", r"\1", uri)
+def checked_model_name(name: str) -> str:
+    """`name` if it can be the name of a registered model and of a directory.
+
+    Raises:
+        RequestError: It can not.
+    """
+    if not re.fullmatch(MODEL_NAME, name):
+        raise RequestError(
+            f"model name {name!r}: expected a letter or digit, then up to 126 letters, digits, spaces or any of . _ -"
+        )
+    return name
 
 
 def connect(uri: str) -> MlflowClient:

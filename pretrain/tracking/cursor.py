@@ -1,6 +1,8 @@
-"""`mlflow.json` of a run directory: where the run goes and how much of it has arrived there.
+"""The sync cursor of a run: where in MLflow the run goes and how much of it has arrived there.
 
-Written aside and renamed after every acknowledged batch. Losing it costs nothing but sending the run again.
+It is written after every acknowledged batch. Losing it costs nothing but sending the run again.
+
+Not here: sending (`pretrain.tracking.sync`), the name of the file (`pretrain.record.run_dir`).
 """
 
 from __future__ import annotations
@@ -8,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Ledger", "Status"]
+from data_pipelines.files import write_atomically
+
+__all__ = ["Cursor", "Status"]
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +24,11 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass
-class Ledger:
+class Cursor:
     """What the file says.
 
     Attributes:
-        uri: Tracking server, without password.
+        uri: Tracking server, without password and query.
         created_ms: When the run was first tracked, Unix milliseconds.
         journal_offset, evaluations_offset: Bytes of the two files that have arrived.
         last_step: Highest step sent, per metric name.
@@ -48,7 +51,7 @@ class Ledger:
     evaluated: list[str] = field(default_factory=list)
     status: Status | None = None
 
-    def continuing(self, before: Ledger | None) -> Ledger:
+    def continuing(self, before: Cursor | None) -> Cursor:
         """These settings with the progress of `before`, if that went to the same place."""
         if before is None or (before.uri, before.experiment) != (self.uri, self.experiment):
             return self
@@ -61,13 +64,11 @@ class Ledger:
         self.last_step, self.versions, self.evaluated = {}, {}, []
 
     def save(self, path: Path) -> None:
-        aside = path.with_suffix(".json.tmp")
-        aside.write_text(json.dumps(dataclasses.asdict(self), indent=1))
-        os.replace(aside, path)
+        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=1).encode())
 
     @classmethod
-    def load(cls, path: Path) -> Ledger | None:
-        """The ledger at `path`; None if there is none or it is damaged (sending everything again is harmless)."""
+    def load(cls, path: Path) -> Cursor | None:
+        """The cursor at `path`; None if there is none or it is damaged (sending everything again is harmless)."""
         try:
             return cls(**json.loads(path.read_text()))
         except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Sends a run to MLflow from what the run writes to disk, so that no server can stop or slow training.
 
-A daemon thread tails `journal.jsonl` and `evaluations.jsonl`. What the server has acknowledged is kept in `mlflow.json`
-beside them; everything else waits on disk, for as long as it takes, until the server answers or somebody runs
+A daemon thread tails the event log and the evaluations. How far the server has acknowledged them is kept in the sync
+cursor beside them; everything else waits on disk, for as long as it takes, until the server answers or somebody runs
 `python -m pretrain.tracking RUN_DIR`. The MLflow run is created on first contact and found again by the tag
 `pretrain.run_id`, so the server may be down when training starts and the driver may die half-way.
 
@@ -9,13 +9,14 @@ What arrives:
     metrics       `train/NAME` with the time they were measured. After a restart training repeats the steps since its
                   last checkpoint: steps already sent are dropped, per metric.
     checkpoints   a logged model plus a version of the registered model. Step 0, the random backbone that scores are
-                  compared with, is a floor and no product: its scores are recorded, it gets no version.
+                  compared with, is logged with its scores but not registered as a model version.
     warnings      tags `warning/collapse`, `warning/non_finite_loss` and `warning/accumulation`, the last one of each.
     evaluations   `eval/PROTOCOL/DATA/METRIC` at the step of the checkpoint, on the run, the model and the version.
                   Each (step, protocol, data) once, however often the driver reports it.
     alias best    the version with the highest `select` score, over all runs that share the model name; without `select`
                   the newest. The one before is `previous`.
-Lines that cannot be understood or that MLflow refuses are parked in `tracking-rejected.jsonl`.
+    visualizations  as artifacts of that name.
+Lines that cannot be understood or that MLflow refuses are parked in a file of their own.
 
 Not here: the calls themselves (`pretrain.tracking.client`), reading a registry (`pretrain.checkpoints.references`).
 """
@@ -36,7 +37,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
-from pretrain.checkpoints.references import checked_name
+from data_pipelines.storage.locations import redact
 from pretrain.errors import RequestError
 from pretrain.record.events import (
     CheckpointPublished,
@@ -53,13 +54,13 @@ from pretrain.record.events import (
 )
 from pretrain.record.journal import Journal, Line, read_events, read_lines
 from pretrain.record.run_dir import EXPORTED_FILES, RECIPE, RunDir
-from pretrain.tracking.client import MlflowRun, Point, connect, default_uri, redact, verdict
-from pretrain.tracking.cursor import Ledger, Status
+from pretrain.tracking.client import MlflowRun, Point, checked_model_name, connect, verdict
+from pretrain.tracking.cursor import Cursor, Status
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["Status", "Tracker", "default_uri", "redact", "sync"]
+__all__ = ["Status", "Tracker", "sync"]
 
 log = logging.getLogger(__name__)
 
@@ -111,15 +112,15 @@ class Tracker:
         self._uri = uri
         self._recipe_yaml = recipe_yaml
         self._params = params
-        asked = Ledger(
+        asked = Cursor(
             uri=redact(uri),
             experiment=experiment,
-            model_name=checked_name(model_name),
+            model_name=checked_model_name(model_name),
             select=select,
             tags=dict(tags),
             created_ms=int(time.time() * 1000),
         )
-        self._ledger = asked.continuing(Ledger.load(self.run.cursor))
+        self._cursor = asked.continuing(Cursor.load(self.run.cursor))
         self._client: MlflowClient | None = None
         self._mlflow: MlflowRun | None = None
         self._lock: IO[str] | None = None
@@ -133,7 +134,7 @@ class Tracker:
     @property
     def mlflow_run_id(self) -> str | None:
         """The id of the run in MLflow, once the server has answered."""
-        return self._ledger.mlflow_run_id
+        return self._cursor.mlflow_run_id
 
     def start(self) -> None:
         """Begin to follow. MLflow is imported when there is a first record, away from the start of the workers."""
@@ -147,7 +148,7 @@ class Tracker:
         Returns:
             Whether everything arrived. If not, it is still on disk and a warning says how to send it later.
         """
-        self._ledger.status = status
+        self._cursor.status = status
         self._deadline = time.monotonic() + deadline_s
         self._closing.set()
         if self._thread.is_alive():
@@ -200,14 +201,14 @@ class Tracker:
                 return True
             self._mlflow = self._bind()
         # Evaluations are read before the event log is emptied, so that the checkpoint of each is registered by then.
-        evaluations = list(self._unsent(self.run.evaluations, self._ledger.evaluations_offset))
-        while lines := list(self._unsent(self.run.journal, self._ledger.journal_offset)):
+        evaluations = list(self._unsent(self.run.evaluations, self._cursor.evaluations_offset))
+        while lines := list(self._unsent(self.run.journal, self._cursor.journal_offset)):
             self._send_journal(self._mlflow, lines)
             if time.monotonic() >= self._deadline:
                 return False
         for line in evaluations:
             self._send_line(self._mlflow, line)
-            self._ledger.evaluations_offset = line.end
+            self._cursor.evaluations_offset = line.end
             self._save()
         return not evaluations
 
@@ -221,20 +222,20 @@ class Tracker:
             raise Busy(f"another process is sending {self.run.path}")
         if self._client is None:
             self._client = connect(self._uri)
-        ledger = self._ledger
+        cursor = self._cursor
         run = MlflowRun.bind(
-            self._client, self._uri, ledger.experiment, self.run.run_id, ledger.created_ms, ledger.mlflow_run_id
+            self._client, self._uri, cursor.experiment, self.run.run_id, cursor.created_ms, cursor.mlflow_run_id
         )
-        if run.mlflow_run_id != ledger.mlflow_run_id:
-            ledger.forget_progress()  # new to this server, or its database was replaced
-            ledger.mlflow_run_id = run.mlflow_run_id
+        if run.mlflow_run_id != cursor.mlflow_run_id:
+            cursor.forget_progress()  # new to this server, or its database was replaced
+            cursor.mlflow_run_id = run.mlflow_run_id
             self._save()
-        run.describe(self._recipe_yaml, self._params, ledger.tags)
+        run.describe(self._recipe_yaml, self._params, cursor.tags)
         return run
 
     def _finish(self) -> None:
-        assert self._mlflow is not None and self._ledger.status is not None
-        self._mlflow.end(self._ledger.status)
+        assert self._mlflow is not None and self._cursor.status is not None
+        self._mlflow.end(self._cursor.status)
         self._save()
         self._sent = True
 
@@ -251,7 +252,7 @@ class Tracker:
         return True
 
     def _save(self) -> None:
-        self._ledger.save(self.run.cursor)
+        self._cursor.save(self.run.cursor)
 
     # What each record becomes ---------------------------------------------------------------------------------------
 
@@ -265,7 +266,7 @@ class Tracker:
             self._send_metrics(run, metrics)
             metrics = []
             self._send_line(run, line)
-            self._ledger.journal_offset = line.end
+            self._cursor.journal_offset = line.end
             self._save()
         self._send_metrics(run, metrics)
 
@@ -290,7 +291,7 @@ class Tracker:
     def _send_metrics(self, run: MlflowRun, measured: list[tuple[Line, Metrics]]) -> None:
         if not measured:
             return
-        last_step = dict(self._ledger.last_step)
+        last_step = dict(self._cursor.last_step)
         batch: list[tuple[Line, list[Point]]] = []
         for line, event in measured:
             try:
@@ -298,8 +299,8 @@ class Tracker:
             except MALFORMED as error:
                 self._park(line, error)
         self._send_points(run, batch)
-        self._ledger.last_step = last_step
-        self._ledger.journal_offset = measured[-1][0].end
+        self._cursor.last_step = last_step
+        self._cursor.journal_offset = measured[-1][0].end
         self._save()
 
     def _send_points(self, run: MlflowRun, batch: list[tuple[Line, list[Point]]]) -> None:
@@ -336,31 +337,31 @@ class Tracker:
         return None
 
     def _is_sent(self, event: Evaluated | EvaluationFailed) -> bool:
-        return f"{event.step} {event.task}" in self._ledger.evaluated
+        return f"{event.step} {event.task}" in self._cursor.evaluated
 
     def _send_checkpoint(self, step: int, checkpoint: Path, run: MlflowRun) -> None:
-        ledger = self._ledger
-        if str(step) in ledger.versions:
+        cursor = self._cursor
+        if str(step) in cursor.versions:
             return
         if not all((checkpoint / file).is_file() for file in EXPORTED_FILES):
             log.warning("%s is gone before it could be registered in MLflow; its scores are still recorded", checkpoint)
             return
-        version = run.register(checkpoint, step, ledger.model_name, {**ledger.tags, "run_id": self.run.run_id})
-        if ledger.select is None:
-            run.promote(ledger.model_name, version.version)
-        ledger.versions[str(step)] = (version.model_id, version.version)
+        version = run.register(checkpoint, step, cursor.model_name, {**cursor.tags, "run_id": self.run.run_id})
+        if cursor.select is None:
+            run.promote(cursor.model_name, version.version)
+        cursor.versions[str(step)] = (version.model_id, version.version)
 
     def _send_scores(self, event: Evaluated, time_ms: int, run: MlflowRun) -> None:
-        ledger = self._ledger
-        model_id, version = ledger.versions.get(str(event.step), (None, None))
+        cursor = self._cursor
+        model_id, version = cursor.versions.get(str(event.step), (None, None))
         scores = {f"eval/{event.task}/{name}": value for name, value in event.metrics.items()}
         run.log_metrics([Point(name, value, time_ms, event.step) for name, value in scores.items()], model_id)
         if version is not None:
-            run.tag_version(ledger.model_name, version, {name: repr(value) for name, value in scores.items()})
-            selected = scores.get(f"eval/{ledger.select}")
+            run.tag_version(cursor.model_name, version, {name: repr(value) for name, value in scores.items()})
+            selected = scores.get(f"eval/{cursor.select}")
             if selected is not None and math.isfinite(selected):
-                run.promote(ledger.model_name, version, selected, f"eval/{ledger.select}")
-        ledger.evaluated.append(f"{event.step} {event.task}")
+                run.promote(cursor.model_name, version, selected, f"eval/{cursor.select}")
+        cursor.evaluated.append(f"{event.step} {event.task}")
 
     # What can go wrong ----------------------------------------------------------------------------------------------
 
@@ -403,23 +404,23 @@ def sync(run_dir: Path, *, uri: str | None = None, deadline_s: float = 600.0) ->
         RequestError: The directory is not a tracked run.
     """
     run = RunDir(Path(run_dir))
-    ledger = Ledger.load(run.cursor)
-    if ledger is None or not run.is_run:
+    cursor = Cursor.load(run.cursor)
+    if cursor is None or not run.is_run:
         expected = f"expected runs/RUN_ID with {run.cursor.name} and {RECIPE} in it"
         raise RequestError(f"{run.path}: not a tracked run; {expected}")
     recipe_yaml = run.recipe.read_text()
     tracker = Tracker(
         run.path,
-        uri=uri or os.environ.get("MLFLOW_TRACKING_URI") or ledger.uri,
-        experiment=ledger.experiment,
+        uri=uri or os.environ.get("MLFLOW_TRACKING_URI") or cursor.uri,
+        experiment=cursor.experiment,
         recipe_yaml=recipe_yaml,
         params=yaml.safe_load(recipe_yaml),
-        tags=ledger.tags,
-        model_name=ledger.model_name,
-        select=ledger.select,
+        tags=cursor.tags,
+        model_name=cursor.model_name,
+        select=cursor.select,
     )
     tracker.start()
-    return tracker.close(ledger.status or _ending(run), deadline_s)
+    return tracker.close(cursor.status or _ending(run), deadline_s)
 
 
 def _ending(run: RunDir) -> Status:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoints import references as registry
+from pretrain.checkpoints import references
 from pretrain.checkpoints.references import best_step, load_backbone, pull, resolve_checkpoint
 from pretrain.checkpoints.store import CheckpointError
 from pretrain.errors import RequestError, RunFailed
@@ -312,5 +312,5 @@ for attempt in (lambda: pull("../x"), lambda: resolve_checkpoint("no/such"), lam
     raise SystemExit("accepted")
 assert not {"mlflow", "torch", "ray", "deepspeed", "timm", "matplotlib"} & sys.modules.keys()
 """
-    root = Path(registry.__file__).parents[1]
+    root = Path(references.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(root)}, check=True)

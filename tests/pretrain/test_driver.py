@@ -1,0 +1,77 @@
+"""What the driver does before and beside training; whole runs are in `tests/integration/test_run.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from pretrain import driver
+from pretrain.cli.main import main
+from pretrain.config import checks
+from pretrain.config.load import load_recipe, to_yaml
+from pretrain.config.schema import Recipe
+from pretrain.errors import RequestError
+from pretrain.record.run_dir import RunDir
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "demo-1")
+    run.path.mkdir()
+    run.recipe.write_text(to_yaml(load_recipe("demo", [f"storage={tmp_path}"])))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "division"),
+    [
+        ([], (2, 32, 1)),
+        (["train.workers=1"], (1, 32, 2)),  # the micro-batch stays
+        (["train.workers=4"], (4, 16, 1)),  # it cannot stay: one of each worker
+        (["train.workers=1", "train.accumulation=4"], (1, 16, 4)),
+    ],
+)
+def test_resume__reads_and_checks_the_recipe_once(
+    run_dir: RunDir, settings: list[str], division: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was read up to four times: by the command and by the driver, for the saved recipe and for the changed one."""
+    counts = {"read": 0, "checked": 0}
+    seen: list[Recipe] = []
+
+    def counting(what: str, function: Any) -> Any:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            counts[what] += 1
+            return function(*arguments, **options)
+
+        return counted
+
+    monkeypatch.setattr(OmegaConf, "load", counting("read", OmegaConf.load))
+    monkeypatch.setattr(checks, "resolve", counting("checked", checks.resolve))
+    monkeypatch.setattr(driver._Driver, "drive", lambda self: seen.append(self.recipe))
+    assert main(["resume", "demo-1", *settings, "--storage", str(run_dir.path.parent)]) == 0
+    assert counts == {"read": 1, "checked": 1}
+    (train,) = [recipe.train for recipe in seen]
+    assert (train.workers, train.micro_batch_size, train.accumulation) == division
+
+
+def test_resume__a_recipe_that_lacks_a_setting_is_named(
+    run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [line for line in run_dir.recipe.read_text().splitlines() if "zero_stage" not in line]
+    run_dir.recipe.write_text("\n".join(lines))
+    assert main(["resume", "demo-1", "train.workers=1", "--storage", str(tmp_path)]) == 2
+    assert f"error: recipe {run_dir.recipe}: train.zero_stage is missing" in capsys.readouterr().err
+
+
+def test_only_driver__a_run_is_driven_by_one_process(run_dir: RunDir) -> None:
+    with (
+        driver._only_driver(run_dir),
+        pytest.raises(RequestError, match=r"run demo-1 is already driven by process \d+"),
+        driver._only_driver(run_dir),
+    ):
+        raise AssertionError("two drivers")
+    with driver._only_driver(run_dir):
+        assert run_dir.driver_lock.read_text().isdigit()

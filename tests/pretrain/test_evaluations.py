@@ -1,0 +1,103 @@
+"""Which checkpoints of a run are evaluated, and which keep their training state: tables of two pure functions."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config.schema import EvaluationConfig, EvaluationTask, Recipe, TrainConfig
+from pretrain.evaluations import due, leaderboard, retention
+from pretrain.record.events import Evaluated
+from pretrain.record.run_dir import RunDir
+
+KNN, LINEAR = EvaluationTask("knn", "photos"), EvaluationTask("linear", "photos")
+
+
+def recipe(**changes: Any) -> Recipe:
+    """45 steps with a checkpoint every 10 and one at the end; `train.` and `evaluation.` settings by name."""
+    train = TrainConfig(steps=45, global_batch_size=8, checkpoint_every=10)
+    evaluation = EvaluationConfig(tasks=[KNN, LINEAR], select="knn/photos/top1")
+    for key, value in changes.items():
+        if hasattr(train, key):
+            train = replace(train, **{key: value})
+        else:
+            evaluation = replace(evaluation, **{key: value})
+    return Recipe(name="small", objective=None, train=train, evaluation=evaluation)
+
+
+def score(step: int, top1: float, task: str = "knn/photos", metric: str = "top1") -> Evaluated:
+    protocol, data = task.split("/")
+    return Evaluated(
+        step=step, protocol=protocol, data=data, metrics={metric: top1}, key="k", seconds=1.0, cached=False
+    )
+
+
+STEPS = [0, 10, 20, 30, 40, 45]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [0, 10, 20, 30, 40, 45]),
+        ({"baseline": False}, [10, 20, 30, 40, 45]),
+        ({"every": 2}, [0, 20, 40, 45]),
+        ({"every": 3, "baseline": False}, [30, 45]),
+        ({"every": 100}, [0, 45]),  # the last one always
+        ({"every": 5}, [0, 45]),  # 45 is the fifth
+        ({"enabled": False}, []),
+        ({"tasks": []}, []),
+    ],
+    ids=str,
+)
+def test_due__which_checkpoints(changes: dict[str, Any], expected: list[int]) -> None:
+    found = list(due(recipe(**changes), STEPS, set()))
+    assert found == [(step, task) for step in expected for task in (KNN, LINEAR)]
+
+
+def test_due__what_has_scores_is_not_due_again() -> None:
+    done = {(10, "knn", "photos"), (45, "knn", "photos"), (45, "linear", "photos"), (45, "knn", "others")}
+    assert list(due(recipe(baseline=False), [10, 45], done)) == [(10, LINEAR)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "scores", "expected"),
+    [
+        ({"keep_last": 1, "keep_best": 0}, [], {45}),
+        ({"keep_last": 2, "keep_best": 0}, [score(10, 0.9)], {40, 45}),
+        ({"keep_last": 9}, [], {10, 20, 30, 40, 45}),
+        ({"keep_last": 1, "keep_best": 1}, [score(10, 0.5), score(20, 0.7), score(30, 0.6)], {20, 45}),
+        ({"keep_last": 1, "keep_best": 2}, [score(10, 0.5), score(20, 0.7), score(30, 0.6)], {20, 30, 45}),
+        ({"keep_last": 1, "keep_best": 1}, [score(45, 0.9), score(20, 0.7)], {45}),
+        ({"keep_last": 1, "keep_best": 1}, [score(30, 0.7), score(20, 0.7)], {20, 45}),  # of equals the earlier
+        ({"keep_last": 1, "keep_best": 1}, [score(0, 0.9), score(20, 0.1)], {20, 45}),  # the baseline is no product
+        ({"keep_last": 1, "keep_best": 1}, [score(15, 0.9), score(20, 0.1)], {20, 45}),  # 15 is gone
+        ({"keep_last": 1, "keep_best": 1}, [score(10, math.nan), score(20, 0.1)], {20, 45}),
+        ({"keep_last": 1, "keep_best": 1}, [score(10, 0.9, "linear/photos"), score(20, 0.1)], {20, 45}),
+        ({"keep_last": 1, "keep_best": 1}, [score(10, 0.9, metric="top5")], {45}),
+        ({"keep_last": 1, "keep_best": 1, "select": None}, [score(10, 0.9)], {45}),
+        ({"keep_last": 1, "keep_best": 1}, [score(10, 0.9), score(10, 0.2), score(20, 0.5)], {20, 45}),  # the newest
+    ],
+)
+def test_retention__the_newest_and_the_best(
+    changes: dict[str, Any], scores: list[Evaluated], expected: set[int]
+) -> None:
+    assert retention(recipe(**changes), STEPS, scores) == expected
+
+
+def test_retention__of_a_run_that_has_only_begun() -> None:
+    assert retention(recipe(), [], []) == retention(recipe(), [0], [score(0, 0.5)]) == set()
+
+
+def test_leaderboard__a_damaged_line_costs_only_itself(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "a")
+    run.path.mkdir()
+    run.recipe.touch()
+    good = score(10, 0.5).to_json()
+    lines = [good, {**good, "metrics": None}, {name: good[name] for name in ("time", "kind", "step")}, good]
+    run.evaluations.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"kind": "eval')
+    assert [row["metrics"] for row in leaderboard(tmp_path)] == [{"top1": 0.5}] * 2
