@@ -73,5 +73,8 @@ def test_only_driver__a_run_is_driven_by_one_process(run_dir: RunDir) -> None:
         driver._only_driver(run_dir),
     ):
         raise AssertionError("two drivers")
+    refused = pytest.raises(RequestError, match=r"run demo-1 is already driven by process \d+")
+    with driver._only_driver(run_dir), refused, driver._only_driver(run_dir):
+        raise AssertionError("two drivers")
     with driver._only_driver(run_dir):
         assert run_dir.driver_lock.read_text().isdigit()

@@ -312,5 +312,5 @@ for attempt in (lambda: pull("../x"), lambda: resolve_checkpoint("no/such"), lam
     raise SystemExit("accepted")
 assert not {"mlflow", "torch", "ray", "deepspeed", "timm", "matplotlib"} & sys.modules.keys()
 """
-    root = Path(references.__file__).parents[1]
+    root = Path(references.__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(root)}, check=True)
