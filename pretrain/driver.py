@@ -8,7 +8,6 @@ What is not here: the training loop (`pretrain.worker`), placement (`cluster`), 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -20,8 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
+from data_pipelines.files import write_atomically
 from pretrain.checkpoints import store
 from pretrain.config.load import load_for_resume, load_recipe, to_yaml
 from pretrain.config.schema import Recipe
@@ -29,6 +29,7 @@ from pretrain.errors import RequestError, RunFailed
 from pretrain.evaluations import due, evaluate_task, retention
 from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Event, Failed, Metrics
 from pretrain.record.journal import Journal, read_events
+from pretrain.record.lock import hold, holder
 from pretrain.record.run_dir import RunDir, find_run
 from pretrain.reporting.summary import print_summary
 from pretrain.reporting.terminal import Terminal
@@ -157,10 +158,8 @@ class _Driver:
         return self._finish()
 
     def _write_recipe(self) -> None:
-        """Also what a resume changed; an old file stays until the new one is whole."""
-        changed = self.run_dir.recipe.with_suffix(".partial")
-        changed.write_text(to_yaml(self.recipe))
-        changed.replace(self.run_dir.recipe)
+        """Also what a resume changed."""
+        write_atomically(self.run_dir.recipe, to_yaml(self.recipe).encode())
 
     def _cluster(self) -> AbstractContextManager[Cluster]:
         from cluster.connect import connect
@@ -302,16 +301,10 @@ class _Background(threading.Thread):
 @contextmanager
 def _only_driver(run_dir: RunDir) -> Iterator[None]:
     """Hold the run's lock: two drivers would train into the same checkpoints."""
-    lock: IO[str] = run_dir.driver_lock.open("a+")
+    lock = hold(run_dir.driver_lock)
+    if lock is None:
+        raise RequestError(f"run {run_dir.run_id} is already driven by process {holder(run_dir.driver_lock)}")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise RequestError(f"run {run_dir.run_id} is already driven by process {lock.read().strip()}") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
         yield
 
 

@@ -1,7 +1,7 @@
 """Errors that the command line turns into exit codes.
 
 `RequestError` is the caller's mistake (exit code 2); `RunFailed` is work that was accepted and failed (exit code 1).
-Errors of the other packages (`data_pipelines.shards.source.DataError`, `backbones` errors) stay with their packages.
+Errors of the other packages (`data_pipelines.errors.DataError`, `backbones` errors) stay with their packages.
 """
 
 from __future__ import annotations

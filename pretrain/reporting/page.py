@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from data_pipelines.files import write_atomically
 from pretrain.checkpoints.references import best_step
 from pretrain.checkpoints.store import CheckpointError, published, read_manifest
 from pretrain.errors import RequestError
@@ -80,9 +80,7 @@ def write_report(run_dir: Path) -> Path:
     )
     environment.filters["percent"] = _percent
     page = environment.get_template(TEMPLATE).render(_contents(run))
-    aside = run.report.with_suffix(".partial")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, run.report)
+    write_atomically(run.report, page.encode())
     return run.report
 
 

@@ -9,7 +9,6 @@ Not here: when to send, what was sent already and what to do when the server is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from data_pipelines.files import sha256
 from pretrain.errors import RequestError
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RECIPE
 
@@ -181,7 +181,7 @@ class MlflowRun:
         The version carries the digest of `checkpoint.json`, which holds the digests of all other files: who downloads
         can tell whether anything was changed in the artifact store since. A crash half-way leaves a PENDING model.
         """
-        digest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+        digest = sha256(checkpoint / MANIFEST)
         model = self._logged_model(checkpoint, f"step-{step:08d}", {**tags, "step": str(step)})
         if (version := self._version_of(step, model_name)) is None:
             self._ensure_registered_model(model_name)

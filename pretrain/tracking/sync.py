@@ -23,7 +23,6 @@ Not here: the calls themselves (`pretrain.tracking.client`), reading a registry 
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import os
@@ -53,6 +52,7 @@ from pretrain.record.events import (
     Warned,
 )
 from pretrain.record.journal import Journal, Line, read_events, read_lines
+from pretrain.record.lock import hold, holder
 from pretrain.record.run_dir import EXPORTED_FILES, RECIPE, RunDir
 from pretrain.tracking.client import MlflowRun, Point, checked_model_name, connect, verdict
 from pretrain.tracking.cursor import Cursor, Status
@@ -219,7 +219,7 @@ class Tracker:
     def _bind(self) -> MlflowRun:
         """Make sure that we are the only sender, that the server answers, and which run on it is ours."""
         if not self._acquire():
-            raise Busy(f"another process is sending {self.run.path}")
+            raise Busy(f"another process is sending {self.run.path}, its id is {holder(self.run.sender_lock)}")
         if self._client is None:
             self._client = connect(self._uri)
         cursor = self._cursor
@@ -242,14 +242,8 @@ class Tracker:
     def _acquire(self) -> bool:
         """Become the one process that sends this run; True if we are."""
         if self._lock is None:
-            lock = open(self.run.sender_lock, "w")  # noqa: SIM115  (held until the thread ends)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.close()
-                return False
-            self._lock = lock
-        return True
+            self._lock = hold(self.run.sender_lock)
+        return self._lock is not None
 
     def _save(self) -> None:
         self._cursor.save(self.run.cursor)

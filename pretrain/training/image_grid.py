@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
 from PIL import Image
+
+from data_pipelines.files import write_atomically
 
 __all__ = ["write_image_grid"]
 
@@ -22,9 +25,9 @@ def write_image_grid(path: Path, pictures: dict[str, torch.Tensor]) -> None:
     rows = [torch.cat([_rgb(image) for image in images], dim=2) for images in pictures.values()]  # (3, H, n * W)
     grid = torch.cat(rows, dim=1).mul(255).round().byte().permute(1, 2, 0)  # (rows * H, n * W, 3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    Image.fromarray(grid.numpy()).save(partial, format="PNG")
-    partial.rename(path)
+    png = io.BytesIO()
+    Image.fromarray(grid.numpy()).save(png, format="PNG")
+    write_atomically(path, png.getvalue())
 
 
 def _rgb(image: torch.Tensor) -> torch.Tensor:
