@@ -42,7 +42,7 @@ def bare_steps(recipe_path: str) -> list[float]:
     times, began = [], time.perf_counter()
     for step in range(recipe.train.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
+            group["lr"] = learning_rate(recipe).at(step)
         for _ in range(recipe.train.accumulation or 1):
             loss = objective(next(batches), Progress(step, recipe.train.steps)).loss / (recipe.train.accumulation or 1)
             loss.backward()

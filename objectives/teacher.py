@@ -10,13 +10,14 @@ updates it alike from what `read` makes of the student's parameters.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
+
+from objectives.schedules import half_cosine
 
 __all__ = ["ReadWeight", "Teacher", "cosine_momentum"]
 
@@ -26,7 +27,7 @@ ReadWeight = Callable[[nn.Parameter], Tensor]
 
 def cosine_momentum(start: float, step: int, total_steps: int) -> float:
     """Half a cosine from `start` to 1, which the last step does not quite reach (BYOL, arXiv:2006.07733)."""
-    return 1 - (1 - start) * (1 + math.cos(math.pi * step / total_steps)) / 2
+    return half_cosine(start, 1.0, step / total_steps)
 
 
 class Teacher:

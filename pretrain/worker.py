@@ -109,22 +109,26 @@ def run_steps(
     total, accumulation = recipe.train.steps, recipe.train.accumulation or 1
     batches = iter(stream)
     samples = SampleRecord(run, is_wanted=recipe.data.record_samples)
+    rate, decay = learning_rate(recipe), weight_decay(recipe)
     throughput, health = Throughput(), HealthCheck(recipe.train, emit)
+
+    def on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return stream.finish(to_device(batch, engine.device))
+
     for step in range(first_step, total):
         with throughput.waiting():
             loaded = [next(batches) for _ in range(accumulation)]
         samples.write(step + 1, loaded)
-        micro_batches = [stream.finish(to_device(batch, engine.device)) for batch in loaded]
         clock.note("first_batch")
 
         done = step + 1
         is_logged = done % recipe.train.log_every == 0 or done == total
         progress = Progress(step, total, is_logged)
-        rates = {"lr": learning_rate(recipe, step), "weight_decay": weight_decay(recipe, step)}
+        rates = {"lr": rate.at(step), "weight_decay": decay.at(step)}
         engine.set_schedule(rates["lr"], rates["weight_decay"])
-        result = engine.step(micro_batches, progress)
+        result = engine.step((on_device(batch) for batch in loaded), progress)
         if not result.applied:
-            health.skipped(done)
+            health.skipped(done, result.bad_ranks)
 
         throughput.step_ended()
         if step == first_step:
@@ -139,7 +143,7 @@ def run_steps(
             health.observe(engine.objective.diagnose(values, progress), done)
         with throughput.paused():
             if _is_due(done, total, recipe.train.pictures_every):
-                pictures = engine.pictures(micro_batches[0])
+                pictures = engine.pictures(on_device(loaded[0]))
                 if dist.get_rank() == 0:
                     write_image_grid(run.visualizations(done), pictures)
                     emit(Visualizations(step=done, path=run.relative(run.visualizations(done))))

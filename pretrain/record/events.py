@@ -154,12 +154,17 @@ class Visualizations(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(Event):
-    """Something a person should know. `about` is a word for machines, `text` a sentence for people."""
+    """Something a person should know. `about` is a word for machines, `text` a sentence for people.
+
+    Attributes:
+        ranks: Whom it is about; empty when that is all of them, or nobody knows.
+    """
 
     kind: ClassVar[str] = "warning"
     step: int
     about: str
     text: str
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,11 +64,20 @@ def init_distributed(device: torch.device) -> tuple[int, int]:
 
 
 class StepResult(NamedTuple):
-    """Loss and metrics of one step, and whether it was applied (it is not when a loss was not finite)."""
+    """What one step gave on this rank.
+
+    Attributes:
+        loss: Mean over the rank's micro-batches; a scalar on the device.
+        metrics: The objective's, and of a logged step the gradient norms; likewise.
+        applied: Whether weights have moved; the same on all ranks.
+        bad_ranks: Of a step that was not applied, the ranks with a loss that is not finite; none when all losses are
+            finite and only the gradient is not.
+    """
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor]
     applied: bool
+    bad_ranks: tuple[int, ...] = ()
 
     def mean_over_ranks(self) -> dict[str, float]:
         """Loss and metrics, each the mean over all ranks. A collective, and a host sync."""
@@ -78,19 +87,36 @@ class StepResult(NamedTuple):
 
 
 class _StepGuard:
-    """Makes the steps of a torch optimizer do nothing while `skips` is set.
+    """Makes a step of a torch optimizer do nothing when something of that step is not finite.
 
     Whatever is around the optimizer (gradient reduction, master weights, shards) goes through its usual motions and
     drops the gradients; weights and moments stay as they are, in every ZeRO stage.
+
+    All checks stay on the device until the optimizer is about to step. ZeRO 1 to 3 have brought the norm of the
+    gradient to the host by then (their own check), so reading the losses' costs a copy and no waiting. Stage 0 has no
+    such check: there the one wait of a step is here, at the end of its backward pass.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.skips = False
         self._step = optimizer.step
         optimizer.step = self._guarded  # type: ignore[method-assign]
+        self._is_sound: torch.Tensor | None = None
+        self._drops: bool | None = None
+
+    def expect(self, is_sound: torch.Tensor) -> None:
+        """The next step counts if `is_sound` (a boolean scalar on the device, the same on all ranks) is true."""
+        self._is_sound, self._drops = is_sound, None
+
+    @property
+    def drops(self) -> bool:
+        """Whether the step does nothing. A host sync, once per step."""
+        if self._drops is None:
+            assert self._is_sound is not None
+            self._drops = not bool(self._is_sound)
+        return self._drops
 
     def _guarded(self, *arguments: Any, **options: Any) -> Any:
-        return None if self.skips else self._step(*arguments, **options)
+        return None if self.drops else self._step(*arguments, **options)
 
 
 class Engine:
@@ -124,57 +150,78 @@ class Engine:
         self.objective = objective
         self.device = device
         self.stage = recipe.train.zero_stage
+        self._accumulation = self._engine.gradient_accumulation_steps()
+        # Read once: a checkpoint brings its own groups, which may be older than their scales.
+        groups = self._engine.optimizer.param_groups
+        self._scales = [(group["lr_scale"], group["wd_scale"]) for group in groups]
         self._optimizer_name = optimizer.name
 
     def set_schedule(self, learning_rate: float, weight_decay: float) -> None:
-        """Set the values for the next update; groups without decay keep none, layer decay scales the rate."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_scale"]
-            if group["weight_decay"] > 0:
-                group["weight_decay"] = weight_decay
+        """Set the values for the next update, each times the scale that the parameter group carries for it."""
+        for group, (lr_scale, wd_scale) in zip(self._engine.optimizer.param_groups, self._scales, strict=True):
+            group["lr"] = learning_rate * lr_scale
+            group["weight_decay"] = weight_decay * wd_scale
 
-    def step(self, micro_batches: Sequence[dict[str, torch.Tensor]], progress: Progress) -> StepResult:
+    def step(self, micro_batches: Iterable[dict[str, torch.Tensor]], progress: Progress) -> StepResult:
         """One optimizer step over the rank's micro-batches, with what the objective does after it.
 
-        When a loss is not finite on any rank, no rank changes weights, optimizer state or objective.
+        When a loss of any rank, or the gradient, is not finite, no rank changes weights, optimizer state, running
+        statistics or objective. The host waits for the device once per step, for that decision, when the backward
+        passes are done (see `_StepGuard`).
 
         Args:
-            micro_batches: As many as `train.accumulation` says.
+            micro_batches: As many as `train.accumulation` says. Each is taken when the one before it is through and
+                kept no longer than its backward pass, so an iterator that makes them on the device holds one at a time.
             progress: Where the run is. In a logged step, gradient norms (before clipping), of all and of each part,
                 are among the metrics; they cost a pass over the gradients.
 
-        Returns:
-            Loss and metrics of this rank averaged over its micro-batches; scalars on the device.
+        Raises:
+            ValueError: There are more or fewer micro-batches than `train.accumulation`.
         """
         self._statistics.remember()
         outputs: list[Output] = []
         norms: dict[str, torch.Tensor] = {}
-        for number, batch in enumerate(micro_batches, start=1):
+        for batch in micro_batches:
             output = self._engine(batch, progress)
-            self._engine.backward(output.loss)  # divides by the number of micro-batches
             outputs.append(Output(output.loss.detach(), output.metrics))
-            if number == len(micro_batches):
+            is_last = len(outputs) == self._accumulation
+            if is_last:  # before the backward pass, which hides the collective
+                bad_losses = self._bad_losses(outputs)
+            self._engine.backward(output.loss)  # divides by the number of micro-batches
+            del batch, output
+            if is_last:
                 norms = self._grad_norms() if progress.is_logged else {}
-                self._guard.skips = not self._all_finite(outputs)
+                self._guard.expect((bad_losses.sum() == 0) & self._has_finite_gradient())
             self._engine.step()  # updates at the last micro-batch only
-        # ZeRO-3, and bf16, also drop a step whose gradient is not finite though the loss is.
-        applied = self._engine.was_step_applied() and not self._guard.skips
+        if len(outputs) != self._accumulation:
+            raise ValueError(f"{len(outputs)} micro-batches in a step, but train.accumulation={self._accumulation}")
+        applied = self._engine.was_step_applied() and not self._guard.drops
         if applied:
             self._statistics.average()
             self.objective.after_step(progress, self.read_weight)
         else:
             self._statistics.restore()
-        if not applied and self.stage == 3:
-            deepspeed_internals.gather_persistent_parameters(self._engine)
+            if self.stage == 3:
+                deepspeed_internals.gather_persistent_parameters(self._engine)
         metrics = {name: _mean([output.metrics[name] for output in outputs]) for name in outputs[0].metrics}
-        return StepResult(_mean([output.loss for output in outputs]), metrics | norms, applied)
+        bad_ranks = () if applied else tuple(torch.nonzero(bad_losses).flatten().tolist())
+        return StepResult(_mean([output.loss for output in outputs]), metrics | norms, applied, bad_ranks)
 
     @torch.no_grad()
-    def _all_finite(self, outputs: Sequence[Output]) -> bool:
-        """Whether every loss of every rank is. Collective, and a host sync, which overlaps with the backward pass."""
-        finite = torch.stack([output.loss for output in outputs]).isfinite().all().float()
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        return bool(finite)
+    def _bad_losses(self, outputs: Sequence[Output]) -> torch.Tensor:
+        """Number of losses of each rank that are not finite: (ranks,) on the device of each. A collective."""
+        counts = torch.zeros(dist.get_world_size(), device=self.device)
+        counts[dist.get_rank()] = (~torch.stack([output.loss for output in outputs]).isfinite()).sum()
+        dist.all_reduce(counts)
+        return counts
+
+    @torch.no_grad()
+    def _has_finite_gradient(self) -> torch.Tensor:
+        """Whether the gradient's norm is finite, a boolean scalar on the device; ZeRO 1 to 3 look themselves."""
+        if self.stage > 0:
+            return torch.ones((), dtype=torch.bool, device=self.device)
+        gradients = [parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).isfinite()  # reduced: the same on all ranks
 
     @torch.no_grad()
     def _grad_norms(self) -> dict[str, torch.Tensor]:

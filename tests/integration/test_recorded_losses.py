@@ -92,7 +92,7 @@ def _curve(recipe: Recipe) -> list[dict[str, Any]]:
     records = []
     for step in range(STEPS):
         micro_batches = [stream.finish(batch) for batch in itertools.islice(batches, ACCUMULATION)]
-        engine.set_schedule(learning_rate(recipe, step), weight_decay(recipe, step))
+        engine.set_schedule(learning_rate(recipe).at(step), weight_decay(recipe).at(step))
         result = engine.step(micro_batches, Progress(step, STEPS))
         assert result.applied
         loss = result.loss.clone()

@@ -48,7 +48,7 @@ def _batches(step: int, rank: int) -> list[dict[str, torch.Tensor]]:
 def _train(engine: Engine, recipe: Recipe, first: int, last: int) -> list[list[float]]:
     seen = []
     for step in range(first, last):
-        engine.set_schedule(learning_rate(recipe, step), weight_decay(recipe, step))
+        engine.set_schedule(learning_rate(recipe).at(step), weight_decay(recipe).at(step))
         output = engine.step(_batches(step, dist.get_rank()), Progress(step, STEPS))
         loss = output.loss.clone()
         dist.all_reduce(loss)
@@ -71,7 +71,9 @@ def _is_skipped_whole(engine: Engine, recipe: Recipe) -> bool:
     after = engine.backbone_weights()
     return (
         not skipped.applied
+        and skipped.bad_ranks == (dist.get_world_size() - 1,)
         and applied.applied
+        and applied.bad_ranks == ()
         and all(torch.equal(before[name], unmoved[name]) for name in before)
         and any(not torch.equal(before[name], after[name]) for name in before)
         and all(tensor.isfinite().all() for tensor in after.values())
@@ -130,7 +132,7 @@ def _continued_alone(recipe: Recipe, directory: Path) -> dict[str, Any]:
     engine.load_resharded(directory, directory.with_name(f"{directory.name}-scratch"))
     seen = []
     for step in range(STEPS // 2, STEPS):
-        engine.set_schedule(learning_rate(recipe, step), weight_decay(recipe, step))
+        engine.set_schedule(learning_rate(recipe).at(step), weight_decay(recipe).at(step))
         batches = [batch for rank in range(RANKS) for batch in _batches(step, rank)]
         output = engine.step(batches, Progress(step, STEPS))
         seen.append([float(output.loss), float(output.metrics["grad_norm"])])
@@ -167,8 +169,8 @@ def plain() -> dict[str, Any]:
     seen = []
     for step in range(STEPS):
         for group, decay in zip(optimizer.param_groups, decays, strict=True):
-            group["lr"] = learning_rate(RECIPE, step) * group["lr_scale"]
-            group["weight_decay"] = weight_decay(RECIPE, step) if decay else 0.0
+            group["lr"] = learning_rate(RECIPE).at(step) * group["lr_scale"]
+            group["weight_decay"] = weight_decay(RECIPE).at(step) if decay else 0.0
         batches = [batch for rank in range(RANKS) for batch in _batches(step, rank)]
         loss = torch.stack([objective(batch, Progress(step, STEPS)).loss for batch in batches]).mean()
         optimizer.zero_grad()

@@ -22,12 +22,21 @@ class Said(list[Warned]):
 def test_health_check__skipped_steps_are_counted_and_end_the_run() -> None:
     said = Said()
     health = HealthCheck(TRAIN, said)
-    health.skipped(3)
-    health.skipped(7)
-    with pytest.raises(FloatingPointError, match=r"3 steps had a loss that is not finite, the last one step 9; lower"):
-        health.skipped(9)
-    assert [(warning.about, warning.step) for warning in said] == [("non_finite_loss", step) for step in (3, 7, 9)]
-    assert said[1].text == "the loss of step 7 is not finite; skipped (2 of 2 allowed)"
+    health.skipped(3, [1])
+    health.skipped(7, [0, 1])
+    with pytest.raises(FloatingPointError, match=r"3 steps were skipped, at last: the gradient of step 9 .*; lower"):
+        health.skipped(9, [])
+    abouts = [("non_finite_loss", 3), ("non_finite_loss", 7), ("non_finite_gradient", 9)]
+    assert [(warning.about, warning.step) for warning in said] == abouts
+    assert [warning.ranks for warning in said] == [(1,), (0, 1), ()]
+    assert said[0].text == "the loss of step 3 is not finite on rank 1; skipped (1 of 2 allowed)"
+    assert said[1].text == "the loss of step 7 is not finite on ranks 0, 1; skipped (2 of 2 allowed)"
+
+
+def test_health_check__a_long_list_of_ranks_is_cut() -> None:
+    said = Said()
+    HealthCheck(TRAIN, said).skipped(3, range(20))
+    assert "on ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more; skipped" in said[0].text
 
 
 def test_health_check__a_collapse_is_said_once_and_only_when_it_lasts() -> None:
