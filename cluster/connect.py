@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["EVALUATION_SLOT", "Cluster", "connect"]
+__all__ = ["EVALUATION_SLOT", "Cluster", "connect", "gpus_per_worker"]
 
 EVALUATION_SLOT = "evaluation_slot"  # custom Ray resource: bounds the evaluations that run beside the trainers
 OBJECT_STORE_BYTES = 200 * 2**20  # only functions, settings and small results travel through Ray; data does not
@@ -54,7 +54,8 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
     address = address or os.environ.get("RAY_ADDRESS") or None
     _quiet_environment()
     if address is None:
-        # Whatever the name says: without it Ray replaces 127.0.0.1 by an address that others can reach.
+        # Despite its name, this variable controls the rewriting of addresses: unset, Ray replaces 127.0.0.1 by a
+        # routable one.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
@@ -84,3 +85,34 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
         )
     finally:
         ray.shutdown()
+
+
+def gpus_per_worker(cluster: Cluster, device: str, num_workers: int) -> tuple[float, str | None]:
+    """How many GPUs each worker gets when nobody has said it, and what a person should know of that, in one line.
+
+    One for each, or none where there are none; never a part of them without a word.
+
+    Args:
+        cluster: What is there now; one with an autoscaler may have no GPU yet.
+        device: `auto`, `cpu` or `cuda`.
+        num_workers: Workers that train together.
+
+    Raises:
+        ValueError: There are GPUs, but not one for each worker; or `cuda` on a machine that has none.
+    """
+    if device == "cpu":
+        return 0.0, None
+    gpus, where = int(cluster.num_gpus), "this machine" if cluster.private else f"the cluster at {cluster.address}"
+    if gpus >= num_workers:
+        return 1.0, None
+    wait = "" if cluster.private else "cluster.gpus_per_worker=1 (wait until more have joined), "
+    if gpus:
+        count = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        remedy = f"use train.workers={gpus}, {wait}or train.device=cpu"
+        raise ValueError(f"train.workers={num_workers}: {where} has {count}, not one for each worker; {remedy}")
+    if device == "auto":
+        note = f"no GPU in {where}: training on CPUs; cluster.gpus_per_worker=1 waits for GPUs to join"
+        return 0.0, None if cluster.private else note
+    if cluster.private:
+        raise ValueError("train.device=cuda: this machine has no GPU that Ray sees; use train.device=cpu or auto")
+    return 1.0, f"no GPU in {where} yet: waiting for {num_workers} to join"

@@ -137,9 +137,10 @@ class _Driver:
             status: Status | None = None
             try:
                 with self._cluster() as cluster:
+                    gpus = self._gpus_per_worker(cluster)
                     tracker.start()
                     status = "KILLED"
-                    self._train_and_evaluate(cluster)
+                    self._train_and_evaluate(cluster, gpus)
                 status = "FINISHED"
             except RunFailed:
                 status = "FAILED"
@@ -172,7 +173,7 @@ class _Driver:
             evaluation_slots=self.recipe.evaluation.slots,
         )
 
-    def _train_and_evaluate(self, cluster: Cluster) -> None:
+    def _train_and_evaluate(self, cluster: Cluster, gpus_per_worker: float) -> None:
         from cluster.tasks import EvaluationQueue
         from cluster.workers import WorkerGroup, run_workers
 
@@ -180,7 +181,7 @@ class _Driver:
         group = WorkerGroup(
             num_workers=self.recipe.train.workers,
             cpus_per_worker=self.recipe.cluster.cpus_per_worker,
-            gpus_per_worker=self._gpus_per_worker(cluster.num_gpus),
+            gpus_per_worker=gpus_per_worker,
             max_failures=self.recipe.train.max_failures,
             fatal=(ValueError, ArithmeticError, store.CheckpointError),
         )
@@ -243,11 +244,24 @@ class _Driver:
         newest = store.latest(self.run_dir.path)
         return newest is not None and newest.step >= self.recipe.train.steps
 
-    def _gpus_per_worker(self, gpus: float) -> float:
-        settings = self.recipe.cluster
-        if settings.gpus_per_worker is not None:
-            return settings.gpus_per_worker
-        return float(self.recipe.train.device != "cpu" and gpus >= self.recipe.train.workers)
+    def _gpus_per_worker(self, cluster: Cluster) -> float:
+        """As the recipe says, or as many as there are for each.
+
+        Raises:
+            RequestError: There are some, but too few.
+        """
+        from cluster.connect import gpus_per_worker
+
+        wanted = self.recipe.cluster.gpus_per_worker
+        if wanted is not None or self._is_trained():
+            return wanted or 0.0
+        try:
+            gpus, note = gpus_per_worker(cluster, self.recipe.train.device, self.recipe.train.workers)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        if note is not None:
+            self.terminal.say(note)
+        return gpus
 
     def _tracker(self) -> Any:
         from pretrain.tracking.client import default_uri

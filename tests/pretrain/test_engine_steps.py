@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from backbones.images.config import ImageConfig
 from objectives import registry
 from objectives.base import Progress
-from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training import deepspeed_internals
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
@@ -25,7 +26,7 @@ RANKS, MICRO, ACCUMULATION, STEPS = 2, 4, 2, 4
 RECIPE = Recipe(
     name="steps",
     objective=registry.config_class("sit")(projector_hidden_dim=32, projector_dim=16),  # a teacher, and batch norms
-    backbone=BackboneConfig("vit_tiny_patch16_224", 16, 4, options={"depth": 1, "embed_dim": 24, "num_heads": 2}),
+    backbone=ImageConfig("vit_tiny_patch16_224", 16, 4, options={"depth": 1, "embed_dim": 24, "num_heads": 2}),
     data=DataConfig(train="unused"),
     optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0, weight_decay_end=0.2),
     train=TrainConfig(

@@ -19,6 +19,7 @@ EXAMPLES: list[Event] = [
     events.CheckpointPublished(step=1, path="checkpoints/step-00000001"),
     events.Visualizations(step=1, path="visualizations/step-00000001.png"),
     events.Warned(step=1, about="collapse", text="collapsed: flat"),
+    events.Warned(step=1, about="non_finite_loss", text="not finite", ranks=(0, 3)),
     events.Finished(step=9),
     events.Failed(error="worker 1 was killed"),
     events.Evaluated(step=1, protocol="knn", data="a", metrics={"top1": 0.5}, key="k", seconds=2.0, cached=True),
@@ -43,7 +44,7 @@ def test_event__every_class_has_an_example() -> None:
 @pytest.mark.parametrize("event", EXAMPLES, ids=lambda event: type(event).__name__)
 def test_from_json__a_missing_field_is_named(event: Event) -> None:
     record = event.to_json()
-    optional = {"exact", "pids", "decoder"} if isinstance(event, Start) else set()
+    optional = {Start: {"exact", "pids", "decoder"}, events.Warned: {"ranks"}}.get(type(event), set())
     if isinstance(event, EvaluationFailed):
         optional = {"error"}  # without it the record is one of scores, which then lacks others
     for name in record.keys() - {"kind"} - optional:
