@@ -1,7 +1,7 @@
 """What a frozen backbone is worth: protocols that turn (checkpoint, data) into scores, each computed once.
 
-Importing this package loads no torch; names resolve on first use. Protocol facts (names, metrics, parameters) live in
-`evaluation.registry`, which stays light enough for the command line.
+Importing this package loads no torch; names resolve on first use. Protocol facts (names, metrics, parameters) are found
+with `evaluation.registry`, which stays light enough for the command line.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 _HOMES = {
     "EvaluationData": "evaluation.data",
-    "EvaluationError": "evaluation.registry",
-    "EvaluationResult": "evaluation.store",
+    "EvaluationError": "evaluation.protocol",
+    "EvaluationResult": "evaluation.results",
     "evaluate": "evaluation.runner",
 }
 

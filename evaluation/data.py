@@ -2,14 +2,12 @@
 
 `dataset.json` gives `classes` (names in index order), `ignore_index` for dense labels and optionally
 `splits.train.sequences` (sequence name -> sample keys), which keeps frames of one video on one side of every selection
-split. Reading shards belongs to `data_pipelines`; resizing and features to `extract`.
+split. Reading shards belongs to `data_pipelines`; resizing and features to `extraction`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ import numpy.typing as npt
 
 from data_pipelines.decode import IMAGE_FIELDS, decode_label, decode_mask
 from data_pipelines.shards.dataset import Dataset, open_dataset
-from evaluation.registry import EvaluationError, Protocol
+from evaluation.files import digest_of
+from evaluation.protocol import EvaluationError, Protocol
 
 __all__ = ["IGNORED", "EvaluationData", "LabelMaps", "OpenedData", "class_label"]
 
@@ -34,8 +33,15 @@ class EvaluationData:
     name: str
     root: Path
 
-    def open(self, spec: Protocol) -> OpenedData:
-        """Opens both splits and checks that every sample has what `spec` needs."""
+    def open(self, spec: Protocol, inputs: Sequence[str] = IMAGE_FIELDS) -> OpenedData:
+        """Opens both splits and checks that every sample has what `spec` needs.
+
+        Args:
+            inputs: sample fields of which one holds what the backbone is given; see `extraction.recipe`.
+
+        Raises:
+            EvaluationError, DataError: a split, a field or the list of classes is missing; names the data.
+        """
         root = Path(self.root)
         if not root.is_dir():
             raise EvaluationError(f"evaluation data {self.name!r}: no directory {root}")
@@ -44,7 +50,7 @@ class EvaluationData:
             if not any(root.glob(f"{split}-*.tar")):
                 raise EvaluationError(f"evaluation data {self.name!r}: no {split}-*.tar in {root}")
             splits[split] = dataset = open_dataset(str(root / f"{split}-*.tar"))
-            dataset.require_field(*IMAGE_FIELDS)
+            dataset.require_field(*inputs)
             dataset.require_field(spec.label)
         description = splits["train"].description
         opened = OpenedData(
@@ -83,7 +89,7 @@ class OpenedData:
             "ignore_index": self.ignore_index,
             "sequences": self.sequences,
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return digest_of(facts)
 
 
 class LabelMaps:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from evaluation.extraction.images import Dense, Pooled
+from evaluation.extraction.forward import Dense, Pooled
 
 __all__ = ["Dense", "Pooled"]

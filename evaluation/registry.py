@@ -1,123 +1,38 @@
-"""Names and fixed facts of the evaluation protocols, readable without torch.
+"""Evaluation protocols by name, readable without torch.
 
-A `Protocol` states everything that decides a score besides weights and data: version, tokens, labels and head
-parameters. All of it enters the evaluation key, so a changed number here is a new result, never a silent reuse; a
-change of the code behind `target` raises `version`. Other packages add protocols through the entry-point group
-`pretrain.evaluations`, whose entries load to `Protocol` objects. The heads themselves are not here.
+A built-in protocol is a folder of `evaluation.protocols` with `spec.py` (its `SPEC`, a `Protocol`) and `score.py`;
+there is no list of them. Other packages add protocols through the entry-point group `pretrain.evaluations`, whose
+entries load to `Protocol` objects.
+
+Not here: what a protocol is (`evaluation.protocol`), what heads compute (`score.py` of each).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from importlib import import_module
 from importlib.metadata import EntryPoint
-from types import MappingProxyType
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from backbones.plugins import by_name, entry_points, load_entry, origin
+from evaluation import protocols
+from evaluation.protocol import EvaluationError, Metric, Protocol, described
 
-__all__ = ["PROTOCOLS", "EvaluationError", "Protocol", "image_size_px", "load_head", "names", "protocol"]
+__all__ = ["PROTOCOLS", "EvaluationError", "Metric", "Protocol", "describe", "load_head", "names", "protocol"]
 
 ENTRY_POINT_GROUP = "pretrain.evaluations"
 
 
-class EvaluationError(ValueError):
-    """An evaluation that cannot be done as asked, in one line: what, where, what is allowed."""
+def _built_in() -> dict[str, Protocol]:
+    """The protocols of this package by name: every folder with both files."""
+    specs = sorted(spec for place in protocols.__path__ for spec in Path(place).glob("*/spec.py"))
+    folders = [spec.parent.name for spec in specs if spec.with_name("score.py").is_file()]
+    return {folder: import_module(f"{protocols.__name__}.{folder}.spec").SPEC for folder in folders}
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """One way to grade a frozen backbone.
-
-    Attributes:
-        target: "module:function" of the head, called as
-            `score(train, test, *, num_classes, params, seed, device) -> Outcome`.
-        version: raised whenever the code behind `target` changes what it computes.
-        tokens: "pooled" gives the head `extract.Pooled` (CLS and mean of patches), "patches" gives `extract.Dense`.
-        label: sample field that holds the target, "cls" or "seg.png".
-        metrics: names reported, fractions in [0, 1]; the first is the headline.
-        params: every number the head depends on.
-    """
-
-    name: str
-    summary: str
-    target: str
-    version: int
-    tokens: Literal["pooled", "patches"]
-    label: Literal["cls", "seg.png"]
-    metrics: tuple[str, ...]
-    params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-
-    @property
-    def headline(self) -> str:
-        return self.metrics[0]
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Sample fields the data must have; "image" stands for one of `data.IMAGE_FIELDS`."""
-        return ("image", self.label)
-
-
-PROTOCOLS: dict[str, Protocol] = {
-    entry.name: entry
-    for entry in (
-        Protocol(
-            name="linear",
-            summary="linear classifier on frozen [CLS, mean of patches], learning rate chosen on held-out train images",
-            target="evaluation.protocols.linear.score:score",
-            version=1,
-            tokens="pooled",
-            label="cls",
-            metrics=("top1", "top1_ci_low", "top1_ci_high", "mean_class_top1", "val_top1", "top1_best_on_test"),
-            params=MappingProxyType(
-                {
-                    "lrs": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
-                    "momentum": 0.9,
-                    "batch_size": 256,
-                    "min_steps": 300,
-                    "epochs": 30,
-                    "folds": 5,  # below `holdout_from` training images; one held-out fifth above
-                    "holdout_from": 2000,
-                }
-            ),
-        ),
-        Protocol(
-            name="knn",
-            summary="weighted vote of the 20 nearest training images by cosine, temperature 0.07, on the CLS token",
-            target="evaluation.protocols.knn.score:score",
-            version=1,
-            tokens="pooled",
-            label="cls",
-            metrics=("top1", "top1_ci_low", "top1_ci_high", "mean_class_top1", "top1_patch_mean"),
-            params=MappingProxyType({"k": 20, "temperature": 0.07, "diagnostic_ks": (1, 5, 10, 20, 50, 100, 200)}),
-        ),
-        Protocol(
-            name="segmentation",
-            summary="standardisation and one linear layer on frozen patch tokens, logits upsampled to the label map",
-            target="evaluation.protocols.segmentation.score:score",
-            version=1,
-            tokens="patches",
-            label="seg.png",
-            metrics=("miou", "miou_ci_low", "miou_ci_high", "pixel_accuracy", "val_miou", "miou_position_prior"),
-            params=MappingProxyType(
-                {
-                    "lrs": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-                    "weight_decay": 1e-3,
-                    "betas": (0.9, 0.999),
-                    "batch_size": 8,
-                    "min_steps": 200,
-                    "epochs": 8,
-                    "warmup": 0.05,
-                    "pixels_per_image": 4096,  # label pixels drawn once per training image
-                    "pixels_per_step": 1024,  # of these, per image and step
-                    "folds": 3,
-                    "holdout_from": 2000,
-                }
-            ),
-        ),
-    )
-}
+PROTOCOLS: dict[str, Protocol] = _built_in()
 
 
 def _plugins() -> dict[str, EntryPoint]:
@@ -150,6 +65,18 @@ def protocol(name: str) -> Protocol:
     return found
 
 
+def describe(name: str, reported: Iterable[str]) -> tuple[Metric, ...]:
+    """What the numbers of a record mean that does not say so itself: one that an older version wrote.
+
+    Args:
+        name: of the protocol, which need not be installed any more; its numbers are then taken for fractions.
+        reported: names of the numbers, the headline first.
+    """
+    wanted = list(reported)
+    known = {metric.name: metric for metric in protocol(name).metrics} if name in names() else {}
+    return described(known.get(metric, metric) for metric in wanted)
+
+
 def load_head(spec: Protocol) -> Any:
     """Imports and returns the function behind `spec.target`.
 
@@ -157,29 +84,3 @@ def load_head(spec: Protocol) -> Any:
         EvaluationError: it cannot be imported.
     """
     return load_entry(EntryPoint(spec.name, spec.target, ENTRY_POINT_GROUP), "protocol", EvaluationError)
-
-
-def image_size_px(
-    requested: int | tuple[int, int] | None, trained: int | tuple[int, int], patch_size: int | tuple[int, int]
-) -> tuple[int, int]:
-    """Returns the (height, width) images are brought to, in pixels.
-
-    Args:
-        requested: one number for a square, (height, width), or None for the size the backbone was built for.
-    """
-    height, width = _pair(trained if requested is None else requested)
-    for side, patch, name in ((height, _pair(patch_size)[0], "height"), (width, _pair(patch_size)[1], "width")):
-        if side < patch or side % patch:
-            below = max(patch, side // patch * patch)
-            raise EvaluationError(
-                f"image_size {name} {side} is not a multiple of the backbone's patch size {patch}; "
-                f"nearest allowed: {below} or {below + patch}"
-            )
-    return height, width
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    rows, cols = size
-    return int(rows), int(cols)

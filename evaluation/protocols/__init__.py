@@ -1,1 +1,1 @@
-"""One folder per protocol: `spec.py` states its facts without torch, `score.py` computes."""
+"""One folder per protocol: `spec.py` states its facts without torch, `score.py` computes. Both files make it known."""

@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _mistakes_of_other_packages() -> tuple[type[Exception], ...]:
     from backbones.errors import BackboneError
     from data_pipelines.errors import DataError
-    from evaluation.registry import EvaluationError
+    from evaluation.protocol import EvaluationError
     from objectives.errors import ObjectiveError
 
     return BackboneError, DataError, EvaluationError, ObjectiveError

@@ -76,7 +76,7 @@ def test_score__constant_features_give_the_majority_class() -> None:
     split = Pooled(cls=torch.ones(50, 8), patch_mean=torch.zeros(50, 8), labels=labels)
     outcome = score(split, split, num_classes=3, params=PARAMS, seed=0, device=CPU)
     assert outcome.metrics["top1"] == outcome.metrics["top1_patch_mean"] == 0.6
-    assert set(outcome.metrics) == set(PROTOCOLS["knn"].metrics)
+    assert set(outcome.metrics) == {metric.name for metric in PROTOCOLS["knn"].metrics}
 
 
 def test_score__leaking_features_are_perfect_and_the_headline_is_cls() -> None:

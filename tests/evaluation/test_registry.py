@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from evaluation import registry
-from evaluation.registry import PROTOCOLS, EvaluationError, Protocol, image_size_px
+from evaluation import protocols, registry
+from evaluation.extraction.images import image_size_px
+from evaluation.protocol import EvaluationError, Metric, Protocol
+from evaluation.registry import PROTOCOLS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLUGIN = replace(PROTOCOLS["knn"], name="mine", target="math:sqrt")
@@ -35,8 +37,8 @@ def test_import__needs_no_torch() -> None:
 @pytest.mark.parametrize("name", ["linear", "knn", "segmentation"])
 def test_protocol__states_what_it_needs_and_gives(name: str) -> None:
     spec = registry.protocol(name)
-    assert spec.headline == ("miou" if name == "segmentation" else "top1")
-    assert spec.fields == ("image", "seg.png" if name == "segmentation" else "cls")
+    assert spec.headline.name == ("miou" if name == "segmentation" else "top1")
+    assert spec.label == ("seg.png" if name == "segmentation" else "cls")
     assert callable(registry.load_head(spec))
 
 
@@ -81,5 +83,34 @@ def test_image_size__patches_must_tile_it(size: int, nearest: str) -> None:
         image_size_px(size, 224, 16)
 
 
-def test_builtin_protocols__are_registered_under_their_names() -> None:
-    assert all(isinstance(spec, Protocol) and spec.name == name for name, spec in PROTOCOLS.items())
+def test_builtin_protocols__are_the_folders_with_both_files() -> None:
+    folders = {path.parent.name for path in (REPOSITORY / "evaluation/protocols").glob("*/score.py")}
+    assert set(PROTOCOLS) == folders >= {"knn", "linear", "segmentation"}
+    for name, spec in PROTOCOLS.items():
+        assert isinstance(spec, Protocol) and spec.name == name
+        assert spec.target == f"evaluation.protocols.{name}.score:score"
+
+
+def test_builtin_protocols__a_new_folder_is_found_without_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, files in (("depth_of_a_test", ("spec.py", "score.py")), ("half_of_one", ("spec.py",))):
+        (tmp_path / folder).mkdir()
+        for name in files:
+            (tmp_path / folder / name).write_text(
+                "from dataclasses import replace\n"
+                "from evaluation.protocols.knn.spec import SPEC as KNN\n"
+                f"SPEC = replace(KNN, name={folder!r})\n"
+            )
+    monkeypatch.setattr(protocols, "__path__", [*protocols.__path__, str(tmp_path)])
+    found = registry._built_in()
+    assert set(found) == {*PROTOCOLS, "depth_of_a_test"}
+    assert found["depth_of_a_test"].name == "depth_of_a_test"
+    monkeypatch.delitem(sys.modules, "evaluation.protocols.depth_of_a_test.spec")
+
+
+def test_describe__records_of_older_versions_mean_what_their_protocol_says() -> None:
+    low, top1 = registry.describe("knn", ["top1_ci_low", "top1"])
+    assert (low.better, top1.better, top1.headline) == (None, "higher", True)
+    gone = registry.describe("of_a_package_that_was_removed", ["score", "other"])
+    assert gone == (Metric("score", headline=True), Metric("other"))

@@ -60,7 +60,8 @@ def test_evaluate__second_call_is_cached_and_extracts_nothing(
 ) -> None:
     data, weights = _data(colours, halves, protocol), checkpoint()
     first = evaluate(weights, protocol, data, store=tmp_path, batch_size=16)
-    assert tuple(first.metrics) == PROTOCOLS[protocol].metrics
+    assert tuple(first.metrics) == tuple(metric.name for metric in PROTOCOLS[protocol].metrics)
+    assert first.described == PROTOCOLS[protocol].metrics
     assert all(0 <= value <= 1 for value in first.metrics.values())
     assert not first.cached and sum(forwards) == first.details["num_train"] + first.details["num_test"]
     forwards.clear()

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.extraction.images import Dense
+from evaluation.protocol import EvaluationError
 from evaluation.protocols.segmentation.score import Standardiser, logits_at_pixels, score, upsampled
-from evaluation.registry import PROTOCOLS, EvaluationError
+from evaluation.registry import PROTOCOLS
 
 CPU = torch.device("cpu")
 PARAMS = {**PROTOCOLS["segmentation"].params, "min_steps": 60, "pixels_per_image": 400, "pixels_per_step": 200}
@@ -78,7 +79,7 @@ def _scene(num_images: int, seed: int) -> tuple[npt.NDArray[np.float64], list[np
 def test_score__tokens_that_tell_the_class_beat_the_position_prior(dense: Callable[..., Dense]) -> None:
     train, test = dense(*_scene(40, 0), 3), dense(*_scene(20, 1), 3)
     outcome = score(train, test, num_classes=3, params=PARAMS, seed=0, device=CPU)
-    assert set(outcome.metrics) == set(PROTOCOLS["segmentation"].metrics)
+    assert set(outcome.metrics) == {metric.name for metric in PROTOCOLS["segmentation"].metrics}
     assert outcome.metrics["miou"] > 0.75  # bilinear upsampling blurs the borders of 4-pixel patches
     assert outcome.metrics["miou_position_prior"] < 0.4
     assert outcome.metrics["miou_ci_low"] <= outcome.metrics["miou"] <= outcome.metrics["miou_ci_high"]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.extraction.images import Pooled
+from evaluation.extraction.forward import Pooled
 from evaluation.metrics import Outcome, mean_class_accuracy, top_k_accuracy, wilson_interval
 
 __all__ = ["score", "vote"]

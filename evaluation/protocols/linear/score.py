@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.extraction.images import Pooled
+from evaluation.extraction.forward import Pooled
 from evaluation.metrics import Outcome, mean_class_accuracy, top_k_accuracy, wilson_interval
-from evaluation.registry import EvaluationError
+from evaluation.protocol import EvaluationError
 from evaluation.selection import NEVER_HELD_OUT, choose_cell, stratified_folds
 
 __all__ = ["Heads", "fit_heads", "score"]

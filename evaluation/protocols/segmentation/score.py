@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.data import IGNORED, LabelMaps
-from evaluation.extraction.images import Dense
+from evaluation.extraction.forward import Dense
 from evaluation.metrics import Outcome, bootstrap_miou, confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
-from evaluation.registry import EvaluationError
+from evaluation.protocol import EvaluationError
 from evaluation.selection import NEVER_HELD_OUT, choose_cell, random_folds, sequence_folds
 
 __all__ = ["Standardiser", "logits_at_pixels", "score", "upsampled"]

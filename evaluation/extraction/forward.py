@@ -1,0 +1,211 @@
+"""Frozen features of both splits: one pass of a backbone, whatever its kind, written to a cache entry.
+
+Two sorts: "pooled" holds the CLS token and the mean of patch tokens after the final norm in float32; "patches" holds
+the map of patch tokens after the final norm in float16. Register tokens enter neither. The backbone runs in evaluation
+and inference mode; rows are placed by sample index, so the batch size decides nothing.
+
+Not here: how a sample becomes input (one file per kind of backbone beside this one), heads (`evaluation.protocols`).
+
+Legend: B batch, N patch tokens, D width, n samples.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from data_pipelines.errors import DataError
+from data_pipelines.shards.dataset import Dataset
+from evaluation.data import LabelMaps, OpenedData, class_label
+from evaluation.extraction.recipe import Extraction
+from evaluation.features import ArrayWriter
+from evaluation.protocol import EvaluationError
+
+if TYPE_CHECKING:  # timm takes seconds to import, and cached features need no backbone
+    from backbones.encoder import Encoder
+
+__all__ = ["Dense", "Pooled", "splits_of", "write_features"]
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """One vector per sample of one split."""
+
+    cls: Tensor | None  # (n, D) float32
+    patch_mean: Tensor  # (n, D) float32
+    labels: Tensor  # (n,) int64
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Patch maps of one split, memory-mapped, beside its label maps at their own size."""
+
+    patches: npt.NDArray[np.float16]  # (n, rows, cols, D)
+    labels: LabelMaps
+
+
+def write_features(
+    writer: ArrayWriter,
+    backbone: Encoder,
+    extraction: Extraction,
+    data: OpenedData,
+    recipe: Mapping[str, Any],
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> None:
+    """Runs the backbone over both splits and writes `SPLIT.cls`, `.patch_mean`, `.labels` or `SPLIT.patches`.
+
+    Raises:
+        EvaluationError: features are not finite, or a label is outside the classes; names the sample.
+        DataError: a sample cannot be read or decoded; names it.
+    """
+    backbone = backbone.to(device).eval()
+    for split in SPLITS:
+        dataset = getattr(data, split)
+        batches = _batches(dataset, extraction, recipe, data.num_classes, batch_size)
+        if recipe["tokens"] == "pooled":
+            _write_pooled(writer, split, dataset, backbone, batches, device)
+        else:
+            _write_patches(writer, split, dataset, backbone, batches, device)
+
+
+def splits_of(
+    arrays: Mapping[str, npt.NDArray[Any]], data: OpenedData, recipe: Mapping[str, Any]
+) -> tuple[Pooled | Dense, Pooled | Dense, int]:
+    """Returns (train, test, number of classes) as a head takes them, from the arrays that `write_features` wrote."""
+    if recipe["tokens"] == "pooled":
+        train, test = (_pooled(arrays, split) for split in SPLITS)
+        return train, test, data.num_classes or 1 + int(max(train.labels.max(), test.labels.max()))
+    if data.num_classes is None:  # `EvaluationData.open` refuses such data
+        raise AssertionError("dense labels without a number of classes")
+    dense = [
+        Dense(
+            arrays[f"{split}.patches"],
+            LabelMaps(
+                getattr(data, split),
+                num_classes=data.num_classes,
+                ignore_index=data.ignore_index,
+                sequences=data.sequences,
+            ),
+        )
+        for split in SPLITS
+    ]
+    return dense[0], dense[1], data.num_classes
+
+
+def _pooled(arrays: Mapping[str, npt.NDArray[Any]], split: str) -> Pooled:
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(np.array(arrays[f"{split}.{name}"]))
+
+    return Pooled(
+        cls=tensor("cls") if f"{split}.cls" in arrays else None,
+        patch_mean=tensor("patch_mean"),
+        labels=tensor("labels"),
+    )
+
+
+def _write_pooled(
+    writer: ArrayWriter,
+    split: str,
+    dataset: Dataset,
+    backbone: Encoder,
+    batches: Iterator[tuple[slice, Any, Tensor]],
+    device: torch.device,
+) -> None:
+    num_samples, width = dataset.num_samples, backbone.embed_dim
+    labels_out = writer.create(f"{split}.labels", (num_samples,), np.int64)
+    mean_out = writer.create(f"{split}.patch_mean", (num_samples, width), np.float32)
+    cls_out: npt.NDArray[Any] | None = None
+    with torch.inference_mode():
+        for rows, inputs, labels in batches:
+            features = backbone.tokens(_moved(inputs, device))
+            mean = features.tokens.float().mean(dim=1)  # (B, D)
+            _check_finite(mean, dataset, rows)
+            mean_out[rows] = mean.cpu().numpy()
+            if features.cls is not None:
+                _check_finite(features.cls, dataset, rows)
+                if cls_out is None:
+                    cls_out = writer.create(f"{split}.cls", (num_samples, width), np.float32)
+                cls_out[rows] = features.cls.float().cpu().numpy()
+            labels_out[rows] = labels.numpy()
+
+
+def _write_patches(
+    writer: ArrayWriter,
+    split: str,
+    dataset: Dataset,
+    backbone: Encoder,
+    batches: Iterator[tuple[slice, Any, Tensor]],
+    device: torch.device,
+) -> None:
+    patches_out: npt.NDArray[Any] | None = None
+    with torch.inference_mode():
+        for rows, inputs, _ in batches:
+            features = backbone.tokens(_moved(inputs, device))
+            patches = features.tokens.to(torch.float16)  # (B, N, D)
+            _check_finite(patches, dataset, rows)
+            if features.grid is None:
+                raise EvaluationError(f"backbone {backbone.spec['name']!r} has no grid of tokens to make a map of")
+            if patches_out is None:
+                shape = (dataset.num_samples, *features.grid, backbone.embed_dim)
+                patches_out = writer.create(f"{split}.patches", shape, np.float16)
+            patches_out[rows] = patches.unflatten(1, features.grid).cpu().numpy()
+
+
+def _check_finite(features: Tensor, dataset: Dataset, rows: slice) -> None:
+    is_bad = ~features.flatten(1).isfinite().all(dim=1)
+    if is_bad.any():
+        first = rows.start + int(is_bad.nonzero()[0])
+        key = dataset.read(first)["__key__"]
+        raise EvaluationError(
+            f"features are not finite ({int(is_bad.sum())} of {len(is_bad)} samples of a batch, first {key!r}); "
+            "the weights hold NaN or have diverged"
+        )
+
+
+def _batches(
+    dataset: Dataset, extraction: Extraction, recipe: Mapping[str, Any], num_classes: int | None, batch_size: int
+) -> Iterator[tuple[slice, Any, Tensor]]:
+    """Yields (rows, inputs, class labels) in sample order, one batch decoded ahead by as many threads as torch may use.
+
+    Labels are 0 where the features go to a dense head, which reads its own.
+    """
+    field = dataset.require_field(*extraction.inputs)
+    reading = threading.Lock()  # the data set opens and closes shard files as it reads
+
+    def load(sample_idx: int) -> tuple[Any, int]:
+        with reading:
+            sample = dataset.read(sample_idx)
+        try:
+            label = class_label(sample, num_classes) if recipe["tokens"] == "pooled" else 0
+            return extraction.prepare(sample[field], recipe), label
+        except (DataError, EvaluationError) as error:
+            raise type(error)(f"{dataset.where(sample_idx)}: {error}") from error
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+
+        def submit(start: int) -> list[Future[tuple[Any, int]]]:
+            return [pool.submit(load, i) for i in range(start, min(start + batch_size, dataset.num_samples))]
+
+        ahead = submit(0)
+        for start in range(0, dataset.num_samples, batch_size):
+            batch, ahead = ahead, submit(start + batch_size)
+            inputs, labels = zip(*(future.result() for future in batch), strict=True)
+            yield slice(start, start + len(inputs)), default_collate(list(inputs)), torch.tensor(labels)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """A tensor, or a mapping of tensors, on `device`."""
+    return {key: value.to(device) for key, value in batch.items()} if isinstance(batch, Mapping) else batch.to(device)

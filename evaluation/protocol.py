@@ -1,0 +1,143 @@
+"""What an evaluation is, without torch: `Protocol`, `Metric`, how scores are compared and written, and the error.
+
+A `Protocol` states everything that decides a score besides weights and data. A `Metric` states what a number means, so
+that nobody who chooses, sorts or prints scores has to assume that they are fractions of which more is better.
+
+Not here: the protocols themselves (`evaluation.protocols`), finding them by name (`evaluation.registry`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
+
+__all__ = ["EvaluationError", "Metric", "Protocol", "best", "described", "format_value", "ranked"]
+
+FRACTION = "fraction"
+
+Key = TypeVar("Key", int, tuple[float, int])
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be done as asked, in one line: what, where, what is allowed."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What one number of a protocol means.
+
+    Attributes:
+        unit: "fraction" (of 1, written as percent), or what to write behind the number: "m", "dB", or "" for nothing.
+        better: Which scores are better; None for numbers that are only reported (bounds of intervals, comparisons).
+        headline: Whether this number stands for the protocol in tables and charts.
+
+    Raises:
+        EvaluationError: `better` is something else, or a headline has no direction.
+    """
+
+    name: str
+    unit: str = FRACTION
+    better: Literal["higher", "lower"] | None = "higher"
+    headline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.better not in ("higher", "lower", None):
+            raise EvaluationError(f"metric {self.name!r}: better={self.better!r}; allowed: 'higher', 'lower', None")
+        if self.headline and self.better is None:
+            raise EvaluationError(f"metric {self.name!r}: better=None, but the headline needs 'higher' or 'lower'")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to evaluate a frozen backbone.
+
+    Attributes:
+        target: "module:function" of the head, called as
+            `score(train, test, *, num_classes, params, seed, device) -> Outcome`.
+        version: Raised whenever the code behind `target` changes what it computes.
+        tokens: "pooled" gives the head `extract.Pooled` (CLS and mean of patches), "patches" gives `extract.Dense`.
+        label: Sample field that holds the target, "cls" or "seg.png".
+        metrics: What the head reports. A plain name is accepted and means a fraction of which more is better. The
+            headline is the one that says so, else the first that has a direction.
+        params: Every number the head depends on.
+
+    Raises:
+        EvaluationError: No metric has a direction, a name occurs twice, or more than one is the headline.
+    """
+
+    name: str
+    summary: str
+    target: str
+    version: int
+    tokens: Literal["pooled", "patches"]
+    label: Literal["cls", "seg.png"]
+    metrics: tuple[Metric, ...]
+    params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "metrics", described(self.metrics))
+        except EvaluationError as error:
+            raise EvaluationError(f"protocol {self.name!r}: {error}") from None
+
+    @property
+    def headline(self) -> Metric:
+        """The metric that stands for the protocol."""
+        return next(metric for metric in self.metrics if metric.headline)
+
+
+def described(metrics: Iterable[Metric | str]) -> tuple[Metric, ...]:
+    """`metrics` with `Metric(name)` for plain names and with one headline: the first with a direction, if none says so.
+
+    Raises:
+        EvaluationError: No metric has a direction, a name occurs twice, or more than one is the headline.
+    """
+    found = [Metric(metric) if isinstance(metric, str) else metric for metric in metrics]
+    names = [metric.name for metric in found]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise EvaluationError(f"names metrics twice: {', '.join(repeated)}")
+    headlines = [metric.name for metric in found if metric.headline]
+    if len(headlines) > 1:
+        raise EvaluationError(f"has {len(headlines)} headlines ({', '.join(headlines)}); one metric stands for it")
+    if not headlines:
+        first = next((idx for idx, metric in enumerate(found) if metric.better is not None), None)
+        if first is None:
+            raise EvaluationError("has no metric with a direction; at least one needs better='higher' or 'lower'")
+        found[first] = replace(found[first], headline=True)
+    return tuple(found)
+
+
+def best(scores: Mapping[Key, float], metric: Metric) -> Key | None:
+    """The key of the best score; of equal scores the smallest key; None when no score is finite.
+
+    Keys are what is chosen from: the step of a checkpoint, the version of a model, the row of a table. So of two
+    checkpoints that score the same the earlier one is best.
+
+    Raises:
+        EvaluationError: `metric` has no direction.
+    """
+    order = ranked(scores, metric)
+    return order[0] if order else None
+
+
+def ranked(scores: Mapping[Key, float], metric: Metric) -> list[Key]:
+    """Keys from the best to the worst score by the rule of `best`; scores that are not finite are left out.
+
+    Raises:
+        EvaluationError: `metric` has no direction.
+    """
+    if metric.better is None:
+        raise EvaluationError(f"metric {metric.name!r} is only reported; scores of it cannot be compared")
+    sign = -1 if metric.better == "higher" else 1
+    finite = [key for key in scores if math.isfinite(scores[key])]
+    return sorted(finite, key=lambda key: (sign * scores[key], key))
+
+
+def format_value(value: float, unit: str) -> str:
+    """A score for people: `0.125` is "12.5%" as a fraction, "0.125 m" in meters, "0.125" without a unit."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.1%}" if unit == FRACTION else f"{value:.4g} {unit}".rstrip()

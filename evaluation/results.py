@@ -1,0 +1,105 @@
+"""Evaluation results by key, one JSON file each in `evaluations/` of a root: computed once and published whole.
+
+Not here: frozen features (`evaluation.features`), who computes (`evaluation.lease`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.files import write_atomically
+from evaluation.lease import compute_once
+from evaluation.protocol import EvaluationError, Metric
+
+__all__ = ["EvaluationResult", "ResultStore"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """One score card: (weights, protocol, data) -> metrics.
+
+    Attributes:
+        key: SHA-256 of weights digest, feature recipe, data digest and protocol; see `runner`.
+        data: the name the data was given by the caller, not part of the key.
+        metrics: the protocol's numbers by name.
+        described: unit and direction of each of them; empty in results of older versions.
+        seconds: wall time of the computation; a cached result keeps that of the original.
+        cached: True when this call computed nothing.
+
+    Raises:
+        EvaluationError: a metric is not finite.
+    """
+
+    key: str
+    protocol: str
+    version: int
+    data: str
+    data_digest: str
+    weights_digest: str
+    metrics: dict[str, float]
+    details: dict[str, Any]
+    seconds: float
+    cached: bool = False
+    described: tuple[Metric, ...] = ()
+
+    def __post_init__(self) -> None:
+        bad = {name: value for name, value in self.metrics.items() if not math.isfinite(value)}
+        if bad:
+            raise EvaluationError(f"protocol {self.protocol!r} on {self.data!r} gave non-finite metrics: {bad}")
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> EvaluationResult:
+        """Inverse of `to_json`; `ValueError` when `text` is something else."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+            raise ValueError(f"not an evaluation result of format {FORMAT}")
+        try:
+            described = tuple(Metric(**metric) for metric in fields.pop("described", ()))
+            return cls(**fields, described=described)
+        except TypeError as error:
+            raise ValueError(f"not an evaluation result: {error}") from error
+
+
+class ResultStore:
+    """The results under one root."""
+
+    def __init__(self, root: Path):
+        self._root = root / "evaluations"
+
+    def find(self, key: str) -> EvaluationResult | None:
+        """The stored result, marked cached; a file that is not a result of this key counts as absent."""
+        try:
+            result = EvaluationResult.from_json((self._root / f"{key}.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return dataclasses.replace(result, cached=True) if result.key == key else None
+
+    def publish(self, result: EvaluationResult) -> EvaluationResult:
+        self._root.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._root / f"{result.key}.json", result.to_json())
+        return result
+
+    def once(
+        self, key: str, make: Callable[[], EvaluationResult], *, data: str, force: bool = False
+    ) -> EvaluationResult:
+        """The stored result, else that of `make`, computed by one process only; `force` computes in any case.
+
+        Args:
+            data: the name under which the caller knows the data; the result carries it.
+        """
+        if force:
+            return self.publish(make())
+        lease = self._root / f"{key}.lease"
+        result, _ = compute_once(lease, lambda: self.find(key), lambda: self.publish(make()))
+        return dataclasses.replace(result, data=data)

@@ -1,0 +1,129 @@
+"""Results by key: computed once and published whole, also over processes that race."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluation.protocol import EvaluationError, Metric
+from evaluation.results import EvaluationResult, ResultStore
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULT = EvaluationResult(
+    key="k1",
+    protocol="knn",
+    version=1,
+    data="colours",
+    data_digest="d",
+    weights_digest="w",
+    metrics={"top1": 0.25},
+    details={"k": 20},
+    seconds=1.5,
+)
+
+# computes a result slowly and logs that it did; arguments: storage root, log file
+RACER = """
+import sys, time
+from pathlib import Path
+from evaluation.results import EvaluationResult, ResultStore
+
+root, log = Path(sys.argv[1]), Path(sys.argv[2])
+
+def make():
+    with open(log, "a") as file:
+        file.write("computed\\n")
+    time.sleep(1.0)
+    return EvaluationResult("k1", "knn", 1, "colours", "d", "w", {"top1": 0.25}, {}, 1.0)
+
+result = ResultStore(root).once("k1", make, data="colours")
+print(result.metrics["top1"], result.cached)
+"""
+
+
+def _python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_result__json_round_trip() -> None:
+    assert EvaluationResult.from_json(RESULT.to_json()) == RESULT
+
+
+def test_result__says_what_its_numbers_mean_after_a_round_trip() -> None:
+    meters = Metric("error", unit="m", better="lower", headline=True)
+    result = dataclasses.replace(RESULT, metrics={"error": 0.5}, described=(meters,))
+    assert EvaluationResult.from_json(result.to_json()).described == (meters,)
+
+
+def test_result__of_an_older_version_is_read() -> None:
+    fields = json.loads(RESULT.to_json())
+    del fields["described"]
+    assert EvaluationResult.from_json(json.dumps(fields)) == RESULT
+
+
+def test_result__non_finite_metrics_are_refused() -> None:
+    with pytest.raises(EvaluationError, match=r"non-finite metrics: \{'top1': nan\}"):
+        dataclasses.replace(RESULT, metrics={"top1": float("nan"), "top5": 1.0})
+
+
+def test_results__second_call_is_cached_and_takes_the_callers_name(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    assert store.once("k1", lambda: RESULT, data="colours") == RESULT
+    again = store.once("k1", lambda: pytest.fail("computed twice"), data="colours-v2")
+    assert again == dataclasses.replace(RESULT, cached=True, data="colours-v2")
+    assert [path.name for path in (tmp_path / "evaluations").iterdir() if path.suffix == ".lease"] == []
+
+
+def test_results__force_replaces(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    store.publish(RESULT)
+    other = dataclasses.replace(RESULT, metrics={"top1": 0.5})
+    assert store.once("k1", lambda: other, data="colours", force=True) == other
+    found = store.find("k1")
+    assert found is not None and found.metrics == {"top1": 0.5}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}', '{"format": 1, "key": "k1"}'])
+def test_results__a_damaged_file_counts_as_absent(tmp_path: Path, content: str) -> None:
+    store = ResultStore(tmp_path)
+    store.publish(RESULT)
+    (tmp_path / "evaluations" / "k1.json").write_text(content)
+    assert store.find("k1") is None
+    assert not store.once("k1", lambda: RESULT, data="colours").cached
+
+
+def test_results__a_result_under_another_key_counts_as_absent(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    store.publish(RESULT)
+    (tmp_path / "evaluations" / "k1.json").rename(tmp_path / "evaluations" / "k2.json")
+    assert store.find("k2") is None
+
+
+def test_results__two_processes_race_and_one_computes(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    racers = [_python(RACER, tmp_path, log) for _ in range(2)]
+    outputs = sorted(racer.communicate(timeout=60)[0].strip() for racer in racers)
+    assert outputs == ["0.25 False", "0.25 True"]
+    assert log.read_text() == "computed\n"
+
+
+def test_results__a_failed_computation_leaves_the_way_free(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+
+    def fail() -> EvaluationResult:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        store.once("k1", fail, data="colours")
+    assert store.once("k1", lambda: RESULT, data="colours") == RESULT
