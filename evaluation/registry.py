@@ -10,7 +10,8 @@ Not here: what a protocol is (`evaluation.protocol`), what heads compute (`score
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -23,6 +24,7 @@ from evaluation.protocol import EvaluationError, Metric, Protocol, described
 __all__ = ["PROTOCOLS", "EvaluationError", "Metric", "Protocol", "describe", "load_head", "names", "protocol"]
 
 ENTRY_POINT_GROUP = "pretrain.evaluations"
+_FACTS = tuple(field.name for field in fields(Metric))
 
 
 def _built_in() -> dict[str, Protocol]:
@@ -65,16 +67,19 @@ def protocol(name: str) -> Protocol:
     return found
 
 
-def describe(name: str, reported: Iterable[str]) -> tuple[Metric, ...]:
-    """What the numbers of a record mean that does not say so itself: one that an older version wrote.
+def describe(name: str, reported: Iterable[str], facts: Iterable[Mapping[str, Any]] = ()) -> tuple[Metric, ...]:
+    """What the numbers of a record mean.
 
     Args:
-        name: of the protocol, which need not be installed any more; its numbers are then taken for fractions.
-        reported: names of the numbers, the headline first.
+        name: of the protocol, which need not be installed any more.
+        reported: names of the numbers.
+        facts: what the record says of them, the fields of a `Metric` each. A record of an older version says nothing:
+            then they mean what the protocol says now, and without the protocol fractions, the headline first.
     """
-    wanted = list(reported)
-    known = {metric.name: metric for metric in protocol(name).metrics} if name in names() else {}
-    return described(known.get(metric, metric) for metric in wanted)
+    known = {str(fact["name"]): Metric(**{key: fact[key] for key in _FACTS if key in fact}) for fact in facts}
+    if not known and name in names():
+        known = {metric.name: metric for metric in protocol(name).metrics}
+    return described(known.get(metric, metric) for metric in reported)
 
 
 def load_head(spec: Protocol) -> Any:

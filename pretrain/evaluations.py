@@ -8,28 +8,33 @@ Not here: the protocols (`evaluation`), starting evaluations and pruning (`pretr
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from evaluation.protocol import Metric, ranked
+from evaluation.registry import describe
 from pretrain.config.schema import EvaluationTask, Recipe
 from pretrain.errors import RequestError
 from pretrain.record.events import Evaluated
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RECIPE, runs_in
+from pretrain.record.scores import best_steps
 
 if TYPE_CHECKING:
     from evaluation.runner import EvaluationResult
 
-__all__ = ["due", "evaluate", "evaluate_task", "leaderboard", "retention"]
+__all__ = ["Place", "due", "evaluate", "evaluate_task", "leaderboard", "retention"]
 
 NICENESS = 10  # an evaluation beside the trainers gets about a tenth of a contended core
 
 
 def evaluate_task(checkpoint: str, step: int, task: EvaluationTask, directory: str, storage: str) -> Evaluated:
     """Run one evaluation task in a process of its own; returns what the run records about it.
+
+    It runs on CUDA when Ray gave the task a share of a GPU, else on one thread of what the trainers leave.
 
     Args:
         checkpoint: Directory with `backbone.safetensors`.
@@ -38,7 +43,7 @@ def evaluate_task(checkpoint: str, step: int, task: EvaluationTask, directory: s
         directory: Where the data lies.
         storage: Root of runs and evaluations.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one core of what the trainers leave
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     os.nice(max(0, NICENESS - os.nice(0)))
     result = _evaluate(Path(checkpoint), task, Path(directory), Path(storage))
     return _event(step, result)
@@ -117,29 +122,60 @@ def retention(recipe: Recipe, steps: Iterable[int], scores: Iterable[Evaluated])
         scores: Of its checkpoints.
     """
     train = recipe.train
-    task, _, metric = (recipe.evaluation.select or "").rpartition("/")
     trained = sorted(step for step in steps if step > 0)
-    selected = {
-        event.step: event.metrics.get(metric, math.nan)
-        for event in scores
-        if event.task == task and event.step in trained
-    }
-    ranked = sorted((-score, step) for step, score in selected.items() if math.isfinite(score))
-    best = [step for _, step in ranked[: train.keep_best]]
-    return {*trained[-train.keep_last :], *best}
+    best = best_steps(recipe.evaluation.select, (event for event in scores if event.step in trained))
+    return {*trained[-train.keep_last :], *best[: train.keep_best]}
 
 
-def leaderboard(storage: str | os.PathLike[str] = "runs") -> list[dict[str, Any]]:
-    """All evaluations under `storage`: those of runs (run, step and record), then those made by hand."""
-    rows: list[dict[str, Any]] = []
-    for run in reversed(runs_in(Path(storage))):
-        events, _ = read_events(run.evaluations)
-        rows += [{"run": run.run_id, **event.to_json()} for event in events if isinstance(event, Evaluated)]
-    of_runs = {row["key"] for row in rows}
-    for path in sorted((Path(storage) / "evaluations").glob("*.json")):
+@dataclass(frozen=True)
+class Place:
+    """One line of the leaderboard; `run` is "(by hand)" and `step` None for a checkpoint evaluated outside a run."""
+
+    protocol: str
+    data: str
+    metric: Metric
+    score: float
+    run: str
+    step: int | None
+
+
+def leaderboard(storage: str | os.PathLike[str] = "runs") -> list[Place]:
+    """All headline scores under `storage`, of runs and by hand: by protocol and data, the best first.
+
+    Of equal scores that of the newest run comes first. Scores in different units are listed apart.
+    """
+    groups: dict[tuple[str, str, Metric], list[Place]] = {}
+    for place in _places(Path(storage)):
+        groups.setdefault((place.protocol, place.data, place.metric), []).append(place)
+    order = sorted(groups, key=lambda group: (group[0], group[1], group[2].name, group[2].unit))
+    return [
+        groups[group][idx]
+        for group in order
+        for idx in ranked({idx: place.score for idx, place in enumerate(groups[group])}, group[2])
+    ]
+
+
+def _places(storage: Path) -> list[Place]:
+    """Newest runs first, then what was evaluated by hand."""
+    found, of_runs = [], set()
+    for run in reversed(runs_in(storage)):
+        for event in read_events(run.evaluations)[0]:
+            if isinstance(event, Evaluated):
+                of_runs.add(event.key)
+                found.append(_place(event.protocol, event.data, event.reported, event.metrics, run.run_id, event.step))
+    for path in sorted((storage / "evaluations").glob("*.json")):
         if path.stem not in of_runs:
-            rows.append({"run": "(by hand)", "step": "", **json.loads(path.read_text())})
-    return rows
+            record = json.loads(path.read_text())
+            reported = describe(record["protocol"], record["metrics"], record.get("described", ()))
+            found.append(_place(record["protocol"], record["data"], reported, record["metrics"], "(by hand)", None))
+    return found
+
+
+def _place(
+    protocol: str, data: str, reported: Iterable[Metric], metrics: Mapping[str, float], run: str, step: int | None
+) -> Place:
+    headline = next(metric for metric in reported if metric.headline)
+    return Place(protocol, data, headline, metrics[headline.name], run, step)
 
 
 def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path) -> EvaluationResult:
@@ -151,17 +187,15 @@ def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path) 
 
 
 def _event(step: int, result: EvaluationResult) -> Evaluated:
-    from evaluation.registry import protocol
-
-    ordered = protocol(result.protocol).metrics  # headline first, also in a result that comes from the store
     return Evaluated(
         step=step,
         protocol=result.protocol,
         data=result.data,
-        metrics={name: result.metrics[name] for name in ordered if name in result.metrics},
+        metrics=result.metrics,
         key=result.key,
         seconds=result.seconds,
         cached=result.cached,
+        described=tuple(asdict(metric) for metric in result.described),
     )
 
 

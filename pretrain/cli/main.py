@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import tempfile
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from evaluation.protocol import format_value
 from pretrain.cli.data import data
 from pretrain.errors import RequestError, RunFailed, nearest
 from pretrain.record.run_dir import BACKBONE, find_run
@@ -78,8 +79,10 @@ def evaluate(checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...],
     results = evaluate(checkpoint, protocols or None, directories or None, storage=storage)
     rows = []
     for result in results:
-        score = _headline(result.protocol, result.metrics)
-        rows.append([result.protocol, result.data, *score, "known" if result.cached else f"{result.seconds:.1f} s"])
+        metric = next(metric for metric in result.described if metric.headline)
+        score = format_value(result.metrics[metric.name], metric.unit)
+        time = "known" if result.cached else f"{result.seconds:.1f} s"
+        rows.append([result.protocol, result.data, metric.name, score, time])
     _print_table(("protocol", "data", "metric", "score", "time"), rows)
 
 
@@ -88,22 +91,22 @@ def evaluate(checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...],
 @click.option("--data", metavar="NAME", help="Only this data set.")
 @_storage
 def leaderboard(protocol: str | None, data: str | None, storage: str) -> None:
-    """List the scores of all runs, best first."""
+    """List the headline scores of all runs, best first."""
     if protocol is not None:
         _check_protocols([protocol])
     from pretrain.evaluations import leaderboard
 
     everything = leaderboard(storage)
-    _check_filter("data", data, {row["data"] for row in everything})
-    chosen = [row for row in everything if protocol in (None, row["protocol"]) and data in (None, row["data"])]
+    _check_filter("data", data, {place.data for place in everything})
+    chosen = [place for place in everything if protocol in (None, place.protocol) and data in (None, place.data)]
     if not chosen:
         click.echo(f"no evaluation in {Path(storage).absolute()} yet")
         return
     rows = []
-    for row in chosen:
-        score = _headline(row["protocol"], row["metrics"])
-        rows.append([row["protocol"], row["data"], *score, row["run"], str(row["step"])])
-    rows.sort(key=lambda row: (row[0], row[1], -float(row[3])))
+    for place in chosen:
+        score = format_value(place.score, place.metric.unit)
+        step = "" if place.step is None else str(place.step)
+        rows.append([place.protocol, place.data, place.metric.name, score, place.run, step])
     _print_table(("protocol", "data", "metric", "score", "run", "step"), rows)
 
 
@@ -240,15 +243,6 @@ def _check_filter(option: str, name: str | None, known: set[str]) -> None:
     if name is not None and known and name not in known:
         listing = ", ".join(sorted(known))
         raise RequestError(f"--{option} {name}: no such results; known are {listing}{nearest(name, known)}")
-
-
-def _headline(protocol: str, metrics: Mapping[str, float]) -> tuple[str, str]:
-    """Name and value of the score that stands for a protocol."""
-    from evaluation import registry
-
-    known = protocol in registry.names()  # a result of a plug-in may outlive the plug-in
-    metric = registry.protocol(protocol).headline if known else next(iter(metrics))
-    return metric, f"{metrics[metric]:.4f}"
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

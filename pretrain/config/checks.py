@@ -336,12 +336,17 @@ def _check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, mistake
         if mistakes.sound(f"{key}.image_size", "backbone.patch_size") and task.image_size and patch_size:
             _check_divisible(f"{key}.image_size", task.image_size, patch_size, mistakes)
     if evaluation.select is not None and mistakes.sound("evaluation.select", "evaluation.tasks"):
-        choices = [
-            f"{task.protocol}/{task.data}/{metric}"
+        scores = {
+            f"{task.protocol}/{task.data}/{metric.name}": metric
             for task in evaluation.tasks
             for metric in evaluations.protocol(task.protocol).metrics
-        ]
-        _check_known("evaluation.select", evaluation.select, "score of evaluation.tasks", choices, mistakes)
+        }
+        choices = [name for name, metric in scores.items() if metric.better is not None]
+        if evaluation.select in scores and evaluation.select not in choices:
+            problem = f"only reported, nothing can be best by it; those that say which is better: {', '.join(choices)}"
+            mistakes.add("evaluation.select", evaluation.select, problem)
+        else:
+            _check_known("evaluation.select", evaluation.select, "score of evaluation.tasks", choices, mistakes)
 
 
 def _check_known(key: str, name: str, noun: str, known: Iterable[str], mistakes: Mistakes) -> None:

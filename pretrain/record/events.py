@@ -17,6 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
+from evaluation.protocol import Metric
+from evaluation.registry import describe
+
 __all__ = [
     "CheckpointPublished",
     "DamagedEvent",
@@ -190,7 +193,8 @@ class Evaluated(Event):
     Attributes:
         step: Of the checkpoint.
         protocol, data: What was asked.
-        metrics: Scores, the headline first.
+        metrics: Scores by name.
+        described: What they mean: the fields of a `Metric` each; empty in records of older versions.
         key: Of the result in the store of evaluations.
         seconds: Wall time of the computation.
         cached: Whether the result was known before.
@@ -204,6 +208,17 @@ class Evaluated(Event):
     key: str
     seconds: float
     cached: bool
+    described: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def reported(self) -> tuple[Metric, ...]:
+        """What each of `metrics` means."""
+        return describe(self.protocol, self.metrics, self.described)
+
+    @property
+    def headline(self) -> Metric:
+        """The metric that stands for the protocol."""
+        return next(metric for metric in self.reported if metric.headline)
 
     @property
     def task(self) -> str:
@@ -300,6 +315,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Sequence) and all(_fits(item, get_args(hint)[0]) for item in value)
     if get_origin(hint) is Mapping:
         return isinstance(value, Mapping) and all(_fits(item, get_args(hint)[1]) for item in value.values())
+    if hint is Any:
+        return True
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:

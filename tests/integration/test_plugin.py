@@ -144,7 +144,7 @@ raise SystemExit(main(["evaluate", checkpoint, "--protocol", "class_mean", "--st
     storage = environment.directory / "storage"
     done = environment.run("-c", code, trained / f"checkpoints/step-{STEPS:08}", storage)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"class_mean\s+grocery\s+top1\s+0\.\d{4}", done.stdout)
+    assert re.search(r"class_mean\s+grocery\s+top1\s+\d+\.\d%", done.stdout)
     (result,) = [json.loads(path.read_text()) for path in (storage / "evaluations").glob("*.json")]
     assert result["metrics"]["top1"] > 0.1  # of 20 classes
     assert 0 < result["metrics"]["rank_share"] < 1

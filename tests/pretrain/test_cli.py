@@ -18,6 +18,7 @@ from data_pipelines.errors import DataError
 from pretrain import driver
 from pretrain.cli.main import cli, main
 from pretrain.errors import RequestError, RunFailed
+from pretrain.record.events import Evaluated
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "numpy", "ray", "mlflow", "deepspeed", "timm", "torchvision", "pandas", "matplotlib")
@@ -184,15 +185,40 @@ def test_main__leaderboard_is_sorted_and_filtered(tmp_path: Path, capsys: pytest
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows == [
         ["protocol", "data", "metric", "score", "run", "step"],
-        ["linear", "mine", "top1", "0.7500", "b", "20"],
-        ["linear", "mine", "top1", "0.6000", "(by", "hand)"],
-        ["linear", "mine", "top1", "0.5000", "a", "10"],
-        ["segmentation", "mine", "miou", "0.4000", "b", "20"],
+        ["linear", "mine", "top1", "75.0%", "b", "20"],
+        ["linear", "mine", "top1", "60.0%", "(by", "hand)"],
+        ["linear", "mine", "top1", "50.0%", "a", "10"],
+        ["segmentation", "mine", "miou", "40.0%", "b", "20"],
     ]
     assert main(["leaderboard", "--storage", str(tmp_path), "--protocol", "segmentation"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert main(["leaderboard", "--storage", str(tmp_path), "--data", "mien"]) == 2
     assert "did you mean 'mine'?" in capsys.readouterr().err
+
+
+def test_main__leaderboard_of_an_error_has_the_lowest_first_with_its_unit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The records say what their numbers mean, so the plug-in they come from need not be installed."""
+    described = [
+        {"name": "share", "unit": "fraction", "better": "higher", "headline": False},
+        {"name": "error", "unit": "m", "better": "lower", "headline": True},
+    ]
+    for run, error in (("a", 0.75), ("b", 0.25), ("c", 0.5)):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "recipe.yaml").touch()
+        event = Evaluated(
+            step=10, protocol="depth", data="rooms", metrics={"share": 0.5, "error": error}, key=run, seconds=1.0,
+            cached=False, described=tuple(described),
+        )  # fmt: skip
+        (tmp_path / run / "evaluations.jsonl").write_text(json.dumps(event.to_json()) + "\n")
+    assert main(["leaderboard", "--storage", str(tmp_path)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:] == [
+        ["depth", "rooms", "error", "0.25", "m", "b", "10"],
+        ["depth", "rooms", "error", "0.5", "m", "c", "10"],
+        ["depth", "rooms", "error", "0.75", "m", "a", "10"],
+    ]
 
 
 CHEAP = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from evaluation.protocol import Metric
 from pretrain.record import events
 from pretrain.record.events import DamagedEvent, Evaluated, EvaluationFailed, Event, Metrics, Start, from_json
 
@@ -47,6 +48,8 @@ def test_from_json__a_missing_field_is_named(event: Event) -> None:
     optional = {Start: {"exact", "pids", "decoder"}, events.Warned: {"ranks"}}.get(type(event), set())
     if isinstance(event, EvaluationFailed):
         optional = {"error"}  # without it the record is one of scores, which then lacks others
+    if isinstance(event, Evaluated):
+        optional = {"described"}  # older records do not say what their numbers mean
     for name in record.keys() - {"kind"} - optional:
         with pytest.raises(DamagedEvent, match=f"{event.kind}: no '{name}'"):
             from_json({key: value for key, value in record.items() if key != name})
@@ -94,3 +97,19 @@ def test_from_json__scores_and_failures_are_told_apart() -> None:
     assert isinstance(failed, EvaluationFailed) and failed.task == "knn/photos"
     scores = from_json({**task, "metrics": {"top1": 1}, "key": "k", "seconds": 3, "cached": False})
     assert isinstance(scores, Evaluated) and scores.task == "knn/photos"
+
+
+def test_evaluated__says_what_its_numbers_mean_and_older_records_mean_what_their_protocol_says() -> None:
+    facts = {"name": "error", "unit": "m", "better": "lower", "headline": True}
+    scores = {"share": 0.5, "error": 0.25}
+    event = Evaluated(
+        step=1, protocol="depth", data="a", metrics=scores, key="k", seconds=2.0, cached=True, described=(facts,)
+    )
+    read = from_json(event.to_json())
+    assert isinstance(read, Evaluated) and read == event
+    assert read.headline == Metric("error", unit="m", better="lower", headline=True)
+    old = from_json(
+        {**event.to_json(), "protocol": "knn", "metrics": {"top1_ci_low": 0.4, "top1": 0.5}, "described": []}
+    )
+    assert isinstance(old, Evaluated) and old.headline.name == "top1"
+    assert [metric.better for metric in old.reported] == [None, "higher"]

@@ -82,6 +82,7 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         ("name=a/b", "name=a/b: expected letters, digits"),
         ("evaluation.tasks[0].protocol=liner", "unknown protocol; known are knn, linear, segmentation; did you mean "),
         ("evaluation.tasks[0].data=mein", "unknown entry of evaluation.data; known are mine; did you mean 'mine'?"),
+        ("evaluation.select=linear/mine/top1_ci_low", "only reported, nothing can be best by it; those that say"),
         ("evaluation.select=knn/mine/top2", "unknown score of evaluation.tasks; known are linear/mine/top1"),
         # sizes
         ("backbone.image_size=30", "backbone.image_size=30: not a multiple of the patch size 4; nearest: 28 or 32"),
