@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.files import write_atomically
-from pretrain.checkpoints import store
+from pretrain.checkpoints import copies, store
 from pretrain.config.load import load_for_resume, load_recipe, to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.errors import RequestError, RunFailed
@@ -210,7 +210,7 @@ class _Driver:
             self.terminal.show(event)
         if any(isinstance(event, CheckpointPublished) for event in new) or not show:
             self._queue_evaluations(queue)
-            self._prune(queue)
+            self._prune()
 
     def _queue_evaluations(self, queue: EvaluationQueue) -> None:
         """What is due by now; the queue accepts a label once."""
@@ -219,7 +219,7 @@ class _Driver:
         for step, task in due(self.recipe, found, done):
             label = (step, task.protocol, task.data)
             directory = self.recipe.evaluation.data[task.data]
-            queue.submit(label, evaluate_task, str(found[step].path), step, task, directory, self.recipe.storage)
+            queue.submit(label, evaluate_task, found[step].location, step, task, directory, self.recipe.storage)
 
     def _collect(self, queue: EvaluationQueue) -> None:
         """Write down the evaluations that have ended; a failed one is recorded and stops nothing."""
@@ -233,11 +233,11 @@ class _Driver:
             with Journal(self.run_dir.evaluations) as journal:
                 journal.write(event)
             self.terminal.show(event)
-            self._prune(queue)
+            self._prune()
 
-    def _prune(self, queue: EvaluationQueue) -> None:
+    def _prune(self) -> None:
         steps = [found.step for found in store.published(self.run_dir.path)]
-        kept = retention(self.recipe, steps, self.scores) | {0} | {label[0] for label in queue.pending}
+        kept = retention(self.recipe, steps, self.scores)
         store.prune(self.run_dir.path, keep_last=self.recipe.train.keep_last, pinned=kept)
 
     def _is_trained(self) -> bool:
@@ -294,7 +294,7 @@ class _Driver:
         for event in sorted(self.scores, key=lambda event: event.step):
             last.update({f"{event.task}/{name}": value for name, value in event.metrics.items()})
         newest = store.latest(self.run_dir.path)
-        return RunResult(self.run_dir.run_id, self.run_dir.path, newest.path if newest else None, last)
+        return RunResult(self.run_dir.run_id, self.run_dir.path, copies.local(newest) if newest else None, last)
 
 
 class _Background(threading.Thread):

@@ -37,7 +37,7 @@ def evaluate_task(checkpoint: str, step: int, task: EvaluationTask, directory: s
     It runs on CUDA when Ray gave the task a share of a GPU, else on one thread of what the trainers leave.
 
     Args:
-        checkpoint: Directory with `backbone.safetensors`.
+        checkpoint: A checkpoint directory or URI.
         step: Its optimizer step.
         task: Protocol, name of the data, size.
         directory: Where the data lies.
@@ -45,7 +45,9 @@ def evaluate_task(checkpoint: str, step: int, task: EvaluationTask, directory: s
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     os.nice(max(0, NICENESS - os.nice(0)))
-    result = _evaluate(Path(checkpoint), task, Path(directory), Path(storage))
+    from pretrain.checkpoints.references import resolve
+
+    result = _evaluate(resolve(checkpoint, Path(storage)), task, Path(directory), Path(storage))
     return _event(step, result)
 
 
@@ -59,7 +61,7 @@ def evaluate(
     """Evaluate a checkpoint.
 
     Args:
-        checkpoint: A directory, `runs:/ID[/step]` or `models:/NAME@ALIAS`.
+        checkpoint: A directory or URI, `runs:/ID[/step]` or `models:/NAME@ALIAS`.
         protocols: Names of protocols; default: those of the checkpoint's recipe, else every one that suits the data.
         data: Name -> directory with train-*.tar and test-*.tar; default: the data of the checkpoint's recipe.
         storage: Root of runs and evaluations.
@@ -71,10 +73,10 @@ def evaluate(
         RequestError: An unknown checkpoint, protocol or data set, or data that a protocol cannot use.
     """
     from evaluation.registry import names
-    from pretrain.checkpoints.references import resolve_checkpoint
+    from pretrain.checkpoints.references import resolve
 
     root = Path(storage).absolute()
-    path = resolve_checkpoint(str(checkpoint), root)
+    path = resolve(str(checkpoint), root)
     if unknown := [name for name in protocols or () if name not in names()]:
         raise RequestError(*(f"protocol {name!r} is unknown; there are: {', '.join(names())}" for name in unknown))
     if data is not None:

@@ -78,8 +78,9 @@ def train(
     torch.manual_seed(recipe.train.seed + 1 + rank)  # stochastic depth and the like differ between ranks
     clock.note("built")
 
+    store.place(run_dir, recipe.checkpoints.storage)
     found = state.newest(run_dir)
-    begin = state.stream_state(found[1]) if found else StreamState(0, 0)
+    begin = found.stream_state if found else StreamState(0, 0)
     stream = build_stream(recipe, objective, rank, begin, pin_memory=device.type == "cuda")
     run = RunDir(run_dir)
     with Journal(run.journal) if rank == 0 else nullcontext() as journal:
@@ -90,13 +91,13 @@ def train(
                 if listener is not None:
                     listener(event)
 
-        _announce(recipe, objective, stream, device, found[0].step if found else 0, emit)
+        _announce(recipe, objective, stream, device, found.step if found else 0, emit)
         if found:
-            emit(state.restore(*found, engine, stream))
+            emit(state.restore(found, engine, stream))
         elif recipe.evaluation.baseline and not store.published(run_dir):
             path = state.take(run_dir, 0, engine, stream, recipe, training_state=False)
             emit(CheckpointPublished(step=0, path=run.relative(path)))
-        run_steps(recipe, run, engine, stream, found[0].step if found else 0, emit, clock)
+        run_steps(recipe, run, engine, stream, found.step if found else 0, emit, clock)
         emit(Finished(step=recipe.train.steps))
     dist.barrier()  # all ranks: nobody leaves while rank 0 still publishes
     dist.destroy_process_group()

@@ -1,34 +1,34 @@
-"""Finding checkpoints by name and fetching them: `NAME@best`, `models:/NAME/3`, `runs:/RUN_ID/100`, a directory.
-
-Whatever is fetched is checked before it appears at its destination: the version in the registry holds the digest of
-`checkpoint.json`, which holds the digest of every file. Only safetensors, JSON and YAML are read, nothing is unpickled.
+"""What a reference to a checkpoint means, in one place: `resolve` turns it into a verified directory on this machine.
 
     NAME, NAME@ALIAS, models:/NAME, models:/NAME@ALIAS    a registered checkpoint; without an alias the best
     models:/NAME/3                                        that version
     runs:/RUN_ID[/STEP | /best | /last]                   a checkpoint of a run (our id or MLflow's); default: the last
     DIRECTORY                                             a checkpoint directory
+    URI                                                   one in a remote store, e.g. s3://BUCKET/RUN_ID/step-00000100
+
+Whatever is fetched is checked before it appears: the version in the registry holds the digest of `checkpoint.json`,
+which holds the digest of every file. Only safetensors, JSON and YAML are read, nothing is unpickled.
 
 Not here: registering checkpoints and moving aliases (`pretrain.tracking.sync`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from data_pipelines.storage.locations import redact
-from pretrain.checkpoints.store import CheckpointError, published, read_manifest
+from pretrain.checkpoints import copies
+from pretrain.checkpoints.storage import open_storage
+from pretrain.checkpoints.store import REMOVED, TRAINING_STATE, CheckpointError, published, verify
 from pretrain.errors import RequestError, RunFailed, listed, nearest
 from pretrain.record.events import Evaluated
 from pretrain.record.journal import read_events
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
 
     from backbones.encoder import Encoder
 
-__all__ = ["best_step", "load_backbone", "pull", "resolve_checkpoint"]
+__all__ = ["best_step", "load_backbone", "pull", "resolve"]
 
 REGISTERED = re.compile(
     rf"(?P<scheme>models:/)?(?P<name>{MODEL_NAME})(?:@(?P<alias>[A-Za-z][A-Za-z0-9_\-]*)|(?(scheme)/(?P<version>[1-9][0-9]*)|(?!)))?"
 )
 RUN = re.compile(rf"runs:/(?P<run>{MODEL_NAME})(?:/(?P<step>[0-9]+|best|last))?")
 MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
-FORMS = "a directory, NAME@ALIAS, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID[/STEP]"
+FORMS = "a directory or URI, NAME@ALIAS, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID[/STEP]"
 
 
 @dataclass(frozen=True)
@@ -96,27 +96,33 @@ def pull(
     return _fetch(version, Path(dest) if dest else Path(f"{wanted.name}-v{version.version}"), uri, full)
 
 
-def resolve_checkpoint(reference: str | Path, storage: Path = Path("runs"), *, tracking_uri: str | None = None) -> Path:
-    """The local checkpoint directory a reference means; registered ones are fetched once into the cache.
+def resolve(reference: str | Path, storage: Path = Path("runs"), *, tracking_uri: str | None = None) -> Path:
+    """The local directory of the checkpoint that a reference means; what its backbone needs is there and verified.
 
-    The cache is $PRETRAIN_CACHE/checkpoints (default ~/.cache/pretrain), one directory per digest.
+    What is not on this machine is copied once into the cache (`pretrain.checkpoints.copies`).
+
+    Args:
+        reference: One of the forms at the top of this file.
+        storage: Where runs live.
+        tracking_uri: As for `pull`.
 
     Raises:
         RequestError, CheckpointError, RunFailed: As `pull`.
     """
     text = os.fspath(reference)
     if text.startswith("runs:/"):
-        return _of_run(text, Path(storage), tracking_uri)
-    path = Path(text)
-    if (path / MANIFEST).is_file():
-        return path
-    if isinstance(reference, Path) or path.exists() or not (text.startswith("models:/") or "@" in text):
+        checkpoint = _of_run(text, Path(storage), tracking_uri)
+    elif (Path(text) / MANIFEST).is_file():
+        checkpoint = Path(text)
+    elif "://" in text:
+        where, _, name = text.rstrip("/").rpartition("/")
+        return copies.download(open_storage(where), name)
+    elif isinstance(reference, Path) or Path(text).exists() or not (text.startswith("models:/") or "@" in text):
         raise RequestError(f"checkpoint {text!r}: no directory with a {MANIFEST} in it; expected {FORMS}")
-    wanted = _parse_registered(text)
-    uri = tracking_uri or default_uri(storage)
-    with _reachable(uri):
-        version = _find(connect(uri), wanted)
-    return _cached(version, uri)
+    else:
+        checkpoint = _registered(_parse_registered(text), tracking_uri or default_uri(storage))
+    verify(checkpoint, training_state=False, remedy=copies.REFUSED)
+    return checkpoint
 
 
 def load_backbone(reference: str | Path, *, storage: Path = Path("runs"), tracking_uri: str | None = None) -> Encoder:
@@ -125,7 +131,7 @@ def load_backbone(reference: str | Path, *, storage: Path = Path("runs"), tracki
     Raises:
         RequestError, CheckpointError, RunFailed: As `pull`.
     """
-    checkpoint = resolve_checkpoint(reference, storage, tracking_uri=tracking_uri)
+    checkpoint = resolve(reference, storage, tracking_uri=tracking_uri)
     from backbones.io import load_backbone as load  # imports torch
 
     return load(checkpoint)
@@ -187,30 +193,38 @@ def _find(client: MlflowClient, wanted: Registered) -> ModelVersion:
 
 
 def _fetch(version: ModelVersion, dest: Path, uri: str, full: bool) -> Path:
-    """Fetch beside `dest`, verify, rename."""
+    """Make `dest` a copy of a registered checkpoint."""
     _refuse_occupied(dest)
-    try:
-        digest = version.tags["checkpoint_sha256"]
-        recorded = Path(version.tags["checkpoint_path"])
-    except KeyError as missing:
-        raise CheckpointError(
-            f"{version.name} version {version.version} has no tag {missing}: pretrain did not register it"
-        ) from None
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
-    aside.chmod(0o755)  # mkdtemp makes it private, dest is an ordinary directory
-    try:
+    recorded = version.tags.get("checkpoint_path", "")
+
+    def fill(into: Path) -> None:
         if full:
-            _copy_recorded(recorded, aside)
+            _copy_recorded(recorded, into)
         else:
-            _download(version, aside, uri)
-        verify_files(aside, digest)
-        if dest.is_dir():
-            dest.rmdir()
-        aside.rename(dest)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return dest
+            _download(version, into, uri)
+
+    return copies.assemble(dest, fill, _digest(version))
+
+
+def _registered(wanted: Registered, uri: str) -> Path:
+    """The cached copy of a registered checkpoint."""
+    with _reachable(uri):
+        version = _find(connect(uri), wanted)
+    return _cached(version, uri)
+
+
+def _cached(version: ModelVersion, uri: str) -> Path:
+    return copies.cached(_digest(version), lambda into: _download(version, into, uri))
+
+
+def _digest(version: ModelVersion) -> str:
+    """Of `checkpoint.json`, as registered."""
+    digest = str(version.tags.get("checkpoint_sha256", ""))
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise CheckpointError(
+            f"{version.name} version {version.version} has no valid tag checkpoint_sha256: pretrain did not register it"
+        )
+    return digest
 
 
 def _download(version: ModelVersion, into: Path, uri: str) -> None:
@@ -222,64 +236,16 @@ def _download(version: ModelVersion, into: Path, uri: str) -> None:
             download_artifacts(artifact_uri=f"{version.source}/{name}", dst_path=str(into), tracking_uri=uri)
 
 
-def _copy_recorded(recorded: Path, into: Path) -> None:
-    if not (recorded / MANIFEST).is_file():
+def _copy_recorded(recorded: str, into: Path) -> None:
+    """The whole checkpoint from where the run wrote it."""
+    where, _, name = recorded.rpartition("/")
+    found = open_storage(where or "/")
+    if not found.list(f"{name}/{TRAINING_STATE}") or found.exists(f"{name}/{REMOVED}"):
         raise RequestError(
-            f"{recorded}: the full checkpoint is not there any more (pruned, or on another machine); "
-            "without --full its backbone is fetched from MLflow"
+            f"{recorded}: its training state is not there any more (removed by train.keep_last, or another machine's); "
+            "without --full the backbone is fetched from MLflow"
         )
-    for name in [MANIFEST, *_safe_names(read_manifest(recorded)["files"])]:
-        if not (recorded / name).is_file():
-            raise CheckpointError(f"{recorded / name}: missing; {MANIFEST} lists it")
-        (into / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(recorded / name, into / name)
-
-
-def verify_files(checkpoint: Path, manifest_digest: str) -> None:
-    """Check every file in a fetched directory against `checkpoint.json`, and that one against the registry.
-
-    Args:
-        checkpoint: Directory; may lack training state, but no exported file.
-        manifest_digest: SHA-256 of its `checkpoint.json`.
-
-    Raises:
-        CheckpointError: Names the first file that is missing, not listed or different.
-    """
-    if _sha256(checkpoint / MANIFEST) != manifest_digest:
-        raise CheckpointError(
-            f"{MANIFEST} differs from the SHA-256 in the registry: it was changed after it was registered; refused"
-        )
-    entries = read_manifest(checkpoint)["files"]
-    present = {p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if not p.is_dir()} - {MANIFEST}
-    for name in sorted(present | (set(EXPORTED_FILES) - {MANIFEST})):
-        if name not in entries or not (checkpoint / name).is_file():
-            raise CheckpointError(f"{name}: {'not listed in ' + MANIFEST if name in present else 'missing'}; refused")
-        if (found := _sha256(checkpoint / name)) != entries[name]["sha256"]:
-            raise CheckpointError(
-                f"{name}: SHA-256 is {found[:12]}..., {MANIFEST} says {entries[name]['sha256'][:12]}...: "
-                "one of them was changed after publication; refused"
-            )
-
-
-def _cached(version: ModelVersion, uri: str) -> Path:
-    root = Path(os.environ.get("PRETRAIN_CACHE") or Path.home() / ".cache" / "pretrain") / "checkpoints"
-    digest = version.tags.get("checkpoint_sha256", "")
-    if not re.fullmatch("[0-9a-f]{64}", digest):
-        raise CheckpointError(
-            f"{version.name} version {version.version} has no valid tag checkpoint_sha256: pretrain did not register it"
-        )
-    cached = root / digest[:32]
-    try:
-        verify_files(cached, digest)
-        return cached
-    except (FileNotFoundError, CheckpointError):
-        shutil.rmtree(cached, ignore_errors=True)  # never fetched, or damaged since
-    fetched = _fetch(version, root / f"{cached.name}.{os.getpid()}", uri, full=False)
-    try:
-        fetched.rename(cached)
-    except OSError:  # another process was quicker
-        shutil.rmtree(fetched)
-    return cached
+    copies.copy_listed(found, name, into, training_state=True)
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -310,17 +276,15 @@ def _with_mlflow_id(mlflow_run_id: str, runs: Iterable[RunDir]) -> RunDir | None
 
 
 def _step_of(run_dir: Path, step: str) -> Path:
-    paths = {found.step: found.path for found in published(run_dir)}
-    if not paths:
+    found = {checkpoint.step: checkpoint for checkpoint in published(run_dir)}
+    if not found:
         raise RequestError(f"{run_dir}: this run has published no checkpoint")
-    if step == "best":
-        if (best := best_step(run_dir)) is None:
-            raise RequestError(f"{run_dir}: no checkpoint was scored by evaluation.select; steps: {listed(paths)}")
-        return paths[best]
-    number = max(paths) if step == "last" else int(step)
-    if number not in paths:
-        raise RequestError(f"{run_dir}: no checkpoint of step {number}; there are: {listed(paths)}")
-    return paths[number]
+    number = best_step(run_dir) if step == "best" else max(found) if step == "last" else int(step)
+    if number is None:
+        raise RequestError(f"{run_dir}: no checkpoint was scored by evaluation.select; steps: {listed(found)}")
+    if number not in found:
+        raise RequestError(f"{run_dir}: no checkpoint of step {number}; there are: {listed(found)}")
+    return copies.local(found[number])
 
 
 def _registered_by(mlflow_run_id: str, step: str, uri: str) -> Path:
@@ -363,20 +327,6 @@ def _refuse_occupied(dest: Path) -> None:
         raise RequestError(
             f"{dest}: already exists and is not an empty directory; choose another destination or remove it"
         )
-
-
-def _safe_names(names: Iterable[str]) -> Iterator[str]:
-    """Relative paths that stay inside their directory."""
-    for name in names:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or path.as_posix() != name:
-            raise CheckpointError(f"{MANIFEST}: {name!r} is no path inside a checkpoint; refused")
-        yield name
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

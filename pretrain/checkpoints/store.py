@@ -1,48 +1,67 @@
 """Checkpoints: directories that appear complete or not at all, and are verified before anything of them is used.
 
-A checkpoint is written aside as `.step-XXXXXXXX.partial`, flushed to disk with `checkpoint.json` (digests of every
-file) last, and renamed. Whatever is named `step-XXXXXXXX` is therefore complete; a crash leaves at most a `.partial`,
-which the next publication of that step overwrites.
-
     step-00000100/  backbone.safetensors  recipe.yaml  checkpoint.json  training_state/ (DeepSpeed's shards, RNG states)
 
-Only `training_state` holds pickles (DeepSpeed's format): it is read after its digests matched, and only to resume.
+Publication. Each rank stages its files on its own disk, digests them and hands them to the storage; rank 0 then
+publishes them with `checkpoint.json`, which lists every file with its SHA-256. A process that dies on the way leaves
+nothing that is listed, and what it leaves goes when the step is written again.
 
-What is not here: when to publish (`pretrain.worker`), registering and pulling (`pretrain.checkpoints.references`).
+Retention removes training states, which are large and of no use but to resume; backbones stay. A removed state leaves
+the mark `training_state.removed`, written first: from then on nobody resumes from that checkpoint, however much of the
+state is still being deleted.
+
+Trust. `verify` is the only verifier; it refuses a checkpoint whose manifest does not list what would be loaded. Using a
+backbone reads safetensors, JSON and YAML. Resuming unpickles what DeepSpeed wrote into `training_state`: digests tell
+that the files are those that the manifest lists, not who wrote the manifest. So resume, and `resume_from`, only from
+directories that nobody else can write to; a training state that somebody hands you can run code.
+
+Not here: the kinds of storage (`pretrain.checkpoints.storage`), copies of remote checkpoints
+(`pretrain.checkpoints.copies`), finding them by name (`pretrain.checkpoints.references`), when to publish
+(`pretrain.worker`), what a rank writes (`pretrain.training.state`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pretrain.record.run_dir import MANIFEST
+from data_pipelines.files import sha256, write_atomically
+from pretrain.checkpoints.storage import CheckpointStorage, LocalStorage, open_storage
+from pretrain.record.run_dir import BACKBONE, MANIFEST, RECIPE
 from pretrain.version import __version__
 
 __all__ = [
+    "TRAINING_STATE",
     "CheckpointError",
+    "Published",
+    "begin",
     "checkpoint_path",
+    "hand_over",
+    "has_training_state",
     "latest",
+    "parse_manifest",
+    "place",
     "prune",
     "publish",
     "published",
     "read_manifest",
-    "staging_path",
+    "stage",
+    "storage_of",
     "verify",
 ]
 
 FORMAT = 1
 TRAINING_STATE = "training_state"
+REMOVED = "training_state.removed"
 REMEDY = "delete this checkpoint to resume from the one before"
+_ELSEWHERE = "stored_at.txt"  # in the run's checkpoints/: the URI of the storage that holds them instead
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -52,52 +71,149 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Published:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint."""
 
     step: int
-    path: Path
+    storage: CheckpointStorage
+
+    @property
+    def name(self) -> str:
+        return _name(self.step)
+
+    @property
+    def location(self) -> str:
+        """Its directory or URI, a reference that `pretrain.checkpoints.references` resolves."""
+        return self.storage.location(self.name)
+
+    @property
+    def has_training_state(self) -> bool:
+        """Whether it can be resumed from."""
+        return not self.storage.exists(f"{self.name}/{REMOVED}") and bool(
+            self.storage.list(f"{self.name}/{TRAINING_STATE}")
+        )
+
+    def manifest(self) -> dict[str, Any]:
+        """The contents of its `checkpoint.json`.
+
+        Raises:
+            CheckpointError: As `parse_manifest`.
+        """
+        return parse_manifest(self.storage.read(f"{self.name}/{MANIFEST}"), f"{self.location}/{MANIFEST}")
+
+
+# Where ----------------------------------------------------------------------------------------------------------------
+
+
+def place(run_dir: Path, uri: str | None) -> None:
+    """Say once where the checkpoints of a run are stored; None: in its directory. Every machine of a run says it.
+
+    Raises:
+        CheckpointError: The run has begun to store them elsewhere.
+    """
+    pointer = run_dir / "checkpoints" / _ELSEWHERE
+    wanted = None if uri is None else f"{uri.rstrip('/')}/{run_dir.name}"
+    known = pointer.read_text().strip() if pointer.is_file() else None
+    if known is None and wanted is not None and not LocalStorage(pointer.parent).published():
+        pointer.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(pointer, f"{wanted}\n".encode())
+    elif known != wanted:
+        raise CheckpointError(
+            f"checkpoints.storage={uri}: the checkpoints of {run_dir.name} are in {known or pointer.parent} already"
+        )
+
+
+def storage_of(run_dir: Path) -> CheckpointStorage:
+    """The storage of a run's checkpoints."""
+    folder = run_dir / "checkpoints"
+    pointer = folder / _ELSEWHERE
+    return open_storage(pointer.read_text().strip()) if pointer.is_file() else LocalStorage(folder)
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is published."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+    """How the run calls the checkpoint of `step`; with local storage that is its directory."""
+    return run_dir / "checkpoints" / _name(step)
 
 
-def staging_path(run_dir: Path, step: int) -> Path:
-    """Where it is written first; never a name that a reader would take for a checkpoint."""
-    return run_dir / "checkpoints" / f".step-{step:08d}.partial"
+def stage(run_dir: Path, step: int, rank: int) -> Path:
+    """An empty directory where a rank writes its files first; no reader takes its name for a checkpoint."""
+    staged = run_dir / "checkpoints" / f".{_name(step)}.rank-{rank:05d}"
+    shutil.rmtree(staged, ignore_errors=True)  # of a process that died
+    staged.mkdir(parents=True)
+    return staged
+
+
+# Which ----------------------------------------------------------------------------------------------------------------
 
 
 def published(run_dir: Path) -> list[Published]:
     """All complete checkpoints of a run, by step."""
-    names = sorted((run_dir / "checkpoints").glob("step-*"))
-    return [Published(int(match[1]), path) for path in names if (match := _NAME.fullmatch(path.name))]
+    storage = storage_of(run_dir)
+    return [Published(int(match[1]), storage) for name in storage.published() if (match := _NAME.fullmatch(name))]
 
 
 def latest(run_dir: Path) -> Published | None:
     """The newest checkpoint that training can resume from."""
-    for found in reversed(published(run_dir)):
-        if (found.path / TRAINING_STATE).is_dir():
-            return found
-    return None
+    return next((found for found in reversed(published(run_dir)) if found.has_training_state), None)
 
 
-def publish(run_dir: Path, step: int, manifest: dict[str, Any]) -> Path:
-    """Complete the staged checkpoint of `step` with its manifest and give it its name. Call on one rank.
-
-    Args:
-        run_dir: Directory of the run.
-        step: Optimiser steps done.
-        manifest: What `checkpoint.json` says beside format, time, files and versions.
+def prune(run_dir: Path, *, keep_last: int, pinned: Iterable[int] = ()) -> list[int]:
+    """Remove all training states but the newest `keep_last` and those of the pinned steps; backbones stay.
 
     Returns:
-        The published directory.
+        The steps whose training state went.
     """
-    staged, final = staging_path(run_dir, step), checkpoint_path(run_dir, step)
-    files = {}
-    for path in sorted(p for p in staged.rglob("*") if p.is_file()):
-        files[path.relative_to(staged).as_posix()] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        _flush(path)
+    resumable = [found for found in published(run_dir) if found.has_training_state]
+    kept = {found.step for found in resumable[-keep_last:]} | set(pinned)
+    gone = [found for found in resumable if found.step not in kept]
+    for found in gone:
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        found.storage.mark(f"{found.name}/{REMOVED}", f"removed by retention (train.keep_last), {when}\n".encode())
+        found.storage.remove(f"{found.name}/{TRAINING_STATE}")
+    return [found.step for found in gone]
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def begin(storage: CheckpointStorage, step: int) -> None:
+    """Make room for the checkpoint of `step`. Call it on one rank, before any other hands over."""
+    storage.begin(_name(step))
+
+
+def hand_over(storage: CheckpointStorage, step: int, staged: Path) -> dict[str, dict[str, Any]]:
+    """Digest what this rank has staged and give it to the storage; `staged` is gone afterwards.
+
+    Returns:
+        Name -> SHA-256 and bytes, this rank's share of the manifest's `files`.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(path for path in staged.rglob("*") if path.is_file()):
+        name = path.relative_to(staged).as_posix()
+        files[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+        storage.write(_name(step), name, path)
+    shutil.rmtree(staged)
+    return files
+
+
+def publish(
+    storage: CheckpointStorage, step: int, manifest: Mapping[str, Any], shares: Sequence[Mapping[str, Any]]
+) -> Published:
+    """Publish what all ranks have handed over. Call it on one rank, after all of them.
+
+    Args:
+        storage: Of the run.
+        step: Optimiser steps done.
+        manifest: What `checkpoint.json` says beside format, time, files and versions.
+        shares: What `hand_over` returned on each rank.
+
+    Raises:
+        CheckpointError: Two ranks wrote a file of the same name.
+    """
+    files: dict[str, Any] = {}
+    for rank, share in enumerate(shares):
+        if twice := sorted(files.keys() & share.keys()):
+            raise CheckpointError(f"step {step}: rank {rank} wrote {twice[0]}, which another rank wrote, too")
+        files.update(share)
     complete = {
         "format": FORMAT,
         **manifest,
@@ -105,84 +221,104 @@ def publish(run_dir: Path, step: int, manifest: dict[str, Any]) -> Path:
         "created": time.time(),
         "files": files,
         "versions": {"pretrain": __version__, **{name: version(name) for name in ("torch", "deepspeed", "timm")}},
-        TRAINING_STATE: (staged / TRAINING_STATE).is_dir(),
+        TRAINING_STATE: any(name.startswith(f"{TRAINING_STATE}/") for name in files),
     }
-    (staged / MANIFEST).write_text(json.dumps(complete, indent=1, sort_keys=True) + "\n")
-    for name in files:  # safetensors writes files that only their owner can read; the umask decides
-        (staged / name).chmod((staged / MANIFEST).stat().st_mode)
-    _flush(staged / MANIFEST)
-    for directory in [*(p for p in staged.rglob("*") if p.is_dir()), staged]:
-        _flush(directory)
-    if (
-        final.exists()
-    ):  # the same step again after a restart from an earlier checkpoint: bit-equal weights, newer file times
-        remove(final)
-    staged.rename(final)
-    _flush(final.parent)
-    return final
+    storage.publish(_name(step), (json.dumps(complete, indent=1, sort_keys=True) + "\n").encode())
+    return Published(step, storage)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def parse_manifest(content: bytes, origin: str) -> dict[str, Any]:
+    """What a `checkpoint.json` says.
+
+    Raises:
+        CheckpointError: It is not JSON, of a format this version does not know, or lists names outside a checkpoint.
+    """
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{origin}: not valid JSON ({error})") from None
+    found = manifest.get("format") if isinstance(manifest, dict) else "?"
+    if found != FORMAT:
+        raise CheckpointError(f"{origin}: format {found}, expected {FORMAT}")
+    for name in manifest["files"]:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or path.as_posix() != name:
+            raise CheckpointError(f"{origin}: {name!r} is no path inside a checkpoint; refused")
+    checked: dict[str, Any] = manifest
+    return checked
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The contents of `checkpoint.json`.
+    """The contents of the `checkpoint.json` in a directory.
 
     Raises:
-        CheckpointError: It is missing, not JSON, or of a format this version does not know.
+        CheckpointError: It is missing, or as `parse_manifest`.
     """
-    path = checkpoint / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        return parse_manifest((checkpoint / MANIFEST).read_bytes(), str(checkpoint / MANIFEST))
     except FileNotFoundError:
         raise CheckpointError(f"{checkpoint}: no {MANIFEST} in it; not a published checkpoint") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: format {manifest.get('format') if isinstance(manifest, dict) else '?'}, expected {FORMAT}"
-        )
-    return manifest
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """Check the size and SHA-256 of every file of a checkpoint; returns its manifest.
+def has_training_state(checkpoint: Path) -> bool:
+    """Whether a directory on this machine can be resumed from."""
+    return not (checkpoint / REMOVED).exists() and bool(_state_files(checkpoint))
+
+
+def verify(
+    checkpoint: Path,
+    *,
+    digest: str | None = None,
+    training_state: bool = True,
+    share: tuple[int, int] = (0, 1),
+    remedy: str = REMEDY,
+) -> dict[str, Any]:
+    """Check a checkpoint against its manifest; the only verifier there is.
+
+    Whatever would be loaded has to be listed, and whatever is listed has to be there and equal. The training state may
+    be missing as a whole, never in part.
+
+    Args:
+        checkpoint: Its directory on this machine.
+        digest: SHA-256 that `checkpoint.json` itself has in the registry, if it comes from there.
+        training_state: False leaves the training state alone, for who only uses the backbone.
+        share: (i, n) reads the i-th of n shares of the files, because other processes read the others.
+        remedy: How messages end.
+
+    Returns:
+        The manifest.
 
     Raises:
-        CheckpointError: Names the file that is missing or differs.
+        CheckpointError: Names the first file that is missing, not listed or different.
     """
     manifest = read_manifest(checkpoint)
-    for name, expected in manifest["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing, {MANIFEST} lists it; {REMEDY}")
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{path}: contents differ from the SHA-256 in {MANIFEST}; {REMEDY}")
+    if digest is not None and sha256(checkpoint / MANIFEST) != digest:
+        raise CheckpointError(
+            f"{checkpoint / MANIFEST} differs from the SHA-256 in the registry: "
+            f"it was changed after it was registered; {remedy}"
+        )
+    listed: dict[str, Any] = manifest["files"]
+    state = _state_files(checkpoint) if training_state and has_training_state(checkpoint) else set()
+    exported = {BACKBONE} | ({RECIPE} if (checkpoint / RECIPE).exists() else set())
+    if unlisted := sorted((state | exported) - listed.keys()):
+        raise CheckpointError(f"{checkpoint / unlisted[0]}: not listed in {MANIFEST}; {remedy}")
+    names = sorted(name for name in listed if state or not name.startswith(f"{TRAINING_STATE}/"))
+    if missing := [name for name in names if not (checkpoint / name).is_file()]:
+        raise CheckpointError(f"{checkpoint / missing[0]}: missing, {MANIFEST} lists it; {remedy}")
+    for name in names[share[0] :: share[1]]:
+        path, expected = checkpoint / name, listed[name]
+        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path}: contents differ from the SHA-256 in {MANIFEST}; {remedy}")
     return manifest
 
 
-def prune(run_dir: Path, *, keep_last: int, pinned: Iterable[int] = ()) -> list[int]:
-    """Delete all but the newest `keep_last` checkpoints and the pinned steps; returns the steps that went."""
-    kept = {found.step for found in published(run_dir)[-keep_last:]} | set(pinned)
-    gone = [found for found in published(run_dir) if found.step not in kept]
-    for found in gone:
-        remove(found.path)
-    return [found.step for found in gone]
+def _state_files(checkpoint: Path) -> set[str]:
+    paths = (checkpoint / TRAINING_STATE).rglob("*")
+    return {path.relative_to(checkpoint).as_posix() for path in paths if not path.is_dir()}
 
 
-def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint so that no reader ever sees half of it under its name."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _name(step: int) -> str:
+    return f"step-{step:08d}"

@@ -63,6 +63,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
     _check_optimizer_shards(draft, mistakes)
     _check_precision(draft.train, mistakes)
     _check_deepspeed(draft.deepspeed, mistakes)
+    _check_checkpoint_storage(draft.checkpoints.storage, mistakes)
     recipe = replace(
         draft,
         data=_with_absolute_paths(draft.data),
@@ -316,6 +317,26 @@ def _checked_storage(storage: str, mistakes: Mistakes) -> str:
         elif Path(absolute(storage)).is_file():
             mistakes.add("storage", storage, "is a file; expected a directory")
     return str(absolute(storage))
+
+
+def _check_checkpoint_storage(uri: str | None, mistakes: Mistakes) -> None:
+    if uri is None or not mistakes.sound("checkpoints.storage"):
+        return
+    from fsspec.registry import known_implementations, registry
+
+    scheme, separator, rest = uri.partition("://")
+    example = "expected a URI such as s3://BUCKET/PREFIX, or null for the directory of the run"
+    problem = None
+    if not separator or not rest:
+        problem = example
+    elif scheme == "memory":
+        problem = f"holds what one process writes, and no other sees it; {example}"
+    elif scheme not in registry and scheme not in known_implementations:
+        problem = f"fsspec knows no {scheme}://{nearest(scheme, known_implementations)}; {example}"
+    elif "@" in rest.partition("/")[0]:
+        problem = "user and password belong in the environment of the store's library, not in a recipe"
+    if problem:
+        mistakes.add("checkpoints.storage", redact(uri), problem)
 
 
 def _check_evaluation_data(evaluation: EvaluationConfig, mistakes: Mistakes) -> None:

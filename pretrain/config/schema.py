@@ -15,6 +15,7 @@ from backbones.images.config import ImageConfig
 from pretrain.config.optimizer_facts import NAMES
 
 __all__ = [
+    "CheckpointsConfig",
     "ClusterConfig",
     "DataConfig",
     "EvaluationConfig",
@@ -148,14 +149,23 @@ class TrainConfig:
     seed: int = setting("seed of weights, sample order, crops and masks", 0, range=(0, 2**31 - 1))
     log_every: int = setting("steps between two recorded metrics", 10, range=(1, None))
     checkpoint_every: int = setting("steps between two checkpoints; the last step always has one", range=(1, None))
-    keep_last: int = setting("newest checkpoints whose training state is kept", 2, range=(1, None))
-    keep_best: int = setting("best checkpoints by evaluation.select that are kept besides", 1, range=(0, None))
+    keep_last: int = setting("newest checkpoints whose training state is kept; backbones all stay", 2, range=(1, None))
+    keep_best: int = setting("best checkpoints by evaluation.select that keep theirs besides", 1, range=(0, None))
     max_failures: int = setting("restarts of the worker group before the run gives up", 3, range=(0, None))
     max_skipped_steps: int = setting(
         "steps with a non-finite loss that are skipped before the run ends", 10, range=(0, None)
     )
     stop_on_collapse: bool = setting("end the run when the objective finds its features or loss collapsed", False)
     pictures_every: int | None = setting("steps between pictures; 0: none; null: as checkpoints", None, range=(0, None))
+
+
+@dataclass(frozen=True)
+class CheckpointsConfig:
+    """Where checkpoints are stored."""
+
+    storage: str | None = setting(
+        "store for checkpoints, e.g. s3://BUCKET/PREFIX; null: the directory of the run", None, metavar="URI"
+    )
 
 
 @dataclass(frozen=True)
@@ -208,6 +218,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -21,7 +21,7 @@ import yaml
 
 from data_pipelines.files import write_atomically
 from pretrain.checkpoints.references import best_step
-from pretrain.checkpoints.store import CheckpointError, published, read_manifest
+from pretrain.checkpoints.store import CheckpointError, published
 from pretrain.errors import RequestError
 from pretrain.record.events import (
     Evaluated,
@@ -151,7 +151,7 @@ def _versions(run: RunDir) -> dict[str, str]:
     if not checkpoints:
         return {}
     try:
-        return dict(read_manifest(checkpoints[-1].path)["versions"])
+        return dict(checkpoints[-1].manifest()["versions"])
     except (CheckpointError, KeyError):  # a damaged checkpoint is refused by whoever uses it; the page does without
         return {}
 

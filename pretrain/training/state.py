@@ -9,7 +9,10 @@ Not here: the files and their atomic publication (`pretrain.checkpoints.store`),
 
 from __future__ import annotations
 
-import shutil
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +22,29 @@ from safetensors.torch import load_file, save_file
 
 from backbones.io import save_backbone
 from data_pipelines.streaming.stream import Stream, StreamState
-from pretrain.checkpoints import store
+from pretrain.checkpoints import copies, store
 from pretrain.config.load import to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.record.events import Resumed
 from pretrain.record.run_dir import BACKBONE, RECIPE
 from pretrain.training.engine import Engine
 
-__all__ = ["newest", "restore", "take"]
+__all__ = ["Snapshot", "bring", "newest", "restore", "take"]
 
 EXTRA_STATE = "objective.safetensors"  # buffers and teacher of the objective, the same on every rank
 
 
 def take(
-    run_dir: Path, step: int, engine: Engine, stream: Stream, recipe: Recipe, *, training_state: bool = True
+    run_dir: Path,
+    step: int,
+    engine: Engine,
+    stream: Stream,
+    recipe: Recipe,
+    *,
+    training_state: bool = True,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Publish a checkpoint after `step` optimizer steps. A collective; returns the published directory.
+    """Publish a checkpoint after `step` optimizer steps. A collective; returns how the run calls it.
 
     Args:
         run_dir: Directory of the run.
@@ -42,27 +52,28 @@ def take(
         engine: What to save.
         stream: Whose position after `step` is saved.
         recipe: Saved along.
-        training_state: False for the backbone alone (the randomly initialised one, which nobody resumes from).
+        training_state: False for the backbone alone (that of step 0, which nobody resumes from).
+        origin: What the run started from, for `checkpoint.json`; None: from scratch.
     """
-    staged = store.staging_path(run_dir, step)
-    state_dir = staged / store.TRAINING_STATE
-    rank = dist.get_rank()
+    rank, storage = dist.get_rank(), store.storage_of(run_dir)
+    own = store.stage(run_dir, step, rank)
+    state_dir = own / store.TRAINING_STATE
     if rank == 0:
-        shutil.rmtree(staged, ignore_errors=True)
-        (state_dir if training_state else staged).mkdir(parents=True)
-    dist.barrier()  # all ranks: the directory is there
+        store.begin(storage, step)
+    dist.barrier()  # all ranks: nothing is left of an earlier attempt
     if training_state:
+        state_dir.mkdir()
         engine.save(state_dir)
         save_file(_rng_states(engine.device), state_dir / f"rng-{rank:05d}.safetensors")
     weights = engine.backbone_weights()
-    path = store.checkpoint_path(run_dir, step)
     if rank == 0:
         if training_state:
             extra = {name: tensor.detach().cpu().clone() for name, tensor in engine.objective.extra_state().items()}
             save_file(extra, state_dir / EXTRA_STATE)
-        save_backbone(staged / BACKBONE, weights, engine.objective.exported.spec)
-        (staged / RECIPE).write_text(to_yaml(recipe))
-    dist.barrier()  # all ranks have written: digests may be taken
+        save_backbone(own / BACKBONE, weights, engine.objective.exported.spec)
+        (own / RECIPE).write_text(to_yaml(recipe))
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, store.hand_over(storage, step, own))  # all ranks have written and digested
     if rank == 0:
         state = stream.state_at(step)
         manifest = {
@@ -74,32 +85,80 @@ def take(
             "precision": recipe.train.precision,
             "objective": recipe.objective.name,
             "backbone": engine.objective.exported.spec,
+            "origin": None if origin is None else dict(origin),
         }
-        store.publish(run_dir, step, manifest)
+        store.publish(storage, step, manifest, shares)
     dist.barrier()  # all ranks: a restart from here on finds this checkpoint
-    return path
+    return store.checkpoint_path(run_dir, step)
 
 
-def newest(run_dir: Path) -> tuple[store.Published, dict[str, Any]] | None:
-    """The newest resumable checkpoint and its manifest, verified on rank 0. A collective: all ranks agree.
+@dataclass(frozen=True)
+class Snapshot:
+    """A verified checkpoint with its training state, on this machine.
+
+    Attributes:
+        path: Its directory.
+        manifest: Its `checkpoint.json`.
+        is_shared: All ranks see the same directory.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    is_shared: bool
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done when it was taken."""
+        return int(self.manifest["step"])
+
+    @property
+    def stream_state(self) -> StreamState:
+        """Where the stream continues after it."""
+        return StreamState(self.manifest["stream"]["epoch"], self.manifest["stream"]["position"])
+
+
+def newest(run_dir: Path) -> Snapshot | None:
+    """The newest resumable checkpoint of a run, verified. A collective: all ranks agree.
 
     Raises:
         CheckpointError: On every rank when the files do not match their digests.
     """
-    answer: list[Any] = [None]
+    answer: list[store.Published | None] = [None]
     if dist.get_rank() == 0:
-        try:
-            found = store.latest(run_dir)
-            answer = [found and (found, store.verify(found.path))]
-        except store.CheckpointError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer, src=0)  # all ranks: resume from the same step or fail alike
-    if isinstance(answer[0], store.CheckpointError):
-        raise answer[0]
-    return answer[0]
+        answer = [store.latest(run_dir)]
+    dist.broadcast_object_list(answer, src=0)  # all ranks: resume from the same step
+    return None if answer[0] is None else bring(answer[0])
 
 
-def restore(found: store.Published, manifest: dict[str, Any], engine: Engine, stream: Stream) -> Resumed:
+def bring(found: store.Published) -> Snapshot:
+    """Verify a checkpoint with its training state, after copying it here from a remote storage. A collective.
+
+    In a directory that all ranks share, each verifies its share of the files. Of a remote storage one process per
+    machine makes a verified copy for all.
+
+    Raises:
+        CheckpointError: On every rank, when it is damaged.
+    """
+    here = socket.gethostname()
+    path, problem = found.storage.directory(found.name), None
+    is_copied = path is None
+    try:
+        if path is not None:
+            store.verify(path, share=(dist.get_rank(), dist.get_world_size()))
+        elif int(os.environ["LOCAL_RANK"]) == 0:
+            path = copies.local(found, training_state=True)
+    except (store.CheckpointError, OSError) as error:
+        problem = str(error)
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (here, path, problem))  # all ranks: the copies are made; go on or fail alike
+    if problems := [problem for _, _, problem in answers if problem]:
+        raise store.CheckpointError(problems[0])
+    path = next(path for host, path, _ in answers if path is not None and host == here)
+    hosts = {host for host, _, _ in answers}
+    return Snapshot(path, store.read_manifest(path), is_shared=not is_copied or len(hosts) == 1)
+
+
+def restore(found: Snapshot, engine: Engine, stream: Stream) -> Resumed:
     """Bring engine and RNG back to where the checkpoint was taken. A collective.
 
     With another number of ranks the training state is resharded and each rank begins a new RNG (which only stochastic
@@ -110,9 +169,10 @@ def restore(found: store.Published, manifest: dict[str, Any], engine: Engine, st
 
     Raises:
         DataError: The checkpoint was taken on another sample order.
-        CheckpointError: It was taken with another ZeRO stage, or the weights that came back are not the ones that were
-            saved.
+        CheckpointError: It was taken with another ZeRO stage, or with another number of ranks and each machine has a
+            copy of its own, or the weights that came back are not the ones that were saved.
     """
+    manifest = found.manifest
     stream.require_order(manifest["stream"]["order"])
     if manifest["zero_stage"] != engine.stage:
         stages = f"zero_stage={manifest['zero_stage']}, this run has {engine.stage}"
@@ -122,6 +182,11 @@ def restore(found: store.Published, manifest: dict[str, Any], engine: Engine, st
     if is_same_world:
         engine.load(state_dir)
         _set_rng_states(load_file(state_dir / f"rng-{dist.get_rank():05d}.safetensors"), engine.device)
+    elif not found.is_shared:
+        raise store.CheckpointError(
+            f"{found.path}: taken by {manifest['world_size']} workers; resharding takes a directory that all machines "
+            f"share; resume with train.workers={manifest['world_size']}"
+        )
     else:
         engine.load_resharded(state_dir, found.path.with_name(f".{found.path.name}.universal"))
         torch.manual_seed(torch.initial_seed() + found.step)
@@ -144,11 +209,6 @@ def restore(found: store.Published, manifest: dict[str, Any], engine: Engine, st
         epoch=manifest["stream"]["epoch"],
         position=manifest["stream"]["position"],
     )
-
-
-def stream_state(manifest: dict[str, Any]) -> StreamState:
-    """Where the stream continues after this checkpoint."""
-    return StreamState(manifest["stream"]["epoch"], manifest["stream"]["position"])
 
 
 def _rng_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pretrain.checkpoints import copies
 from pretrain.checkpoints import store as checkpoint
 from pretrain.record.events import Metrics, Resumed, Warned
 from pretrain.record.journal import read_events
@@ -82,7 +83,7 @@ def test_loop__damaged_checkpoint_is_refused_by_name(launch: Launch) -> None:
     first.wait()
     found = checkpoint.latest(first.run_dir)
     assert found is not None
-    state = next((found.path / "training_state/deepspeed").glob("*optim_states.pt"))
+    state = next((copies.local(found) / "training_state/deepspeed").glob("*optim_states.pt"))
     data = bytearray(state.read_bytes())
     data[len(data) // 2] ^= 1
     state.write_bytes(data)

@@ -1,96 +1,219 @@
-"""Publication is atomic, verification names what differs, pruning keeps what it must."""
+"""Publication is atomic on every storage, verification names what differs, retention keeps what it must."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
+from pretrain.checkpoints import copies
 from pretrain.checkpoints import store as checkpoint
 
+STORAGES = ("local", "file", "memory")
 
-def _stage(run_dir: Path, step: int, *, training_state: bool = True) -> Path:
-    staged = checkpoint.staging_path(run_dir, step)
-    (staged / checkpoint.TRAINING_STATE if training_state else staged).mkdir(parents=True)
-    (staged / "backbone.safetensors").write_bytes(b"weights of step %d" % step)
+
+@pytest.fixture(params=STORAGES)
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A run whose checkpoints are in its directory, or elsewhere through fsspec."""
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    directory = tmp_path / "runs" / "r"
+    directory.mkdir(parents=True)
+    uri = {"local": None, "file": f"file://{tmp_path}/store", "memory": f"memory://{tmp_path.name}"}[request.param]
+    checkpoint.place(directory, uri)
+    yield directory
+    fsspec.filesystem("memory").store.clear()
+
+
+def _stage(run_dir: Path, step: int, *, training_state: bool = True) -> list[Path]:
+    """As two ranks do it: each has a share of the training state, the first has the backbone."""
+    checkpoint.begin(checkpoint.storage_of(run_dir), step)
+    staged = [checkpoint.stage(run_dir, step, rank) for rank in (0, 1)]
+    (staged[0] / "backbone.safetensors").write_bytes(b"weights of step %d" % step)
+    (staged[0] / "recipe.yaml").write_text("name: tiny\n")
     if training_state:
-        (staged / checkpoint.TRAINING_STATE / "state.pt").write_bytes(os.urandom(100))
+        for rank, own in enumerate(staged):
+            (own / checkpoint.TRAINING_STATE).mkdir()
+            (own / checkpoint.TRAINING_STATE / f"state-{rank}.pt").write_bytes(os.urandom(100))
     return staged
+
+
+def _complete(run_dir: Path, step: int, staged: list[Path], **manifest: object) -> checkpoint.Published:
+    storage = checkpoint.storage_of(run_dir)
+    shares = [checkpoint.hand_over(storage, step, own) for own in staged]
+    return checkpoint.publish(storage, step, {"run_id": "r", **manifest}, shares)
 
 
 def _publish(run_dir: Path, *steps: int) -> None:
     for step in steps:
-        _stage(run_dir, step)
-        checkpoint.publish(run_dir, step, {"run_id": "r"})
+        _complete(run_dir, step, _stage(run_dir, step))
 
 
-def test_publish__lists_every_file_with_its_digest(tmp_path: Path) -> None:
-    _stage(tmp_path, 100)
-    final = checkpoint.publish(tmp_path, 100, {"run_id": "r", "samples_seen": 6400})
-    manifest = checkpoint.verify(final)
-    assert final == checkpoint.checkpoint_path(tmp_path, 100)
-    assert set(manifest["files"]) == {"backbone.safetensors", "training_state/state.pt"}
+def _steps(run_dir: Path) -> list[int]:
+    return [found.step for found in checkpoint.published(run_dir)]
+
+
+def _resumable(run_dir: Path) -> list[int]:
+    return [found.step for found in checkpoint.published(run_dir) if found.has_training_state]
+
+
+def test_publish__lists_every_file_of_every_rank_with_its_digest(run_dir: Path) -> None:
+    found = _complete(run_dir, 100, _stage(run_dir, 100), samples_seen=6400)
+    assert checkpoint.published(run_dir) == [found] and checkpoint.latest(run_dir) == found
+    manifest = checkpoint.verify(copies.local(found, training_state=True))
+    assert manifest == found.manifest()
+    state = {"training_state/state-0.pt", "training_state/state-1.pt"}
+    assert set(manifest["files"]) == {"backbone.safetensors", "recipe.yaml"} | state
     assert manifest["step"] == 100 and manifest["samples_seen"] == 6400 and manifest["training_state"] is True
-    assert not checkpoint.staging_path(tmp_path, 100).exists()
+    assert not list((run_dir / "checkpoints").glob(".*"))  # nothing is left of what was staged
+    using = copies.local(found)
+    assert (using / "backbone.safetensors").read_bytes() == b"weights of step 100"
+    assert checkpoint.verify(using, training_state=False) == manifest
 
 
-def test_publish__killed_at_any_moment_leaves_no_half_checkpoint(tmp_path: Path) -> None:
-    """A process that dies in the n-th fsync or in the rename leaves the checkpoint before as the newest one."""
-    _publish(tmp_path, 1)
-    script = """
+def test_publish__a_name_that_two_ranks_wrote_is_refused(run_dir: Path) -> None:
+    staged = _stage(run_dir, 1)
+    (staged[1] / "backbone.safetensors").write_bytes(b"another")
+    with pytest.raises(checkpoint.CheckpointError, match=r"rank 1 wrote backbone\.safetensors, which another rank"):
+        _complete(run_dir, 1, staged)
+    assert _steps(run_dir) == []
+
+
+def test_publish__the_same_step_again_replaces_it(run_dir: Path) -> None:
+    staged = _stage(run_dir, 1)
+    (staged[0] / "training_state" / "of another world size.pt").write_bytes(b"old")
+    before = _complete(run_dir, 1, staged).manifest()
+    _publish(run_dir, 1)
+    (found,) = checkpoint.published(run_dir)
+    assert found.manifest() != before
+    checkpoint.verify(copies.local(found, training_state=True))
+    assert "training_state/of another world size.pt" not in found.storage.list(found.name)
+
+
+SCRIPT = """
 import os, sys
 from pathlib import Path
-from pretrain.checkpoints import store as checkpoint
+from pretrain.checkpoints import store
 run_dir, moment = Path(sys.argv[1]), int(sys.argv[2])
 calls = 0
-def die(*arguments):
-    global calls
-    calls += 1
-    if calls == moment:
-        os._exit(9)
-checkpoint._flush = die
-Path.rename = (lambda rename: lambda self, target: die() or rename(self, target))(Path.rename)
-checkpoint.publish(run_dir, 2, {"run_id": "r"})
+def dying(function):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == moment:
+            os._exit(9)
+        return function(*arguments, **options)
+    return call
+storage = store.storage_of(run_dir)
+if hasattr(storage, "root"):
+    os.fsync, os.rename, os.replace = dying(os.fsync), dying(os.rename), dying(os.replace)
+else:
+    filesystem = storage._opened[0]
+    filesystem.put_file, filesystem.pipe_file = dying(filesystem.put_file), dying(filesystem.pipe_file)
+shares = [store.hand_over(storage, 2, Path(staged)) for staged in sys.argv[3:]]
+store.publish(storage, 2, {"run_id": "r"}, shares)
 """
+
+
+@pytest.mark.parametrize("run_dir", ["local", "file"], indirect=True)
+def test_publish__killed_at_any_moment_leaves_no_half_checkpoint(run_dir: Path) -> None:
+    """A process that dies in the n-th write, fsync or rename leaves the checkpoint before as the newest one."""
+    _publish(run_dir, 1)
     died = 0
-    for moment in range(1, 12):
-        _stage(tmp_path, 2)
-        done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(moment)], check=False)
-        if checkpoint.checkpoint_path(tmp_path, 2).exists():
-            checkpoint.verify(checkpoint.checkpoint_path(tmp_path, 2))  # published: then complete
+    for moment in range(1, 20):
+        staged = map(str, _stage(run_dir, 2))
+        done = subprocess.run([sys.executable, "-c", SCRIPT, str(run_dir), str(moment), *staged], check=False)
+        if done.returncode == 0:
             break
         assert done.returncode == 9
         died += 1
-        newest = checkpoint.latest(tmp_path)
-        assert newest is not None and newest.step == 1
-        checkpoint.verify(newest.path)
-        shutil.rmtree(checkpoint.staging_path(tmp_path, 2))
-    assert died >= 5  # files, manifest, directories and the rename each were a moment to die in
+        if _steps(run_dir) == [1, 2]:  # the last fsync is after the rename
+            break
+        newest = checkpoint.latest(run_dir)
+        assert newest is not None and newest.step == 1 and _steps(run_dir) == [1]
+        checkpoint.verify(copies.local(newest, training_state=True))
+    assert died >= 5  # each file and the manifest were a moment to die in
+    checkpoint.verify(copies.local(checkpoint.published(run_dir)[-1], training_state=True))  # published: complete
 
 
-def test_latest__skips_a_backbone_without_training_state(tmp_path: Path) -> None:
-    _stage(tmp_path, 0, training_state=False)
-    checkpoint.publish(tmp_path, 0, {"run_id": "r"})
-    assert checkpoint.latest(tmp_path) is None
-    assert [found.step for found in checkpoint.published(tmp_path)] == [0]
+def test_latest__skips_a_backbone_without_training_state(run_dir: Path) -> None:
+    _complete(run_dir, 0, _stage(run_dir, 0, training_state=False))
+    assert checkpoint.latest(run_dir) is None
+    assert _steps(run_dir) == [0]
+
+
+def _write(found: checkpoint.Published, name: str, content: bytes) -> None:
+    found.storage.mark(f"{found.name}/{name}", content)
+
+
+def _remove(found: checkpoint.Published, name: str) -> None:
+    directory = found.storage.directory(found.name)
+    if directory is not None:
+        (directory / name).unlink()
+    else:
+        filesystem, root = fsspec.core.url_to_fs(found.location)
+        filesystem.rm_file(f"{root}/{name}")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_verify__names_the_damaged_file(tmp_path: Path, damage: str) -> None:
-    _publish(tmp_path, 3)
-    state = checkpoint.checkpoint_path(tmp_path, 3) / "training_state" / "state.pt"
-    data = state.read_bytes()
+def test_verify__names_the_damaged_file(run_dir: Path, damage: str) -> None:
+    _publish(run_dir, 3)
+    (found,) = checkpoint.published(run_dir)
+    data = found.storage.read(f"{found.name}/training_state/state-1.pt")
     if damage == "remove":
-        state.unlink()
+        _remove(found, "training_state/state-1.pt")
     else:
-        state.write_bytes(data[:-1] if damage == "truncate" else bytes([data[0] ^ 1]) + data[1:])
-    with pytest.raises(checkpoint.CheckpointError, match=r"state\.pt: (missing|contents differ)"):
-        checkpoint.verify(state.parent.parent)
+        _write(
+            found, "training_state/state-1.pt", data[:-1] if damage == "truncate" else bytes([data[0] ^ 1]) + data[1:]
+        )
+    with pytest.raises(checkpoint.CheckpointError, match=r"state-1\.pt: (missing|contents differ)"):
+        checkpoint.verify(copies.local(found, training_state=True))
+    checkpoint.verify(copies.local(found), training_state=False)  # who uses the backbone does not read it
+
+
+@pytest.mark.parametrize("run_dir", ["local"], indirect=True)
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        ({}, r"backbone\.safetensors: not listed in checkpoint\.json"),
+        (("backbone.safetensors", "recipe.yaml"), r"training_state/state-0\.pt: not listed"),
+        (
+            ("backbone.safetensors", "training_state/state-0.pt", "training_state/state-1.pt"),
+            r"recipe\.yaml: not listed",
+        ),
+    ],
+)
+def test_verify__refuses_what_would_be_loaded_and_is_not_listed(run_dir: Path, files: tuple[str], names: str) -> None:
+    """An empty list of files has no file that differs; DeepSpeed's pickles must not get through on that."""
+    _publish(run_dir, 3)
+    (found,) = checkpoint.published(run_dir)
+    manifest = found.manifest()
+    manifest["files"] = {name: manifest["files"][name] for name in files}
+    _write(found, "checkpoint.json", json.dumps(manifest).encode())
+    with pytest.raises(checkpoint.CheckpointError, match=names):
+        checkpoint.verify(copies.local(found))
+
+
+@pytest.mark.parametrize("run_dir", ["local"], indirect=True)
+def test_verify__shares_cover_every_file(run_dir: Path) -> None:
+    _publish(run_dir, 3)
+    directory = checkpoint.checkpoint_path(run_dir, 3)
+    for path in (path for path in directory.rglob("*") if path.is_file() and path.name != "checkpoint.json"):
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        refused = 0
+        for number in range(3):
+            try:
+                checkpoint.verify(directory, share=(number, 3))
+            except checkpoint.CheckpointError:
+                refused += 1
+        assert refused == 1
+        path.write_bytes(data)
 
 
 def test_read_manifest__refuses_what_it_does_not_know(tmp_path: Path) -> None:
@@ -101,8 +224,51 @@ def test_read_manifest__refuses_what_it_does_not_know(tmp_path: Path) -> None:
         checkpoint.read_manifest(tmp_path)
 
 
-def test_prune__keeps_the_newest_and_the_pinned(tmp_path: Path) -> None:
-    _publish(tmp_path, 1, 2, 3, 4, 5)
-    assert checkpoint.prune(tmp_path, keep_last=2, pinned={1}) == [2, 3]
-    assert [found.step for found in checkpoint.published(tmp_path)] == [1, 4, 5]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir())[0].startswith("step-")
+def test_prune__removes_training_states_and_keeps_backbones(run_dir: Path) -> None:
+    _complete(run_dir, 0, _stage(run_dir, 0, training_state=False))
+    _publish(run_dir, 1, 2, 3, 4, 5)
+    assert checkpoint.prune(run_dir, keep_last=2, pinned={1}) == [2, 3]
+    assert _steps(run_dir) == [0, 1, 2, 3, 4, 5]
+    assert _resumable(run_dir) == [1, 4, 5]
+    assert checkpoint.prune(run_dir, keep_last=2, pinned={1}) == []
+    for found in checkpoint.published(run_dir):
+        using = copies.local(found)
+        assert (using / "backbone.safetensors").read_bytes() == b"weights of step %d" % found.step
+        checkpoint.verify(using, training_state=False)
+    pruned = checkpoint.published(run_dir)[2]
+    assert pruned.storage.list(f"{pruned.name}/training_state") == []
+    if pruned.storage.directory(pruned.name) is not None:
+        checkpoint.verify(copies.local(pruned))  # absent as a whole: no damage
+
+
+def test_prune__killed_half_way_leaves_a_checkpoint_without_training_state(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _publish(run_dir, 1, 2)
+    first = checkpoint.published(run_dir)[0]
+
+    def die_half_way(storage: object, name: str) -> None:
+        monkeypatch.undo()
+        _remove(first, "training_state/state-0.pt")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(first.storage), "remove", die_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune(run_dir, keep_last=1)
+    assert _steps(run_dir) == [1, 2] and _resumable(run_dir) == [2]
+    checkpoint.verify(copies.local(first), training_state=False)
+    if (directory := first.storage.directory(first.name)) is not None:
+        checkpoint.verify(directory)
+        assert not checkpoint.has_training_state(directory)
+
+
+def test_place__is_said_once(tmp_path: Path) -> None:
+    checkpoint.place(tmp_path / "a", "memory://one")
+    checkpoint.place(tmp_path / "a", "memory://one/")
+    assert checkpoint.storage_of(tmp_path / "a").location("step-1") == "memory://one/a/step-1"
+    with pytest.raises(checkpoint.CheckpointError, match=r"storage=None: the checkpoints of a are in memory://one/a"):
+        checkpoint.place(tmp_path / "a", None)
+    checkpoint.place(tmp_path / "b", None)
+    _publish(tmp_path / "b", 1)
+    with pytest.raises(checkpoint.CheckpointError, match=r"the checkpoints of b are in .*checkpoints already"):
+        checkpoint.place(tmp_path / "b", "memory://one")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pretrain.checkpoints import references
-from pretrain.checkpoints.references import best_step, load_backbone, pull, resolve_checkpoint
+from pretrain.checkpoints.references import best_step, load_backbone, pull, resolve
 from pretrain.checkpoints.store import CheckpointError
 from pretrain.errors import RequestError, RunFailed
 from pretrain.record.events import Evaluated, EvaluationFailed
@@ -84,7 +84,7 @@ def test_pull__full_brings_the_training_state(run_dir: Path, tmp_path: Path) -> 
     (recorded / "stray.bin").unlink()
     assert contents(dest) == contents(recorded)
     (recorded / "training_state" / "rank0.pt").write_bytes(b"changed")
-    with pytest.raises(CheckpointError, match=r"training_state/rank0\.pt: SHA-256 is .* refused"):
+    with pytest.raises(CheckpointError, match=r"training_state/rank0\.pt: contents differ .* refused"):
         pull("tiny", tmp_path / "again", storage=run_dir.parent, full=True)
     shutil.rmtree(recorded)
     with pytest.raises(RequestError, match=r"not there any more .* without --full"):
@@ -131,8 +131,8 @@ def change_recipe(files: Path) -> None:
 @pytest.mark.parametrize(
     ("tamper", "names"),
     [
-        (change_weights, r"backbone\.safetensors: SHA-256 is"),
-        (change_recipe, r"recipe\.yaml: SHA-256 is"),
+        (change_weights, r"backbone\.safetensors: contents differ from the SHA-256"),
+        (change_recipe, r"recipe\.yaml: contents differ from the SHA-256"),
         (change_entry, r"checkpoint\.json differs from the SHA-256 in the registry"),
         (change_both_consistently, r"checkpoint\.json differs from the SHA-256 in the registry"),
     ],
@@ -204,21 +204,21 @@ def test_pull__a_dead_server_is_one_line(tmp_path: Path) -> None:
         pull("tiny", tmp_path / "dest", tracking_uri="http://user:secret@127.0.0.1:9")
 
 
-def test_resolve_checkpoint__directories_and_runs(run_dir: Path) -> None:
+def test_resolve__directories_and_runs(run_dir: Path) -> None:
     storage, checkpoints = run_dir.parent, run_dir / "checkpoints"
-    assert resolve_checkpoint(checkpoints / "step-00000010") == checkpoints / "step-00000010"
-    assert resolve_checkpoint(f"runs:/{RUN_ID}", storage) == checkpoints / "step-00000020"
-    assert resolve_checkpoint(f"runs:/{RUN_ID}/10", storage) == checkpoints / "step-00000010"
-    assert resolve_checkpoint(f"runs:/{RUN_ID}/0", storage) == checkpoints / "step-00000000"
+    assert resolve(checkpoints / "step-00000010") == checkpoints / "step-00000010"
+    assert resolve(f"runs:/{RUN_ID}", storage) == checkpoints / "step-00000020"
+    assert resolve(f"runs:/{RUN_ID}/10", storage) == checkpoints / "step-00000010"
+    assert resolve(f"runs:/{RUN_ID}/0", storage) == checkpoints / "step-00000000"
     with pytest.raises(RequestError, match="no checkpoint was scored"):
-        resolve_checkpoint(f"runs:/{RUN_ID}/best", storage)
+        resolve(f"runs:/{RUN_ID}/best", storage)
     with Journal(run_dir / "evaluations.jsonl") as evaluations:
         for step, top1 in ((0, 0.9), (10, 0.5), (20, 0.4), (30, 0.8)):  # a floor and a pruned one do not count
             task = {"protocol": "linear", "data": "photos", "key": "k"}
             evaluations.write(Evaluated(step=step, metrics={"top1": top1}, seconds=1.0, cached=False, **task))
         evaluations.write(EvaluationFailed(step=20, protocol="linear", data="photos", error="boom"))
     assert best_step(run_dir) == 10
-    assert resolve_checkpoint(f"runs:/{RUN_ID}/best", storage) == checkpoints / "step-00000010"
+    assert resolve(f"runs:/{RUN_ID}/best", storage) == checkpoints / "step-00000010"
 
 
 @pytest.mark.parametrize(
@@ -229,36 +229,34 @@ def test_resolve_checkpoint__directories_and_runs(run_dir: Path) -> None:
         ("runs:/../x", "expected runs:/RUN_ID"),
         ("runs:/x/first", "expected runs:/RUN_ID"),
         ("no/such/directory", r"no directory with a checkpoint\.json in it"),
-        ("tiny", r"no directory with a checkpoint\.json in it; expected a directory, NAME@ALIAS"),
+        ("tiny", r"no directory with a checkpoint\.json in it; expected a directory or URI, NAME@ALIAS"),
     ],
 )
-def test_resolve_checkpoint__mistakes(run_dir: Path, reference: str, says: str) -> None:
+def test_resolve__mistakes(run_dir: Path, reference: str, says: str) -> None:
     with pytest.raises(RequestError, match=says):
-        resolve_checkpoint(reference, run_dir.parent)
+        resolve(reference, run_dir.parent)
 
 
-def test_resolve_checkpoint__registered_ones_are_fetched_once(run_dir: Path, tmp_path: Path) -> None:
-    found = resolve_checkpoint("models:/tiny@best", run_dir.parent)
+def test_resolve__registered_ones_are_fetched_once(run_dir: Path, tmp_path: Path) -> None:
+    found = resolve("models:/tiny@best", run_dir.parent)
     assert found.is_relative_to(tmp_path / "cache" / "checkpoints") and step_of(found) == 10
     shutil.rmtree(uploaded(run_dir, 10))
-    assert resolve_checkpoint("tiny@best", run_dir.parent) == found
-    other = resolve_checkpoint("models:/tiny/2", run_dir.parent)
+    assert resolve("tiny@best", run_dir.parent) == found
+    other = resolve("models:/tiny/2", run_dir.parent)
     change_weights(other)  # damaged in the cache: fetched again
-    assert resolve_checkpoint("models:/tiny/2", run_dir.parent) == other
+    assert resolve("models:/tiny/2", run_dir.parent) == other
     assert contents(other)["backbone.safetensors"] == contents(uploaded(run_dir, 20))["backbone.safetensors"]
 
 
-def test_resolve_checkpoint__by_mlflow_run_id_here_and_elsewhere(
-    run_dir: Path, mlflow_uri: str, tmp_path: Path
-) -> None:
+def test_resolve__by_mlflow_run_id_here_and_elsewhere(run_dir: Path, mlflow_uri: str, tmp_path: Path) -> None:
     client = connect(mlflow_uri)
     mlflow_run_id = client.get_model_version("tiny", "1").run_id
     run_dir.rename(tmp_path / "moved away")
-    elsewhere = resolve_checkpoint(f"runs:/{mlflow_run_id}", run_dir.parent)
+    elsewhere = resolve(f"runs:/{mlflow_run_id}", run_dir.parent)
     assert step_of(elsewhere) == 20 and elsewhere.is_relative_to(tmp_path / "cache")
-    assert step_of(resolve_checkpoint(f"runs:/{mlflow_run_id}/10", run_dir.parent)) == 10
+    assert step_of(resolve(f"runs:/{mlflow_run_id}/10", run_dir.parent)) == 10
     with pytest.raises(RequestError, match="no registered checkpoint of step 30; there are: 10, 20"):
-        resolve_checkpoint(f"runs:/{mlflow_run_id}/30", run_dir.parent)
+        resolve(f"runs:/{mlflow_run_id}/30", run_dir.parent)
 
 
 def test_load_backbone__from_the_registry_without_unpickling(
@@ -266,7 +264,6 @@ def test_load_backbone__from_the_registry_without_unpickling(
 ) -> None:
     import torch
 
-    from backbones.errors import BackboneError
     from backbones.io import save_backbone
     from backbones.registry import create_backbone
 
@@ -285,7 +282,7 @@ def test_load_backbone__from_the_registry_without_unpickling(
     here = pull("tiny", tmp_path / "dest", storage=storage)
     torch.testing.assert_close(load_backbone(here).forward_features(images), backbone.forward_features(images))
     change_weights(here)
-    with pytest.raises(BackboneError, match="digest mismatch"):
+    with pytest.raises(CheckpointError, match=r"backbone\.safetensors: contents differ from the SHA-256"):
         load_backbone(here)
 
 
@@ -303,8 +300,8 @@ def test_registry__rejects_without_heavy_imports(tmp_path: Path) -> None:
     code = """
 import sys
 from pretrain.errors import RequestError
-from pretrain.checkpoints.references import pull, resolve_checkpoint
-for attempt in (lambda: pull("../x"), lambda: resolve_checkpoint("no/such"), lambda: resolve_checkpoint("runs:/none")):
+from pretrain.checkpoints.references import pull, resolve
+for attempt in (lambda: pull("../x"), lambda: resolve("no/such"), lambda: resolve("runs:/none")):
     try:
         attempt()
     except RequestError:

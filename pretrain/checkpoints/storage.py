@@ -1,0 +1,238 @@
+"""Where the checkpoints of a run lie: a local directory, or any store that fsspec speaks to (s3://, gs://, memory://).
+
+A storage holds directories of files. One is written piece by piece, by all ranks at once, and *published* by one of
+them; readers see published directories only. Both storages keep the same promise in their own way:
+
+    LocalStorage    files are collected in `.NAME.partial`, flushed to disk, and the directory is renamed at the end
+    FsspecStorage   objects go to their final names, and `checkpoint.json` is written last: what has none is not listed.
+                    That takes a store whose objects appear whole, as those of S3 and GCS do; through `file://` a power
+                    cut may tear an object, so a directory on a disk is better given as a path
+
+DeepSpeed writes local files only, so a rank stages what it writes on its own disk and hands it over (`write`).
+Credentials come from where the libraries look for them (environment, configuration files), never from a recipe.
+
+Not here: what a checkpoint consists of (`pretrain.checkpoints.store`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.files import write_atomically
+from pretrain.record.run_dir import MANIFEST
+
+__all__ = ["CheckpointStorage", "FsspecStorage", "LocalStorage", "open_storage"]
+
+
+class CheckpointStorage(ABC):
+    """Directories of files that appear complete or not at all. Names use `/` and are relative to the storage."""
+
+    @abstractmethod
+    def location(self, name: str = "") -> str:
+        """Path or URI of a directory or file, for people and for `open_storage`."""
+
+    @abstractmethod
+    def directory(self, name: str) -> Path | None:
+        """The directory `name` on this machine's disk; None when it has to be copied from somewhere."""
+
+    @abstractmethod
+    def published(self) -> list[str]:
+        """Names of all published directories, sorted."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+
+    @abstractmethod
+    def list(self, directory: str) -> list[str]:
+        """Names of all files below a directory, relative to it, sorted; empty when there is none."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The contents of a small file.
+
+        Raises:
+            FileNotFoundError: There is none. So for `copy`.
+        """
+
+    @abstractmethod
+    def copy(self, name: str, dest: Path) -> None:
+        """Copy a file to a local path."""
+
+    @abstractmethod
+    def begin(self, directory: str) -> None:
+        """Make room for a directory that is to be written; what an earlier attempt left goes. Call it on one rank."""
+
+    @abstractmethod
+    def write(self, directory: str, name: str, source: Path) -> None:
+        """Take over the local file `source` as `name` of an unpublished directory; afterwards `source` may be gone.
+
+        Durable when it returns. Any rank may write, each name once. A `LocalStorage` wants `source` on its own disk.
+        """
+
+    @abstractmethod
+    def publish(self, directory: str, manifest: bytes) -> None:
+        """Make an unpublished directory visible, with `manifest` as its `checkpoint.json`. Call it on one rank."""
+
+    @abstractmethod
+    def mark(self, name: str, content: bytes) -> None:
+        """Add a small file to a published directory; it appears whole."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Delete a directory, if it is there; a published one stops to be listed first."""
+
+
+@dataclass(frozen=True)
+class LocalStorage(CheckpointStorage):
+    """A directory on a disk, or on a file system that all ranks share."""
+
+    root: Path
+
+    def location(self, name: str = "") -> str:
+        return str(self.root / name)
+
+    def directory(self, name: str) -> Path | None:
+        return self.root / name
+
+    def published(self) -> list[str]:
+        return sorted(
+            path.name for path in self.root.glob("*") if not path.name.startswith(".") and (path / MANIFEST).is_file()
+        )
+
+    def exists(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def list(self, directory: str) -> list[str]:
+        top = self.root / directory
+        return sorted(path.relative_to(top).as_posix() for path in top.rglob("*") if not path.is_dir())
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def copy(self, name: str, dest: Path) -> None:
+        shutil.copyfile(self.root / name, dest)
+
+    def begin(self, directory: str) -> None:
+        shutil.rmtree(self._partial(directory), ignore_errors=True)
+        self._partial(directory).mkdir(parents=True)
+
+    def write(self, directory: str, name: str, source: Path) -> None:
+        target = self._partial(directory) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # safetensors writes files that only their owner can read; the umask, which made the directory, decides.
+        source.chmod(self._partial(directory).stat().st_mode & 0o666)
+        _flush(source)
+        source.replace(target)
+
+    def publish(self, directory: str, manifest: bytes) -> None:
+        partial, final = self._partial(directory), self.root / directory
+        (partial / MANIFEST).write_bytes(manifest)
+        _flush(partial / MANIFEST)
+        for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
+            _flush(folder)
+        # The same step again after a restart from an earlier checkpoint: bit-equal weights, newer file times.
+        if final.exists():
+            self.remove(directory)
+        partial.rename(final)
+        _flush(self.root)
+
+    def mark(self, name: str, content: bytes) -> None:
+        write_atomically(self.root / name, content)
+
+    def remove(self, name: str) -> None:
+        """Renamed away first, so that nobody ever sees half of it under its name."""
+        doomed = self.root / f".{name.replace('/', '.')}.removed"
+        shutil.rmtree(doomed, ignore_errors=True)  # of a removal that was interrupted
+        if (self.root / name).is_dir():
+            (self.root / name).rename(doomed)
+            shutil.rmtree(doomed)
+
+    def _partial(self, directory: str) -> Path:
+        return self.root / f".{directory}.partial"
+
+
+@dataclass(frozen=True)
+class FsspecStorage(CheckpointStorage):
+    """A prefix in a remote store."""
+
+    uri: str
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        """The file system, without any cache of listings (other processes write, too), and the prefix in it."""
+        import fsspec
+
+        options = {"auto_mkdir": True} if self.uri.partition("://")[0] in ("file", "local") else {}
+        filesystem, root = fsspec.core.url_to_fs(
+            self.uri, skip_instance_cache=True, use_listings_cache=False, **options
+        )
+        return filesystem, root.rstrip("/")
+
+    def location(self, name: str = "") -> str:
+        return f"{self.uri.rstrip('/')}/{name}".rstrip("/")
+
+    def directory(self, name: str) -> Path | None:
+        return None
+
+    def published(self) -> list[str]:
+        filesystem, root = self._opened
+        return sorted(path.split("/")[-2] for path in filesystem.glob(f"{root}/*/{MANIFEST}"))
+
+    def exists(self, name: str) -> bool:
+        filesystem, root = self._opened
+        return bool(filesystem.isfile(f"{root}/{name}"))
+
+    def list(self, directory: str) -> list[str]:
+        filesystem, root = self._opened
+        return sorted(path[len(f"{root}/{directory}/") :] for path in filesystem.find(f"{root}/{directory}"))
+
+    def read(self, name: str) -> bytes:
+        filesystem, root = self._opened
+        content: bytes = filesystem.cat_file(f"{root}/{name}")
+        return content
+
+    def copy(self, name: str, dest: Path) -> None:
+        filesystem, root = self._opened
+        filesystem.get_file(f"{root}/{name}", str(dest))
+
+    def begin(self, directory: str) -> None:
+        self.remove(directory)
+
+    def write(self, directory: str, name: str, source: Path) -> None:
+        filesystem, root = self._opened
+        filesystem.put_file(str(source), f"{root}/{directory}/{name}")
+
+    def publish(self, directory: str, manifest: bytes) -> None:
+        self.mark(f"{directory}/{MANIFEST}", manifest)
+
+    def mark(self, name: str, content: bytes) -> None:
+        filesystem, root = self._opened
+        filesystem.pipe_file(f"{root}/{name}", content)
+
+    def remove(self, name: str) -> None:
+        filesystem, root = self._opened
+        if filesystem.isfile(f"{root}/{name}/{MANIFEST}"):
+            filesystem.rm_file(f"{root}/{name}/{MANIFEST}")
+        if filesystem.exists(f"{root}/{name}"):
+            filesystem.rm(f"{root}/{name}", recursive=True)
+
+
+def open_storage(location: str | Path) -> CheckpointStorage:
+    """The storage at a directory or URI; nothing is opened or made yet."""
+    text = os.fspath(location)
+    return FsspecStorage(text) if "://" in text else LocalStorage(Path(text))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
