@@ -296,7 +296,7 @@ def rewrite_manifest(checkpoint: Path) -> None:
     path.write_text(json.dumps(manifest))
 
 
-def test_registry__rejects_without_heavy_imports(tmp_path: Path) -> None:
+def test_references__rejects_without_heavy_imports(tmp_path: Path) -> None:
     code = """
 import sys
 from pretrain.errors import RequestError
