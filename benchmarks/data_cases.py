@@ -29,7 +29,8 @@ from torchvision.datasets import ImageFolder
 from data_pipelines.decode import Photo, chosen_decoder
 from data_pipelines.shards.dataset import Dataset, open_dataset
 from data_pipelines.streaming.stream import Stream
-from data_pipelines.views.maker import AnyView, views_from
+from data_pipelines.views.base import View
+from data_pipelines.views.specs import views_from
 
 __all__ = ["Case", "SampleSet", "crop_rows", "dino_rows", "open_set", "read_cases", "view_cases"]
 
@@ -135,7 +136,7 @@ def dino_rows(samples: SampleSet) -> dict[str, Start]:
     }
 
 
-def dino_views(mode: str) -> tuple[AnyView, ...]:
+def dino_views(mode: str) -> tuple[View, ...]:
     """The ten crops of DINO; the two global ones differ in blur and solarization."""
     jitter = {"jitter_p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "gray_p": 0.2}
     wide = {"size": 224, "scale": (0.4, 1.0)}
@@ -266,7 +267,7 @@ def _decoded(photos: list[bytes], decoder: str, workers: int, batch_size: int) -
 
 def _stream(
     samples: SampleSet,
-    views: Sequence[AnyView],
+    views: Sequence[View],
     options: Mapping[str, Any],
     is_finished: bool,
     workers: int,

@@ -36,6 +36,10 @@ class ViewRandom:
         """An integer in `[0, n)`."""
         return (self._next() * n) >> 64
 
+    def fork(self, purpose: int) -> ViewRandom:
+        """Draws for another purpose, independent of those from here on."""
+        return ViewRandom(key(purpose, base=self._key))
+
     def generator(self) -> torch.Generator:
         """A new generator for tensors, seeded by the next draw."""
         return torch.Generator().manual_seed(self._next())

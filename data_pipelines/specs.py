@@ -20,6 +20,7 @@ __all__ = [
     "read_spec",
     "refuse",
     "require_choice",
+    "require_count",
     "require_integers",
     "require_name",
     "require_probabilities",
@@ -30,22 +31,18 @@ RESERVED_NAMES = ("sample_id", "seed")  # other entries of a batch
 T = TypeVar("T")
 
 
-def read_spec(kinds: Mapping[str, type[T]], spec: Mapping[str, Any], label: str, *, default: str | None = None) -> T:
-    """Build the dataclass that the key `kind` names from the other keys of a mapping; lists become tuples.
+def read_spec(cls: type[T], spec: Mapping[str, Any], label: str) -> T:
+    """Build a dataclass from a mapping of its fields; lists become tuples, a key `kind` is passed over.
 
     Args:
-        kinds: dataclasses by kind; they check their values themselves.
+        cls: the dataclass; it checks the values itself.
         spec: the mapping.
         label: what messages call it, such as `view 'global'`.
-        default: the kind when the mapping does not say; None asks for the key.
 
     Raises:
         DataError: a key is unknown or missing, or a value is refused.
     """
-    kind = spec.get("kind", default)
-    require_choice(label, "kind", kind, kinds)
-    chosen = kinds[kind]
-    known: dict[str, Field[Any]] = {field.name: field for field in fields(chosen)}  # type: ignore[arg-type]
+    known: dict[str, Field[Any]] = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     allowed = [*known, "kind"]
     for name in spec:
         if name not in allowed:
@@ -56,7 +53,7 @@ def read_spec(kinds: Mapping[str, type[T]], spec: Mapping[str, Any], label: str,
             raise DataError(f"{label}: {name!r} is missing")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in spec.items()}
     values.pop("kind", None)
-    return chosen(**values)
+    return cls(**values)
 
 
 def refuse(where: str, key: str, value: object, rule: str) -> NoReturn:
@@ -71,6 +68,12 @@ def require_name(name: object) -> str:
             f"view name {name!r} is not allowed; give a name other than {', '.join(RESERVED_NAMES)}, without a dot"
         )
     return f"view {name!r}"
+
+
+def require_count(where: str, count: object) -> None:
+    """The count of a view is an integer from 1, or not given."""
+    if count is not None:
+        require_integers(where, 1, count=count)
 
 
 def require_integers(where: str, least: int, **values: object) -> None:

@@ -9,7 +9,7 @@ objective. Everything a subclass may rely on, and everything it must keep to, is
 * All randomness comes from the batch's "seed", so that a step does not depend on ranks or on restarts.
 * State is parameters, persistent buffers and the teacher. All three are saved and come back bit for bit.
 
-NOT here: schedules of the optimiser (`pretrain.training.engine`), how views are cut (`data_pipelines.views.maker`).
+NOT here: schedules of the optimiser (`pretrain.training.engine`), how views are cut (`data_pipelines.views`).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def views(self) -> list[dict[str, Any]]:
-        """The crops wanted per image: plain dicts with the fields of `data_pipelines.views.maker.View`."""
+        """The crops wanted per image: plain dicts with the fields of `data_pipelines.views.kinds.images.ImageView`."""
 
     @abstractmethod
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Output:

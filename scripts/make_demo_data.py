@@ -32,7 +32,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.order import key, permutation
 from data_pipelines.randomness import ViewRandom
 from data_pipelines.shards.dataset import Dataset, open_dataset
-from data_pipelines.views.maker import View, random_resized_crop
+from data_pipelines.views.kinds.images import ImageView, random_resized_crop
 
 Sample = dict[str, bytes]  # field -> bytes, and "__key__" as bytes
 
@@ -101,7 +101,7 @@ def grocery_samples(photos: Dataset) -> Iterator[Sample]:
 
 def chair_samples(renders: Sequence[tuple[str, bytes]], photos: Dataset, split: int) -> Iterator[Sample]:
     """Each render over a crop of a photo of its own, with its mask: 0 background, 1 chair."""
-    background = View("background", SIZE, scale=(0.25, 1.0), ratio=(1.0, 1.0))
+    background = ImageView("background", SIZE, scale=(0.25, 1.0), ratio=(1.0, 1.0))
     photo_of = permutation(photos.num_samples, key(split)).tolist()
     for number, (name, render) in enumerate(renders):
         rng = ViewRandom(key(split, number))

@@ -28,7 +28,8 @@ from data_pipelines.errors import CorruptSampleError, DataError
 from data_pipelines.order import ORDER_VERSION, Ids, key, rank_positions
 from data_pipelines.purposes import Purpose
 from data_pipelines.randomness import sample_seed
-from data_pipelines.views.maker import AnyView, ViewMaker
+from data_pipelines.views.base import View
+from data_pipelines.views.maker import ViewMaker
 from data_pipelines.views.photometric import finish
 
 __all__ = ["Samples", "Stream", "StreamState"]
@@ -75,7 +76,7 @@ class Samples(Protocol):
 class Stream:
     """Endless micro-batches of one rank.
 
-    Iterating yields dicts: what each view makes, stacked (b, ...) or (count, b, ...) when its `count > 1`;
+    Iterating yields dicts: what each view makes, stacked (b, ...) or (count, b, ...) if it states a count;
     `"sample_id"` int64 (b,), the sample that the order holds there, also where a substitute stands in for it;
     `"seed"` int64 (b,), the hash of (seed, epoch, sample id) for whatever is random on the device. The
     `micro_batches_per_step` micro-batches of a step come consecutively. Each `iter()` begins at `state` with loader
@@ -113,7 +114,7 @@ class Stream:
     def __init__(
         self,
         dataset: Samples,
-        views: Sequence[AnyView],
+        views: Sequence[View],
         *,
         global_batch_size: int,
         micro_batch_size: int,

@@ -37,7 +37,7 @@ from data_pipelines.storage.locations import redact
 from data_pipelines.storage.stores import FetchOptions, Store
 from data_pipelines.streaming.stream import Stream, StreamState
 from data_pipelines.streaming.tar_stream import Sample, read_samples
-from data_pipelines.views.maker import AnyView
+from data_pipelines.views.base import View
 
 __all__ = ["UnindexedSamples", "UnindexedStream", "reader_share"]
 
@@ -80,7 +80,7 @@ class UnindexedStream(Stream):
     def __init__(
         self,
         source: str | Path | Sequence[str | Path],
-        views: Sequence[AnyView],
+        views: Sequence[View],
         *,
         rank: int,
         world_size: int,

@@ -10,13 +10,14 @@ centre crop. How a rectangle is resized depends on what the picture holds:
 * arrays of any number of channels: as photos by `torch`; 16-bit values are rounded and clipped, floats stay floats.
 * values such as class ids and depth: the nearest pixel, nothing mixed, any type.
 
-Not here: decoding (`decode`), which crops are wanted (`views`).
+Not here: decoding (`decode`), which crops are wanted (`kinds.images`).
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +51,7 @@ Array = npt.NDArray[Any]
 
 _CROP_ATTEMPTS = 10
 _OVERLAP_ATTEMPTS = 10
+_FACTORS = (1, 2, 4, 8)  # by which a photo can be decoded smaller
 _MOST_CHANNELS_AT_ONCE = 4  # torch has a fast path for 8-bit images of up to 4 channels
 
 
@@ -164,23 +166,37 @@ class Picture(ABC):
     num_channels: int
     dtype: np.dtype[Any]
 
+    def announce(self, crops: Sequence[Crop], size: int) -> None:
+        """Be told of crops and their size in pixels, before any is cut, so that no more is decoded than they need.
+
+        Raises:
+            DataError: they were drawn for what has another aspect.
+        """
+        return None
+
     @abstractmethod
     def cut(self, crop: Crop, out: Array) -> None:
         """Write the pixels of a crop into `out` (num_channels, size, size)."""
 
 
 class PhotoPicture(Picture):
-    """An RGB photo; bicubic by PIL or torch (see above)."""
+    """An RGB photo; bicubic by PIL or torch (see above).
+
+    Args:
+        scaled: decode it at the smallest size at which none of the announced crops has to be enlarged.
+    """
 
     num_channels, dtype = 3, np.dtype(np.uint8)
 
-    def __init__(self, photo: Photo, resampler: str) -> None:
+    def __init__(self, photo: Photo, resampler: str, *, scaled: bool = False) -> None:
         self.width, self.height = photo.width, photo.height
-        self._photo, self._resampler = photo, resampler
+        self._photo, self._resampler, self._scaled = photo, resampler, scaled
+        self._room = math.inf  # how many times larger than needed the crop is that is enlarged first
 
-    def reduce(self, factor: int) -> None:
-        """Decode at a smaller size, see `Photo.reduce`."""
-        self._photo.reduce(factor)
+    def announce(self, crops: Sequence[Crop], size: int) -> None:
+        if self._scaled:
+            self._room = min(self._room, *(min(crop.box_in(self.width, self.height)[2:]) / size for crop in crops))
+            self._photo.reduce(max(factor for factor in _FACTORS if factor <= max(1, self._room)))
 
     def cut(self, crop: Crop, out: Array) -> None:
         if self._resampler == "pil":

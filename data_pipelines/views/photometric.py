@@ -20,7 +20,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from data_pipelines.errors import DataError, suggest
 from data_pipelines.randomness import ViewRandom
+from data_pipelines.views.base import View
 
 __all__ = ["NUM_PARAMS", "PARAMS_SUFFIX", "Photometric", "apply", "finish", "reference"]
 
@@ -141,16 +142,7 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
 
 
-class _PhotometricView(Protocol):
-    """What `finish` looks at of a view."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def photometric(self) -> Photometric | None: ...
-
-
-def finish(batch: Mapping[str, Tensor], views: Sequence[_PhotometricView]) -> dict[str, Tensor]:
+def finish(batch: Mapping[str, Tensor], views: Sequence[View]) -> dict[str, Tensor]:
     """Apply the drawn rows of all views, on the device that their images are on, and drop them.
 
     Args:
@@ -161,7 +153,8 @@ def finish(batch: Mapping[str, Tensor], views: Sequence[_PhotometricView]) -> di
     Returns:
         The batch without rows; changed views are float32 (..., 3, H, W) in [0, 1], everything else is as it was.
     """
-    names = [view.name for view in views if view.photometric is not None and view.photometric.mode == "linear"]
+    settings = {view.name: getattr(view, "photometric", None) for view in views}
+    names = [name for name, setting in settings.items() if setting is not None and setting.mode == "linear"]
     # All rows come to the host before any work is queued: at most one wait for the device, none if they never left.
     rows = {name: batch[name + PARAMS_SUFFIX].cpu() for name in names}
     finished = {name: value for name, value in batch.items() if name.removesuffix(PARAMS_SUFFIX) not in rows}

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipelines.decode import IMAGE_FIELDS, decode_image
-from data_pipelines.views.maker import eval_view
+from data_pipelines.views.crops import eval_view
 from evaluation.extraction.forward import Dense, Pooled
 from evaluation.extraction.recipe import Extraction, Size
 from evaluation.protocol import EvaluationError, Protocol

@@ -80,12 +80,12 @@ class GMML(Objective):
         """Loss of one micro-batch.
 
         Args:
-            batch: "image" (V, B, C, S, S), or (B, C, S, S) for one view, uint8 or float in [0, 1]; "seed" (B,) int64.
-                The corruption that follows from the seed can be given, see `BlockCorruption.of_batch`.
+            batch: "image" (V, B, C, S, S) uint8 or float in [0, 1]; "seed" (B,) int64. The corruption that follows from
+                the seed can be given, see `BlockCorruption.of_batch`.
             progress: not used.
         """
         images = batch["image"]
-        target = self.backbone.preprocess(images.flatten(0, -4))  # (n, C, S, S)
+        target = self.backbone.preprocess(images.flatten(0, 1))  # (n, C, S, S)
         corruption = self.corruption.of_batch(batch, target)
         features = self._encode(corruption.apply(target))
         prediction = self.head(features.patches, features.grid)  # (n, C, S, S)
@@ -114,7 +114,7 @@ class GMML(Objective):
         batch = {name: batch[name] for name in ("image", "seed")}
         images = batch["image"]
         batch["seed"] = batch["seed"][:MAX_PICTURES]
-        target = self.backbone.preprocess(images[0] if images.ndim == 5 else images)[:MAX_PICTURES]
+        target = self.backbone.preprocess(images[0])[:MAX_PICTURES]
         corruption = self.corruption.of_batch(batch, target)
         with evaluating(self):
             features = self._encode(corruption.apply(target))

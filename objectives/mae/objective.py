@@ -99,7 +99,6 @@ class MAE(Objective):
             {
                 "name": "image",
                 "size": self.backbone.image_size,
-                "count": 1,
                 "scale": tuple(self.config.crop_scale),
                 "hflip": self.config.hflip,
             }

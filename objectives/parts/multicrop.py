@@ -1,7 +1,7 @@
 """The crops of DINO and SelfPatch: two global views and several small local ones, each in its own colours.
 
 M. Caron et al., 2021, arXiv:2104.14294, section 3.1; augmentations of BYOL (arXiv:2006.07733) with multi-crop (SwAV,
-arXiv:2006.09882). NOT here: cutting and colouring them (`data_pipelines.views.maker`,
+arXiv:2006.09882). NOT here: cutting and colouring them (`data_pipelines.views`,
 `data_pipelines.views.photometric`).
 
 Legend: B batch, L local views.
@@ -68,19 +68,13 @@ def resample_positions(backbone: Backbone) -> None:
 
 def multi_crop_views(backbone: Backbone, config: MultiCropConfig) -> list[dict[str, Any]]:
     """The views "global_1" and "global_2", and "local" unless there are none."""
-    shapes = {name: (backbone.image_size, 1, config.global_scale) for name in GLOBAL_VIEWS}
+    views = {name: {"size": backbone.image_size, "scale": tuple(config.global_scale)} for name in GLOBAL_VIEWS}
     if config.num_local:
-        shapes[_LOCAL_VIEW] = (local_size(backbone, config), config.num_local, config.local_scale)
+        scale, size = tuple(config.local_scale), local_size(backbone, config)
+        views[_LOCAL_VIEW] = {"size": size, "count": config.num_local, "scale": scale}
     return [
-        {
-            "name": name,
-            "size": size,
-            "count": count,
-            "scale": tuple(scale),
-            "hflip": config.hflip,
-            **photometric(config, _PHOTOMETRIC[name]),
-        }
-        for name, (size, count, scale) in shapes.items()
+        {"name": name, **view, "hflip": config.hflip, **photometric(config, _PHOTOMETRIC[name])}
+        for name, view in views.items()
     ]
 
 
@@ -91,6 +85,5 @@ def crops_of(batch: dict[str, Tensor]) -> list[Tensor]:
     """
     crops = [torch.cat([batch[name] for name in GLOBAL_VIEWS])]
     if _LOCAL_VIEW in batch:
-        local = batch[_LOCAL_VIEW]
-        crops.append(local.flatten(0, 1) if local.ndim == 5 else local)
+        crops.append(batch[_LOCAL_VIEW].flatten(0, 1))
     return crops

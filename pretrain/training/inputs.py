@@ -17,8 +17,8 @@ from data_pipelines.storage.stores import FetchOptions
 from data_pipelines.streaming.mixture import Mixture, Part
 from data_pipelines.streaming.stream import Stream, StreamState
 from data_pipelines.streaming.unindexed import UnindexedStream
-from data_pipelines.views.maker import views_from
 from data_pipelines.views.photometric import PARAMS_SUFFIX
+from data_pipelines.views.specs import views_from
 from objectives.base import Objective
 from pretrain.config.schema import DataConfig, Recipe
 from pretrain.record.run_dir import RunDir

@@ -159,8 +159,9 @@ def test_photo_picture__reduced_photo_shows_the_same_place() -> None:
     for resampler in ("pil", "torch"):
         outs = []
         for factor in (1, 2, 4):
-            picture = PhotoPicture(Photo(file.getvalue()), resampler)
-            picture.reduce(factor)
+            photo = Photo(file.getvalue())
+            photo.reduce(factor)
+            picture = PhotoPicture(photo, resampler)
             outs.append(np.empty((3, 64, 64), np.uint8))
             picture.cut(crop, outs[-1])
         for out in outs[1:]:

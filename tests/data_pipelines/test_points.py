@@ -14,8 +14,9 @@ from data_pipelines.decode import decode_array
 from data_pipelines.errors import DataError
 from data_pipelines.randomness import ViewRandom
 from data_pipelines.shards.dataset import open_dataset
-from data_pipelines.views.maker import ViewMaker, views_from
-from data_pipelines.views.points import PointsView, choose_points, farthest_points, random_rotation
+from data_pipelines.views.kinds.points import PointsView, choose_points, farthest_points, random_rotation
+from data_pipelines.views.maker import ViewMaker
+from data_pipelines.views.specs import views_from
 
 
 @pytest.fixture

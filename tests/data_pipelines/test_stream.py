@@ -27,16 +27,16 @@ from data_pipelines.randomness import ViewRandom, sample_seed
 from data_pipelines.shards.dataset import Dataset, open_dataset
 from data_pipelines.streaming.mixture import Mixture, Part
 from data_pipelines.streaming.stream import Stream, StreamState
-from data_pipelines.views.maker import View, random_resized_crop
+from data_pipelines.views.kinds.images import ImageView, random_resized_crop
 
 Tiny = Callable[[Sequence[int]], Dataset]
 Write = Callable[[Path, Sequence[tuple[str, bytes]]], Path]
 Record = tuple[int, int, int]  # sample id, device seed, CRC-32 of all its pixels
 
-VIEWS = (View("image", 6),)
+VIEWS = (ImageView("image", 6),)
 
 
-def stream(dataset: Dataset | Mixture, views: Sequence[View] = VIEWS, **changes: Any) -> Stream:
+def stream(dataset: Dataset | Mixture, views: Sequence[ImageView] = VIEWS, **changes: Any) -> Stream:
     settings: dict[str, Any] = {
         "global_batch_size": 8,
         "micro_batch_size": 8,
@@ -113,7 +113,7 @@ def test_stream__each_sample_once_per_epoch(
 def test_stream__ids_and_pixels_do_not_depend_on_ranks_workers_or_micro_batch(
     grocery: Dataset, num_workers: int, no_process_left: None
 ) -> None:
-    views = (View("large", 24, count=2), View("small", 8))
+    views = (ImageView("large", 24, count=2), ImageView("small", 8))
     layout = {"views": views, "global_batch_size": 24, "block_size": 40, "window": 4, "num_streams": 8}
     expected = steps(grocery, 3, 1, micro_batch_size=24, **layout)
     for world_size, micro in [(1, 8), (2, 12), (2, 3), (4, 6), (3, 4)]:
@@ -169,7 +169,7 @@ def test_stream__state_at(tiny_dataset: Tiny) -> None:
 
 
 def test_stream__batch_holds_what_it_says(grocery: Dataset) -> None:
-    views = (View("global", 32, count=2), View("local", 16, count=3), View("one", 8))
+    views = (ImageView("global", 32, count=2), ImageView("local", 16, count=3), ImageView("one", 8))
     batch = next(iter(stream(grocery, views, seed=9, state=StreamState(2, 5))))
     assert {name: (tuple(t.shape), t.dtype) for name, t in batch.items()} == {
         "global": ((2, 8, 3, 32, 32), torch.uint8),
@@ -239,10 +239,10 @@ def test_stream__process_ends_although_an_iterator_is_open(grocery: Dataset) -> 
     code = (
         "import sys; from data_pipelines.shards.dataset import open_dataset\n"
         "from data_pipelines.streaming.stream import Stream\n"
-        "from data_pipelines.views.maker import View\n"
+        "from data_pipelines.views.kinds.images import ImageView\n"
         f"dataset = open_dataset({str(grocery.shards[0].path)!r})\n"
-        "stream = Stream(dataset, [View('image', 8)], global_batch_size=4, micro_batch_size=4, rank=0, world_size=1,\n"
-        "                seed=0, num_workers=2)\n"
+        "stream = Stream(dataset, [ImageView('image', 8)], global_batch_size=4, micro_batch_size=4, rank=0,\n"
+        "                world_size=1, seed=0, num_workers=2)\n"
         "batches = iter(stream); print(sorted(next(batches)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -358,7 +358,7 @@ def test_stream__needs_an_image_field(tmp_path: Path, write_tar: Write) -> None:
         ({"state": StreamState(0, -1)}, r"StreamState\(epoch=0, position=-1\) is not allowed; epoch and position"),
         ({"state": StreamState(-1, 0)}, r"are from 0"),
         ({"views": ()}, "no view is asked for"),
-        ({"views": (View("a", 8), View("a", 9))}, "view name 'a' is used twice"),
+        ({"views": (ImageView("a", 8), ImageView("a", 9))}, "view name 'a' is used twice"),
     ],
 )
 def test_stream__refuses(tiny_dataset: Tiny, changes: dict[str, Any], message: str) -> None:
@@ -396,7 +396,7 @@ def test_stream__cifar10_epoch_of_shared_data(shared_data: Path, no_process_left
     dataset = open_dataset(shared_data / "cifar10" / "train-*.tar")
     whole = stream(
         dataset,
-        (View("image", 32),),
+        (ImageView("image", 32),),
         global_batch_size=500,
         micro_batch_size=250,
         num_workers=2,

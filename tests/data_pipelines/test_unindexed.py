@@ -25,12 +25,13 @@ from data_pipelines.storage.stores import FetchOptions
 from data_pipelines.streaming import unindexed
 from data_pipelines.streaming.stream import Stream, StreamState
 from data_pipelines.streaming.unindexed import UnindexedStream, reader_share
-from data_pipelines.views.maker import LabelView, View
+from data_pipelines.views.kinds.images import ImageView
+from data_pipelines.views.kinds.labels import LabelView
 
 Write = Callable[[Path, Sequence[tuple[str, bytes]]], Path]
 Make = Callable[[Sequence[int]], Path]
 
-VIEWS = (View("image", 6), LabelView("label"))
+VIEWS = (ImageView("image", 6), LabelView("label"))
 
 
 @pytest.fixture

@@ -19,8 +19,10 @@ from data_pipelines.errors import CorruptSampleError, DataError
 from data_pipelines.order import key
 from data_pipelines.randomness import ViewRandom, sample_seed
 from data_pipelines.shards.dataset import Dataset, open_dataset
-from data_pipelines.views.maker import ViewMaker, random_resized_crop, views_from
+from data_pipelines.views.kinds.images import random_resized_crop
+from data_pipelines.views.maker import ViewMaker
 from data_pipelines.views.photometric import NUM_PARAMS, Photometric, finish, reference
+from data_pipelines.views.specs import views_from
 
 JITTER = {"jitter_p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "blur_p": 0.5}
 
@@ -78,8 +80,8 @@ def test_view_maker__image_views_are_bit_for_bit_random_resized_crops(grocery: D
         made, image = make(sample, seed), open_image(sample["jpg"])
         for number, view in enumerate(views):
             rng = ViewRandom(key(number, base=seed))
-            crops = torch.stack([random_resized_crop(image, view, rng) for _ in range(view.count)])
-            assert torch.equal(made[view.name], crops.squeeze(0))
+            crops = torch.stack([random_resized_crop(image, view, rng) for _ in range(view.times or 1)])
+            assert torch.equal(made[view.name], crops if view.times else crops[0])
 
 
 def test_view_maker__same_sample_same_views_in_any_order(grocery: Dataset) -> None:
@@ -115,6 +117,39 @@ def test_collate__shapes_types_and_order(grocery: Dataset) -> None:
     assert batch["label"].tolist() == [int(grocery.read(i)["cls"]) for i in range(3)]
     finished = finish(batch, make.views)
     assert finished["global"].dtype == torch.float32 and "one.photometric" not in finished
+
+
+RANKS: tuple[tuple[dict[str, Any], dict[str, tuple[int, ...]]], ...] = (
+    (
+        {"size": 8, "return_box": True, "photometric": JITTER},
+        {"v": (3, 8, 8), "v.box": (5,), "v.photometric": (NUM_PARAMS,)},
+    ),
+    ({"size": 8, "photometric": {**JITTER, "mode": "reference"}}, {"v": (3, 8, 8)}),
+    ({"kind": "points", "num_points": 4}, {"v": (4, 3)}),
+    ({"kind": "volume", "size": [4, 3, 2], "return_size": True}, {"v": (1, 4, 3, 2), "v.size": (3,)}),
+)
+
+
+@pytest.mark.parametrize("count", [None, 1, 2])
+@pytest.mark.parametrize(("spec", "shapes"), RANKS, ids=["image", "reference", "points", "volume"])
+def test_count__a_view_that_states_one_has_a_dimension_of_it_also_when_it_is_1(
+    spec: dict[str, Any], shapes: dict[str, tuple[int, ...]], count: int | None, scene: dict[str, bytes]
+) -> None:
+    sample = scene | {
+        "points.npy": saved(npy=np.random.default_rng(0).random((9, 3))),
+        "volume.npy": saved(npy=np.zeros((5, 5, 5), np.uint8)),
+    }
+    make = maker([{"name": "v", **spec} | ({} if count is None else {"count": count})], list(sample))
+    batch = make.collate([make(sample, seed) for seed in range(3)])
+    shown = () if count is None else (count,)
+    assert {name: tuple(entry.shape) for name, entry in batch.items()} == {
+        name: (*shown, 3, *shape) for name, shape in shapes.items()
+    }
+    if count is not None:
+        (alone,) = views_from([{"name": "v", **spec}])
+        first = ViewMaker([alone], frozenset(sample))(sample, 1)
+        assert all(torch.equal(batch[name][0, 1], entry) for name, entry in first.items() if name != "v.photometric")
+        assert alone.times is None
 
 
 @pytest.mark.parametrize("resampler", ["pil", "torch"])

@@ -16,8 +16,10 @@ from data_pipelines.decode import decode_image
 from data_pipelines.errors import DataError
 from data_pipelines.randomness import ViewRandom, sample_seed
 from data_pipelines.shards.dataset import Dataset
-from data_pipelines.views.maker import View, eval_view, random_resized_crop, views_from
+from data_pipelines.views.crops import eval_view
+from data_pipelines.views.kinds.images import ImageView, random_resized_crop
 from data_pipelines.views.photometric import Photometric
+from data_pipelines.views.specs import views_from
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
@@ -48,7 +50,7 @@ def test_sample_seed__differs_in_every_part() -> None:
 
 
 def test_random_resized_crop__same_key_same_pixels(grocery: Dataset) -> None:
-    image, view = decode_image(grocery.read(3)["jpg"]), View("v", 48)
+    image, view = decode_image(grocery.read(3)["jpg"]), ImageView("v", 48)
     first, again, other = (random_resized_crop(image, view, ViewRandom(k)) for k in (11, 11, 12))
     assert first.shape == (3, 48, 48) and first.dtype == torch.uint8 and first.is_contiguous()
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -57,7 +59,7 @@ def test_random_resized_crop__same_key_same_pixels(grocery: Dataset) -> None:
 
 def test_random_resized_crop__whole_image_is_the_plain_resize(grocery: Dataset) -> None:
     image = decode_image(grocery.read(0)["jpg"])[:90, :90]
-    crop = random_resized_crop(image, View("v", 40, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0), ViewRandom(5))
+    crop = random_resized_crop(image, ImageView("v", 40, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0), ViewRandom(5))
     expected = np.asarray(Image.fromarray(image).resize((40, 40), Image.Resampling.BICUBIC))
     assert np.array_equal(crop.permute(1, 2, 0).numpy(), expected)
 
@@ -65,15 +67,15 @@ def test_random_resized_crop__whole_image_is_the_plain_resize(grocery: Dataset) 
 def test_random_resized_crop__flip_is_a_mirror() -> None:
     image = coordinates(30, 40)
     shared: dict[str, Any] = {"name": "v", "size": 16}
-    plain = random_resized_crop(image, View(**shared, hflip=0), ViewRandom(3))
-    flipped = random_resized_crop(image, View(**shared, hflip=1), ViewRandom(3))
+    plain = random_resized_crop(image, ImageView(**shared, hflip=0), ViewRandom(3))
+    flipped = random_resized_crop(image, ImageView(**shared, hflip=1), ViewRandom(3))
     assert torch.equal(flipped, plain.flip(2)) and not torch.equal(flipped, plain)
-    half = [random_resized_crop(image, View(**shared), ViewRandom(k))[0, 0] for k in range(400)]
+    half = [random_resized_crop(image, ImageView(**shared), ViewRandom(k))[0, 0] for k in range(400)]
     assert 150 < sum(bool(row[0] > row[-1]) for row in half) < 250
 
 
 def test_random_resized_crop__boxes_have_the_asked_area_and_aspect() -> None:
-    image, view = coordinates(120, 160), View("v", 64, scale=(0.3, 0.6), ratio=(0.5, 2.0), hflip=0)
+    image, view = coordinates(120, 160), ImageView("v", 64, scale=(0.3, 0.6), ratio=(0.5, 2.0), hflip=0)
     areas, aspects, lefts = [], [], []
     for k in range(500):
         crop = random_resized_crop(image, view, ViewRandom(k)).float()
@@ -90,14 +92,14 @@ def test_random_resized_crop__boxes_have_the_asked_area_and_aspect() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (2, 3), (500, 20)])
 def test_random_resized_crop__degenerate_images(shape: tuple[int, int]) -> None:
     for k in range(20):
-        assert random_resized_crop(coordinates(*shape), View("v", 8), ViewRandom(k)).shape == (3, 8, 8)
+        assert random_resized_crop(coordinates(*shape), ImageView("v", 8), ViewRandom(k)).shape == (3, 8, 8)
 
 
 def test_random_resized_crop__refuses_other_arrays() -> None:
     images: list[Any] = [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)]
     for image in images:
         with pytest.raises(DataError, match=r"is not \(H, W, 3\) uint8"):
-            random_resized_crop(image, View("v", 8), ViewRandom(0))
+            random_resized_crop(image, ImageView("v", 8), ViewRandom(0))
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (96, 128), (131, 96), (40, 300)])
@@ -122,7 +124,7 @@ def test_eval_view__same_size_is_untouched() -> None:
 
 def test_views_from__plain_data() -> None:
     specs = [{"name": "global", "size": 96, "count": 2, "scale": [0.4, 1.0]}, {"name": "local", "size": 32, "hflip": 0}]
-    assert views_from(specs) == (View("global", 96, 2, (0.4, 1.0)), View("local", 32, hflip=0))
+    assert views_from(specs) == (ImageView("global", 96, 2, (0.4, 1.0)), ImageView("local", 32, hflip=0))
 
 
 @pytest.mark.parametrize(
@@ -168,13 +170,13 @@ def test_views_from__names_are_distinct_and_there_is_one() -> None:
 
 def test_views_from__colors() -> None:
     views = views_from([{"name": "v", "size": 32, "photometric": {"blur_p": 0.5}}])
-    assert views == (View("v", 32, photometric=Photometric(blur_p=0.5)),)
+    assert views == (ImageView("v", 32, photometric=Photometric(blur_p=0.5)),)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"kind": "images"}, "kind='images' is not allowed; it is one of image, points, volume, array, label; did you"),
+        ({"kind": "images"}, "kind='images' is not allowed; it is one of array, image, label, points, volume; did you"),
         ({"same_crop_as": "aa"}, "view 'v': same_crop_as='aa' is not allowed; it is one of a; did you mean 'a'?"),
         ({"same_crop_as": "v"}, "same_crop_as='v' is not allowed"),
         ({"same_crop_as": "a", "hflip": 0}, "hflip=0 has no effect, the crops are those of 'a'; leave it out"),
@@ -184,7 +186,7 @@ def test_views_from__colors() -> None:
         ({"resize": "bilinear"}, "resize='bilinear' is not allowed; it is one of bicubic, nearest"),
         ({"channels": 3}, "channels=3 is not allowed; it is a list of channel numbers"),
         ({"channels": [-1]}, "channels=-1 is not allowed"),
-        ({"resize": "nearest", "field": "x.png", "photometric": {}}, "photometric changes colours"),
+        ({"resize": "nearest", "field": "x.png", "photometric": {}}, "photometric changes colors"),
         ({"photometric": {"blurp": 1}}, "view 'v', photometric: unknown key 'blurp'"),
         ({"mask": {"kind": "random", "patch": 4, "ratio": 0.5}}, "unknown key 'mask'"),
         ({"name": "v.w"}, "view name 'v.w' is not allowed; give a name other than sample_id, seed, without a dot"),

@@ -15,8 +15,9 @@ from data_pipelines.decode import decode_array
 from data_pipelines.errors import DataError
 from data_pipelines.randomness import ViewRandom
 from data_pipelines.shards.dataset import open_dataset
-from data_pipelines.views.maker import ViewMaker, views_from
-from data_pipelines.views.volumes import VolumeView, as_volume
+from data_pipelines.views.kinds.volumes import VolumeView, as_volume
+from data_pipelines.views.maker import ViewMaker
+from data_pipelines.views.specs import views_from
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from backbones.images.config import ImageConfig
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.streaming.stream import Stream
-from data_pipelines.views.maker import views_from
+from data_pipelines.views.specs import views_from
 from objectives import registry
 from objectives.base import Progress
 from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig

@@ -110,10 +110,10 @@ def objective_on(objective: str, name: str, **config: Any) -> Objective:
 def crops_for(objective: Objective, num: int = 4) -> dict[str, torch.Tensor]:
     generator, batch = torch.Generator().manual_seed(1), {"seed": torch.arange(num)}
     for view in objective.views():
-        count, size = view.get("count", 1), view["size"]
-        coarse = torch.rand(num * count, 3, 4, 4, generator=generator)
+        count, size = view.get("count"), view["size"]
+        coarse = torch.rand(num * (count or 1), 3, 4, 4, generator=generator)
         images = (torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear") * 255).to(torch.uint8)
-        batch[view["name"]] = images.unflatten(0, (count, num)) if count > 1 else images
+        batch[view["name"]] = images if count is None else images.unflatten(0, (count, num))
     return batch
 
 

@@ -20,7 +20,7 @@ from backbones.images.config import ImageConfig
 from backbones.registry import create_backbone
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.streaming.stream import Stream
-from data_pipelines.views.maker import views_from
+from data_pipelines.views.specs import views_from
 from objectives import registry
 from objectives.base import Objective, Progress
 from objectives.teacher import Teacher

@@ -89,7 +89,7 @@ def test_forward__loss_and_gradients_are_those_of_the_paper(num_local):
         del batch["local"]
     expected = plain_loss(objective, batch | {"local": batch.get("local", torch.empty(0, 4, 3, 8, 8))}, 0.06)
     gradients = torch.autograd.grad(expected, list(objective.parameters()))
-    output = objective({k: x[0] if k == "local" and num_local == 1 else x for k, x in batch.items()}, LATE)
+    output = objective(batch, LATE)
     output.loss.backward()
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-12)
     for parameter, gradient in zip(objective.parameters(), gradients, strict=True):
@@ -266,7 +266,7 @@ def test_ranks__two_give_the_loss_gradient_and_center_of_one_with_the_whole_batc
 def test_views__are_the_papers_crops():
     objective = small(image=224, patch=16, local_size=None, num_local=8)
     one, two, local = objective.views()
-    assert (one["name"], one["size"], one["count"], one["scale"]) == ("global_1", 224, 1, (0.4, 1.0))
+    assert (one["name"], one["size"], one["scale"], "count" in one) == ("global_1", 224, (0.4, 1.0), False)
     assert (local["name"], local["size"], local["count"], local["scale"]) == ("local", 96, 8, (0.05, 0.4))
     assert one["photometric"] | {"blur_p": 0.1, "solarize_p": 0.2} == two["photometric"]
     assert [view["photometric"]["blur_p"] for view in (one, two, local)] == [1.0, 0.1, 0.5]
@@ -276,7 +276,11 @@ def test_views__are_the_papers_crops():
 def test_views__are_ones_that_the_pipeline_knows():
     from data_pipelines.views.specs import views_from
 
-    assert [view.name for view in views_from(small().views())] == ["global_1", "global_2", "local"]
+    assert [(view.name, view.times) for view in views_from(small(num_local=1).views())] == [
+        ("global_1", None),
+        ("global_2", None),
+        ("local", 1),
+    ]
     assert all("photometric" not in view for view in small(photometric=False).views())
     assert {view["photometric"]["blur_p"] for view in small(blur=False).views()} == {0.0}
 

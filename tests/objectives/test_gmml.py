@@ -398,7 +398,7 @@ def test_gmml__last_block_alone_is_the_backbone_s_output():
 def test_gmml__one_view():
     gmml = small_gmml(num_views=1)
     batch = small_batch(gmml)
-    batch["image"] = batch["image"][0]
+    batch["image"] = batch["image"][:1]
     assert gmml(batch, START).loss.isfinite()
     assert len(gmml.pictures(batch)["clean"]) == 4
     assert gmml.views()[0]["count"] == 1
@@ -419,7 +419,7 @@ def test_bf16__parameters_cast_as_an_engine_does(golden_gmml, golden_batch):
 
 
 def test_views__are_what_the_data_takes():
-    from data_pipelines.views.maker import views_from
+    from data_pipelines.views.specs import views_from
 
     (view,) = views_from(small_gmml().views())
     assert (view.name, view.count, view.size, view.scale) == ("image", 2, 16, (0.05, 1.0))

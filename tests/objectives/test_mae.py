@@ -453,7 +453,7 @@ def test_state__positions_of_the_encoder_travel_and_those_of_the_decoder_are_der
 
 def test_views__one_crop_at_the_backbones_size():
     assert small_mae(crop_scale=[0.3, 0.9], hflip=0.0).views() == [
-        {"name": "image", "size": 16, "count": 1, "scale": (0.3, 0.9), "hflip": 0.0}
+        {"name": "image", "size": 16, "scale": (0.3, 0.9), "hflip": 0.0}
     ]
 
 

@@ -494,10 +494,10 @@ def test_bf16__parameters_cast_as_an_engine_does(golden_sit, golden_batch):
 
 
 def test_views__are_what_the_data_takes():
-    from data_pipelines.views.maker import views_from
+    from data_pipelines.views.specs import views_from
 
     first, second = views_from(small_sit().views())
-    assert (first.name, second.name, first.scale, first.count) == ("view_1", "view_2", (0.2, 1.0), 1)
+    assert (first.name, second.name, first.scale, first.count) == ("view_1", "view_2", (0.2, 1.0), None)
     assert (first.photometric.blur_p, first.photometric.solarize_p) == (1.0, 0.0)
     assert (second.photometric.blur_p, second.photometric.solarize_p) == (0.1, 0.2)
     assert second.photometric.jitter_p == 0.8

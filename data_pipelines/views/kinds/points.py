@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from data_pipelines.errors import DataError
 from data_pipelines.order import permutation
@@ -26,16 +27,18 @@ from data_pipelines.specs import (
     is_range,
     refuse,
     require_choice,
+    require_count,
     require_integers,
-    require_name,
     require_probabilities,
 )
+from data_pipelines.views.base import ARRAY_FIELDS, ArrayReading, Reading, View
 
 __all__ = ["PointsView", "choose_points", "farthest_points", "random_rotation"]
 
 Cloud = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
+_FIELDS = ("points.npy", "points.npz", *ARRAY_FIELDS)
 _CHOICES = ("random", "replace", "farthest")
 _NORMALIZATIONS = ("none", "unit_sphere")
 _ROTATIONS = ("none", "x", "y", "z", "any")
@@ -43,13 +46,13 @@ _JITTER_LIMIT = 5.0  # standard deviations
 
 
 @dataclass(frozen=True)
-class PointsView:
+class PointsView(View):
     """One kind of cloud.
 
     Attributes:
         name: entry of the batch.
         num_points: points of the result.
-        count: clouds of this kind per sample.
+        count: clouds of this kind per sample, which get a first dimension; without it there is one cloud and none.
         field: npy or npz to read.
         array: which array of an npz.
         features: columns behind the three of the position to keep; never changed, also not by a rotation.
@@ -64,9 +67,10 @@ class PointsView:
         drop: up to this share of the points, drawn anew for each cloud, is replaced by the first point.
     """
 
-    name: str
+    kind: ClassVar[str] = "points"
+
     num_points: int
-    count: int = 1
+    count: int | None = None
     field: str | None = None
     array: str | None = None
     features: int = 0
@@ -79,11 +83,17 @@ class PointsView:
     jitter: float = 0.0
     drop: float = 0.0
 
-    photometric: ClassVar[None] = None
+    def reads(self, fields: frozenset[str]) -> Reading:
+        field = self.chosen_field(self.field, _FIELDS, fields)
+        self.require_suffix(field, ARRAY_FIELDS)
+        return ArrayReading(field, self.array)
 
-    def __post_init__(self) -> None:
-        where = require_name(self.name)
-        require_integers(where, 1, num_points=self.num_points, count=self.count)
+    def entries(self, content: npt.NDArray[Any], rng: ViewRandom, drawn: None) -> dict[str, Tensor]:
+        return {self.name: self.stacked([self.make(content, rng) for _ in range(self.count or 1)])}
+
+    def _check(self, where: str) -> None:
+        require_integers(where, 1, num_points=self.num_points)
+        require_count(where, self.count)
         require_integers(where, 0, features=self.features)
         require_choice(where, "choose", self.choose, _CHOICES)
         require_choice(where, "normalize", self.normalize, _NORMALIZATIONS)

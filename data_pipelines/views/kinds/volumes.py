@@ -11,19 +11,24 @@ Not here: masks over voxel patches (objectives, on the device).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from data_pipelines.errors import DataError
 from data_pipelines.randomness import ViewRandom
-from data_pipelines.specs import is_number, is_range, refuse, require_integers, require_name, require_probabilities
+from data_pipelines.specs import is_number, is_range, refuse, require_count, require_integers, require_probabilities
+from data_pipelines.views.base import ARRAY_FIELDS, ArrayReading, Decoding, Reading, View
 
 __all__ = ["Placement", "VolumeView", "as_volume"]
 
 Array = npt.NDArray[Any]
+
+_FIELDS = ("volume.npy", "volume.npz", *ARRAY_FIELDS)
 
 
 class Placement(NamedTuple):
@@ -37,13 +42,21 @@ class Placement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class VolumeView:
+class VolumeReading(ArrayReading):
+    """An array (X, Y, Z) or (C, X, Y, Z)."""
+
+    def decode(self, data: bytes, decoding: Decoding) -> Array:
+        return as_volume(super().decode(data, decoding))
+
+
+@dataclass(frozen=True)
+class VolumeView(View):
     """One kind of volume.
 
     Attributes:
         name: entry of the batch.
         size: voxels along each axis of the result.
-        count: cuts of this kind per sample.
+        count: cuts of this kind per sample, which get a first dimension; without it there is one cut and none.
         field: npy or npz to read.
         array: which array of an npz.
         flip: probability of a mirror along each axis.
@@ -56,9 +69,12 @@ class VolumeView:
         return_size: also give `<name>.size`, int64 (3,): voxels along each axis that are not padding.
     """
 
-    name: str
+    kind: ClassVar[str] = "volume"
+    relations: ClassVar[tuple[str, ...]] = ("same_crop_as",)
+    led_keys: ClassVar[tuple[str, ...]] = ("count", "flip", "turn", "plane")
+
     size: tuple[int, int, int]
-    count: int = 1
+    count: int | None = None
     field: str | None = None
     array: str | None = None
     flip: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -69,11 +85,29 @@ class VolumeView:
     same_crop_as: str | None = None
     return_size: bool = False
 
-    photometric: ClassVar[None] = None
+    def reads(self, fields: frozenset[str]) -> Reading:
+        field = self.chosen_field(self.field, _FIELDS, fields)
+        self.require_suffix(field, ARRAY_FIELDS)
+        return VolumeReading(field, self.array)
 
-    def __post_init__(self) -> None:
-        where = require_name(self.name)
-        require_integers(where, 1, count=self.count)
+    def draw(self, content: Array, rng: ViewRandom, led: Mapping[str, Any]) -> list[Placement]:
+        if self.same_crop_as is not None:
+            return list(led[self.same_crop_as])
+        return [self.place(content.shape[1:], rng) for _ in range(self.count or 1)]
+
+    def entries(self, content: Array, rng: ViewRandom, drawn: Sequence[Placement]) -> dict[str, Tensor]:
+        entries = {self.name: self.stacked([self.cut(content, placement) for placement in drawn])}
+        if self.return_size:
+            entries[f"{self.name}.size"] = self.stacked(np.array([self.shown_size(placement) for placement in drawn]))
+        return entries
+
+    def require_leader(self, relation: str, leader: Self) -> None:
+        super().require_leader(relation, leader)
+        if self.size != leader.size:
+            raise DataError(f"view {self.name!r}: size={self.size} differs from {leader.size} of {leader.name!r}")
+
+    def _check(self, where: str) -> None:
+        require_count(where, self.count)
         if not isinstance(self.size, tuple) or len(self.size) != 3:
             refuse(where, "size", self.size, "[voxels, voxels, voxels]")
         for side in self.size:
