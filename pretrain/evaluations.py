@@ -8,6 +8,7 @@ Not here: the protocols (`evaluation`), starting evaluations and pruning (`pretr
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from evaluation.runner import EvaluationResult
 
 __all__ = ["Place", "due", "evaluate", "evaluate_task", "leaderboard", "retention"]
+
+log = logging.getLogger(__name__)
 
 NICENESS = 10  # an evaluation beside the trainers gets about a tenth of a contended core
 
@@ -166,10 +169,15 @@ def _places(storage: Path) -> list[Place]:
                 of_runs.add(event.key)
                 found.append(_place(event.protocol, event.data, event.reported, event.metrics, run.run_id, event.step))
     for path in sorted((storage / "evaluations").glob("*.json")):
-        if path.stem not in of_runs:
+        if path.stem in of_runs:
+            continue
+        try:
             record = json.loads(path.read_text())
-            reported = describe(record["protocol"], record["metrics"], record.get("described", ()))
-            found.append(_place(record["protocol"], record["data"], reported, record["metrics"], "(by hand)", None))
+            protocol, data, metrics = record["protocol"], record["data"], record["metrics"]
+            reported = describe(protocol, metrics, record.get("described", ()))
+            found.append(_place(protocol, data, reported, metrics, "(by hand)", None))
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s: not an evaluation, passed over (%s: %s)", path, type(error).__name__, error)
     return found
 
 

@@ -93,11 +93,21 @@ def test_retention__of_a_run_that_has_only_begun() -> None:
     assert retention(recipe(), [], []) == retention(recipe(), [0], [score(0, 0.5)]) == set()
 
 
-def test_leaderboard__a_damaged_line_costs_only_itself(tmp_path: Path) -> None:
+def test_leaderboard__what_is_damaged_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = RunDir(tmp_path / "a")
     run.path.mkdir()
     run.recipe.touch()
     good = score(10, 0.5).to_json()
     lines = [good, {**good, "metrics": None}, {name: good[name] for name in ("time", "kind", "step")}, good]
     run.evaluations.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"kind": "eval')
-    assert [row["metrics"] for row in leaderboard(tmp_path)] == [{"top1": 0.5}] * 2
+    by_hand = tmp_path / "evaluations"
+    by_hand.mkdir()
+    for name, content in {
+        "torn": '{"protocol": "kn',
+        "list": "[]",
+        "half": '{"protocol": "knn", "data": "photos"}',
+    }.items():
+        (by_hand / f"{name}.json").write_text(content)
+    assert [(place.run, place.score) for place in leaderboard(tmp_path)] == [("a", 0.5)] * 2
+    for name in ("evaluations.jsonl", "torn.json", "list.json", "half.json"):
+        assert name in caplog.text

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from pretrain.checkpoints import store
 from pretrain.errors import RequestError
 from pretrain.record.events import (
     CheckpointPublished,
@@ -293,6 +294,31 @@ def test_tracker__a_dead_server_stops_nothing_and_sync_delivers_later(
     assert sent.info.status == "FAILED" and sent.data.params["train.steps"] == "40"
     assert len(history(mlflow_uri, sent.info.run_id, "train/loss")) == 5
     assert list(versions(mlflow_uri)) == [4]
+
+
+def test_sync__registers_every_checkpoint_of_a_run_that_mlflow_missed(
+    run: Run, mlflow_uri: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    """Retention went on meanwhile, as the driver does it; it used to take backbones that were not registered yet."""
+    tracker = run.track(f"http://127.0.0.1:{free_port()}")
+    for step in (10, 20, 30, 40):
+        run.train(range(step - 10, step))
+        run.publish(make_checkpoint, step)
+        run.evaluate(step, step / 100)
+        store.prune(run.dir, keep_last=1)
+    run.journal.write(Finished(step=40))
+    assert not tracker.close("FINISHED", 1)
+    assert [found.step for found in store.published(run.dir)] == [10, 20, 30, 40]
+
+    command = [sys.executable, "-m", "pretrain.tracking", str(run.dir)]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": mlflow_uri, "PYTHONPATH": root}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    registered = versions(mlflow_uri)
+    assert sorted(registered) == [10, 20, 30, 40]
+    assert all(version.tags["eval/linear/photos/top1"] == str(step / 100) for step, version in registered.items())
+    assert steps_by_alias(mlflow_uri) == {"best": 40, "previous": 30}
 
 
 def test_sync__ends_a_run_whose_driver_was_killed(run: Run, mlflow_uri: str) -> None:
