@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage.failures import Failure, RangesIgnored, failure_of
+from data_pipelines.storage.fsspec_internals import run_on
 from data_pipelines.storage.locations import HTTP, OBJECT_STORES, redact, scheme_of
 from data_pipelines.storage.request import Facts, FetchOptions, Link
 
@@ -100,13 +101,11 @@ class Remote:
         patience: _Patience | None = None,
         offset: Callable[[], int] = lambda: 0,
     ) -> Result:
-        from fsspec.asyn import sync
-
         patience = patience or _Patience(self._options)
         while True:
             try:
                 link = self._link(location)
-                return sync(link.filesystem.loop, patience.bounded, request, link)
+                return run_on(link.filesystem, patience.bounded, request, link)
             except (RangesIgnored, DataError):
                 raise
             except Exception as error:

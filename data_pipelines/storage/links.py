@@ -20,6 +20,16 @@ import yarl
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage.failures import Failure, RangesIgnored, is_absent, status_failure
+from data_pipelines.storage.fsspec_internals import (
+    answer_of_s3,
+    content_of,
+    http_session,
+    info_of,
+    matches_of,
+    part_of_gcs,
+    path_in,
+    without_retries,
+)
 from data_pipelines.storage.locations import redact
 from data_pipelines.storage.request import Facts, FetchOptions
 
@@ -86,7 +96,7 @@ class HttpLink:
 
     @asynccontextmanager
     async def _get(self, location: str, wanted: str | None) -> AsyncIterator[aiohttp.ClientResponse]:
-        session = await self.filesystem.set_session()
+        session = await http_session(self.filesystem)
         headers = {"Accept-Encoding": "identity", **({"Range": wanted} if wanted else {})}
         url = yarl.URL(location, encoded="%" in location)  # escapes that are there may be part of a signature
         try:
@@ -152,13 +162,12 @@ class BucketLink:
             settings["config_kwargs"] = {**configured, **times, "retries": {"total_max_attempts": 1}}
         package, extra = ("s3fs", "s3") if kind == "s3" else ("gcsfs", "gcs")
         try:
-            self.filesystem = fsspec.filesystem("s3" if kind == "s3" else "gcs", **settings)
+            self.filesystem = without_retries(fsspec.filesystem("s3" if kind == "s3" else "gcs", **settings))
         except ImportError:
             raise DataError(f"{kind}:// needs the package {package}: pip install 'pretrain[{extra}]'") from None
-        self.filesystem.retries = 1  # s3fs repeats requests by itself otherwise
 
     async def facts(self, location: str) -> Facts:
-        info = await self.filesystem._info(self.filesystem._strip_protocol(location), refresh=True)
+        info = await info_of(self.filesystem, path_in(self.filesystem, location))
         if info["type"] != "file":
             raise FileNotFoundError(location)
         version = info.get("generation") or info.get("ETag") or info.get("LastModified") or ""
@@ -167,7 +176,7 @@ class BucketLink:
     async def copy(
         self, location: str, begin: int, end: int | None, facts: Facts, write: Callable[[bytes], None], *, whole: bool
     ) -> None:
-        path = self.filesystem._strip_protocol(location)
+        path = path_in(self.filesystem, location)
         last = facts.size if end is None else end
         assert last is not None  # object stores always tell the size
         read = self._read_s3 if self._kind == "s3" else self._read_gcs
@@ -179,35 +188,32 @@ class BucketLink:
             write(piece)
 
     async def _read_s3(self, path: str, start: int, stop: int, version: str) -> bytes:
-        bucket, key, _ = self.filesystem.split_path(path)
         pinned = {"IfMatch": version} if version else {}
         try:
-            answer = await self.filesystem._call_s3(
-                "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **pinned
-            )
+            answer = await answer_of_s3(self.filesystem, path, Range=f"bytes={start}-{stop - 1}", **pinned)
         except Exception as error:
             if "PreconditionFailed" in f"{error} {error.__cause__}" or "InvalidRange" in f"{error} {error.__cause__}":
                 raise _replaced(f"its ETag was {version}") from None
             raise
         try:
-            return await answer["Body"].read()
+            return bytes(await answer["Body"].read())
         finally:
             answer["Body"].close()
 
     async def _read_gcs(self, path: str, start: int, stop: int, version: str) -> bytes:
         try:
-            return await self.filesystem._cat_file(path, start, stop, generation=version)
+            return await part_of_gcs(self.filesystem, path, start, stop, version)
         except FileNotFoundError:
             raise _replaced(f"its generation was {version}") from None
 
     async def content(self, location: str) -> bytes | None:
         try:
-            return await self.filesystem._cat_file(self.filesystem._strip_protocol(location))
+            return await content_of(self.filesystem, path_in(self.filesystem, location))
         except Exception as error:
             if is_absent(error):
                 return None
             raise
 
     async def glob(self, pattern: str) -> list[str]:
-        paths = await self.filesystem._glob(self.filesystem._strip_protocol(pattern))
+        paths = await matches_of(self.filesystem, path_in(self.filesystem, pattern))
         return [f"{pattern.partition('://')[0]}://{path}" for path in sorted(paths)]

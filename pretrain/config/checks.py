@@ -299,7 +299,7 @@ def _check_data(data: DataConfig, mistakes: Mistakes, *, check_files: bool) -> N
 
 
 def _check_unindexed(data: DataConfig, mistakes: Mistakes) -> None:
-    """Without an index there are no numbered samples, so nothing can count or name them."""
+    """Without an index there are no numbered samples, so nothing can count, name or order them."""
     for key, value, default in (
         ("data.limit", data.limit, "null"),
         ("data.mixture", [part.name for part in data.mixture], "[]"),
@@ -308,6 +308,13 @@ def _check_unindexed(data: DataConfig, mistakes: Mistakes) -> None:
         if mistakes.sound(key) and value:
             problem = f"needs an index, which data.unindexed=stream does without; add {key}={default}"
             mistakes.add(key, value, f"{problem} or data.unindexed=index")
+    for name in ("block_size", "window", "num_streams"):
+        key, value, default = f"data.{name}", getattr(data, name), getattr(DataConfig, name)
+        # The recipe of a run spells out every setting, so a default says nothing unless someone typed it.
+        if mistakes.sound(key) and (value != default or mistakes.is_typed(key)):
+            problem = "has no effect with data.unindexed=stream, which reads shards from front to back"
+            remedy = "leave it out" if mistakes.is_typed(key) else f"add {key}={default}"
+            mistakes.add(key, value, f"{problem}; {remedy} or add data.unindexed=index")
 
 
 def _checked_storage(storage: str, mistakes: Mistakes) -> str:

@@ -71,6 +71,10 @@ class Mistakes:
             key = key.rpartition("[" if key.endswith("]") else ".")[0]
         return "default"
 
+    def is_typed(self, key: str) -> bool:
+        """True when the command line set exactly `key`."""
+        return key in self._given and self._given[key][1] == COMMAND_LINE
+
     def latest(self, *keys: str) -> str:
         """The key among `keys` that was set last: the one to blame when they contradict each other."""
         return max(keys, key=lambda key: self._given[key][0] if key in self._given else -1)

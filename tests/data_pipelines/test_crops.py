@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_pipelines.decode import Photo
@@ -22,6 +23,7 @@ from data_pipelines.views.crops import (
     ValuePicture,
     draw_box,
     draw_overlapping_box,
+    eval_view,
     photo_crop,
 )
 
@@ -172,3 +174,23 @@ def test_draw_box__inside_for_any_frame() -> None:
     for width, height, seed in itertools.product((1, 2, 9, 500), (1, 3, 400), range(25)):
         assert lies_inside(draw_box(width, height, (0.01, 1.0), RATIO, ViewRandom(seed)), width, height)
     assert math.isclose(Box(1, 2, 3, 4).area, 12)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (96, 128), (131, 96), (40, 300)])
+@pytest.mark.parametrize(("size", "shorter"), [(32, 32), (64, 73), (112, 128), (224, 256)])
+def test_eval_view__equals_torchvision_resize_and_centre_crop(shape: tuple[int, int], size: int, shorter: int) -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    usual = transforms.Compose(
+        [
+            transforms.Resize(shorter, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+        ]
+    )
+    assert torch.equal(eval_view(image, size), usual(Image.fromarray(image)))
+
+
+def test_eval_view__same_size_is_untouched() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    assert np.array_equal(eval_view(image, 32).permute(1, 2, 0).numpy(), image)

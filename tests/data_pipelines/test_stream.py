@@ -186,8 +186,11 @@ def test_stream__batch_holds_what_it_says(grocery: Dataset) -> None:
         image = decode_image(grocery.read(sample_id)["jpg"])
         for number, view in enumerate(views):
             rng = ViewRandom(key(number, base=seed))
-            crops = torch.stack([random_resized_crop(image, view, rng) for _ in range(view.count)])
-            assert torch.equal(batch[view.name][row] if view.count == 1 else batch[view.name][:, row], crops.squeeze(0))
+            crops = torch.stack([random_resized_crop(image, view, rng) for _ in range(view.times or 1)])
+            if view.times is None:
+                assert torch.equal(batch[view.name][row], crops[0])
+            else:
+                assert torch.equal(batch[view.name][:, row], crops)
 
 
 def test_stream__crops_change_with_epoch_and_seed(tiny_dataset: Tiny) -> None:

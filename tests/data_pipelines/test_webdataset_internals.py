@@ -1,4 +1,4 @@
-"""Every name of webdataset that its documentation does not promise: an upgrade that changes one fails here."""
+"""Every name of webdataset that is not documented: an upgrade that moves one fails here."""
 
 from __future__ import annotations
 

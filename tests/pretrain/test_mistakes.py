@@ -149,6 +149,25 @@ def test_load_recipe__what_needs_an_index(recipe: Path, override: str, line: str
     assert line in found[0]
 
 
+@pytest.mark.parametrize("setting", ["block_size=256", "block_size=64", "window=2", "num_streams=1"])
+def test_load_recipe__an_order_without_an_index_is_no_order(recipe: Path, setting: str) -> None:
+    (line,) = mistakes(recipe, "data.unindexed=stream", f"data.{setting}")
+    problem = "has no effect with data.unindexed=stream, which reads shards from front to back; leave it out"
+    assert line == f"command line: data.{setting}: {problem} or add data.unindexed=index"
+
+
+def test_load_recipe__an_order_in_a_recipe_counts_unless_it_is_the_default(recipe: Path) -> None:
+    for number, (value, allowed) in enumerate(((256, True), (64, False))):
+        own = recipe.with_name(f"own{number}.yaml")
+        own.write_text(MINIMAL.replace("train: shards", f"train: shards, unindexed: stream, block_size: {value}"))
+        if allowed:
+            assert load_recipe(own).data.block_size == value
+        else:
+            (line,) = mistakes(own)
+            assert f"{own.name}: data.block_size=64: has no effect" in line and "add data.block_size=256 or" in line
+            assert load_recipe(own, ["data.unindexed=index"]).data.block_size == 64
+
+
 @pytest.mark.parametrize(
     ("mixture", "line"),
     [
