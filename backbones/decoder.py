@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backbones.errors import BackboneError
-from backbones.features import Features
-from backbones.images.base import Backbone
+from backbones.features import Features, ImageFeatures
+from backbones.images.base import ImageEncoder
 from backbones.images.positions import sincos_positions
+from backbones.norms import make_norms_exact
 
 __all__ = ["MaskedDecoder", "PixelHead"]
 
@@ -48,6 +49,7 @@ class MaskedDecoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = LayerNorm(dim)
         self.predict = nn.Linear(dim, output_dim)
+        make_norms_exact(self)
         # A buffer stays float32 where an engine casts parameters; derived from the grid, so not in the state dict.
         self.register_buffer("positions", sincos_positions(dim, grid), persistent=False)  # (N, E)
 
@@ -81,7 +83,7 @@ class PixelHead(nn.Module):
     well: in some models (VOLO, CrossViT) patch tokens do not depend on it.
     """
 
-    def __init__(self, backbone: Backbone, mask_size: int) -> None:
+    def __init__(self, backbone: ImageEncoder, mask_size: int) -> None:
         """For the tokens of `backbone` and covers of `mask_size` pixels a side, which divides its image size."""
         super().__init__()
         self.patch_size = backbone.patch_size
@@ -97,7 +99,7 @@ class PixelHead(nn.Module):
         token = self.mask_token.repeat(1, is_masked.shape[1], is_masked.shape[2])  # (C, H, W)
         return torch.where(hidden[:, None], token.to(x), x)
 
-    def forward(self, features: Features) -> Tensor:
+    def forward(self, features: ImageFeatures) -> Tensor:
         """Predicted pixels (B, C, H, W), in the type of the features."""
         tokens = features.patches  # (B, N, D)
         if self.embed_cls is not None:

@@ -24,11 +24,11 @@ from timm.layers import LayerNorm2d
 from timm.models.hiera import Hiera
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from backbones.errors import BackboneError
 from backbones.features import ImageFeatures
 from backbones.images.base import ImageEncoder
+from backbones.norms import make_norms_exact
 
 __all__ = ["TimmBackbone", "token_size"]
 
@@ -58,6 +58,7 @@ class TimmBackbone(ImageEncoder):
         Raises:
             BackboneError: the model does not run at `image_size`, or what it returns is neither tokens nor a map.
         """
+        make_norms_exact(model)
         model.eval()  # the dry run must neither draw random numbers nor move the statistics of batch norms
         with torch.enable_grad():
             features = _dry_run(model, (image_size, image_size), in_chans, name)
@@ -93,7 +94,7 @@ class TimmBackbone(ImageEncoder):
         if self.dtype != torch.bfloat16:
             return _features(self.model, x)
         # Only parameters are bf16: many models mix them with tables of their own in float32.
-        with torch.autocast(x.device.type, dtype=torch.bfloat16), _Float32BatchNorm():
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
             return _features(self.model, x).to(self.dtype)
 
     def grid_at(self, height: int, width: int) -> tuple[int, int]:
@@ -109,28 +110,6 @@ class TimmBackbone(ImageEncoder):
     def forward_features(self, x: Tensor) -> Any:
         """What timm's method of the same name returns."""
         return self.model.forward_features(x.to(self.dtype))  # type: ignore[operator]
-
-
-class _Float32BatchNorm(TorchFunctionMode):
-    """Batch norms with their weights in the type of their statistics, which no kernel wants to be different."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _batch_norm(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *rest: Any,
-    **options: Any,
-) -> Tensor:
-    weight, bias = (None if tensor is None else tensor.float() for tensor in (weight, bias))
-    return functional.batch_norm(x, mean, var, weight, bias, *rest, **options)
 
 
 def _dry_run(model: nn.Module, size: tuple[int, int], in_chans: int, name: str) -> ImageFeatures:

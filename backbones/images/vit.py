@@ -23,6 +23,7 @@ from backbones.features import ImageFeatures, take_tokens
 from backbones.images import timm_internals
 from backbones.images.base import ImageEncoder
 from backbones.images.positions import RESAMPLINGS, moved_positions, resample_positions, sincos_positions
+from backbones.norms import make_norms_exact
 
 __all__ = ["ViTBackbone"]
 
@@ -67,6 +68,7 @@ class ViTBackbone(ImageEncoder):
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
         )
+        make_norms_exact(vit)
         self.vit: Any = vit  # timm's two ViT classes share attributes but no base class
         self.num_prefix_tokens = sizes.num_prefix
         self.num_layers = sizes.num_blocks
