@@ -26,7 +26,8 @@ def make_norms_exact(network: nn.Module) -> None:
     for module in network.modules():
         mixin = next((mixin for kinds, mixin in _EXACT if isinstance(module, kinds)), None)
         if mixin is not None and not isinstance(module, _Exact):
-            module.__class__ = _exact(type(module), mixin)
+            own: Any = type(module)
+            module.__class__ = _exact(own, mixin)
 
 
 class _Exact(nn.Module):
@@ -65,7 +66,7 @@ class _ExactBatchNorm(_Exact):
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_EXACT: tuple[tuple[Any, type[_Exact]], ...] = ((nn.LayerNorm, _ExactLayerNorm), (_BATCH_NORMS, _ExactBatchNorm))
+_EXACT: tuple[tuple[Any, Any], ...] = ((nn.LayerNorm, _ExactLayerNorm), (_BATCH_NORMS, _ExactBatchNorm))
 
 
 @cache

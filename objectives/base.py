@@ -23,10 +23,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from backbones.images.base import Backbone
+from backbones.encoder import Encoder
+from backbones.images.base import ImageEncoder
+from objectives.requirements import require_images
 from objectives.teacher import ReadWeight, Teacher
 
-__all__ = ["Objective", "Output", "Progress"]
+__all__ = ["ImageObjective", "Objective", "Output", "Progress"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Objective(nn.Module, ABC):
 
     Config: ClassVar[type]
     compares_images: ClassVar[bool] = False
-    backbone: Backbone
+    backbone: Encoder
     teacher: Teacher | None = None
 
     @abstractmethod
@@ -108,7 +110,7 @@ class Objective(nn.Module, ABC):
         """
 
     @property
-    def exported(self) -> Backbone:
+    def exported(self) -> Encoder:
         """The encoder that is exported and graded: the teacher's, if there is one."""
         return self.backbone if self.teacher is None else self.teacher.backbone  # type: ignore[return-value]
 
@@ -167,3 +169,23 @@ class Objective(nn.Module, ABC):
             }
             for layer, decays in sorted(groups, key=lambda key: (key[0], not key[1]))
         ]
+
+
+class ImageObjective(Objective):
+    """An objective of images: its backbone is an image encoder, and so is what it exports."""
+
+    backbone: ImageEncoder
+
+    def __init__(self, backbone: Encoder, name: str) -> None:
+        """Takes the backbone; `name` is the objective's, for the message.
+
+        Raises:
+            ObjectiveError: the backbone does not encode images.
+        """
+        super().__init__()
+        self.backbone = require_images(backbone, name)
+
+    @property
+    def exported(self) -> ImageEncoder:
+        """The image encoder that is exported and graded: the teacher's, if there is one."""
+        return super().exported  # type: ignore[return-value]

@@ -5,11 +5,12 @@ NOT here: which backbone can do what (`backbones.images.base`).
 
 from __future__ import annotations
 
+from backbones.encoder import Encoder
 from backbones.errors import BackboneError
-from backbones.images.base import Backbone
+from backbones.images.base import ImageEncoder
 from objectives.errors import ObjectiveError
 
-__all__ = ["require", "require_sizes"]
+__all__ = ["require", "require_images", "require_sizes"]
 
 # Flag of a backbone -> what an objective needs, and what is to be said of a backbone without it.
 _CAPABILITIES = {
@@ -19,8 +20,22 @@ _CAPABILITIES = {
 }
 
 
-def require(backbone: Backbone, objective: str, *capabilities: str) -> None:
-    """Refuses a backbone that lacks one of `capabilities`, which are flags of `backbones.images.base.Backbone`.
+def require_images(backbone: Encoder, objective: str) -> ImageEncoder:
+    """The backbone, if it encodes images.
+
+    Raises:
+        ObjectiveError: naming the objective, the backbone, and what it encodes.
+    """
+    if not isinstance(backbone, ImageEncoder):
+        raise ObjectiveError(
+            f"objective {objective!r} needs images; backbone {backbone.spec['name']!r} is of kind {backbone.kind!r}: "
+            "use backbone.kind=image"
+        )
+    return backbone
+
+
+def require(backbone: ImageEncoder, objective: str, *capabilities: str) -> None:
+    """Refuses a backbone that lacks one of `capabilities`, which are flags of `backbones.images.base.ImageEncoder`.
 
     Raises:
         ObjectiveError: naming the objective, what it needs, and the backbone.
@@ -34,7 +49,7 @@ def require(backbone: Backbone, objective: str, *capabilities: str) -> None:
             )
 
 
-def require_sizes(backbone: Backbone, objective: str, *sizes: int) -> None:
+def require_sizes(backbone: ImageEncoder, objective: str, *sizes: int) -> None:
     """Refuses a backbone that cannot take square images of one of `sizes` (pixels per side).
 
     Raises:

@@ -15,16 +15,16 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from backbones.images.base import Backbone
-from objectives.base import Objective, Output, Progress
+from backbones.images.base import ImageEncoder
+from objectives.base import ImageObjective, Output, Progress
 from objectives.dino.config import DINOConfig
 from objectives.health import effective_rank
 from objectives.parts import cross_view, teacher_schedules
 from objectives.parts.centering import Center
 from objectives.parts.image_token import image_token
-from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, multi_crop_views, require_crops, resample_positions
+from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, multi_crop_views, require_crops
 from objectives.parts.prototypes import DINOHead
 from objectives.parts.visuals import crops_and_features
 from objectives.teacher import ReadWeight, Teacher
@@ -32,10 +32,10 @@ from objectives.teacher import ReadWeight, Teacher
 __all__ = ["DINO"]
 
 _NUM_GLOBAL = len(GLOBAL_VIEWS)
-_TOKEN_STD = 0.02
+_TOKEN_STD = 0.02  # of the paper; timm draws class tokens with a deviation of 1e-6
 
 
-class DINO(Objective):
+class DINO(ImageObjective):
     """Cross-entropy between the teacher's and the student's prototypes, over all pairs of different views.
 
     Statistics for the center are means over images, so micro-batches and ranks give what one large batch gives.
@@ -43,18 +43,17 @@ class DINO(Objective):
 
     Config: ClassVar[type] = DINOConfig
 
-    def __init__(self, backbone: Backbone, config: DINOConfig) -> None:
+    def __init__(self, backbone: ImageEncoder, config: DINOConfig) -> None:
         """Gives class token and registers the paper's initial spread, and positions DINO's resampling.
 
         Raises:
             ObjectiveError: the crops do not fit the backbone.
         """
-        super().__init__()
+        super().__init__(backbone, config.name)
         require_crops(backbone, config)
         self.config = config
-        self.backbone = backbone
-        resample_positions(backbone)
-        _spread_tokens(backbone)
+        backbone.resample_positions_as("dino")
+        backbone.reset_tokens(_TOKEN_STD)
         self.head = DINOHead(
             backbone.embed_dim,
             config.num_prototypes,
@@ -110,11 +109,3 @@ class DINO(Objective):
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """At most 8 each of the crops and of what the teacher makes of the first: features as colours, attention."""
         return crops_and_features(self.exported, batch)
-
-
-def _spread_tokens(backbone: Backbone) -> None:
-    """N(0, 0.02^2) for class token and registers: timm draws class tokens with a deviation of 1e-6."""
-    for name in ("cls_token", "reg_token"):
-        token = getattr(backbone.network, name, None)
-        if isinstance(token, nn.Parameter):
-            nn.init.normal_(token, std=_TOKEN_STD)

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from backbones.features import Features
-from backbones.images.base import Backbone
-from objectives.base import Objective, Output, Progress
+from backbones.images.base import ImageEncoder
+from objectives.base import ImageObjective, Output, Progress
 from objectives.errors import ObjectiveError
 from objectives.gmml.config import GMMLConfig
 from objectives.parts.block_corruption import block_corruption
-from objectives.parts.initialization import initialize_class_token
 from objectives.parts.masked_l1 import masked_l1, reconstruction_metrics
 from objectives.parts.photometric import photometric, require_colors
 from objectives.parts.pixel_head import ReconstructionHead
@@ -35,7 +34,7 @@ __all__ = ["GMML"]
 _PHOTOMETRIC = {"jitter_p": 0.3, "brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.01, "blur_p": 0.1}
 
 
-class GMML(Objective):
+class GMML(ImageObjective):
     """Mean absolute error of the replaced pixels, from all tokens of the corrupted image.
 
     The head reads the mean of several blocks' token streams. Views are more samples of one image and nothing relates
@@ -47,20 +46,19 @@ class GMML(Objective):
 
     Config: ClassVar[type] = GMMLConfig
 
-    def __init__(self, backbone: Backbone, config: GMMLConfig) -> None:
+    def __init__(self, backbone: ImageEncoder, config: GMMLConfig) -> None:
         """Re-initialises the class token as the authors do.
 
         Raises:
             ObjectiveError: blocks do not fit the image, the encoder's inner blocks cannot be read, or photometric
                 augmentation is on and the input is not RGB.
         """
-        super().__init__()
+        super().__init__(backbone, config.name)
         require_colors(config, backbone)
         self.config = config
         self.corruption = block_corruption(config, backbone)
         self.blocks = _blocks_at(config.read_depths, backbone)
-        self.backbone = backbone
-        initialize_class_token(backbone)
+        backbone.reset_tokens(0.02)  # as the authors; timm draws class tokens with a deviation of 1e-6
         self.head = ReconstructionHead(backbone)
 
     def views(self) -> list[dict[str, Any]]:
@@ -122,7 +120,7 @@ class GMML(Objective):
         return reconstructions(self.backbone, target, corruption, prediction)
 
 
-def _blocks_at(depths: list[float], backbone: Backbone) -> list[int]:
+def _blocks_at(depths: list[float], backbone: ImageEncoder) -> list[int]:
     """Blocks, counted from 1, at shares of the encoder's depth; none when only the last one is read.
 
     Raises:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from backbones.decoder import MaskedDecoder, PixelHead
 from backbones.features import Features, take_tokens
-from backbones.images.base import Backbone
+from backbones.images.base import ImageEncoder
 from backbones.images.vit import ViTBackbone
-from objectives.base import Objective, Output, Progress
+from objectives.base import ImageObjective, Output, Progress
 from objectives.errors import ObjectiveError
 from objectives.mae.config import MAEConfig
 from objectives.masking import RandomMask, random_mask, random_noise
@@ -46,7 +46,7 @@ class _Reconstruction(NamedTuple):
     features: Features  # of the visible patches, or of the covered images
 
 
-class MAE(Objective):
+class MAE(ImageObjective):
     """Mean squared error of the masked patches' pixels.
 
     Every sample masks equally many patches, so means over micro-batches and ranks equal the mean over the global batch.
@@ -61,18 +61,17 @@ class MAE(Objective):
     Config: ClassVar[type] = MAEConfig
     decoder: MaskedDecoder | PixelHead
 
-    def __init__(self, backbone: Backbone, config: MAEConfig) -> None:
+    def __init__(self, backbone: ImageEncoder, config: MAEConfig) -> None:
         """With dropped patches, re-initialises `backbone` as the paper does and fixes its positions to sin-cos.
 
         Raises:
             ObjectiveError: the backbone cannot leave patches out, or masking leaves nothing to see or to predict.
             BackboneError: the decoder's width does not fit its heads or its positions.
         """
-        super().__init__()
+        super().__init__(backbone, config.name)
         if config.masking == "drop":
             require(backbone, "mae with masking=drop", "can_drop_patches")
         self.config = config
-        self.backbone = backbone
         self.drops = config.masking != "token" and backbone.can_drop_patches
         self.patch_size = _patch_size(backbone, config, self.drops)
         self.grid = (backbone.image_size // self.patch_size,) * 2
@@ -199,7 +198,7 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tenso
     return split.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * patch_size, columns * patch_size)
 
 
-def _patch_size(backbone: Backbone, config: MAEConfig, drops: bool) -> int:
+def _patch_size(backbone: ImageEncoder, config: MAEConfig, drops: bool) -> int:
     """Pixels per side of a maskable patch: a token of the backbone; smaller where images have few of them.
 
     Raises:
@@ -244,7 +243,6 @@ def _initialize(objective: MAE, backbone: ViTBackbone) -> None:
         elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(backbone.vit.patch_embed.proj.weight.flatten(1))
-    for name, parameter in objective.named_parameters():
-        if name.endswith("_token"):
-            nn.init.normal_(parameter, std=0.02)
+    nn.init.xavier_uniform_(backbone.patch_projection)
+    backbone.reset_tokens(0.02)
+    nn.init.normal_(objective.decoder.mask_token, std=0.02)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from backbones.images.base import Backbone
+from backbones.images.base import ImageEncoder
 from objectives.errors import ObjectiveError
 from objectives.masking import random_noise
 from objectives.parts.settings import CorruptionConfig
@@ -116,7 +116,7 @@ class BlockCorruption:
         return replace(drawn, **given)
 
 
-def block_corruption(config: CorruptionConfig, backbone: Backbone) -> BlockCorruption:
+def block_corruption(config: CorruptionConfig, backbone: ImageEncoder) -> BlockCorruption:
     """The corruption that the settings ask for.
 
     Raises:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from backbones.images.base import Backbone
-
-__all__ = ["initialize_class_token", "initialize_linear"]
+__all__ = ["initialize_linear"]
 
 
 def initialize_linear(module: nn.Module) -> None:
@@ -15,10 +13,3 @@ def initialize_linear(module: nn.Module) -> None:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-
-
-def initialize_class_token(backbone: Backbone) -> None:
-    """N(0, 0.02^2), as the authors have it; timm draws it with a deviation of 1e-6. Everything else is alike."""
-    token = getattr(backbone.network, "cls_token", None)
-    if isinstance(token, nn.Parameter):
-        nn.init.normal_(token, std=0.02)

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbones.images.base import Backbone
-from backbones.images.vit import ViTBackbone
+from backbones.images.base import ImageEncoder
 from objectives.errors import ObjectiveError
 from objectives.parts.photometric import FIRST, FURTHER, SECOND, photometric, require_colors
 from objectives.parts.settings import MultiCropConfig
 from objectives.requirements import require_sizes
 
-__all__ = ["GLOBAL_VIEWS", "crops_of", "local_size", "multi_crop_views", "require_crops", "resample_positions"]
+__all__ = ["GLOBAL_VIEWS", "crops_of", "local_size", "multi_crop_views", "require_crops"]
 
 GLOBAL_VIEWS = ("global_1", "global_2")
 _LOCAL_VIEW = "local"
@@ -29,13 +28,13 @@ _LOCAL_SHARE = 3 / 7  # the paper's 96 of 224 pixels
 _PHOTOMETRIC = {"global_1": FIRST, "global_2": SECOND, "local": FURTHER}
 
 
-def local_size(backbone: Backbone, config: MultiCropConfig) -> int:
+def local_size(backbone: ImageEncoder, config: MultiCropConfig) -> int:
     """Side of a local crop in pixels."""
     patch = backbone.patch_size
     return config.local_size or max(1, round(backbone.image_size * _LOCAL_SHARE / patch)) * patch
 
 
-def require_crops(backbone: Backbone, config: MultiCropConfig, min_patches: int = 1) -> None:
+def require_crops(backbone: ImageEncoder, config: MultiCropConfig, min_patches: int = 1) -> None:
     """Refuses crops that the backbone cannot take.
 
     Args:
@@ -60,13 +59,7 @@ def require_crops(backbone: Backbone, config: MultiCropConfig, min_patches: int 
     require_colors(config, backbone)
 
 
-def resample_positions(backbone: Backbone) -> None:
-    """Lets the positions of a plain ViT follow local crops as in the authors' code; other encoders have their own."""
-    if isinstance(backbone, ViTBackbone):
-        backbone.resample_positions_as("dino")
-
-
-def multi_crop_views(backbone: Backbone, config: MultiCropConfig) -> list[dict[str, Any]]:
+def multi_crop_views(backbone: ImageEncoder, config: MultiCropConfig) -> list[dict[str, Any]]:
     """The views "global_1" and "global_2", and "local" unless there are none."""
     views = {name: {"size": backbone.image_size, "scale": tuple(config.global_scale)} for name in GLOBAL_VIEWS}
     if config.num_local:

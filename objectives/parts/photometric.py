@@ -6,7 +6,7 @@ applying them (`data_pipelines.views.photometric`).
 
 from __future__ import annotations
 
-from backbones.images.base import Backbone
+from backbones.images.base import ImageEncoder
 from objectives.errors import ObjectiveError
 from objectives.parts.settings import AugmentationConfig
 
@@ -24,7 +24,7 @@ def photometric(config: AugmentationConfig, changes: dict[str, float]) -> dict[s
     return {"photometric": changes | ({} if config.blur else {"blur_p": 0.0})} if config.photometric else {}
 
 
-def require_colors(config: AugmentationConfig, backbone: Backbone) -> None:
+def require_colors(config: AugmentationConfig, backbone: ImageEncoder) -> None:
     """Refuse color changes of images that are not RGB.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from backbones.images.base import Backbone
+from backbones.images.base import ImageEncoder
 from objectives.parts.initialization import initialize_linear
 
 __all__ = ["ReconstructionHead"]
@@ -18,7 +18,7 @@ __all__ = ["ReconstructionHead"]
 class ReconstructionHead(nn.Module):
     """Three layers per patch token, then a transposed convolution that paints each token's patch."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: ImageEncoder) -> None:
         super().__init__()
         dim, patch = backbone.embed_dim, backbone.patch_size
         layers = [(nn.Linear(dim, dim), nn.GELU()) for _ in range(3)]  # the last one has its GELU, too

@@ -12,19 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional
 
-from backbones.images.base import Backbone
-from backbones.images.vit import ViTBackbone
+from backbones.images.base import ImageEncoder
 from objectives.parts.block_corruption import Corruption
 from objectives.parts.multicrop import crops_of
 
 __all__ = [
     "MAX_PICTURES",
     "as_pixels",
-    "class_attention",
     "crops_and_features",
     "evaluating",
     "principal_colors",
@@ -48,7 +45,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def reconstructions(
-    backbone: Backbone, target: Tensor, corruption: Corruption, prediction: Tensor
+    backbone: ImageEncoder, target: Tensor, corruption: Corruption, prediction: Tensor
 ) -> dict[str, Tensor]:
     """What an image was, what the encoder saw of it, and what was predicted.
 
@@ -61,7 +58,7 @@ def reconstructions(
 
 
 @torch.no_grad()
-def crops_and_features(backbone: Backbone, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def crops_and_features(backbone: ImageEncoder, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Crops, and what a teacher's backbone makes of the first global one; all at the size of that.
 
     Args:
@@ -77,12 +74,13 @@ def crops_and_features(backbone: Backbone, batch: dict[str, Tensor]) -> dict[str
     if "local" not in batch:
         del shown["local"]
     x = backbone.preprocess(shown["global 1"])  # (n, C, H, W)
-    attention, size = class_attention(backbone, x), x.shape[-2:]
+    attention, size = backbone.attention(x), x.shape[-2:]  # (n, H, N) or None
     features = backbone.features(x)
     pictures = {name: _resized(to_rgb(images), size) for name, images in shown.items()}
     pictures["features"] = _resized(principal_colors(features.patches, features.grid), size)
     if attention is not None:
-        bright = attention / attention.amax(1, keepdim=True)  # (n, N)
+        mean = attention.mean(1)  # (n, N)
+        bright = mean / mean.amax(1, keepdim=True)
         pictures["attention"] = _resized(bright.unflatten(1, features.grid).unsqueeze(1).expand(-1, 3, -1, -1), size)
     return pictures
 
@@ -107,29 +105,6 @@ def principal_colors(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     return colours.float().unflatten(0, (len(patches), *grid)).permute(0, 3, 1, 2)
 
 
-def class_attention(backbone: Backbone, x: Tensor) -> Tensor | None:
-    """Attention of the class token to the patches in the last block, mean over heads.
-
-    Returns:
-        (n, N), or None for a backbone without a class token or with attention of another kind than timm's plain one.
-    """
-    if not isinstance(backbone, ViTBackbone) or backbone.vit.cls_token is None:
-        return None
-    attention = getattr(backbone.vit.blocks[-1], "attn", None)
-    if not isinstance(attention, Attention):
-        return None
-    inputs: list[Tensor] = []
-    hook = attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    try:
-        backbone.features(x)
-    finally:
-        hook.remove()
-    query, keys, _ = attention.qkv(inputs[0]).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)  # (n, P + N, H, d)
-    query, keys = attention.q_norm(query[:, 0]), attention.k_norm(keys)
-    scores = torch.einsum("nhd,nthd->nht", query, keys) * attention.scale
-    return scores.softmax(-1).mean(1)[:, backbone.num_prefix_tokens :]
-
-
 def to_rgb(images: Tensor) -> Tensor:
     """Images (n, C, H, W) to (n, 3, H, W), float in [0, 1]: the first three channels, or the first repeated.
 
@@ -140,7 +115,7 @@ def to_rgb(images: Tensor) -> Tensor:
     return pixels[:, :3] if images.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
 
 
-def as_pixels(backbone: Backbone, x: Tensor) -> Tensor:
+def as_pixels(backbone: ImageEncoder, x: Tensor) -> Tensor:
     """The inverse of `backbone.preprocess`, for people: normalised (n, C, H, W) to (n, 3, H, W) in [0, 1]."""
     return to_rgb((x * backbone.pixel_std + backbone.pixel_mean).clamp(0, 1))
 

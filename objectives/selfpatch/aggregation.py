@@ -16,6 +16,7 @@ from timm.layers import LayerNorm, Mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
+from backbones.norms import make_norms_exact
 from objectives.parts.initialization import initialize_linear
 
 __all__ = ["Aggregation", "Neighbors", "Positives", "find_positives", "neighbors_of"]
@@ -83,6 +84,7 @@ class Aggregation(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.blocks = nn.ModuleList([_ClassAttentionBlock(dim, num_heads) for _ in range(depth)])
         self.norm = LayerNorm(dim)
+        make_norms_exact(self)
         nn.init.normal_(self.cls_token, std=_INIT_STD)
         initialize_linear(self)
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from backbones.features import take_tokens
-from backbones.images.base import Backbone
-from objectives.base import Objective, Output, Progress
+from backbones.images.base import ImageEncoder
+from objectives.base import ImageObjective, Output, Progress
 from objectives.errors import ObjectiveError
 from objectives.health import effective_rank, patch_cosine
 from objectives.parts import cross_view, teacher_schedules
 from objectives.parts.centering import Center
-from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, multi_crop_views, require_crops, resample_positions
+from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, multi_crop_views, require_crops
 from objectives.parts.prototypes import DINOHead
 from objectives.parts.visuals import crops_and_features
 from objectives.selfpatch.aggregation import Aggregation, Positives, find_positives
@@ -48,7 +48,7 @@ class _Taught(NamedTuple):
     patch_logits: Tensor  # (v B, N, K') of each patch's positives
 
 
-class SelfPatch(Objective):
+class SelfPatch(ImageObjective):
     """DINO's loss on images plus `patch_loss_weight` times a cross-entropy on patches.
 
     Statistics for the centers are sums over images and patches, so micro-batches and ranks give what one large batch
@@ -57,14 +57,14 @@ class SelfPatch(Objective):
 
     Config: ClassVar[type] = SelfPatchConfig
 
-    def __init__(self, backbone: Backbone, config: SelfPatchConfig) -> None:
+    def __init__(self, backbone: ImageEncoder, config: SelfPatchConfig) -> None:
         """Gives the backbone's positions DINO's resampling.
 
         Raises:
             ObjectiveError: the crops do not fit the backbone, or have too few patches for neighbours; the aggregation
                 heads do not divide the width.
         """
-        super().__init__()
+        super().__init__(backbone, config.name)
         require_crops(backbone, config, min_patches=3)  # for eight different neighbours
         dim, num_heads = backbone.embed_dim, config.aggregation_heads or max(1, backbone.embed_dim // _HEAD_WIDTH)
         if dim % num_heads:
@@ -73,8 +73,7 @@ class SelfPatch(Objective):
             )
         widths = {"hidden_dim": config.head_hidden_dim, "bottleneck_dim": config.head_bottleneck_dim}
         self.config = config
-        self.backbone = backbone
-        resample_positions(backbone)
+        backbone.resample_positions_as("dino")
         self.aggregation = Aggregation(dim, num_heads, config.aggregation_depth)
         self.head = DINOHead(dim, config.num_prototypes, **widths)
         self.patch_head = DINOHead(dim, config.num_patch_prototypes, **widths)

@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from backbones.features import Features
-from backbones.images.base import Backbone
-from objectives.base import Objective, Output, Progress
+from backbones.images.base import ImageEncoder
+from objectives.base import ImageObjective, Output, Progress
 from objectives.distributed import gather_rows, rank
 from objectives.health import projection_std
 from objectives.parts.batch_norm import BatchNorm
 from objectives.parts.block_corruption import Corruption, block_corruption
 from objectives.parts.image_token import image_token
-from objectives.parts.initialization import initialize_class_token, initialize_linear
+from objectives.parts.initialization import initialize_linear
 from objectives.parts.masked_l1 import masked_l1, reconstruction_metrics
 from objectives.parts.photometric import FIRST, SECOND, photometric, require_colors
 from objectives.parts.pixel_head import ReconstructionHead
@@ -70,7 +70,7 @@ class _Reconstruction(NamedTuple):
     prediction: Tensor  # (2 B, C, S, S)
 
 
-class SiT(Objective):
+class SiT(ImageObjective):
     """Two losses on corrupted views: the error of the masked pixels, and the contrast to the teacher's clean views.
 
     The contrast compares with all images of the step's micro-batches on all ranks, so accumulation changes it.
@@ -80,18 +80,17 @@ class SiT(Objective):
     compares_images: ClassVar[bool] = True
     teacher: Teacher
 
-    def __init__(self, backbone: Backbone, config: SiTConfig) -> None:
+    def __init__(self, backbone: ImageEncoder, config: SiTConfig) -> None:
         """Re-initialises the class token as the authors do.
 
         Raises:
             ObjectiveError: blocks do not fit the image, or photometric augmentation is on and the input is not RGB.
         """
-        super().__init__()
+        super().__init__(backbone, config.name)
         require_colors(config, backbone)
         self.config = config
         self.corruption = block_corruption(config, backbone)
-        self.backbone = backbone
-        initialize_class_token(backbone)
+        backbone.reset_tokens(0.02)  # as the authors; timm draws class tokens with a deviation of 1e-6
         self.projector = Projector(backbone.embed_dim, config.projector_hidden_dim, config.projector_dim)
         self.head = ReconstructionHead(backbone)
         self.teacher = Teacher(backbone=self.backbone, projector=self.projector)
@@ -120,8 +119,7 @@ class SiT(Objective):
         target, corruption, features, prediction = self._reconstruct(torch.cat([batch[name] for name in _VIEWS]), batch)
         queries = self.projector(image_token(features))  # (2 B, E)
         with torch.no_grad(), self.teacher.precision(self.backbone.dtype, target.device):
-            teacher = cast(Backbone, self.teacher.backbone)
-            keys = self.teacher.projector(image_token(teacher.features(target)))  # (2 B, E)
+            keys = self.teacher.projector(image_token(self.exported.features(target)))  # (2 B, E)
 
         contrastive, metrics = contrast(queries, keys, self.config.temperature)
         counted = corruption.is_masked if self.config.masked_only else torch.ones_like(corruption.is_masked)

@@ -258,12 +258,13 @@ class Engine:
 
     @torch.no_grad()
     def backbone_weights(self) -> dict[str, torch.Tensor]:
-        """The exported backbone in fp32 under timm's names, on the CPU. A collective under ZeRO: call it on every rank.
+        """The exported backbone in fp32 under its own names, on the CPU. A collective under ZeRO: all ranks
+        call it.
 
         That is the teacher's if the objective has one.
         """
         exported = self.objective.exported
-        weights = exported.timm_state_dict()  # order and persistent buffers, as timm has them
+        weights = exported.weights()  # order and persistent buffers, as the encoder's own
         own = self.objective.backbone
         full = {name: self.read_weight(p) for name, p in own.network.named_parameters()} if exported is own else {}
         return {name: full.get(name, tensor.detach()).cpu().clone() for name, tensor in weights.items()}

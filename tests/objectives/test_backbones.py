@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from backbones.encoder import Encoder
 from backbones.errors import BackboneError
 from backbones.features import Features
-from backbones.images.base import Backbone
 from backbones.registry import create_backbone
 from objectives import registry
 from objectives.base import Objective, Progress
@@ -289,7 +289,7 @@ def test_mae__patches_of_any_size(patch):
 def test_mae__patches_of_one_pixel():
     """1024 tokens of a 32-pixel image: every pixel is a token."""
     torch.manual_seed(0)
-    backbone: Backbone = create_backbone("vit_tiny_patch16_224", image_size=32, patch_size=1, options=TINY)
+    backbone = create_backbone("vit_tiny_patch16_224", image_size=32, patch_size=1, options=TINY)
     mae = MAE(backbone, MAEConfig(**LIGHT))
     assert backbone.num_patches == 1024
     optimizer = torch.optim.AdamW(mae.param_groups(0.05), lr=1e-3)
@@ -302,3 +302,25 @@ def test_mae__patches_of_one_pixel():
         losses.append(output.loss.item())
     assert losses[1] < losses[0]
     assert all(p.grad.isfinite().all() for p in mae.parameters())
+
+
+class Series(Encoder):
+    """The least that an encoder of another kind has."""
+
+    kind = "series"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec, self.embed_dim = {"kind": "series", "name": "mean"}, 1
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def tokens(self, batch: torch.Tensor) -> Features:
+        return Features(batch.mT * self.weight, None, None, None)
+
+
+@pytest.mark.parametrize("name", ["dino", "gmml", "mae", "selfpatch", "sit"])
+def test_objectives__of_images_refuse_a_backbone_of_another_kind(name: str) -> None:
+    with pytest.raises(ObjectiveError) as caught:
+        registry.load(name)(Series(), registry.config_class(name)())
+    expected = f"objective '{name}' needs images; backbone 'mean' is of kind 'series': use backbone.kind=image"
+    assert str(caught.value) == expected

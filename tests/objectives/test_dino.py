@@ -20,7 +20,7 @@ from objectives.errors import ObjectiveError
 from objectives.parts import cross_view, teacher_schedules
 from objectives.parts.centering import Center
 from objectives.parts.prototypes import DINOHead
-from objectives.parts.visuals import class_attention, principal_colors
+from objectives.parts.visuals import principal_colors
 
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 SMALL = {"num_prototypes": 128, "head_hidden_dim": 48, "head_bottleneck_dim": 24, "num_local": 2, "local_size": 8}
@@ -407,15 +407,14 @@ def test_pictures__have_one_size_and_leave_training_as_it_was():
     assert objective.training and not objective.teacher.backbone.vit.blocks[-1].attn._forward_pre_hooks
 
 
-def test_class_attention__is_what_the_last_block_computes():
+def test_attention__of_the_class_token_is_what_the_last_block_computes():
     backbone = small(options=VIT | {"reg_tokens": 2}).backbone
     x = backbone.preprocess(torch.rand(2, 3, 16, 16))
     attention = backbone.vit.blocks[-1].attn
     attention.fused_attn = False
     seen: list[Tensor] = []
     attention.attn_drop.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    found = class_attention(backbone, x)
-    torch.testing.assert_close(found, seen[0].mean(1)[:, 0, 3:])
+    torch.testing.assert_close(backbone.attention(x), seen[0][:, :, 0, 3:])
 
 
 def test_principal_colors__features_that_are_not_finite_are_black():

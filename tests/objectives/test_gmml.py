@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,8 +221,13 @@ class _Times(nn.Module):
 
 def _norm_per_block(gmml, patch):
     vit = gmml.backbone.vit
-    read, norm = gmml.backbone.features_of_blocks, vit.norm
-    patch.setattr(gmml.backbone, "features_of_blocks", lambda x, blocks: [norm(stream) for stream in read(x, blocks)])
+    read, norm = gmml.backbone.features, vit.norm
+
+    def features(x, layers):
+        found = read(x, layers=layers)
+        return replace(found, levels=tuple(norm(stream) for stream in found.levels))
+
+    patch.setattr(gmml.backbone, "features", features)
     vit.norm = nn.Identity()
 
 
