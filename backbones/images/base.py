@@ -30,7 +30,7 @@ from backbones.errors import BackboneError
 from backbones.features import ImageFeatures
 from backbones.images.config import ImageConfig
 
-__all__ = ["Backbone", "ImageEncoder"]
+__all__ = ["ImageEncoder"]
 
 
 class ImageEncoder(Encoder):
@@ -223,6 +223,3 @@ class ImageEncoder(Encoder):
     def timm_state_dict(self) -> dict[str, Tensor]:
         """`weights`, whose names are timm's: `timm.create_model(...).load_state_dict(...)` takes them strictly."""
         return self.weights()
-
-
-Backbone = ImageEncoder  # the name under which plug-ins import it

@@ -13,7 +13,7 @@ from torch import nn
 
 from backbones import TimmBackbone, ViTBackbone, load_backbone, save_backbone
 from backbones.errors import BackboneError
-from backbones.images.base import Backbone
+from backbones.images.base import ImageEncoder
 from backbones.registry import create_backbone, from_spec
 
 # Shallow and narrow variants of each family, so that each builds and runs in well under a second.
@@ -42,7 +42,7 @@ EXPECTED = {  # patch_size, embed_dim, has_cls, takes other image sizes
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def backbone(request) -> Backbone:
+def backbone(request) -> ImageEncoder:
     torch.manual_seed(0)
     return create_backbone(request.param, **FAMILIES[request.param]).eval()
 

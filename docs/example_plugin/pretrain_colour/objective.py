@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from backbones.base import Backbone
 from backbones.features import take_tokens
-from backbones.images.base import Backbone
 from objectives.base import Objective, Output, Progress
 from objectives.errors import ObjectiveError
 from objectives.masking import RandomMask, random_mask, random_noise
