@@ -277,6 +277,7 @@ class _Driver:
             tags=tags,
             model_name=self.recipe.tracking.model_name or self.recipe.name,
             select=self.recipe.evaluation.select,
+            exported=copies.exported,
         )
 
     def _record_failure(self, error: BaseException) -> None:

@@ -13,6 +13,7 @@ Not here: what a checkpoint is and how it is verified (`pretrain.checkpoints.sto
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -26,11 +27,14 @@ from pretrain.checkpoints.store import (
     Published,
     has_training_state,
     parse_manifest,
+    published,
     verify,
 )
-from pretrain.record.run_dir import MANIFEST
+from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST
 
-__all__ = ["assemble", "cached", "download", "local"]
+__all__ = ["assemble", "cached", "download", "exported", "local"]
+
+log = logging.getLogger(__name__)
 
 REFUSED = "refused"
 
@@ -47,6 +51,23 @@ def local(found: Published, *, training_state: bool = False) -> Path:
     """
     directory = found.storage.directory(found.name)
     return directory or download(found.storage, found.name, training_state=training_state)
+
+
+def exported(run_dir: Path, step: int) -> tuple[Path, str] | None:
+    """What it takes to use the checkpoint of a run's step: its directory on this machine, and where it is published.
+
+    None, with a warning, when there is no such checkpoint any more or it is damaged.
+    """
+    found = next((found for found in published(run_dir) if found.step == step), None)
+    try:
+        directory = local(found) if found is not None else None
+    except CheckpointError as error:
+        log.warning("%s", error)
+        return None
+    if found is None or directory is None or not all((directory / name).is_file() for name in EXPORTED_FILES):
+        log.warning("%s: the checkpoint of step %d is gone", run_dir, step)
+        return None
+    return directory, found.location
 
 
 def download(storage: CheckpointStorage, directory: str, *, training_state: bool = False) -> Path:

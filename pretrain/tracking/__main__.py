@@ -6,6 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
+from pretrain.checkpoints.copies import exported
 from pretrain.errors import RequestError
 from pretrain.tracking.sync import sync
 
@@ -13,7 +14,7 @@ logging.basicConfig(level=logging.INFO, format="%(message)s")
 if len(sys.argv) != 2:
     sys.exit("usage: python -m pretrain.tracking RUN_DIR")
 try:
-    sys.exit(0 if sync(Path(sys.argv[1])) else 1)
+    sys.exit(0 if sync(Path(sys.argv[1]), exported) else 1)
 except RequestError as mistake:
     print(mistake, file=sys.stderr)
     sys.exit(2)

@@ -175,11 +175,14 @@ class MlflowRun:
         """`status` is FINISHED, FAILED or KILLED."""
         self.client.set_terminated(self.mlflow_run_id, status)
 
-    def register(self, checkpoint: Path, step: int, model_name: str, tags: Mapping[str, str]) -> Version:
+    def register(
+        self, checkpoint: Path, step: int, model_name: str, tags: Mapping[str, str], location: str | None = None
+    ) -> Version:
         """Upload the exported files of a checkpoint directory and make them a version of `model_name`.
 
-        The version carries the digest of `checkpoint.json`, which holds the digests of all other files: who downloads
-        can tell whether anything was changed in the artifact store since. A crash half-way leaves a PENDING model.
+        The version carries `location`, where the whole checkpoint is published (default: that directory), and the
+        digest of `checkpoint.json`, which holds the digests of all other files: who downloads can tell whether anything
+        was changed in the artifact store since. A crash half-way leaves a PENDING model.
         """
         digest = sha256(checkpoint / MANIFEST)
         model = self._logged_model(checkpoint, f"step-{step:08d}", {**tags, "step": str(step)})
@@ -195,7 +198,7 @@ class MlflowRun:
                     **tags,
                     "step": str(step),
                     "model_id": model.model_id,
-                    "checkpoint_path": str(checkpoint.resolve()),
+                    "checkpoint_path": location or str(checkpoint.resolve()),
                     "checkpoint_sha256": digest,
                 },
                 await_creation_for=0,

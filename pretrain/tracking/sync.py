@@ -53,7 +53,7 @@ from pretrain.record.events import (
 )
 from pretrain.record.journal import Journal, Line, read_events, read_lines
 from pretrain.record.lock import hold, holder
-from pretrain.record.run_dir import EXPORTED_FILES, RECIPE, RunDir
+from pretrain.record.run_dir import RECIPE, RunDir
 from pretrain.tracking.client import MlflowRun, Point, checked_model_name, connect, verdict
 from pretrain.tracking.cursor import Cursor, Status
 
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
 __all__ = ["Status", "Tracker", "sync"]
 
 log = logging.getLogger(__name__)
+
+Exported = Callable[[Path, int], tuple[Path, str] | None]  # `pretrain.checkpoints.copies.exported`, which stands above
 
 POLL_S = 1.0
 MAX_BACKOFF_S = 30.0
@@ -87,6 +89,7 @@ class Tracker:
         tags: Tags of the run, its models and versions, e.g. objective, backbone, git commit.
         model_name: Registered model that gets the checkpoints.
         select: PROTOCOL/DATA/METRIC, higher is better, that moves the alias `best`; None: the newest is best.
+        exported: Finds the exported files of a checkpoint, wherever it is stored.
 
     Attributes:
         problem: Why nothing arrives at the moment, in one line; None when all is well.
@@ -106,9 +109,11 @@ class Tracker:
         tags: Mapping[str, str],
         model_name: str,
         select: str | None,
+        exported: Exported,
     ) -> None:
         self.run = RunDir(Path(run_dir))
         self.problem: str | None = None
+        self._exported = exported
         self._uri = uri
         self._recipe_yaml = recipe_yaml
         self._params = params
@@ -315,7 +320,7 @@ class Tracker:
             case DamagedEvent():
                 raise event
             case CheckpointPublished() if event.step > 0:
-                return partial(self._send_checkpoint, event.step, self.run.inside(event.path))
+                return partial(self._send_checkpoint, event.step)
             case Visualizations() if (image := self.run.inside(event.path)).is_file():
                 return lambda run: run.log_visualizations(image)
             case Warned():
@@ -333,14 +338,17 @@ class Tracker:
     def _is_sent(self, event: Evaluated | EvaluationFailed) -> bool:
         return f"{event.step} {event.task}" in self._cursor.evaluated
 
-    def _send_checkpoint(self, step: int, checkpoint: Path, run: MlflowRun) -> None:
+    def _send_checkpoint(self, step: int, run: MlflowRun) -> None:
         cursor = self._cursor
         if str(step) in cursor.versions:
             return
-        if not all((checkpoint / file).is_file() for file in EXPORTED_FILES):
-            log.warning("%s is gone before it could be registered in MLflow; its scores are still recorded", checkpoint)
+        found = self._exported(self.run.path, step)
+        if found is None:
+            log.warning("step %d can not be registered in MLflow; its scores are still recorded", step)
             return
-        version = run.register(checkpoint, step, cursor.model_name, {**cursor.tags, "run_id": self.run.run_id})
+        directory, location = found
+        tags = {**cursor.tags, "run_id": self.run.run_id}
+        version = run.register(directory, step, cursor.model_name, tags, location)
         if cursor.select is None:
             run.promote(cursor.model_name, version.version)
         cursor.versions[str(step)] = (version.model_id, version.version)
@@ -386,11 +394,12 @@ class Tracker:
         self._told.clear()
 
 
-def sync(run_dir: Path, *, uri: str | None = None, deadline_s: float = 600.0) -> bool:
+def sync(run_dir: Path, exported: Exported, *, uri: str | None = None, deadline_s: float = 600.0) -> bool:
     """Send what a run could not send while it ran; True when everything has arrived.
 
     Args:
         run_dir: `runs/RUN_ID`.
+        exported: As for `Tracker`.
         uri: Where to; default: $MLFLOW_TRACKING_URI if set, else where the run was meant to go.
         deadline_s: When to give up.
 
@@ -412,6 +421,7 @@ def sync(run_dir: Path, *, uri: str | None = None, deadline_s: float = 600.0) ->
         tags=cursor.tags,
         model_name=cursor.model_name,
         select=cursor.select,
+        exported=exported,
     )
     tracker.start()
     return tracker.close(cursor.status or _ending(run), deadline_s)

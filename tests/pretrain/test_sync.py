@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoints import store
+from pretrain.checkpoints import copies, store
 from pretrain.errors import RequestError
 from pretrain.record.events import (
     CheckpointPublished,
@@ -83,6 +83,7 @@ class Run:
             "tags": {"objective": "mae", "backbone": "vit_tiny", "git.commit": "abc"},
             "model_name": "tiny",
             "select": SELECT,
+            "exported": copies.exported,
         }
         tracker = Tracker(self.dir, **{**settings, **changes})
         tracker.start()
@@ -271,7 +272,7 @@ def test_tracker__bad_records_are_parked_and_their_neighbours_arrive(
     reasons = " ".join(event.reason for event in parked)
     assert len(parked) == 4
     assert all(text in reasons for text in ("x//y", "'step'", "outside the run directory", "not a JSON object"))
-    assert "step-00000004 is gone" in caplog.text
+    assert "the checkpoint of step 4 is gone" in caplog.text
 
 
 def test_tracker__a_dead_server_stops_nothing_and_sync_delivers_later(
@@ -289,7 +290,7 @@ def test_tracker__a_dead_server_stops_nothing_and_sync_delivers_later(
     assert sum("training goes on" in record.message for record in caplog.records) == 1, "told once per outage"
     assert "secret" not in caplog.text and "secret" not in (run.dir / "mlflow.json").read_text()
 
-    assert sync(run.dir, uri=mlflow_uri)
+    assert sync(run.dir, copies.exported, uri=mlflow_uri)
     sent = connect(mlflow_uri).get_run(cursor(run)["mlflow_run_id"])
     assert sent.info.status == "FAILED" and sent.data.params["train.steps"] == "40"
     assert len(history(mlflow_uri, sent.info.run_id, "train/loss")) == 5
@@ -321,6 +322,19 @@ def test_sync__registers_every_checkpoint_of_a_run_that_mlflow_missed(
     assert steps_by_alias(mlflow_uri) == {"best": 40, "previous": 30}
 
 
+def test_tracker__registers_checkpoints_of_a_remote_store(
+    run: Run, mlflow_uri: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    store.place(run.dir, f"file://{tmp_path}/bucket")
+    published = make_checkpoint(run.dir, 10)
+    (tmp_path / "bucket" / run.dir.name).mkdir(parents=True)
+    published.rename((tmp_path / "bucket" / run.dir.name).joinpath(published.name))
+    run.journal.write(CheckpointPublished(step=10, path="checkpoints/step-00000010"))
+    run.send(mlflow_uri)
+    tags = versions(mlflow_uri)[10].tags
+    assert tags["checkpoint_path"] == f"file://{tmp_path}/bucket/{run.dir.name}/step-00000010"
+
+
 def test_sync__ends_a_run_whose_driver_was_killed(run: Run, mlflow_uri: str) -> None:
     run.track(f"http://127.0.0.1:{free_port()}").close("FINISHED", 0)
     ends = (Metrics(step=1, values={}), "KILLED"), (Failed(error="boom"), "FAILED"), (Finished(step=1), "FINISHED")
@@ -328,13 +342,13 @@ def test_sync__ends_a_run_whose_driver_was_killed(run: Run, mlflow_uri: str) -> 
         run.journal.write(event)
         content = cursor(run) | {"status": None}
         (run.dir / "mlflow.json").write_text(json.dumps(content))
-        assert sync(run.dir, uri=mlflow_uri)
+        assert sync(run.dir, copies.exported, uri=mlflow_uri)
         assert connect(mlflow_uri).get_run(cursor(run)["mlflow_run_id"]).info.status == status
 
 
 def test_sync__refuses_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"not a tracked run; expected runs/RUN_ID with mlflow\.json"):
-        sync(tmp_path)
+        sync(tmp_path, copies.exported)
 
 
 def test_tracker__refused_credentials_are_told_once_and_close_does_not_wait(
@@ -394,7 +408,7 @@ from pretrain.tracking import sync as sync_module
 sync_module.POLL_S = 0.01
 Path("run").mkdir()
 tracker = sync_module.Tracker(Path("run"), uri="sqlite:///x.db", experiment="e", recipe_yaml="", params={}, tags={},
-                           model_name="m", select=None)
+                           model_name="m", select=None, exported=lambda run_dir, step: None)
 tracker.start()
 time.sleep(0.3)
 assert not {"mlflow", "torch", "ray", "deepspeed"} & sys.modules.keys()
