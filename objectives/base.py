@@ -7,7 +7,7 @@ objective. Everything a subclass may rely on, and everything it must keep to, is
 * `forward` changes no state: activation checkpointing may run it twice, and a step with a non-finite loss is thrown
   away. Statistics that it gathers wait for `after_step`, which is not called for such a step.
 * All randomness comes from the batch's "seed", so that a step does not depend on ranks or on restarts.
-* State is parameters, persistent buffers and the teacher. All three are saved and come back bit for bit.
+* State is parameters, persistent buffers and companions. All three are saved and come back bit for bit.
 
 NOT here: schedules of the optimiser (`pretrain.training.engine`), how views are cut (`data_pipelines.views`).
 """
@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from backbones.encoder import Encoder
 from backbones.images.base import ImageEncoder
+from objectives.companions import Companion
+from objectives.errors import ObjectiveError
 from objectives.requirements import require_images
-from objectives.teacher import ReadWeight, Teacher
+from objectives.teacher import ReadWeights, Teacher
 
 __all__ = ["ImageObjective", "Objective", "Output", "Progress"]
 
@@ -66,7 +68,8 @@ class Objective(nn.Module, ABC):
         compares_images: the loss of an image depends on the others of its micro-batch, so that gradient accumulation
             is not the same as a larger batch.
         backbone: the encoder that is trained.
-        teacher: moving average of the student's modules, with a `backbone` among them; None without one.
+        teacher: moving average of the student's modules, with a `backbone` among them, which is exported; None without
+            one. It is a companion.
     """
 
     Config: ClassVar[type]
@@ -88,11 +91,11 @@ class Objective(nn.Module, ABC):
             progress: for schedules inside the objective.
         """
 
-    def after_step(self, progress: Progress, read: ReadWeight) -> None:
+    def after_step(self, progress: Progress, read: ReadWeights) -> None:
         """Work after an optimiser step, such as moving the teacher or a center; nothing by default.
 
         All ranks call it alike, so collectives are allowed. `progress` is that of the step just taken, `read` gives
-        a parameter's whole float32 value.
+        the whole float32 values of a list of parameters.
         """
 
     def diagnose(self, metrics: Mapping[str, float], progress: Progress) -> str | None:
@@ -114,15 +117,63 @@ class Objective(nn.Module, ABC):
         """The encoder that is exported and graded: the teacher's, if there is one."""
         return self.backbone if self.teacher is None else self.teacher.backbone  # type: ignore[return-value]
 
+    def companions(self) -> dict[str, Companion]:
+        """Modules that an engine must not see, by name; the teacher, if there is one.
+
+        Each says how it is filled, how it moves and how it is saved. The names are part of the training state.
+        """
+        return {} if self.teacher is None else {"teacher": self.teacher}
+
     def extra_state(self) -> dict[str, Tensor]:
-        """All state beside the parameters: persistent buffers and the teacher. The same on every rank."""
+        """All state beside the parameters: persistent buffers, and companions unless they are saved by reference.
+
+        The same on every rank.
+        """
         persistent = self.state_dict().keys()
-        buffers = {name: tensor for name, tensor in self.named_buffers() if name in persistent}
-        teacher = {} if self.teacher is None else self.teacher.state_dict()
+        buffers = {f"buffer.{name}": tensor for name, tensor in self.named_buffers() if name in persistent}
+        return buffers | self._tensors_of("whole") | self._tensors_of("sharded")
+
+    def share_of_state(self, rank: int, num_ranks: int) -> dict[str, Tensor]:
+        """The part of `extra_state` that a rank writes: the first all but what is sharded, each its share of that."""
+        sharded = self._tensors_of("sharded")
+        own = dict(list(sharded.items())[rank::num_ranks])
+        whole = {name: tensor for name, tensor in self.extra_state().items() if name not in sharded}
+        return whole | own if rank == 0 else own
+
+    def _tensors_of(self, saved: str) -> dict[str, Tensor]:
+        """State of the companions that are saved in this way, by `COMPANION.NAME`."""
         return {
-            **{f"buffer.{name}": tensor for name, tensor in buffers.items()},
-            **{f"teacher.{name}": tensor for name, tensor in teacher.items()},
+            f"{name}.{key}": tensor
+            for name, companion in self.companions().items()
+            if companion.saved == saved
+            for key, tensor in companion.state_dict().items()
         }
+
+    def references(self) -> dict[str, dict[str, str]]:
+        """Location and sha256 of each companion that is saved by reference; JSON-able.
+
+        Raises:
+            ObjectiveError: one has not been filled.
+        """
+        found = {}
+        for name, companion in self.companions().items():
+            if companion.saved == "reference":
+                if companion.source is None:
+                    raise ObjectiveError(f"companion {name!r} was never filled: call its `load` before training")
+                found[name] = companion.source._asdict()
+        return found
+
+    def load_references(self, references: Mapping[str, Mapping[str, str]]) -> None:
+        """Fill companions from where they were filled when `references` was made.
+
+        Raises:
+            ObjectiveError: a file is gone or has changed, or the companions are other ones.
+        """
+        own = {name: companion for name, companion in self.companions().items() if companion.saved == "reference"}
+        if own.keys() != references.keys():
+            raise ObjectiveError(f"companions differ in {', '.join(sorted(own.keys() ^ references.keys()))}")
+        for name, companion in own.items():
+            companion.load(**references[name])
 
     @torch.no_grad()
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:

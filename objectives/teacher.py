@@ -10,19 +10,23 @@ updates it alike from what `read` makes of the student's parameters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from objectives.companions import Companion
 from objectives.schedules import half_cosine
 
-__all__ = ["ReadWeight", "Teacher", "cosine_momentum"]
+__all__ = ["ReadWeights", "Teacher", "cosine_momentum"]
 
-# The whole float32 value of a parameter, wherever an engine keeps it. A collective when it is sharded.
-ReadWeight = Callable[[nn.Parameter], Tensor]
+# The whole float32 values of some parameters, wherever an engine keeps them. One collective when they are sharded.
+ReadWeights = Callable[[Sequence[nn.Parameter]], list[Tensor]]
+
+_CHUNK = 2**25  # numbers that are read and moved at a time: few large messages, and at most 128 MiB beside the teacher
 
 
 def cosine_momentum(start: float, step: int, total_steps: int) -> float:
@@ -30,16 +34,19 @@ def cosine_momentum(start: float, step: int, total_steps: int) -> float:
     return half_cosine(start, 1.0, step / total_steps)
 
 
-class Teacher:
+class Teacher(Companion):
     """Float32 copies of named student modules, without gradients, and without dropout and stochastic depth of any kind.
 
     The copies stay in training mode, so batch norms use the statistics of their own batch; their buffers are not
-    averaged. Each copy is an attribute of the name that it was given.
+    averaged. Each copy is an attribute of the name that it was given. A training state has all of it.
+
+    Attributes:
+        modules: the copies by name.
     """
 
     def __init__(self, **students: nn.Module) -> None:
         self.modules = nn.ModuleDict({name: copy.deepcopy(student).float() for name, student in students.items()})
-        self.modules.requires_grad_(False)
+        super().__init__(self.modules, filled="student", moves="ema", saved="whole")
         _drop_nothing(self.modules)
         self._pairs = [
             (source, target)
@@ -58,27 +65,28 @@ class Teacher:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     @torch.no_grad()
-    def update(self, momentum: float, read: ReadWeight) -> None:
+    def update(self, momentum: float, read: ReadWeights) -> None:
         """Move towards the student; `momentum` in [0, 1] is the share that stays."""
-        for source, target in self._pairs:
-            target.lerp_(read(source).to(target), 1 - momentum)
+        move = get_ema_multi_avg_fn(momentum)
+        for sources, targets in self._chunks():
+            values = [value.to(target) for value, target in zip(read(sources), targets, strict=True)]
+            move(targets, values, 0)  # targets.lerp_(values, 1 - momentum), all at once
 
-    @torch.no_grad()
-    def copy_from(self, read: ReadWeight) -> None:
+    def _chunks(self) -> Iterator[tuple[list[nn.Parameter], list[nn.Parameter]]]:
+        """Sources and targets of about `_CHUNK` numbers each, in order."""
+        pairs, size = [], 0
+        for pair in self._pairs:
+            if pairs and size + pair[1].numel() > _CHUNK:
+                yield [source for source, _ in pairs], [target for _, target in pairs]
+                pairs, size = [], 0
+            pairs.append(pair)
+            size += pair[1].numel()
+        if pairs:
+            yield [source for source, _ in pairs], [target for _, target in pairs]
+
+    def copy_from(self, read: ReadWeights) -> None:
         """Become the student, frozen parameters included."""
         self.update(0.0, read)
-
-    def to(self, device: torch.device) -> None:
-        """Move to a device; never to another type."""
-        self.modules.to(device)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers of all modules, by `MODULE.NAME`."""
-        return self.modules.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore from `state_dict`, strictly."""
-        self.modules.load_state_dict(state)
 
 
 def _drop_nothing(network: nn.Module) -> None:

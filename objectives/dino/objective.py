@@ -27,7 +27,7 @@ from objectives.parts.image_token import image_token
 from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, multi_crop_views, require_crops
 from objectives.parts.prototypes import DINOHead
 from objectives.parts.visuals import crops_and_features
-from objectives.teacher import ReadWeight, Teacher
+from objectives.teacher import ReadWeights, Teacher
 
 __all__ = ["DINO"]
 
@@ -94,7 +94,7 @@ class DINO(ImageObjective):
             metrics |= {"center_norm": self.center.value.norm(), "effective_rank": effective_rank(taught)}
         return Output(loss, metrics)
 
-    def after_step(self, progress: Progress, read: ReadWeight) -> None:
+    def after_step(self, progress: Progress, read: ReadWeights) -> None:
         """Moves the center, then the teacher."""
         self.center.update()
         self.teacher.update(teacher_schedules.teacher_momentum(self.config, progress), read)

@@ -30,7 +30,7 @@ from objectives.parts.prototypes import DINOHead
 from objectives.parts.visuals import crops_and_features
 from objectives.selfpatch.aggregation import Aggregation, Positives, find_positives
 from objectives.selfpatch.config import SelfPatchConfig
-from objectives.teacher import ReadWeight, Teacher
+from objectives.teacher import ReadWeights, Teacher
 
 __all__ = ["SelfPatch"]
 
@@ -168,7 +168,7 @@ class SelfPatch(ImageObjective):
             "wrapped_positives": (is_real & ~is_inside).float().mean(),
         }
 
-    def after_step(self, progress: Progress, read: ReadWeight) -> None:
+    def after_step(self, progress: Progress, read: ReadWeights) -> None:
         """Moves the centers, then the teacher."""
         self.center.update()
         self.patch_center.update()

@@ -33,7 +33,7 @@ from objectives.parts.pixel_head import ReconstructionHead
 from objectives.parts.reconstruction_health import reconstruction_finding
 from objectives.parts.visuals import MAX_PICTURES, evaluating, reconstructions
 from objectives.sit.config import SiTConfig
-from objectives.teacher import ReadWeight, Teacher, cosine_momentum
+from objectives.teacher import ReadWeights, Teacher, cosine_momentum
 
 __all__ = ["Projector", "SiT", "contrast"]
 
@@ -136,7 +136,7 @@ class SiT(ImageObjective):
         features = self.backbone.features(corruption.apply(target))
         return _Reconstruction(target, corruption, features, self.head(features.patches, features.grid))
 
-    def after_step(self, progress: Progress, read: ReadWeight) -> None:
+    def after_step(self, progress: Progress, read: ReadWeights) -> None:
         """Moves the teacher; its momentum rises from `teacher_momentum` to 1 by half a cosine."""
         momentum = cosine_momentum(self.config.teacher_momentum, progress.step, progress.total_steps)
         self.teacher.update(momentum, read)

@@ -1,0 +1,110 @@
+"""Companions: modules beside the student that an engine must not see, such as teachers.
+
+An engine casts, shards and steps every parameter that it finds in an objective's module tree. A companion is kept out of
+the tree: each rank holds it whole, in its own type, and the training loop asks `Objective.companions` for all of them, to
+put them on a device and into checkpoints.
+
+Not here: the moving average of a student (`objectives.teacher`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from backbones.encoder import Encoder
+from backbones.io import BACKBONE_FILE
+from objectives.errors import ObjectiveError
+
+__all__ = ["Companion", "Source"]
+
+
+class Source(NamedTuple):
+    """Where a companion's weights come from: a file, and the sha256 of its bytes."""
+
+    location: str
+    sha256: str
+
+
+class Companion:
+    """A module without gradients, and what becomes of it.
+
+    Attributes:
+        module: the network. One that is frozen is in evaluation mode.
+        filled: "student": with the student's weights, at the start of a run; "checkpoint": by `load`, from a file.
+        moves: "ema": towards the student, in the objective's `after_step`; "frozen": never.
+        saved: what a training state has of it. "whole": all of it, written by one rank; "sharded": all of it, each rank
+            writes a share; "reference": its `source`, from which it is filled again, so that the file has to be kept.
+        source: what `load` read; None before, and of one that is filled from the student.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        filled: Literal["student", "checkpoint"],
+        moves: Literal["ema", "frozen"],
+        saved: Literal["whole", "sharded", "reference"],
+    ) -> None:
+        """Raises ValueError for one that moves, or comes from the student, and is saved by reference."""
+        if saved == "reference" and (filled, moves) != ("checkpoint", "frozen"):
+            raise ValueError("a companion is saved by reference only if it is frozen and filled from a checkpoint")
+        self.module, self.filled, self.moves, self.saved = module, filled, moves, saved
+        self.source: Source | None = None
+        module.requires_grad_(False)
+        if moves == "frozen":
+            module.eval()
+
+    def load(self, location: Path | str, sha256: str | None = None) -> None:
+        """Fill it from a file of weights.
+
+        Args:
+            location: a safetensors file with the names of the module's state dict (of an encoder: of its network), or a
+                checkpoint directory with such a `backbone.safetensors`.
+            sha256: what the file's bytes must have; None: whatever it has.
+
+        Raises:
+            ObjectiveError: there is no such file, it has another digest, or its tensors do not fit. Nothing has changed.
+        """
+        file = Path(location)
+        file = file / BACKBONE_FILE if file.is_dir() else file
+        try:
+            data = file.read_bytes()  # read once: what is hashed is what is loaded
+        except OSError as error:
+            raise ObjectiveError(f"companion's weights {file}: {error.strerror or error}; put the file back") from None
+        digest = hashlib.sha256(data).hexdigest()
+        if sha256 not in (None, digest):
+            raise ObjectiveError(
+                f"companion's weights {file}: sha256 {digest[:12]}.., but training began with {sha256:.12}..; "
+                "put that file back, or start a new run"
+            )
+        network = self.module.network if isinstance(self.module, Encoder) else self.module
+        self._copy(network.state_dict(), load(data), file)
+        self.source = Source(str(file), digest)
+
+    @torch.no_grad()
+    def _copy(self, own: dict[str, Tensor], weights: dict[str, Tensor], file: Path) -> None:
+        wrong = sorted(own.keys() ^ weights.keys())
+        wrong += [name for name in sorted(own.keys() & weights.keys()) if own[name].shape != weights[name].shape]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ObjectiveError(f"companion's weights {file}: do not fit, see {', '.join(wrong[:3])}{more}")
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device; never to another type."""
+        self.module.to(device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers of the module."""
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore from `state_dict`, strictly."""
+        self.module.load_state_dict(state)
