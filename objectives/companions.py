@@ -1,8 +1,8 @@
 """Companions: modules beside the student that an engine must not see, such as teachers.
 
-An engine casts, shards and steps every parameter that it finds in an objective's module tree. A companion is kept out of
-the tree: each rank holds it whole, in its own type, and the training loop asks `Objective.companions` for all of them, to
-put them on a device and into checkpoints.
+An engine casts, shards and steps every parameter that it finds in an objective's module tree. A companion is kept out
+of the tree: each rank holds it whole, in its own type, and the training loop asks `Objective.companions` for all of
+them, to put them on a device and into checkpoints.
 
 Not here: the moving average of a student (`objectives.teacher`).
 """
@@ -69,7 +69,7 @@ class Companion:
             sha256: what the file's bytes must have; None: whatever it has.
 
         Raises:
-            ObjectiveError: there is no such file, it has another digest, or its tensors do not fit. Nothing has changed.
+            ObjectiveError: there is no such file, it has another digest, or its tensors do not fit; nothing has changed.
         """
         file = Path(location)
         file = file / BACKBONE_FILE if file.is_dir() else file

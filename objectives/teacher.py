@@ -74,7 +74,8 @@ class Teacher(Companion):
 
     def _chunks(self) -> Iterator[tuple[list[nn.Parameter], list[nn.Parameter]]]:
         """Sources and targets of about `_CHUNK` numbers each, in order."""
-        pairs, size = [], 0
+        pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        size = 0
         for pair in self._pairs:
             if pairs and size + pair[1].numel() > _CHUNK:
                 yield [source for source, _ in pairs], [target for _, target in pairs]

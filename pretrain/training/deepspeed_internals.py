@@ -9,6 +9,7 @@
   engine is built, before it is known whether the shards of a checkpoint fit.
 * `deepspeed.checkpoint.ds_to_universal.main`: a command line without a function behind it.
 * `Parameter.ds_shape`: the shape before ZeRO-3 partitioned it.
+* `Parameter._hp_mapping`: which slice of a parameter's float32 master is this rank's, below ZeRO-3.
 
 Not here: what DeepSpeed documents, such as `safe_get_full_fp32_param` (`pretrain.training.engine`).
 """
@@ -27,6 +28,7 @@ __all__ = [
     "full_shape",
     "gather_persistent_parameters",
     "leave_out_shared_memory_op",
+    "master_slice",
     "reading_universal",
     "shard_states",
     "write_universal",
@@ -91,3 +93,9 @@ def write_universal(sharded: Path, universal: Path) -> None:
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """Shape of a parameter before ZeRO-3 partitioned it; its own shape otherwise."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def master_slice(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor] | None:
+    """Where in the flat parameter this rank's slice of its float32 master starts, and the slice; None: it has none."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    return None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment())

@@ -23,6 +23,7 @@ from objectives.base import Objective, Output, Progress
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import Recipe
 from pretrain.training import deepspeed_internals
+from pretrain.training.master_weights import read_weights
 from pretrain.training.optimizers import create_optimizer
 from pretrain.training.running_statistics import RunningStatistics
 from pretrain.training.torch_internals import loopback_store
@@ -135,8 +136,9 @@ class Engine:
         groups = objective.param_groups(optimizer.weight_decay, optimizer.layer_decay)
         torch_optimizer = create_optimizer(groups, optimizer, recipe.peak_lr)
         self._guard = _StepGuard(torch_optimizer)
-        if objective.teacher is not None:
-            objective.teacher.to(device)
+        companions = objective.companions().values()
+        for companion in companions:
+            companion.to(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside DeepSpeed that a user can do nothing about
             self._engine, *_ = deepspeed.initialize(
@@ -145,8 +147,8 @@ class Engine:
                 config=deepspeed_config(recipe),
                 dist_init_required=False,
             )
-        teacher = [] if objective.teacher is None else [objective.teacher.modules]
-        self._statistics = RunningStatistics([objective, *teacher])
+        moving = [companion.module for companion in companions if companion.moves == "ema"]
+        self._statistics = RunningStatistics([objective, *moving])
         self.objective = objective
         self.device = device
         self.stage = recipe.train.zero_stage
@@ -198,7 +200,7 @@ class Engine:
         applied = self._engine.was_step_applied() and not self._guard.drops
         if applied:
             self._statistics.average()
-            self.objective.after_step(progress, self.read_weight)
+            self.objective.after_step(progress, self.read_weights)
         else:
             self._statistics.restore()
             if self.stage == 3:
@@ -239,22 +241,9 @@ class Engine:
         parts = {f"grad_norm/{part}": square.sqrt() for part, square in squares.items()}
         return {"grad_norm": total.sqrt(), **(parts if len(parts) > 1 else {})}
 
-    @torch.no_grad()
-    def read_weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """The whole float32 value of a parameter, in its own shape. A collective when ZeRO or bf16 keep it elsewhere.
-
-        A frozen parameter has no float32 master: its value is as precise as the engine's type.
-        """
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        is_here = self.stage < 3 and parameter.dtype == torch.float32
-        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad and not is_here else None
-        return (
-            (parameter if master is None else master)
-            .detach()
-            .float()
-            .reshape(deepspeed_internals.full_shape(parameter))
-        )
+    def read_weights(self, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+        """The whole float32 values of parameters; see `master_weights.read_weights`. A collective under ZeRO."""
+        return read_weights(parameters, self.stage)
 
     @torch.no_grad()
     def backbone_weights(self) -> dict[str, torch.Tensor]:
@@ -266,7 +255,8 @@ class Engine:
         exported = self.objective.exported
         weights = exported.weights()  # order and persistent buffers, as the encoder's own
         own = self.objective.backbone
-        full = {name: self.read_weight(p) for name, p in own.network.named_parameters()} if exported is own else {}
+        names, parameters = zip(*own.network.named_parameters(), strict=True)
+        full = dict(zip(names, self.read_weights(parameters), strict=True)) if exported is own else {}
         return {name: full.get(name, tensor.detach()).cpu().clone() for name, tensor in weights.items()}
 
     def pictures(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ Not here: the files and their atomic publication (`pretrain.checkpoints.store`),
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from backbones.io import save_backbone
 from data_pipelines.streaming.stream import Stream, StreamState
+from objectives.base import Objective
+from objectives.errors import ObjectiveError
 from pretrain.checkpoints import copies, store
 from pretrain.config.load import to_yaml
 from pretrain.config.schema import Recipe
@@ -31,7 +34,8 @@ from pretrain.training.engine import Engine
 
 __all__ = ["Snapshot", "bring", "newest", "restore", "take"]
 
-EXTRA_STATE = "objective.safetensors"  # buffers and teacher of the objective, the same on every rank
+EXTRA_STATE = "objective-{:05d}.safetensors"  # of each rank with a share: buffers and companions of the objective
+REFERENCES = "companions.json"  # where companions that are not saved come from, with the sha256 of each file
 
 
 def take(
@@ -65,11 +69,9 @@ def take(
         state_dir.mkdir()
         engine.save(state_dir)
         save_file(_rng_states(engine.device), state_dir / f"rng-{rank:05d}.safetensors")
+        _save_objective(engine.objective, state_dir)
     weights = engine.backbone_weights()
     if rank == 0:
-        if training_state:
-            extra = {name: tensor.detach().cpu().clone() for name, tensor in engine.objective.extra_state().items()}
-            save_file(extra, state_dir / EXTRA_STATE)
         save_backbone(own / BACKBONE, weights, engine.objective.exported.spec)
         (own / RECIPE).write_text(to_yaml(recipe))
     shares: list[Any] = [None] * dist.get_world_size()
@@ -190,7 +192,7 @@ def restore(found: Snapshot, engine: Engine, stream: Stream) -> Resumed:
     else:
         engine.load_resharded(state_dir, found.path.with_name(f".{found.path.name}.universal"))
         torch.manual_seed(torch.initial_seed() + found.step)
-    engine.objective.load_extra_state(load_file(state_dir / EXTRA_STATE))
+    _load_objective(engine.objective, state_dir)
     saved, loaded = load_file(found.path / BACKBONE), engine.backbone_weights()
     equal = [name for name, tensor in saved.items() if name in loaded and torch.equal(tensor, loaded[name])]
     if len(equal) != len(saved) or engine.optimizer_steps != found.step:
@@ -209,6 +211,34 @@ def restore(found: Snapshot, engine: Engine, stream: Stream) -> Resumed:
         epoch=manifest["stream"]["epoch"],
         position=manifest["stream"]["position"],
     )
+
+
+def _save_objective(objective: Objective, state_dir: Path) -> None:
+    """This rank's share of the objective's state beside the parameters; references on rank 0, if there are any."""
+    rank = dist.get_rank()
+    share = objective.share_of_state(rank, dist.get_world_size())
+    if share or rank == 0:
+        plain = {name: tensor.detach().cpu().clone() for name, tensor in share.items()}
+        save_file(plain, state_dir / EXTRA_STATE.format(rank))
+    if rank == 0 and (references := objective.references()):
+        (state_dir / REFERENCES).write_text(json.dumps(references, indent=1))
+
+
+def _load_objective(objective: Objective, state_dir: Path) -> None:
+    """The state that any number of ranks saved.
+
+    Raises:
+        CheckpointError: A companion's file is gone or has changed.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(state_dir.glob(EXTRA_STATE.replace("{:05d}", "*"))):
+        state |= load_file(file)
+    objective.load_extra_state(state)
+    file = state_dir / REFERENCES
+    try:
+        objective.load_references(json.loads(file.read_text()) if file.is_file() else {})
+    except ObjectiveError as error:
+        raise store.CheckpointError(f"{state_dir}: {error}") from error
 
 
 def _rng_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -149,7 +149,7 @@ def test_objectives__one_step_on_every_family_or_a_reason(objective: str, name: 
     unseen = FOR_CLASSES.get(name, "") if objective == "selfpatch" else ""
     assert {n for n in without if not (unseen and re.search(unseen, n))} == set()
     optimizer.step()
-    trained.after_step(late, lambda parameter: parameter.detach())
+    trained.after_step(late, lambda parameters: [p.detach() for p in parameters])
     assert output.loss.isfinite() and trained(batch, late).loss.isfinite()
 
 

@@ -7,7 +7,7 @@ bf16, for what an engine does to it. Real photos throughout.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,8 @@ def batches_of(
     return (stream.finish(made) for made in iter(stream))
 
 
-def read(parameter: torch.nn.Parameter) -> Tensor:
-    return parameter.detach().float()
+def read(parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().float() for parameter in parameters]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -56,8 +56,8 @@ def double(objective: DINO) -> DINO:
     return objective.double()
 
 
-def read(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach()
+def read(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach() for parameter in parameters]
 
 
 # Formulas, each against a plain loop
@@ -357,7 +357,7 @@ def test_bf16__loss_stays_in_float32_and_near():
     output.loss.backward()
     assert output.loss.dtype == torch.float32
     assert output.loss.item() == pytest.approx(expected, rel=0.02)
-    objective.after_step(LATE, lambda p: p.detach().float())
+    objective.after_step(LATE, lambda parameters: [p.detach().float() for p in parameters])
     assert objective.center.value.dtype == torch.float32
 
 

@@ -47,8 +47,8 @@ def official_name(name: str) -> str:
     raise KeyError(name)
 
 
-def read(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach()
+def read(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach() for parameter in parameters]
 
 
 class Golden:
@@ -536,7 +536,7 @@ def test_bf16__loss_stays_in_float32_and_near():
     assert output.loss.item() == pytest.approx(expected, rel=0.02)
     assert all(p.grad.isfinite().all() for p in objective.parameters())
     assert all(p.dtype == torch.float32 for p in objective.teacher.modules.parameters())
-    objective.after_step(LATE, lambda p: p.detach().float())
+    objective.after_step(LATE, lambda parameters: [p.detach().float() for p in parameters])
     assert objective.center.value.dtype == torch.float32
 
 

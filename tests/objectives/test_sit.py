@@ -168,7 +168,7 @@ def test_golden__six_steps_with_a_teacher(golden_sit, golden_batch, monkeypatch,
     golden = GOLDEN["sit"]["trajectory"]
     dtype, tolerance = (torch.float64, 1e-9) if precision == "f64" else (torch.float32, 2e-5)
     sit = golden_sit(dtype)
-    sit.teacher.copy_from(lambda parameter: parameter)
+    sit.teacher.copy_from(list)
     optimizer = torch.optim.AdamW(sit.param_groups(weight_decay=1.0), lr=0.0)
     losses = {"loss": [], "c_loss": [], "r_loss": []}
     for step, (lr, weight_decay) in enumerate(zip(golden["lr"], golden["wd"], strict=True)):
@@ -185,7 +185,7 @@ def test_golden__six_steps_with_a_teacher(golden_sit, golden_batch, monkeypatch,
             parameter.grad *= min(1.0, golden["clip"] / (parameter.grad.norm().item() + 1e-6))
         optimizer.step()
         sit.config.teacher_momentum = 0.9
-        sit.after_step(Progress(step, 6), lambda parameter: parameter.detach())
+        sit.after_step(Progress(step, 6), lambda parameters: [p.detach() for p in parameters])
     for key, values in losses.items():
         assert values == pytest.approx(golden[precision][key], rel=tolerance), key
     if precision == "f64":
@@ -450,7 +450,7 @@ def test_after_step__moves_the_teacher_and_round_trips():
     with torch.no_grad():
         for parameter in sit.parameters():
             parameter += 1
-    sit.after_step(Progress(0, 10), lambda parameter: parameter.detach())
+    sit.after_step(Progress(0, 10), lambda parameters: [p.detach() for p in parameters])
     name = "backbone.vit.blocks.0.attn.qkv.weight"
     torch.testing.assert_close(sit.teacher.state_dict()[name], initial[name] + 0.004)
     saved = copy.deepcopy(sit.extra_state())
@@ -470,7 +470,7 @@ def test_sit__loss_falls():
         output = sit(batch, Progress(step, 15))
         output.loss.backward()
         optimizer.step()
-        sit.after_step(Progress(step, 15), lambda parameter: parameter.detach())
+        sit.after_step(Progress(step, 15), lambda parameters: [p.detach() for p in parameters])
         losses.append((output.metrics["contrastive"].item(), output.metrics["reconstruction"].item()))
     assert losses[-1][0] < 0.5 * losses[0][0]
     assert losses[-1][1] < losses[0][1]

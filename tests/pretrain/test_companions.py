@@ -1,0 +1,223 @@
+"""What an engine and a training state do with modules that the engine must not see, and how it reads weights for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from backbones.registry import create_backbone
+from objectives.base import Objective, Output, Progress
+from objectives.companions import Companion
+from objectives.errors import ObjectiveError
+from objectives.teacher import ReadWeights, Teacher
+from pretrain.checkpoints.store import CheckpointError
+from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.training import state
+from pretrain.training.engine import Engine
+
+RANKS = 2
+VIT = {"depth": 2, "embed_dim": 24, "num_heads": 2}
+SETTINGS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+
+
+@dataclass
+class ToyConfig:
+    name: str = "toy"
+
+
+class Toy(Objective):
+    """Features near those of a moving average of itself and those of a frozen network; a third one is only carried."""
+
+    Config: ClassVar[type] = ToyConfig
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = create_backbone("vit_tiny_patch16_224", image_size=16, patch_size=8, options=VIT)
+        self.head = nn.Linear(24, 24)
+        self.teacher: Teacher = Teacher(backbone=self.backbone)
+        other = create_backbone("vit_tiny_patch16_224", image_size=16, patch_size=8, options=VIT)
+        self.frozen = Companion(other, filled="checkpoint", moves="frozen", saved="reference")
+        self.carried = Companion(nn.Linear(24, 24), filled="student", moves="frozen", saved="sharded")
+
+    def companions(self) -> dict[str, Companion]:
+        return super().companions() | {"frozen": self.frozen, "carried": self.carried}
+
+    def views(self) -> list[dict[str, Any]]:
+        return [{"name": "image", "size": 16}]
+
+    def forward(self, batch: dict[str, Tensor], progress: Progress) -> Output:
+        x = self.backbone.preprocess(batch["image"])
+        with torch.no_grad(), self.teacher.precision(self.backbone.dtype, x.device):
+            targets = [network.features(x).patches.float() for network in (self.exported, self.frozen.module)]  # type: ignore[operator]
+        found = self.head(self.backbone.features(x).patches).float()
+        loss = torch.stack([(found - target).square().mean() for target in targets]).mean()
+        return Output(loss, {"loss": loss.detach()})
+
+    def after_step(self, progress: Progress, read: ReadWeights) -> None:
+        self.teacher.update(0.9, read)
+
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {}
+
+
+def recipe_of(precision: str, stage: int) -> Recipe:
+    sizes = {"steps": 4, "global_batch_size": 4, "micro_batch_size": 4 // RANKS, "accumulation": 1, "workers": RANKS}
+    return Recipe(
+        name="companions",
+        objective=ToyConfig(),
+        backbone=BackboneConfig("vit_tiny_patch16_224", 16, 8, options=VIT),
+        data=DataConfig(train="shards"),
+        optimizer=OptimizerConfig(lr=1e-2, clip_grad=1.0),
+        train=TrainConfig(**sizes, zero_stage=stage, precision=precision, checkpoint_every=4),  # type: ignore[arg-type]
+    )
+
+
+def batch_of(step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+    return {"image": torch.rand(2, 3, 16, 16, generator=generator), "seed": torch.arange(2)}
+
+
+def engine_of(precision: str, stage: int, weights: Path | None) -> Engine:
+    torch.manual_seed(0 if weights else 1)
+    toy = Toy()
+    if weights:
+        toy.frozen.load(weights)
+    return Engine(toy, recipe_of(precision, stage), torch.device("cpu"))
+
+
+def step(engine: Engine, number: int) -> None:
+    engine.set_schedule(1e-2, 0.05)
+    assert engine.step([batch_of(number)], Progress(number, 4, is_logged=False)).applied
+
+
+def _read_in_every_setting(weights: Path) -> dict[str, bool]:
+    """Whether many weights at once are what DeepSpeed gives one by one, and the teacher what the formula makes of them."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    for precision, stage in SETTINGS:
+        engine = engine_of(precision, stage, weights)
+        teacher = engine.objective.teacher
+        assert isinstance(teacher, Teacher)
+        before = [parameter.clone() for parameter in teacher.modules.parameters()]
+        step(engine, 0)
+        parameters = list(engine.objective.parameters())
+        many = engine.read_weights(parameters)
+        sharded = stage == 3 or precision == "bf16"
+        one_by_one = [safe_get_full_fp32_param(p) if sharded else p.detach().float() for p in parameters]
+        same = [torch.equal(a, b) and a.shape == b.shape for a, b in zip(many, one_by_one, strict=True)]
+        student = engine.read_weights(list(engine.objective.backbone.parameters()))
+        expected = [old.lerp(new, 1 - 0.9) for old, new in zip(before, student, strict=True)]
+        moved = [torch.equal(a, b) for a, b in zip(expected, teacher.modules.parameters(), strict=True)]
+        found[f"{precision}-{stage}"] = all(same) and all(moved) and not torch.equal(before[0], expected[0])
+    return found
+
+
+def _save_and_restore(run_dir: Path, weights: Path) -> dict[str, Any]:
+    position = SimpleNamespace(epoch=0, position=4)
+    stream: Any = SimpleNamespace(state_at=lambda _: position, order_signature={}, require_order=lambda _: None)
+    engine = engine_of("fp32", 1, weights)
+    step(engine, 0)
+    path = state.take(run_dir, 1, engine, stream, recipe_of("fp32", 1))
+    saved = {file.name: sorted(load_file(file)) for file in (path / "training_state").glob("objective-*")}
+    found = state.newest(run_dir)
+    assert found is not None
+
+    again = engine_of("fp32", 1, None)
+    state.restore(*found, again, stream)
+    same = {
+        name: all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+        for (name, one), two in zip(
+            engine.objective.companions().items(), again.objective.companions().values(), strict=True
+        )
+    }
+    dist.barrier()
+    kept = weights.read_bytes()
+    refusals = []
+    for spoil in (lambda: save_file({"x": torch.zeros(1)}, weights), weights.unlink):
+        if dist.get_rank() == 0:
+            spoil()
+        dist.barrier()
+        try:
+            state.restore(*found, engine_of("fp32", 1, None), stream)
+        except CheckpointError as error:
+            refusals.append(str(error))
+        dist.barrier()
+    if dist.get_rank() == 0:
+        weights.write_bytes(kept)
+    references = json.loads((path / "training_state" / "companions.json").read_text())
+    return {"saved": saved, "same": same, "refusals": refusals, "references": references}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(5)
+    network = create_backbone("vit_tiny_patch16_224", image_size=16, patch_size=8, options=VIT).network
+    path = tmp_path_factory.mktemp("weights") / "earlier.safetensors"
+    save_file(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def read(run_on_ranks: Callable[..., Any], weights: Path) -> dict[str, bool]:
+    return run_on_ranks(RANKS, _read_in_every_setting, weights)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("precision", "stage"), SETTINGS)
+def test_read_weights__many_at_once_are_what_one_at_a_time_are(
+    precision: str, stage: int, read: dict[str, bool]
+) -> None:
+    assert read[f"{precision}-{stage}"]
+
+
+@pytest.mark.integration
+def test_companions__come_back_and_references_are_checked(
+    run_on_ranks: Callable[..., Any], weights: Path, tmp_path: Path
+) -> None:
+    found = run_on_ranks(RANKS, _save_and_restore, tmp_path / "run", weights)
+    first, second = found["saved"]["objective-00000.safetensors"], found["saved"]["objective-00001.safetensors"]
+    assert {name.partition(".")[0] for name in first} == {"teacher", "carried"}  # and nothing of "frozen"
+    assert sorted([*(name for name in first if name.startswith("carried")), *second]) == [
+        "carried.bias",
+        "carried.weight",
+    ]
+    assert len(second) == 1
+    assert found["same"] == {"teacher": True, "frozen": True, "carried": True}
+    assert found["references"].keys() == {"frozen"} and found["references"]["frozen"]["location"] == str(weights)
+    changed, gone = found["refusals"]
+    assert f"companion's weights {weights}: sha256 " in changed and "put that file back" in changed
+    assert f"companion's weights {weights}: No such file or directory; put the file back" in gone
+    assert "\n" not in changed + gone
+
+
+def test_companion__by_reference_has_to_be_filled_from_a_file_and_to_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="by reference only if it is frozen"):
+        Companion(nn.Linear(2, 2), filled="student", moves="ema", saved="reference")
+    toy = Toy()
+    with pytest.raises(ObjectiveError, match=r"^companion 'frozen' was never filled: call its `load`"):
+        toy.references()
+    save_file({"weight": torch.zeros(3, 2), "extra": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ObjectiveError, match="do not fit, see "):
+        toy.frozen.load(tmp_path / "other.safetensors")
+    with pytest.raises(ObjectiveError, match="companions differ in frozen$"):
+        toy.load_references({})
+
+
+def test_companion__a_teacher_is_one_by_itself_and_what_is_frozen_is_in_evaluation_mode() -> None:
+    toy = Toy()
+    assert toy.companions()["teacher"] is toy.teacher
+    teacher, frozen = toy.teacher, toy.frozen
+    assert (teacher.filled, teacher.moves, teacher.saved) == ("student", "ema", "whole")
+    assert not frozen.module.training and not any(p.requires_grad for p in frozen.module.parameters())
+    assert not any(name.startswith(("frozen", "carried", "teacher")) for name in toy.state_dict())
