@@ -69,7 +69,7 @@ class Companion:
             sha256: what the file's bytes must have; None: whatever it has.
 
         Raises:
-            ObjectiveError: there is no such file, it has another digest, or its tensors do not fit; nothing has changed.
+            ObjectiveError: no such file, another digest, or tensors that do not fit; nothing has changed then.
         """
         file = Path(location)
         file = file / BACKBONE_FILE if file.is_dir() else file

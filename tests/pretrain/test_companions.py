@@ -1,4 +1,4 @@
-"""What an engine and a training state do with modules that the engine must not see, and how it reads weights for them."""
+"""What an engine and a training state do with modules that the engine must not see, and reading weights for them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from backbones.images.config import ImageConfig
 from backbones.registry import create_backbone
 from objectives.base import Objective, Output, Progress
 from objectives.companions import Companion
 from objectives.errors import ObjectiveError
 from objectives.teacher import ReadWeights, Teacher
 from pretrain.checkpoints.store import CheckpointError
-from pretrain.config.schema import BackboneConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training import state
 from pretrain.training.engine import Engine
 
@@ -75,7 +76,7 @@ def recipe_of(precision: str, stage: int) -> Recipe:
     return Recipe(
         name="companions",
         objective=ToyConfig(),
-        backbone=BackboneConfig("vit_tiny_patch16_224", 16, 8, options=VIT),
+        backbone=ImageConfig("vit_tiny_patch16_224", 16, 8, options=VIT),
         data=DataConfig(train="shards"),
         optimizer=OptimizerConfig(lr=1e-2, clip_grad=1.0),
         train=TrainConfig(**sizes, zero_stage=stage, precision=precision, checkpoint_every=4),  # type: ignore[arg-type]
@@ -101,7 +102,7 @@ def step(engine: Engine, number: int) -> None:
 
 
 def _read_in_every_setting(weights: Path) -> dict[str, bool]:
-    """Whether many weights at once are what DeepSpeed gives one by one, and the teacher what the formula makes of them."""
+    """Whether many weights at once are what DeepSpeed gives one by one, and the teacher what the formula gives."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     found = {}
@@ -210,7 +211,7 @@ def test_companion__by_reference_has_to_be_filled_from_a_file_and_to_fit(tmp_pat
     save_file({"weight": torch.zeros(3, 2), "extra": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ObjectiveError, match="do not fit, see "):
         toy.frozen.load(tmp_path / "other.safetensors")
-    with pytest.raises(ObjectiveError, match="companions differ in frozen$"):
+    with pytest.raises(ObjectiveError, match=r"companions differ in frozen$"):
         toy.load_references({})
 
 
