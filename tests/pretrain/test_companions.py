@@ -129,13 +129,14 @@ def _save_and_restore(run_dir: Path, weights: Path) -> dict[str, Any]:
     stream: Any = SimpleNamespace(state_at=lambda _: position, order_signature={}, require_order=lambda _: None)
     engine = engine_of("fp32", 1, weights)
     step(engine, 0)
-    path = state.take(run_dir, 1, engine, stream, recipe_of("fp32", 1))
-    saved = {file.name: sorted(load_file(file)) for file in (path / "training_state").glob("objective-*")}
+    state.take(run_dir, 1, engine, stream, recipe_of("fp32", 1))
     found = state.newest(run_dir)
     assert found is not None
+    path = found.path
+    saved = {file.name: sorted(load_file(file)) for file in (path / "training_state").glob("objective-*")}
 
     again = engine_of("fp32", 1, None)
-    state.restore(*found, again, stream)
+    state.restore(found, again, stream)
     same = {
         name: all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
         for (name, one), two in zip(
@@ -150,7 +151,7 @@ def _save_and_restore(run_dir: Path, weights: Path) -> dict[str, Any]:
             spoil()
         dist.barrier()
         try:
-            state.restore(*found, engine_of("fp32", 1, None), stream)
+            state.restore(found, engine_of("fp32", 1, None), stream)
         except CheckpointError as error:
             refusals.append(str(error))
         dist.barrier()
