@@ -1,10 +1,11 @@
-"""Evaluations as Ray tasks that take what the trainers leave over.
+"""Functions as Ray tasks that take what the trainers leave over.
 
-On a private instance an evaluation asks for a slot (a custom resource) and no CPU, and runs at low priority; on a given
-cluster it asks for one CPU (or a slot where the nodes declare them) and waits until that is free. Either way it is a
-process of its own: it can fail, hang or be killed without touching training.
+On a private instance a task asks for a slot (a custom resource) and no CPU, and runs at low priority; on a given
+cluster it asks for one CPU (or a slot where the nodes declare them) and waits until that is free. Where GPUs are left
+over it asks for a share of one, and Ray shows it that GPU and no other. Either way it is a process of its own: it can
+fail, hang or be killed without touching training.
 
-What is not here: what an evaluation computes, where results are recorded.
+Not here: what a task computes, where results are recorded.
 """
 
 from __future__ import annotations
@@ -16,23 +17,37 @@ import ray
 
 from cluster.connect import EVALUATION_SLOT, Cluster
 
-__all__ = ["EvaluationQueue"]
+__all__ = ["TaskQueue", "gpu_share"]
 
 
-class EvaluationQueue:
+def gpu_share(cluster: Cluster, *, trainer_gpus: float, tasks: int) -> float:
+    """What each of `tasks` tasks at a time can have of the GPUs that the trainers do not ask for.
+
+    Returns:
+        At most 1; 0 when the trainers take them all, so that a task never waits for a GPU that does not come free.
+    """
+    spare = cluster.num_gpus - trainer_gpus
+    if spare >= tasks:
+        return 1.0
+    return max(0.0, spare) / tasks
+
+
+class TaskQueue:
     """Submit functions, collect results as they come. One task per label; a label is accepted once."""
 
-    def __init__(self, cluster: Cluster, *, max_retries: int = 2) -> None:
+    def __init__(self, cluster: Cluster, *, gpus_per_task: float = 0.0, max_retries: int = 2) -> None:
         """
         Args:
             cluster: A live connection.
+            gpus_per_task: Share of a GPU that each task asks for. With 0 Ray hides no GPU from a task, so the function
+                has to be told to leave them to the trainers.
             max_retries: How often Ray runs a task again whose process or node died. Exceptions are not retried.
         """
         if cluster.has_evaluation_slots:
             self._options: dict[str, Any] = {"num_cpus": 0, "resources": {EVALUATION_SLOT: 1}}
         else:
             self._options = {"num_cpus": 1}
-        self._options["max_retries"] = max_retries
+        self._options |= {"num_gpus": gpus_per_task, "max_retries": max_retries}
         self._labels: dict[ray.ObjectRef, Any] = {}
         self._seen: set[Any] = set()
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from data_pipelines.decode import IMAGE_FIELDS, decode_label, decode_mask
 from data_pipelines.shards.dataset import Dataset, open_dataset
-from evaluation.files import digest_of
+from evaluation.keys import digest_of
 from evaluation.protocol import EvaluationError, Protocol
 
 __all__ = ["IGNORED", "EvaluationData", "LabelMaps", "OpenedData", "class_label"]

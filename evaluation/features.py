@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from evaluation import files
+from data_pipelines import files
 from evaluation.lease import compute_once
 from evaluation.protocol import EvaluationError
 
@@ -45,7 +45,8 @@ class _Stamp:
     @classmethod
     def of(cls, path: Path) -> _Stamp:
         """Hashes the file. Its time is read first, so that a change while it is hashed is seen at the next use."""
-        files.flush(path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # what was written through a memory map as well
         status = path.stat()
         return cls(status.st_size, status.st_mtime_ns, files.sha256(path))
 
@@ -155,4 +156,4 @@ class FeatureCache:
 def _write_meta(entry: Path, recipe: Mapping[str, Any], stamps: Mapping[str, _Stamp]) -> None:
     arrays = {name: asdict(stamp) for name, stamp in stamps.items()}
     meta = {"format": FORMAT, "recipe": dict(recipe), "arrays": arrays}
-    files.write_atomically(entry / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
+    files.write_atomically(entry / "meta.json", json.dumps(meta, indent=1, sort_keys=True).encode())

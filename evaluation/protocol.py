@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
-__all__ = ["EvaluationError", "Metric", "Protocol", "best", "described", "format_value", "ranked"]
+__all__ = ["FRACTION", "EvaluationError", "Metric", "Protocol", "best", "described", "format_value", "ranked"]
 
 FRACTION = "fraction"
 

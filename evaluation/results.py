@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.files import write_atomically
+from data_pipelines.files import write_atomically
 from evaluation.lease import compute_once
 from evaluation.protocol import EvaluationError, Metric
 
@@ -87,7 +87,7 @@ class ResultStore:
 
     def publish(self, result: EvaluationResult) -> EvaluationResult:
         self._root.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._root / f"{result.key}.json", result.to_json())
+        write_atomically(self._root / f"{result.key}.json", result.to_json().encode())
         return result
 
     def once(

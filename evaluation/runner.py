@@ -24,7 +24,7 @@ from evaluation.data import EvaluationData
 from evaluation.extraction.forward import splits_of, write_features
 from evaluation.extraction.recipe import Size, extraction_of, feature_recipe
 from evaluation.features import ArrayWriter, FeatureCache
-from evaluation.files import digest_of
+from evaluation.keys import digest_of
 from evaluation.protocol import EvaluationError
 from evaluation.registry import load_head
 from evaluation.results import EvaluationResult, ResultStore

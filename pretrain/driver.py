@@ -36,7 +36,7 @@ from pretrain.reporting.terminal import Terminal
 
 if TYPE_CHECKING:
     from cluster.connect import Cluster
-    from cluster.tasks import EvaluationQueue
+    from cluster.tasks import TaskQueue
     from pretrain.tracking.sync import Status
 
 __all__ = ["RunResult", "resume", "run", "train_worker"]
@@ -125,6 +125,7 @@ class _Driver:
         self.events: list[Event] = []
         self.scores: list[Evaluated] = []
         self._offset = 0
+        self._evaluation_device: str | None = "cpu"
 
     def drive(self) -> RunResult:
         """Everything from connecting to Ray to the closing table."""
@@ -174,10 +175,13 @@ class _Driver:
         )
 
     def _train_and_evaluate(self, cluster: Cluster, gpus_per_worker: float) -> None:
-        from cluster.tasks import EvaluationQueue
+        from cluster.tasks import TaskQueue, gpu_share
         from cluster.workers import WorkerGroup, run_workers
 
-        queue = EvaluationQueue(cluster)
+        trainer_gpus = self.recipe.train.workers * gpus_per_worker
+        share = gpu_share(cluster, trainer_gpus=trainer_gpus, tasks=self.recipe.evaluation.slots)
+        self._evaluation_device = None if share else "cpu"
+        queue = TaskQueue(cluster, gpus_per_task=share)
         group = WorkerGroup(
             num_workers=self.recipe.train.workers,
             cpus_per_worker=self.recipe.cluster.cpus_per_worker,
@@ -202,7 +206,7 @@ class _Driver:
             self._record_failure(training.error)
             raise RunFailed(f"training failed: {_last_line(training.error)}", self.run_dir.logs)
 
-    def _follow(self, queue: EvaluationQueue, *, show: bool = True) -> None:
+    def _follow(self, queue: TaskQueue, *, show: bool = True) -> None:
         """React to what the workers have written since the last call."""
         new, self._offset = read_events(self.run_dir.journal, self._offset)
         self.events += new
@@ -210,18 +214,19 @@ class _Driver:
             self.terminal.show(event)
         if any(isinstance(event, CheckpointPublished) for event in new) or not show:
             self._queue_evaluations(queue)
-            self._prune()
+            self._prune(queue)
 
-    def _queue_evaluations(self, queue: EvaluationQueue) -> None:
+    def _queue_evaluations(self, queue: TaskQueue) -> None:
         """What is due by now; the queue accepts a label once."""
         done = {(event.step, event.protocol, event.data) for event in self.scores}
         found = {checkpoint.step: checkpoint for checkpoint in store.published(self.run_dir.path)}
         for step, task in due(self.recipe, found, done):
             label = (step, task.protocol, task.data)
             directory = self.recipe.evaluation.data[task.data]
-            queue.submit(label, evaluate_task, found[step].location, step, task, directory, self.recipe.storage)
+            where = (directory, self.recipe.storage, self._evaluation_device)
+            queue.submit(label, evaluate_task, found[step].location, step, task, *where)
 
-    def _collect(self, queue: EvaluationQueue) -> None:
+    def _collect(self, queue: TaskQueue) -> None:
         """Write down the evaluations that have ended; a failed one is recorded and stops nothing."""
         for (step, protocol, data), scores, error in queue.finished():
             event: Evaluated | EvaluationFailed
@@ -233,11 +238,12 @@ class _Driver:
             with Journal(self.run_dir.evaluations) as journal:
                 journal.write(event)
             self.terminal.show(event)
-            self._prune()
+            self._prune(queue)
 
-    def _prune(self) -> None:
+    def _prune(self, queue: TaskQueue) -> None:
+        """Remove training states that nobody resumes from; those without a score yet may still turn out to be best."""
         steps = [found.step for found in store.published(self.run_dir.path)]
-        kept = retention(self.recipe, steps, self.scores)
+        kept = retention(self.recipe, steps, self.scores) | {label[0] for label in queue.pending}
         store.prune(self.run_dir.path, keep_last=self.recipe.train.keep_last, pinned=kept)
 
     def _is_trained(self) -> bool:

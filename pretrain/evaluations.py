@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 NICENESS = 10  # an evaluation beside the trainers gets about a tenth of a contended core
 
 
-def evaluate_task(checkpoint: str, step: int, task: EvaluationTask, directory: str, storage: str) -> Evaluated:
+def evaluate_task(
+    checkpoint: str, step: int, task: EvaluationTask, directory: str, storage: str, device: str | None
+) -> Evaluated:
     """Run one evaluation task in a process of its own; returns what the run records about it.
-
-    It runs on CUDA when Ray gave the task a share of a GPU, else on one thread of what the trainers leave.
 
     Args:
         checkpoint: A checkpoint directory or URI.
@@ -45,12 +45,13 @@ def evaluate_task(checkpoint: str, step: int, task: EvaluationTask, directory: s
         task: Protocol, name of the data, size.
         directory: Where the data lies.
         storage: Root of runs and evaluations.
+        device: "cpu" where every GPU belongs to a trainer; None: CUDA if this process sees a device, else the CPU.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     os.nice(max(0, NICENESS - os.nice(0)))
     from pretrain.checkpoints.references import resolve
 
-    result = _evaluate(resolve(checkpoint, Path(storage)), task, Path(directory), Path(storage))
+    result = _evaluate(resolve(checkpoint, Path(storage)), task, Path(directory), Path(storage), device)
     return _event(step, result)
 
 
@@ -188,12 +189,14 @@ def _place(
     return Place(protocol, data, headline, metrics[headline.name], run, step)
 
 
-def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path) -> EvaluationResult:
+def _evaluate(
+    path: Path, task: EvaluationTask, directory: Path, storage: Path, device: str | None = None
+) -> EvaluationResult:
     from evaluation.data import EvaluationData
     from evaluation.runner import evaluate as run_protocol
 
     data = EvaluationData(task.data, directory)
-    return run_protocol(path, task.protocol, data, store=storage, image_size=task.image_size)
+    return run_protocol(path, task.protocol, data, store=storage, image_size=task.image_size, device=device)
 
 
 def _event(step: int, result: EvaluationResult) -> Evaluated:

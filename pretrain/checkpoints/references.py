@@ -14,7 +14,6 @@ Not here: registering checkpoints and moving aliases (`pretrain.tracking.sync`).
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -30,9 +29,9 @@ from pretrain.checkpoints import copies
 from pretrain.checkpoints.storage import open_storage
 from pretrain.checkpoints.store import REMOVED, TRAINING_STATE, CheckpointError, published, verify
 from pretrain.errors import RequestError, RunFailed, listed, nearest
-from pretrain.record.events import Evaluated
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RunDir, runs_in
+from pretrain.record.scores import best_steps
 from pretrain.tracking.client import MODEL_NAME, connect, default_uri, verdict
 from pretrain.tracking.cursor import Cursor
 
@@ -138,20 +137,12 @@ def load_backbone(reference: str | Path, *, storage: Path = Path("runs"), tracki
 
 
 def best_step(run_dir: Path) -> int | None:
-    """The published step with the highest score by the recipe's `evaluation.select`; None if there is none yet."""
+    """The best published step by the recipe's `evaluation.select`; None if none has a score of it yet."""
     run = RunDir(run_dir)
     select = yaml.safe_load(run.recipe.read_text())["evaluation"]["select"]
-    if select is None:
-        return None
-    protocol_data, _, metric = select.rpartition("/")
     on_disk = {found.step for found in published(run_dir)}
-    scores: dict[int, float] = {}
-    for event in read_events(run.evaluations)[0]:
-        if isinstance(event, Evaluated) and event.task == protocol_data and event.step in on_disk - {0}:
-            score = event.metrics.get(metric, math.nan)
-            if math.isfinite(score):
-                scores[event.step] = score
-    return max(scores, key=lambda step: (scores[step], -step)) if scores else None
+    order = best_steps(select, read_events(run.evaluations)[0])
+    return next((step for step in order if step in on_disk), None)
 
 
 # The registry ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from evaluation.protocol import FRACTION, format_value
+
 __all__ = ["Curve", "line_chart", "score_chart"]
 
 INK, MUTED, GRID, ACCENT, FLOOR = "#1f2933", "#616e7c", "#e4e7eb", "#2563eb", "#b45309"
@@ -64,18 +66,22 @@ def line_chart(title: str, curve: Curve) -> str:
         return _data_uri(figure)
 
 
-def score_chart(title: str, curve: Curve, floor: float | None) -> str:
-    """A score in [0, 1] of each checkpoint, above the dashed floor of the random backbone."""
+def score_chart(title: str, curve: Curve, floor: float | None, unit: str) -> str:
+    """A score of each checkpoint in its unit, beside the dashed line of the random backbone."""
     with rc_context(STYLE):  # type: ignore[arg-type]
         figure, axes = _axes(title)
         if floor is not None:
-            axes.axhline(floor, color=FLOOR, linestyle=(0, (4, 3)), linewidth=1.2, label=f"random backbone {floor:.1%}")
+            label = f"random backbone {format_value(floor, unit)}"
+            axes.axhline(floor, color=FLOOR, linestyle=(0, (4, 3)), linewidth=1.2, label=label)
         axes.plot(curve.steps, curve.values, "o-", color=ACCENT, linewidth=1.6, markersize=4.5, label="checkpoints")
         if curve.low:
             axes.fill_between(
                 curve.steps, curve.low, curve.high, color=ACCENT, alpha=0.13, linewidth=0, label="95 % interval"
             )
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        if unit == FRACTION:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        else:
+            axes.set_ylabel(unit)
         axes.legend(loc="best", fontsize=8, labelcolor=MUTED)
         return _data_uri(figure)
 

@@ -1,7 +1,7 @@
 """`report.html`: one self-contained page about a run, from nothing but what the run wrote to its directory.
 
-It can be made at any time, also of a run that is still going on or has failed. Scores are fractions shown as percent; a
-score that is missing is shown as missing. The random backbone (step 0) is the floor in every chart and table.
+It can be made at any time, also of a run that is still going on or has failed. Scores have the units of their metrics;
+one that is missing is shown as missing. The random backbone (step 0) is in every chart and table.
 
 Not here: comparing runs (`pretrain leaderboard`), the curves of a live run (MLflow).
 """
@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from data_pipelines.files import write_atomically
+from evaluation.protocol import FRACTION, Metric, format_value
 from pretrain.checkpoints.references import best_step
 from pretrain.checkpoints.store import CheckpointError, published
 from pretrain.errors import RequestError
@@ -56,12 +57,21 @@ class Score:
 
 @dataclass(frozen=True)
 class Task:
-    """A protocol on a data set: its headline metric (the first it reports) by step, and the steps where it failed."""
+    """A protocol on a data set: its headline metric by step, and the steps where it failed; None if it always did."""
 
     name: str
-    metric: str
+    metric: Metric | None
     scores: Mapping[int, Score]
     errors: Mapping[int, str]
+
+    @property
+    def title(self) -> str:
+        """`PROTOCOL/DATA METRIC`."""
+        return f"{self.name} {self.metric.name if self.metric else ''}"
+
+    @property
+    def unit(self) -> str:
+        return self.metric.unit if self.metric else ""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -78,7 +88,7 @@ def write_report(run_dir: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters["percent"] = _percent
+    environment.filters["score"] = format_value
     page = environment.get_template(TEMPLATE).render(_contents(run))
     write_atomically(run.report, page.encode())
     return run.report
@@ -124,12 +134,12 @@ def _tasks(evaluations: Iterable[Event]) -> list[Task]:
     for event in evaluations:
         match event:
             case EvaluationFailed():
-                known = tasks.get(event.task, Task(event.task, "", {}, {}))
+                known = tasks.get(event.task, Task(event.task, None, {}, {}))
                 tasks[event.task] = replace(known, errors={**known.errors, event.step: event.error})
             case Evaluated():
-                known = tasks.get(event.task, Task(event.task, "", {}, {}))
-                metric = known.metric or next(iter(event.metrics), "")
-                scores = {**known.scores, event.step: _score(event.metrics, metric)}
+                known = tasks.get(event.task, Task(event.task, None, {}, {}))
+                metric = known.metric or event.headline
+                scores = {**known.scores, event.step: _score(event.metrics, metric.name)}
                 errors = {step: text for step, text in known.errors.items() if step != event.step}  # repaired later
                 tasks[event.task] = Task(event.task, metric, scores, errors)
     return list(tasks.values())
@@ -204,8 +214,8 @@ def _tiles(training: Mapping[int, Mapping[str, float]], tasks: Sequence[Task]) -
         if not trained:
             continue
         last, floor = trained[max(trained)].value, task.scores.get(0)
-        remark = f"{(last - floor.value) * 100:+.1f} points over random" if floor else f"step {max(trained)}"
-        tiles.append((f"{task.name} {task.metric}", _percent(last), remark))
+        remark = f"{_change(last - floor.value, task.unit)} random" if floor else f"step {max(trained)}"
+        tiles.append((task.title, format_value(last, task.unit), remark))
     rates = [values["samples_per_s"] for values in training.values() if "samples_per_s" in values]
     if rates:
         tiles.append(("samples/s", f"{median(rates):.0f}", "median"))
@@ -246,8 +256,8 @@ def _score_charts(tasks: Iterable[Task]) -> list[tuple[str, str]]:
             [score.low for score in scores] if has_interval else (),
             [score.high for score in scores] if has_interval else (),
         )
-        title = f"{task.name} {task.metric}"
-        charts.append((title, score_chart(title, curve, task.scores[0].value if 0 in task.scores else None)))
+        floor = task.scores[0].value if 0 in task.scores else None
+        charts.append((task.title, score_chart(task.title, curve, floor, task.unit)))
     return charts
 
 
@@ -261,7 +271,7 @@ def _rows(run: RunDir, tasks: Sequence[Task]) -> list[dict[str, Any]]:
         remarks = ["random backbone"] if step == 0 else []
         remarks += ["best"] if step == best else []
         remarks += ["deleted"] if step not in on_disk else []
-        cells = [(task.scores.get(step), task.errors.get(step)) for task in tasks]
+        cells = [(task.scores.get(step), task.errors.get(step), task.unit) for task in tasks]
         rows.append({"step": step, "remarks": remarks, "cells": cells})
     return rows
 
@@ -270,15 +280,18 @@ def _details(evaluations: Iterable[Event]) -> list[tuple[int, str, str, str]]:
     """(step, task, metric, value) of everything that was measured, intervals aside."""
     evaluated = [event for event in evaluations if isinstance(event, Evaluated)]
     return [
-        (event.step, event.task, name, _percent(value))
+        (event.step, event.task, metric.name, format_value(event.metrics[metric.name], metric.unit))
         for event in sorted(evaluated, key=lambda event: event.step)
-        for name, value in event.metrics.items()
-        if not name.endswith(CI_SUFFIXES)
+        for metric in event.reported
+        if not metric.name.endswith(CI_SUFFIXES)
     ]
 
 
-def _percent(fraction: float) -> str:
-    return f"{fraction:.1%}" if math.isfinite(fraction) else str(fraction)
+def _change(difference: float, unit: str) -> str:
+    """How far a score has moved, to go before what it is compared with: `+3.2 points over`, `-0.12 m against`."""
+    if unit == FRACTION:
+        return f"{difference * 100:+.1f} points over"
+    return f"{difference:+.4g} {unit}".rstrip() + " against"
 
 
 def _duration(seconds: float) -> str:

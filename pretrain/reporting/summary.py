@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipelines.storage.locations import redact
+from evaluation.protocol import format_value
 from pretrain.config.schema import Recipe
 from pretrain.record.events import Evaluated, Event, Metrics
 
@@ -69,15 +70,15 @@ def _score_row(protocol: str, data: str, evaluations: Sequence[Evaluated]) -> tu
     trained = [event for event in found if event.step > 0]
     if not found:
         return task, "failed", "", ""
-    headline = next(iter(found[0].metrics))
+    headline = found[0].headline
 
     def cell(event: Evaluated, *, with_step: bool) -> str:
-        score = f"{event.metrics[headline]:.1%}"
+        score = format_value(event.metrics[headline.name], headline.unit)
         return f"{score} (step {event.step})" if with_step else score
 
     random = cell(found[0], with_step=False) if found[0].step == 0 else ""
     ends = (cell(trained[0], with_step=True), cell(trained[-1], with_step=True)) if trained else ("", "")
-    return f"{task} {headline}", random, *ends
+    return f"{task} {headline.name}", random, *ends
 
 
 def _uri(storage: Path) -> str:

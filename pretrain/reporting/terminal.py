@@ -12,6 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from evaluation.protocol import format_value
 from pretrain.config.schema import Recipe
 from pretrain.record.events import (
     CheckpointPublished,
@@ -104,11 +105,12 @@ class Terminal:
             self.say(f"step {event.step}/{self._total}  {status}")
 
     def _show_scores(self, event: Evaluated) -> None:
-        headline, score = next(iter(event.metrics.items()))
+        headline = event.headline
+        score = format_value(event.metrics[headline.name], headline.unit)
         known = " (known)" if event.cached else ""
-        self.say(f"evaluation of step {event.step}: {event.task}/{headline} {score:.1%}{known}")
-        if self._select in (None, f"{event.task}/{headline}"):
-            self._newest_score = f"{event.task} {score:.1%} (step {event.step})  "
+        self.say(f"evaluation of step {event.step}: {event.task}/{headline.name} {score}{known}")
+        if self._select in (None, f"{event.task}/{headline.name}"):
+            self._newest_score = f"{event.task} {score} (step {event.step})  "
 
 
 def startup_line(event: Startup) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from data_pipelines.files import sha256
+from evaluation.protocol import Metric, best
 from pretrain.errors import RequestError
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RECIPE
 
@@ -209,25 +210,33 @@ class MlflowRun:
         for key, value in tags.items():
             self.client.set_model_version_tag(model_name, version, _name(key), value)
 
-    def promote(self, model_name: str, version: str, score: float | None = None, score_tag: str = "") -> bool:
-        """Move the alias `best` to `version`; the version that had it becomes `previous`.
-
-        With a `score` only if it is higher than the tag `score_tag` of the present best, of whatever run that is.
-
-        Returns:
-            Whether the alias moved.
-        """
-        best = self.client.get_registered_model(model_name).aliases.get("best")
-        if best is not None:
-            if str(best) == version:
-                return False
-            if score is not None:
-                held = self.client.get_model_version(model_name, str(best)).tags.get(_name(score_tag))
-                if held is not None and float(held) >= score:
-                    return False
-            self.client.set_registered_model_alias(model_name, "previous", str(best))
+    def promote(self, model_name: str, version: str) -> None:
+        """Move the alias `best` to `version`; the version that had it becomes `previous`."""
+        holder = self._best(model_name)
+        if holder == version:
+            return
+        if holder is not None:
+            self.client.set_registered_model_alias(model_name, "previous", holder)
         self.client.set_registered_model_alias(model_name, "best", version)
-        return True
+
+    def promote_best(self, model_name: str, version: str, score_tag: str, metric: Metric, score: float) -> None:
+        """`promote`, if `score` is better than the tag `score_tag` of the present best, of whatever run that is.
+
+        Of equal scores the older version keeps the alias; a score that is not finite never gets it.
+        """
+        scores = {int(version): score}
+        holder = self._best(model_name)
+        if holder is not None:
+            held = self.client.get_model_version(model_name, holder).tags.get(_name(score_tag))
+            if held is not None:
+                scores[int(holder)] = float(held)
+        if best(scores, metric) == int(version):
+            self.promote(model_name, version)
+
+    def _best(self, model_name: str) -> str | None:
+        """The version that has the alias `best`."""
+        version = self.client.get_registered_model(model_name).aliases.get("best")
+        return None if version is None else str(version)
 
     def _logged_model(self, checkpoint: Path, name: str, tags: Mapping[str, str]) -> LoggedModel:
         known = self.client.search_logged_models(

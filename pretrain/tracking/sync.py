@@ -13,7 +13,7 @@ What arrives:
     warnings      tags `warning/collapse`, `warning/non_finite_loss` and `warning/accumulation`, the last one of each.
     evaluations   `eval/PROTOCOL/DATA/METRIC` at the step of the checkpoint, on the run, the model and the version.
                   Each (step, protocol, data) once, however often the driver reports it.
-    alias best    the version with the highest `select` score, over all runs that share the model name; without `select`
+    alias best    the version with the best `select` score, over all runs that share the model name; without `select`
                   the newest. The one before is `previous`.
     visualizations  as artifacts of that name.
 Lines that cannot be understood or that MLflow refuses are parked in a file of their own.
@@ -54,6 +54,7 @@ from pretrain.record.events import (
 from pretrain.record.journal import Journal, Line, read_events, read_lines
 from pretrain.record.lock import hold, holder
 from pretrain.record.run_dir import RECIPE, RunDir
+from pretrain.record.scores import selected
 from pretrain.tracking.client import MlflowRun, Point, checked_model_name, connect, verdict
 from pretrain.tracking.cursor import Cursor, Status
 
@@ -88,7 +89,8 @@ class Tracker:
         params: The same as (nested) settings; become parameters `a.b.c`. Long values are left to the artifact.
         tags: Tags of the run, its models and versions, e.g. objective, backbone, git commit.
         model_name: Registered model that gets the checkpoints.
-        select: PROTOCOL/DATA/METRIC, higher is better, that moves the alias `best`; None: the newest is best.
+        select: PROTOCOL/DATA/METRIC that moves the alias `best`; its direction comes with the scores. None: the newest
+            is best.
         exported: Finds the exported files of a checkpoint, wherever it is stored.
 
     Attributes:
@@ -360,9 +362,9 @@ class Tracker:
         run.log_metrics([Point(name, value, time_ms, event.step) for name, value in scores.items()], model_id)
         if version is not None:
             run.tag_version(cursor.model_name, version, {name: repr(value) for name, value in scores.items()})
-            selected = scores.get(f"eval/{cursor.select}")
-            if selected is not None and math.isfinite(selected):
-                run.promote(cursor.model_name, version, selected, f"eval/{cursor.select}")
+            if (choice := selected(cursor.select, event)) is not None:
+                metric, score = choice
+                run.promote_best(cursor.model_name, version, f"eval/{cursor.select}", metric, score)
         cursor.evaluated.append(f"{event.step} {event.task}")
 
     # What can go wrong ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation import files
+from data_pipelines import files
 from evaluation.features import ArrayWriter, FeatureCache
 
 REPOSITORY = Path(__file__).resolve().parents[2]
