@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipelines.files import write_atomically
 from pretrain.checkpoints import copies, store
+from pretrain.checkpoints.initialization import checked
 from pretrain.config.load import load_for_resume, load_recipe, to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.errors import RequestError, RunFailed
@@ -77,6 +78,7 @@ def run(recipe: Recipe | str, overrides: Sequence[str] = ()) -> RunResult:
     launched = time.time()
     run_id = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dir = RunDir(Path(recipe.storage) / run_id)
+    recipe = checked(recipe, run_dir.path)
     run_dir.path.mkdir(parents=True)
     try:
         return _Driver(recipe, run_dir, launched).drive()

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,14 +73,15 @@ def train(
         raise ValueError(f"{world_size} workers were started, but train.workers={recipe.train.workers}")
     clock.note("joined")
 
+    store.place(run_dir, recipe.checkpoints.storage)
+    start, found = state.find_start(run_dir, recipe)
     torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
     objective = build_objective(recipe)
+    initialized = state.begin_with(objective, start, Path(recipe.storage)) if start.how == "init_from" else None
     engine = Engine(objective, recipe, device)
     torch.manual_seed(recipe.train.seed + 1 + rank)  # stochastic depth and the like differ between ranks
     clock.note("built")
 
-    store.place(run_dir, recipe.checkpoints.storage)
-    found = state.newest(run_dir)
     begin = found.stream_state if found else StreamState(0, 0)
     stream = build_stream(recipe, objective, rank, begin, pin_memory=device.type == "cuda")
     run = RunDir(run_dir)
@@ -92,21 +94,32 @@ def train(
                     listener(event)
 
         _announce(recipe, objective, stream, device, found.step if found else 0, emit)
+        if initialized:
+            emit(initialized)
         if found:
             emit(state.restore(found, engine, stream))
-        elif recipe.evaluation.baseline and not store.published(run_dir):
-            path = state.take(run_dir, 0, engine, stream, recipe, training_state=False)
-            emit(CheckpointPublished(step=0, path=run.relative(path)))
-        run_steps(recipe, run, engine, stream, found.step if found else 0, emit, clock)
+        take = partial(
+            state.take, run_dir, engine=engine, stream=stream, recipe=recipe, origin=state.origin(found, initialized)
+        )
+        if not found and recipe.evaluation.baseline and not store.published(run_dir):
+            emit(CheckpointPublished(step=0, path=run.relative(take(0, training_state=False))))
+        run_steps(recipe, run, engine, stream, found.step if found else 0, emit, clock, take)
         emit(Finished(step=recipe.train.steps))
     dist.barrier()  # all ranks: nobody leaves while rank 0 still publishes
     dist.destroy_process_group()
 
 
 def run_steps(
-    recipe: Recipe, run: RunDir, engine: Engine, stream: Stream, first_step: int, emit: Emit, clock: StartupClock
+    recipe: Recipe,
+    run: RunDir,
+    engine: Engine,
+    stream: Stream,
+    first_step: int,
+    emit: Emit,
+    clock: StartupClock,
+    take: Callable[[int], Path],
 ) -> None:
-    """The steps from `first_step` to the last one."""
+    """The steps from `first_step` to the last one; `take(step)` publishes a checkpoint."""
     total, accumulation = recipe.train.steps, recipe.train.accumulation or 1
     batches = iter(stream)
     samples = SampleRecord(run, is_wanted=recipe.data.record_samples)
@@ -149,8 +162,7 @@ def run_steps(
                     write_image_grid(run.visualizations(done), pictures)
                     emit(Visualizations(step=done, path=run.relative(run.visualizations(done))))
             if _is_due(done, total, recipe.train.checkpoint_every):
-                path = state.take(run.path, done, engine, stream, recipe)
-                emit(CheckpointPublished(step=done, path=run.relative(path)))
+                emit(CheckpointPublished(step=done, path=run.relative(take(done))))
     del batches  # ends the loader's processes
 
 
@@ -186,6 +198,7 @@ def main() -> None:
     """Entry point for torchrun: no Ray, no evaluations; checkpoints, event log and terminal lines as always."""
     import argparse
 
+    from pretrain.checkpoints.initialization import checked
     from pretrain.config.load import load_recipe
     from pretrain.reporting.terminal import Terminal
 
@@ -195,7 +208,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True, help="new, or one to go on with")
     arguments = parser.parse_intermixed_args()
     try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        recipe = checked(load_recipe(arguments.recipe, arguments.overrides), arguments.run_dir)
     except RequestError as error:
         print("\n".join(f"error: {mistake}" for mistake in error.mistakes), file=sys.stderr)
         raise SystemExit(2) from None

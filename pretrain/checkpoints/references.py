@@ -3,6 +3,7 @@
     NAME, NAME@ALIAS, models:/NAME, models:/NAME@ALIAS    a registered checkpoint; without an alias the best
     models:/NAME/3                                        that version
     runs:/RUN_ID[/STEP | /best | /last]                   a checkpoint of a run (our id or MLflow's); default: the last
+    RUN_ID, RUN_DIRECTORY                                 its last checkpoint
     DIRECTORY                                             a checkpoint directory
     URI                                                   one in a remote store, e.g. s3://BUCKET/RUN_ID/step-00000100
 
@@ -27,7 +28,16 @@ import yaml
 from data_pipelines.storage.locations import redact
 from pretrain.checkpoints import copies
 from pretrain.checkpoints.storage import open_storage
-from pretrain.checkpoints.store import REMOVED, TRAINING_STATE, CheckpointError, published, verify
+from pretrain.checkpoints.store import (
+    REMOVED,
+    TRAINING_STATE,
+    CheckpointError,
+    Published,
+    latest,
+    published,
+    published_at,
+    verify,
+)
 from pretrain.errors import RequestError, RunFailed, listed, nearest
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RunDir, runs_in
@@ -41,7 +51,7 @@ if TYPE_CHECKING:
 
     from backbones.encoder import Encoder
 
-__all__ = ["best_step", "load_backbone", "pull", "resolve"]
+__all__ = ["best_step", "load_backbone", "locate", "pull", "registered_version", "resolve"]
 
 REGISTERED = re.compile(
     rf"(?P<scheme>models:/)?(?P<name>{MODEL_NAME})(?:@(?P<alias>[A-Za-z][A-Za-z0-9_\-]*)|(?(scheme)/(?P<version>[1-9][0-9]*)|(?!)))?"
@@ -109,19 +119,52 @@ def resolve(reference: str | Path, storage: Path = Path("runs"), *, tracking_uri
         RequestError, CheckpointError, RunFailed: As `pull`.
     """
     text = os.fspath(reference)
-    if text.startswith("runs:/"):
-        checkpoint = _of_run(text, Path(storage), tracking_uri)
-    elif (Path(text) / MANIFEST).is_file():
-        checkpoint = Path(text)
-    elif "://" in text:
-        where, _, name = text.rstrip("/").rpartition("/")
-        return copies.download(open_storage(where), name)
-    elif isinstance(reference, Path) or Path(text).exists() or not (text.startswith("models:/") or "@" in text):
-        raise RequestError(f"checkpoint {text!r}: no directory with a {MANIFEST} in it; expected {FORMS}")
+    found = locate(text, Path(storage))
+    if found is None:
+        checkpoint = _from_registry(text, tracking_uri or default_uri(Path(storage)))
     else:
-        checkpoint = _registered(_parse_registered(text), tracking_uri or default_uri(storage))
+        checkpoint = copies.local(found)
     verify(checkpoint, training_state=False, remedy=copies.REFUSED)
     return checkpoint
+
+
+def locate(reference: str, storage: Path, *, resumable: bool = False) -> Published | None:
+    """Where the run that published a checkpoint put it; None for what only the registry knows.
+
+    Args:
+        reference: One of the forms at the top of this file, a run's id or its directory.
+        storage: Where runs live.
+        resumable: Of a run without a step, the newest with a training state.
+
+    Raises:
+        RequestError: There is no such thing.
+        CheckpointError: A manifest is damaged.
+    """
+    path = Path(reference)
+    if (path / MANIFEST).is_file() or ("://" in reference and "@" not in reference):
+        return published_at(reference)
+    if RunDir(path).is_run:
+        return _step_of(path, "last", resumable)
+    if RunDir(storage / reference).is_run and "/" not in reference:
+        return _step_of(storage / reference, "last", resumable)
+    if reference.startswith("runs:/"):
+        return _of_run(reference, storage, resumable)
+    if path.exists() or not (reference.startswith("models:/") or "@" in reference):
+        raise RequestError(f"checkpoint {reference!r}: no directory with a {MANIFEST} in it; expected {FORMS}")
+    _parse_registered(reference)
+    return None
+
+
+def registered_version(reference: str, storage: Path) -> str:
+    """`models:/NAME/VERSION` for what a reference to the registry means now; aliases move.
+
+    Raises:
+        RequestError, RunFailed: As `pull`.
+    """
+    uri = default_uri(storage)
+    with _reachable(uri):
+        version = _find(connect(uri), _parse_registered(reference))
+    return f"models:/{version.name}/{version.version}"
 
 
 def load_backbone(reference: str | Path, *, storage: Path = Path("runs"), tracking_uri: str | None = None) -> Encoder:
@@ -197,10 +240,12 @@ def _fetch(version: ModelVersion, dest: Path, uri: str, full: bool) -> Path:
     return copies.assemble(dest, fill, _digest(version))
 
 
-def _registered(wanted: Registered, uri: str) -> Path:
-    """The cached copy of a registered checkpoint."""
+def _from_registry(reference: str, uri: str) -> Path:
+    """The cached copy of a registered checkpoint, or of one that a run on another machine registered."""
+    if match := RUN.fullmatch(reference):
+        return _registered_by(match["run"], match["step"] or "last", uri)
     with _reachable(uri):
-        version = _find(connect(uri), wanted)
+        version = _find(connect(uri), _parse_registered(reference))
     return _cached(version, uri)
 
 
@@ -242,7 +287,8 @@ def _copy_recorded(recorded: str, into: Path) -> None:
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 
-def _of_run(reference: str, storage: Path, tracking_uri: str | None) -> Path:
+def _of_run(reference: str, storage: Path, resumable: bool) -> Published | None:
+    """None: an MLflow run that is not on this machine."""
     match = RUN.fullmatch(reference)
     if match is None:
         raise RequestError(
@@ -252,9 +298,9 @@ def _of_run(reference: str, storage: Path, tracking_uri: str | None) -> Path:
     runs = {run.run_id: run for run in runs_in(storage)}
     run = runs.get(run_id) or _with_mlflow_id(run_id, runs.values())
     if run is not None:
-        return _step_of(run.path, step)
+        return _step_of(run.path, step, resumable)
     if MLFLOW_RUN_ID.fullmatch(run_id):
-        return _registered_by(run_id, step, tracking_uri or default_uri(storage))
+        return None
     raise RequestError(f"no run {run_id!r} in {storage}{_suggest(run_id, runs)}")
 
 
@@ -266,16 +312,18 @@ def _with_mlflow_id(mlflow_run_id: str, runs: Iterable[RunDir]) -> RunDir | None
     return None
 
 
-def _step_of(run_dir: Path, step: str) -> Path:
+def _step_of(run_dir: Path, step: str, resumable: bool) -> Published:
     found = {checkpoint.step: checkpoint for checkpoint in published(run_dir)}
     if not found:
         raise RequestError(f"{run_dir}: this run has published no checkpoint")
+    if step == "last" and resumable:
+        return latest(run_dir) or found[max(found)]
     number = best_step(run_dir) if step == "best" else max(found) if step == "last" else int(step)
     if number is None:
         raise RequestError(f"{run_dir}: no checkpoint was scored by evaluation.select; steps: {listed(found)}")
     if number not in found:
         raise RequestError(f"{run_dir}: no checkpoint of step {number}; there are: {listed(found)}")
-    return copies.local(found[number])
+    return found[number]
 
 
 def _registered_by(mlflow_run_id: str, step: str, uri: str) -> Path:

@@ -51,6 +51,7 @@ __all__ = [
     "prune",
     "publish",
     "published",
+    "published_at",
     "read_manifest",
     "stage",
     "storage_of",
@@ -71,14 +72,11 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Published:
-    """A complete checkpoint."""
+    """A complete checkpoint: the directory `name` of a storage."""
 
     step: int
     storage: CheckpointStorage
-
-    @property
-    def name(self) -> str:
-        return _name(self.step)
+    name: str
 
     @property
     def location(self) -> str:
@@ -130,7 +128,7 @@ def storage_of(run_dir: Path) -> CheckpointStorage:
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """How the run calls the checkpoint of `step`; with local storage that is its directory."""
+    """How the run calls the checkpoint of `step`: with local storage that is its directory."""
     return run_dir / "checkpoints" / _name(step)
 
 
@@ -148,7 +146,22 @@ def stage(run_dir: Path, step: int, rank: int) -> Path:
 def published(run_dir: Path) -> list[Published]:
     """All complete checkpoints of a run, by step."""
     storage = storage_of(run_dir)
-    return [Published(int(match[1]), storage) for name in storage.published() if (match := _NAME.fullmatch(name))]
+    return [Published(int(match[1]), storage, name) for name in storage.published() if (match := _NAME.fullmatch(name))]
+
+
+def published_at(location: str) -> Published:
+    """The checkpoint in a directory or at a URI, of whatever name.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    where, _, name = location.rstrip("/").rpartition("/")
+    storage = open_storage(where or ".")
+    try:
+        manifest = parse_manifest(storage.read(f"{name}/{MANIFEST}"), f"{location}/{MANIFEST}")
+    except FileNotFoundError:
+        raise CheckpointError(f"{location}: no {MANIFEST} in it; not a published checkpoint") from None
+    return Published(int(manifest["step"]), storage, name)
 
 
 def latest(run_dir: Path) -> Published | None:
@@ -224,7 +237,7 @@ def publish(
         TRAINING_STATE: any(name.startswith(f"{TRAINING_STATE}/") for name in files),
     }
     storage.publish(_name(step), (json.dumps(complete, indent=1, sort_keys=True) + "\n").encode())
-    return Published(step, storage)
+    return Published(step, storage, _name(step))
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from pretrain.config.optimizer_facts import WHOLE_PARAMETER
 from pretrain.config.schema import DataConfig, EvaluationConfig, Recipe, TrainConfig
 from pretrain.errors import nearest
 
-__all__ = ["evaluation_data_problem", "nearest_file", "resolve"]
+__all__ = ["absolute_reference", "evaluation_data_problem", "nearest_file", "resolve"]
 
 _PACKAGE = Path(__file__).parents[1]
 _SPLITS = ("train-*.tar", "test-*.tar")
@@ -72,6 +72,8 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
             draft.evaluation, data={name: absolute(path) for name, path in draft.evaluation.data.items()}
         ),
         tracking=replace(draft.tracking, model_name=draft.tracking.model_name or draft.name),
+        init_from=absolute_reference(draft.init_from),
+        resume_from=absolute_reference(draft.resume_from),
         storage=_checked_storage(draft.storage, mistakes),
     )
     _check_data(draft.data, mistakes, check_files=check_files)
@@ -92,6 +94,17 @@ def absolute(path: str | None) -> Any:
     if path.startswith("package:"):
         return str(_PACKAGE / path.removeprefix("package:"))
     return os.path.abspath(Path(path).expanduser())
+
+
+def absolute_reference(reference: str | None) -> str | None:
+    """A reference to a checkpoint with the path in it, if there is one, made absolute."""
+    if reference is None or reference.startswith(("runs:/", "models:/")):
+        return reference
+    if reference.startswith("timm:"):
+        name, at, file = reference.partition("@")
+        return f"{name}@{absolute(file)}" if at else reference
+    is_path = "/" in reference or reference.endswith(".safetensors") or Path(reference).expanduser().exists()
+    return str(absolute(reference)) if is_path else reference
 
 
 def nearest_file(path: Path) -> str:

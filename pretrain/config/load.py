@@ -146,9 +146,13 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
         mistakes.raise_if_any()
         return Plan.single(recipe)
     mistakes.raise_if_any()
-    named, lines = [], []
+    named: list[tuple[str, Recipe, Mapping[str, Any]]] = []
+    lines: list[str] = []
     for stage in stages:
         mistakes = Mistakes()
+        source = stage.keys.get("init_from")
+        if source is not None and source not in [name for name, _, _ in named]:
+            stage.pairs.append(("init_from", source))  # a reference, of which the recipe takes care
         layers = [(content, origin), (stage.settings, f"{origin}, stage {stage.name}")]
         recipe = _resolved(layers, [*common, *stage.pairs], mistakes, how_to_set, check_files=check_files)
         named.append((stage.name, recipe, stage.keys))

@@ -218,6 +218,16 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    init_from: str | None = setting(
+        "weights to begin with: a run, a checkpoint, models:/NAME@ALIAS, FILE.safetensors or timm:NAME; null: random",
+        None,
+        metavar="REFERENCE",
+    )
+    resume_from: str | None = setting(
+        "another run, or a checkpoint of one, whose whole training state to go on from; comes before init_from",
+        None,
+        metavar="REFERENCE",
+    )
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -28,6 +28,7 @@ __all__ = [
     "Event",
     "Failed",
     "Finished",
+    "Initialized",
     "Metrics",
     "Rejected",
     "Resumed",
@@ -114,6 +115,7 @@ class Resumed(Event):
         saved_world_size: Ranks that wrote it.
         samples_seen: Samples of all ranks until then.
         epoch, position: Where the stream goes on.
+        reference: The other run's checkpoint that it is (`resume_from`); empty: the run's own.
     """
 
     kind: ClassVar[str] = "resumed"
@@ -126,6 +128,32 @@ class Resumed(Event):
     samples_seen: int
     epoch: int
     position: int
+    reference: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Initialized(Event):
+    """The backbone begins with weights that were made elsewhere; the evaluation of step 0 is of these.
+
+    Attributes:
+        step: Optimizer steps done so far.
+        reference: Where they are from (`init_from`).
+        sha256: Of the file.
+        loaded, total: Tensors of the backbone that were given, resampled ones included, and all that it has.
+        resampled: Names of those brought to the backbone's shape.
+        missing: Names that the file has not; they begin at random.
+        unexpected: Names that the backbone has not; they are not used.
+    """
+
+    kind: ClassVar[str] = "initialized"
+    step: int
+    reference: str
+    sha256: str
+    loaded: int
+    total: int
+    resampled: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +285,7 @@ _KINDS: dict[str, type[Event]] = {
         Start,
         Startup,
         Resumed,
+        Initialized,
         Metrics,
         CheckpointPublished,
         Visualizations,

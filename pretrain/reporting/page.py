@@ -113,7 +113,7 @@ def _contents(run: RunDir) -> dict[str, Any]:
         "training_charts": _training_charts(training),
         "score_charts": _score_charts(tasks),
         "tasks": tasks,
-        "rows": _rows(run, tasks),
+        "rows": _rows(run, tasks, _start(recipe)),
         "details": _details(evaluations),
         "visualizations": _visualizations(run, events),
         "versions": _versions(run),
@@ -261,14 +261,19 @@ def _score_charts(tasks: Iterable[Task]) -> list[tuple[str, str]]:
     return charts
 
 
-def _rows(run: RunDir, tasks: Sequence[Task]) -> list[dict[str, Any]]:
+def _start(recipe: dict[str, Any]) -> str:
+    """What the scores of step 0 are of."""
+    return "initial backbone" if recipe.get("init_from") else "random backbone"
+
+
+def _rows(run: RunDir, tasks: Sequence[Task], start: str) -> list[dict[str, Any]]:
     """One row per checkpoint that was published or evaluated: step, remarks, and a score, an error or None per task."""
     on_disk = {found.step for found in published(run.path)}
     evaluated = {step for task in tasks for step in (*task.scores, *task.errors)}
     best = best_step(run.path)
     rows = []
     for step in sorted(on_disk | evaluated):
-        remarks = ["random backbone"] if step == 0 else []
+        remarks = [start] if step == 0 else []
         remarks += ["best"] if step == best else []
         remarks += ["deleted"] if step not in on_disk else []
         cells = [(task.scores.get(step), task.errors.get(step), task.unit) for task in tasks]

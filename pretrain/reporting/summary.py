@@ -37,7 +37,8 @@ def print_summary(
     """
     metrics = [event for event in events if isinstance(event, Metrics)]
     table = Table(title=run_dir.name, title_justify="left")
-    for column in ("", "random", "first", "last"):
+    start = "random" if recipe.init_from is None else "initial"
+    for column in ("", start, "first", "last"):
         table.add_column(column, justify="left" if not column else "right")
     if metrics:
         first, last = metrics[0], metrics[-1]

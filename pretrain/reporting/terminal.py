@@ -14,11 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from evaluation.protocol import format_value
 from pretrain.config.schema import Recipe
+from pretrain.errors import listed
 from pretrain.record.events import (
     CheckpointPublished,
     Evaluated,
     EvaluationFailed,
     Event,
+    Initialized,
     Metrics,
     Resumed,
     Start,
@@ -74,6 +76,8 @@ class Terminal:
                 self.say(startup_line(event))
             case Resumed():
                 self.say(resumed_line(event))
+            case Initialized():
+                self.say(initialized_line(event))
             case Metrics():
                 self._show_metrics(event)
             case CheckpointPublished():
@@ -126,11 +130,25 @@ def resumed_line(event: Resumed) -> str:
     """What a resume restored, in one line."""
     saved, rngs = event.saved_world_size, event.rng_states
     ranks = f"RNG of {rngs} ranks" if rngs else f"resharded from {saved} ranks, which begin new RNGs"
+    of = f" of {event.reference}" if event.reference else ""
     return (
-        f"resumed at step {event.step}: backbone tensors {event.tensors}/{event.tensors_total} equal, "
+        f"resumed at step {event.step}{of}: backbone tensors {event.tensors}/{event.tensors_total} equal, "
         f"optimizer at step {event.optimizer_step}, {ranks}, "
         f"stream at sample {event.samples_seen} (epoch {event.epoch}, position {event.position})"
     )
+
+
+def initialized_line(event: Initialized) -> str:
+    """Which weights a run begins with, in one line."""
+    parts = [f"initialized from {event.reference}: {event.loaded}/{event.total} backbone tensors"]
+    for names, what in (
+        (event.resampled, "resampled"),
+        (event.missing, "not in the file, so random"),
+        (event.unexpected, "not of this backbone, so not used"),
+    ):
+        if names:
+            parts.append(f"{what}: {listed(names, 5)}")
+    return f"{'; '.join(parts)}; step 0 is evaluated with these weights"
 
 
 def duration(seconds: float) -> str:

@@ -19,20 +19,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from backbones.io import save_backbone
+from backbones.io import initialize_from, save_backbone
+from data_pipelines.files import sha256
 from data_pipelines.streaming.stream import Stream, StreamState
 from objectives.base import Objective
 from objectives.errors import ObjectiveError
 from pretrain.checkpoints import copies, store
+from pretrain.checkpoints.initialization import Start, find_training_state, find_weights, starting_point
 from pretrain.config.load import to_yaml
 from pretrain.config.schema import Recipe
-from pretrain.record.events import Resumed
-from pretrain.record.run_dir import BACKBONE, RECIPE
+from pretrain.errors import RequestError, RunFailed
+from pretrain.record.events import Initialized, Resumed
+from pretrain.record.run_dir import BACKBONE, MANIFEST, RECIPE
 from pretrain.training.engine import Engine
 
-__all__ = ["Snapshot", "bring", "newest", "restore", "take"]
+__all__ = ["Snapshot", "begin_with", "find_start", "origin", "restore", "take"]
 
 EXTRA_STATE = "objective-{:05d}.safetensors"  # of each rank with a share: buffers and companions of the objective
 REFERENCES = "companions.json"  # where companions that are not saved come from, with the sha256 of each file
@@ -100,13 +104,17 @@ class Snapshot:
 
     Attributes:
         path: Its directory.
+        location: Where it was published.
         manifest: Its `checkpoint.json`.
         is_shared: All ranks see the same directory.
+        is_own: Of this run, not of the one that `resume_from` names.
     """
 
     path: Path
+    location: str
     manifest: dict[str, Any]
     is_shared: bool
+    is_own: bool
 
     @property
     def step(self) -> int:
@@ -119,20 +127,7 @@ class Snapshot:
         return StreamState(self.manifest["stream"]["epoch"], self.manifest["stream"]["position"])
 
 
-def newest(run_dir: Path) -> Snapshot | None:
-    """The newest resumable checkpoint of a run, verified. A collective: all ranks agree.
-
-    Raises:
-        CheckpointError: On every rank when the files do not match their digests.
-    """
-    answer: list[store.Published | None] = [None]
-    if dist.get_rank() == 0:
-        answer = [store.latest(run_dir)]
-    dist.broadcast_object_list(answer, src=0)  # all ranks: resume from the same step
-    return None if answer[0] is None else bring(answer[0])
-
-
-def bring(found: store.Published) -> Snapshot:
+def bring(found: store.Published, *, is_own: bool) -> Snapshot:
     """Verify a checkpoint with its training state, after copying it here from a remote storage. A collective.
 
     In a directory that all ranks share, each verifies its share of the files. Of a remote storage one process per
@@ -157,7 +152,87 @@ def bring(found: store.Published) -> Snapshot:
         raise store.CheckpointError(problems[0])
     path = next(path for host, path, _ in answers if path is not None and host == here)
     hosts = {host for host, _, _ in answers}
-    return Snapshot(path, store.read_manifest(path), is_shared=not is_copied or len(hosts) == 1)
+    is_shared = not is_copied or len(hosts) == 1
+    return Snapshot(path, found.location, store.read_manifest(path), is_shared, is_own)
+
+
+def find_start(run_dir: Path, recipe: Recipe) -> tuple[Start, Snapshot | None]:
+    """How the run begins now, and the training state that it goes on from, verified. A collective: all ranks agree.
+
+    Raises:
+        CheckpointError: On every rank, when a checkpoint is damaged, or what `resume_from` names is not there.
+    """
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        found = store.latest(run_dir)
+        own = None if found is None else found.location
+        start = starting_point(own=own, resume_from=recipe.resume_from, init_from=recipe.init_from)
+        try:
+            if start.how == "resume_from":
+                found = find_training_state(start.reference, Path(recipe.storage))
+            answer = [(start, found)]
+        except (RequestError, RunFailed, store.CheckpointError) as error:
+            answer = [store.CheckpointError(f"resume_from={recipe.resume_from}: {error}")]
+    dist.broadcast_object_list(answer, src=0)  # all ranks: begin at the same step or fail alike
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    start, found = answer[0]
+    return start, None if found is None else bring(found, is_own=start.how == "resume")
+
+
+def origin(found: Snapshot | None, initialized: Initialized | None) -> dict[str, Any] | None:
+    """What `checkpoint.json` says about where the run started from; a resumed run keeps what its checkpoint says."""
+    if found is not None and found.is_own:
+        kept: dict[str, Any] | None = found.manifest.get("origin")
+        return kept
+    if found is not None:
+        digest = sha256(found.path / MANIFEST)
+        return {"how": "resume_from", "reference": found.location, "sha256": digest, "step": found.step}
+    if initialized is not None:
+        return {"how": "init_from", "reference": initialized.reference, "sha256": initialized.sha256}
+    return None
+
+
+def begin_with(objective: Objective, start: Start, storage: Path) -> Initialized:
+    """Give a new objective's backbone, and a teacher that copied it, the weights that `init_from` means. A collective.
+
+    Only rank 0 reads them. Call it before an engine shards the parameters; draws no random numbers.
+
+    Args:
+        objective: Built alike on every rank.
+        start: Whose reference `pretrain.checkpoints.initialization.find_weights` takes.
+        storage: Where runs live.
+
+    Raises:
+        CheckpointError: On every rank, when they are not there or damaged.
+        BackboneError: They are not of this architecture.
+    """
+    reference = start.reference
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = find_weights(reference, storage)
+            answer = [(found.sha256, load_file(found.file))]
+        except (RequestError, RunFailed, SafetensorError, store.CheckpointError) as error:
+            answer = [store.CheckpointError(f"init_from={reference}: {error}")]
+    dist.broadcast_object_list(answer, src=0)  # all ranks: begin with the same weights or fail alike
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    digest, weights = answer[0]
+    used = initialize_from(objective.exported, weights)
+    if objective.exported is not objective.backbone:
+        initialize_from(objective.backbone, weights)
+    loaded = len(used.loaded) + len(used.resampled)
+    return Initialized(
+        step=0,
+        reference=reference,
+        sha256=digest,
+        loaded=loaded,
+        total=loaded + len(used.missing),
+        resampled=used.resampled,
+        missing=used.missing,
+        unexpected=used.unexpected,
+    )
 
 
 def restore(found: Snapshot, engine: Engine, stream: Stream) -> Resumed:
@@ -165,6 +240,11 @@ def restore(found: Snapshot, engine: Engine, stream: Stream) -> Resumed:
 
     With another number of ranks the training state is resharded and each rank begins a new RNG (which only stochastic
     layers draw from); the samples still to come are the same.
+
+    Args:
+        found: A checkpoint of this run, or of the one that `resume_from` names.
+        engine: Built from the recipe.
+        stream: Begun at `found.stream_state`.
 
     Returns:
         What was restored, for people.
@@ -210,6 +290,7 @@ def restore(found: Snapshot, engine: Engine, stream: Stream) -> Resumed:
         samples_seen=manifest["samples_seen"],
         epoch=manifest["stream"]["epoch"],
         position=manifest["stream"]["position"],
+        reference="" if found.is_own else found.location,
     )
 
 

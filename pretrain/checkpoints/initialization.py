@@ -1,0 +1,255 @@
+"""Where a run, or a stage of one, starts from. One order, everywhere: resume > resume_from > init_from > scratch.
+
+    resume         its own newest checkpoint: whatever a recipe says about the beginning, it has begun
+    resume_from    another run's whole training state: weights, optimizer, position in the stream, random states
+    init_from      weights of a backbone, and nothing else: training begins at step 0
+    scratch        random weights
+
+`starting_point` decides, `checked` looks at a request before anything heavy starts and replaces references that may
+mean something else tomorrow by what they mean now, `find_weights` and `find_training_state` find what is meant:
+
+    init_from      RUN_ID, runs:/RUN_ID[/STEP | /best], a run's directory, a checkpoint (directory or URI),
+                   models:/NAME[@ALIAS], FILE.safetensors, timm:NAME (weights from the local Hugging Face or torch hub
+                   cache, nothing is downloaded), timm:NAME@FILE.safetensors
+    resume_from    RUN_ID, runs:/RUN_ID[/STEP], a run's directory, a checkpoint (directory or URI)
+
+`init_from` reads safetensors only, nothing is unpickled. What `resume_from` trusts is said in
+`pretrain.checkpoints.store`. Not here: putting weights into a model (`pretrain.training.state`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from backbones.registry import IMAGE
+from data_pipelines.files import sha256
+from pretrain.checkpoints import references
+from pretrain.checkpoints.store import CheckpointError, Published, latest, read_manifest
+from pretrain.config.optimizer_facts import RESHARDABLE
+from pretrain.config.schema import Recipe
+from pretrain.errors import RequestError, RunFailed, nearest
+from pretrain.record.run_dir import BACKBONE
+
+__all__ = ["Start", "Weights", "checked", "find_training_state", "find_weights", "starting_point"]
+
+TIMM = "timm:"
+How = Literal["resume", "resume_from", "init_from", "scratch"]
+_HUB_FILES = ("model.safetensors", "open_clip_model.safetensors")  # as timm looks for them
+_SIZES = re.compile(r"_patch\d+.*")  # in the name of a model; what comes before tells width and depth
+
+
+@dataclass(frozen=True)
+class Start:
+    """How it begins, and from what; the reference is empty from scratch."""
+
+    how: How
+    reference: str = ""
+
+
+def starting_point(*, own: str | None, resume_from: str | None, init_from: str | None) -> Start:
+    """Where to start from; the only place that knows the order.
+
+    Args:
+        own: The newest checkpoint of the run (of the stage) itself.
+        resume_from: The recipe's key; of later stages None.
+        init_from: The recipe's key, or the checkpoint of the stage that this one takes its weights from.
+    """
+    if own is not None:
+        return Start("resume", own)
+    if resume_from is not None:
+        return Start("resume_from", resume_from)
+    if init_from is not None:
+        return Start("init_from", init_from)
+    return Start("scratch")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that a reference means, in a file on this machine.
+
+    Attributes:
+        reference: As it was asked for.
+        file: Safetensors.
+        sha256: Of the file.
+        backbone: `Encoder.spec` of the model they belong to, or as much of it as is known.
+    """
+
+    reference: str
+    file: Path
+    sha256: str
+    backbone: Mapping[str, Any]
+
+
+def find_weights(reference: str, storage: Path) -> Weights:
+    """The weights that `init_from` means.
+
+    Args:
+        reference: One of the forms at the top of this file.
+        storage: Where runs live.
+
+    Raises:
+        RequestError: There are none, or they cannot be had on this machine.
+        CheckpointError: They are damaged.
+        RunFailed: The registry cannot be reached.
+    """
+    if reference.startswith(TIMM):
+        name, _, path = reference.removeprefix(TIMM).partition("@")
+        file = Path(path) if path else _cached_timm_file(name, reference)
+        return Weights(reference, _safetensors(file, reference), sha256(file), {"kind": IMAGE, "name": name})
+    if reference.endswith(".safetensors"):
+        file = _safetensors(Path(reference), reference)
+        return Weights(reference, file, sha256(file), _spec_in(file))
+    checkpoint = references.resolve(reference, storage)
+    manifest = read_manifest(checkpoint)
+    digest = manifest["files"][BACKBONE]["sha256"]
+    return Weights(reference, checkpoint / BACKBONE, digest, manifest["backbone"])
+
+
+def find_training_state(reference: str, storage: Path) -> Published:
+    """The checkpoint that `resume_from` means; of a run without a step the newest that has a training state.
+
+    Raises:
+        RequestError: There is none, or its training state is not there (any more).
+        CheckpointError: Its manifest is damaged.
+    """
+    found = references.locate(reference, storage, resumable=True)
+    if found is None:
+        raise RequestError(
+            f"{reference!r}: a training state is not in the registry; expected a run, runs:/RUN_ID/STEP, or the "
+            "directory or URI of a checkpoint"
+        )
+    if not found.has_training_state:
+        raise RequestError(f"{reference}: {found.location} has no training state; init_from takes its weights alone")
+    return found
+
+
+def checked(recipe: Recipe, run_dir: Path) -> Recipe:
+    """The recipe with `init_from` and `resume_from` looked at, and pinned to what they mean now.
+
+    A run that has a checkpoint of its own goes on from there: it needs neither any more.
+
+    Raises:
+        RequestError: What they name is not there, or does not fit the recipe.
+    """
+    if latest(run_dir) is not None:
+        return recipe
+    if recipe.resume_from is not None:
+        with _named("resume_from", recipe.resume_from):
+            found = find_training_state(recipe.resume_from, Path(recipe.storage))
+            _check_state(found, recipe)
+        return replace(recipe, resume_from=found.location)
+    if recipe.init_from is not None:
+        with _named("init_from", recipe.init_from):
+            _check_architecture(find_weights(recipe.init_from, Path(recipe.storage)).backbone, recipe)
+            return replace(recipe, init_from=_pinned(recipe.init_from, Path(recipe.storage)))
+    return recipe
+
+
+def _pinned(reference: str, storage: Path) -> str:
+    """A reference that means tomorrow what `reference` means now."""
+    if reference.startswith(TIMM) or reference.endswith(".safetensors"):
+        return reference
+    found = references.locate(reference, storage)
+    return references.registered_version(reference, storage) if found is None else found.location
+
+
+def _check_state(found: Published, recipe: Recipe) -> None:
+    manifest, train = found.manifest(), recipe.train
+    wrong = [
+        f"{found.location} was taken with {key}={manifest[name]}, the recipe has {value}"
+        for key, name, value in (
+            ("objective.name", "objective", recipe.objective.name),
+            ("train.zero_stage", "zero_stage", train.zero_stage),
+        )
+        if manifest[name] != value
+    ]
+    if found.step >= train.steps:
+        wrong.append(f"{found.location} is at step {found.step}; train.steps={train.steps} leaves nothing to do")
+    is_cut_anew = manifest["world_size"] != train.workers and train.zero_stage > 0
+    if is_cut_anew and recipe.optimizer.name not in RESHARDABLE:
+        wrong.append(f"the shards of {recipe.optimizer.name} fit train.workers={manifest['world_size']} only")
+    if wrong:
+        raise RequestError(*wrong)
+    _check_architecture(manifest["backbone"], recipe)
+
+
+def _check_architecture(found: Mapping[str, Any], recipe: Recipe) -> None:
+    """Refuse another kind or family of backbone by its name; which tensors fit is known when the model is built."""
+    wanted = recipe.backbone
+    if "name" not in found:
+        return
+    families = [_SIZES.sub("", name.partition(".")[0]) for name in (found["name"], wanted.name)]
+    if (found.get("kind", IMAGE), families[0]) != (wanted.kind, families[1]):
+        raise RequestError(
+            f"holds a backbone {found['name']} of kind {found.get('kind', IMAGE)}, "
+            f"the recipe has backbone.name={wanted.name} of kind {wanted.kind}"
+        )
+
+
+@contextmanager
+def _named(key: str, reference: str) -> Iterator[None]:
+    """Mistakes about a reference begin with the key that gave it."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(*(f"{key}={reference}: {mistake}" for mistake in error.mistakes)) from None
+    except (CheckpointError, RunFailed) as error:
+        raise RequestError(f"{key}={reference}: {error}") from None
+
+
+def _safetensors(file: Path, reference: str) -> Path:
+    if not file.is_file():
+        raise RequestError(f"{reference}: no such file")
+    if file.suffix != ".safetensors":
+        raise RequestError(f"{reference}: expected a .safetensors file; others may hold code")
+    return file
+
+
+def _spec_in(file: Path) -> Mapping[str, Any]:
+    """The model that a backbone file of ours says it holds; nothing for files of other tools."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header = json.loads(opened.read(min(length, file.stat().st_size)))
+            return dict(json.loads(header["__metadata__"]["pretrain.backbone"]))
+        except (ValueError, KeyError, TypeError):
+            return {}
+
+
+def _cached_timm_file(name: str, reference: str) -> Path:
+    """Pretrained weights of a timm model in the local Hugging Face cache or that of torch.hub.
+
+    Raises:
+        RequestError: timm knows no such model, or its weights are not here.
+    """
+    import timm
+    import torch
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        facts = timm.models.get_pretrained_cfg(name)
+    except RuntimeError:
+        facts = None
+    if facts is None or not timm.is_model(name.partition(".")[0]):
+        known = timm.list_models()
+        raise RequestError(f"{reference}: timm has no model {name!r}{nearest(name.partition('.')[0], known)}")
+    if facts.hf_hub_id:
+        for file in _HUB_FILES:
+            cached = try_to_load_from_cache(facts.hf_hub_id, file)
+            if isinstance(cached, str):
+                return Path(cached)
+    if facts.url:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / facts.url.rpartition("/")[2]
+        if path.is_file() and path.suffix == ".safetensors":
+            return path
+    where = f"huggingface-cli download {facts.hf_hub_id}" if facts.hf_hub_id else f"{facts.url or 'no weights exist'}"
+    raise RequestError(
+        f"{reference}: its weights are not in the local cache, and nothing is downloaded here ({where}); "
+        f"or give a file: {TIMM}{name}@FILE.safetensors"
+    )
