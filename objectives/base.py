@@ -221,6 +221,17 @@ class Objective(nn.Module, ABC):
             for layer, decays in sorted(groups, key=lambda key: (key[0], not key[1]))
         ]
 
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The parts, alike and one after the other, that may be compiled, and computed again in the backward pass.
+
+        They are called with tensors, and calling one twice changes nothing but batch norms' running statistics. By
+        default what is in the lists that are called "blocks", as timm calls them, of the backbone and of anything else
+        that is trained; a block within a block is part of that.
+        """
+        lists = {name: module for name, module in self.named_modules() if name.rpartition(".")[2] == "blocks"}
+        outer = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+        return [block for module in outer for block in module.children()]
+
 
 class ImageObjective(Objective):
     """An objective of images: its backbone is an image encoder, and so is what it exports."""

@@ -61,7 +61,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
         _check_image_encoder(draft.backbone, mistakes)
     _check_optimizer(draft, mistakes)
     _check_optimizer_shards(draft, mistakes)
-    _check_precision(draft.train, mistakes)
+    _check_zero_stage(draft.train, mistakes)
     _check_deepspeed(draft.deepspeed, mistakes)
     _check_checkpoint_storage(draft.checkpoints.storage, mistakes)
     recipe = replace(
@@ -200,10 +200,13 @@ def _check_optimizer_shards(draft: Recipe, mistakes: Mistakes) -> None:
         mistakes.add("optimizer.name", name, problem)
 
 
-def _check_precision(train: TrainConfig, mistakes: Mistakes) -> None:
+def _check_zero_stage(train: TrainConfig, mistakes: Mistakes) -> None:
     if mistakes.sound("train.precision", "train.zero_stage") and train.precision == "bf16" and train.zero_stage == 0:
         problem = "DeepSpeed's stage 0 trains worse in bf16 than its stages 1 to 3; use train.zero_stage=1 with it"
         mistakes.add("train.precision", train.precision, problem)
+    if mistakes.sound("train.compile", "train.zero_stage") and train.compile and train.zero_stage == 3:
+        problem = "ZeRO stage 3 gathers parameters within the blocks that are compiled; use train.zero_stage=2 with it"
+        mistakes.add("train.compile", train.compile, problem)
 
 
 def _check_deepspeed(raw: Mapping[str, Any], mistakes: Mistakes) -> None:

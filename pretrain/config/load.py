@@ -62,6 +62,7 @@ _RESUMABLE = (
     "train.workers",
     "train.micro_batch_size",
     "train.accumulation",
+    "train.checkpoint_blocks",
     "train.max_failures",
     "train.keep_last",
     "train.keep_best",

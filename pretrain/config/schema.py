@@ -146,6 +146,11 @@ class TrainConfig:
     zero_stage: int = setting("what DeepSpeed ZeRO shards: 1 optimiser, 2 + gradients, 3 + parameters", 1, range=(0, 3))
     precision: str = setting("arithmetic of the model", "fp32", choices=("fp32", "bf16"))
     device: str = setting("where to compute; auto: cuda if there is one", "auto", choices=("auto", "cpu", "cuda"))
+    compile: bool = setting("compile the blocks of the model; the first steps wait, losses change by rounding", False)
+    checkpoint_blocks: bool = setting(
+        "keep only the inputs of blocks and compute them again in the backward pass: less memory, a third more time",
+        False,
+    )
     seed: int = setting("seed of weights, sample order, crops and masks", 0, range=(0, 2**31 - 1))
     log_every: int = setting("steps between two recorded metrics", 10, range=(1, None))
     checkpoint_every: int = setting("steps between two checkpoints; the last step always has one", range=(1, None))

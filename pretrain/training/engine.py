@@ -23,6 +23,7 @@ from objectives.base import Objective, Output, Progress
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import Recipe
 from pretrain.training import deepspeed_internals
+from pretrain.training.blocks import compile_blocks, recompute_blocks
 from pretrain.training.master_weights import read_weights
 from pretrain.training.optimizers import create_optimizer
 from pretrain.training.running_statistics import RunningStatistics
@@ -127,6 +128,9 @@ class Engine:
         objective: Built alike on every rank; DeepSpeed broadcasts rank 0's weights.
         recipe: Resolved recipe.
         device: Device of this process.
+
+    Raises:
+        ValueError: Blocks are to be compiled or recomputed, and the objective has none.
     """
 
     def __init__(self, objective: Objective, recipe: Recipe, device: torch.device) -> None:
@@ -136,6 +140,7 @@ class Engine:
         groups = objective.param_groups(optimizer.weight_decay, optimizer.layer_decay)
         torch_optimizer = create_optimizer(groups, optimizer, recipe.peak_lr)
         self._guard = _StepGuard(torch_optimizer)
+        _prepare_blocks(objective, recipe)
         companions = objective.companions().values()
         for companion in companions:
             companion.to(device)
@@ -326,6 +331,22 @@ class Engine:
     def optimizer_steps(self) -> int:
         """Updates that the optimizer's own state counts."""
         return int(self._engine.global_steps)
+
+
+def _prepare_blocks(objective: Objective, recipe: Recipe) -> None:
+    """What `train.compile` and `train.checkpoint_blocks` ask for; both together recompute compiled blocks."""
+    wanted = {"train.compile": recipe.train.compile, "train.checkpoint_blocks": recipe.train.checkpoint_blocks}
+    if not any(wanted.values()):
+        return
+    blocks = objective.repeated_blocks()
+    if not blocks:
+        keys = " and ".join(key for key, is_wanted in wanted.items() if is_wanted)
+        name = recipe.backbone.name
+        raise ValueError(f"{keys}: {recipe.objective.name} with backbone {name!r} names no blocks; use false")
+    if recipe.train.compile:
+        compile_blocks(blocks)
+    if recipe.train.checkpoint_blocks:
+        recompute_blocks(blocks)
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:

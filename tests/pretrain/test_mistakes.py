@@ -217,6 +217,11 @@ def test_load_recipe__channels_and_pixel_statistics_belong_together(recipe: Path
     ("overrides", "line"),
     [
         (
+            ["train.compile=true", "train.zero_stage=3"],
+            "train.compile=True: ZeRO stage 3 gathers parameters within the blocks that are compiled; "
+            "use train.zero_stage=2 with it",
+        ),
+        (
             ["train.precision=bf16", "train.zero_stage=0"],
             "train.precision=bf16: DeepSpeed's stage 0 trains worse in bf16 than its stages 1 to 3; "
             "use train.zero_stage=1 with it",
