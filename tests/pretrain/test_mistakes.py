@@ -218,7 +218,7 @@ def test_load_recipe__channels_and_pixel_statistics_belong_together(recipe: Path
     [
         (
             ["train.compile=true", "train.zero_stage=3"],
-            "train.compile=True: ZeRO stage 3 gathers parameters within the blocks that are compiled; "
+            "train.compile=true: ZeRO stage 3 gathers parameters within the blocks that are compiled; "
             "use train.zero_stage=2 with it",
         ),
         (
