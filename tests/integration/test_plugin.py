@@ -1,4 +1,4 @@
-"""docs/example_plugin as a stranger would have it: a distribution of its own, installed into an environment.
+"""docs/example_plugin and docs/series_plugin as a stranger would have them: distributions installed into environments.
 
 The environment is made here. It sees the packages of the interpreter that runs the tests, pretrain among them, and has
 the plug-in besides; the interpreter of the tests never sees the plug-in.
@@ -6,6 +6,7 @@ the plug-in besides; the interpreter of the tests never sees the plug-in.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,10 +15,12 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from backbones import BackboneError, load_backbone
@@ -27,6 +30,7 @@ from pretrain.record.journal import read_events
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "example_plugin"
+SERIES = ROOT / "docs" / "series_plugin"
 STEPS = 48
 SMALL = (
     f"train.steps={STEPS}",
@@ -119,7 +123,7 @@ def test_plugin__trains(trained: Path) -> None:
     early, late = values[:4], values[-4:]
     assert sum(value["loss"] for value in late) < 0.6 * sum(value["loss"] for value in early)
     assert sum(value["explained"] for value in late) / 4 > 0.25  # 0: as good as one colour for all
-    assert (trained / f"pictures/step-{STEPS:08}.png").is_file()
+    assert (trained / f"visualizations/step-{STEPS:08}.png").is_file()
 
 
 @pytest.mark.integration
@@ -203,10 +207,131 @@ def test_plugin__two_packages_with_one_name(clashing: Environment) -> None:
         assert re.search(r"Error: (backbone 'patch_conv'|protocol 'class_mean') of .* already taken by", done.stderr)
 
 
+SERIES_STEPS = 60
+SERIES_RECIPE = """
+objective: {name: masked_series}
+backbone: {kind: series, in_chans: 2, dim: 24}
+data: {train: DATA/train-*.tar, loader_workers: 0}
+optimizer: {lr: 1.0e-2, warmup_steps: 2, layer_decay: 0.9}
+train: {steps: STEPS, global_batch_size: 32, workers: 1, log_every: 1, checkpoint_every: STEPS}
+evaluation:
+  data: {waves: DATA}
+  tasks: [{protocol: knn, data: waves}, {protocol: linear, data: waves}]
+"""
+
+
+def write_waves(root: Path) -> None:
+    """Series (2, 64) of four classes: waves of 2, 3, 5 or 8 periods with a random phase, and some noise."""
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    time = np.arange(64) / 64
+    for split, count in (("train", 128), ("test", 64)):
+        with tarfile.open(root / f"{split}-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number in range(count):
+                label, phases = number % 4, rng.uniform(0, 2 * np.pi, (2, 1))
+                waves = np.sin(2 * np.pi * (2, 3, 5, 8)[label] * time + phases) + rng.normal(0, 0.1, (2, 64))
+                stored = io.BytesIO()
+                np.save(stored, waves.astype(np.float32))
+                for suffix, content in (("series.npy", stored.getvalue()), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{split}{number:04d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def series_environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    made = Environment(tmp_path_factory.mktemp("series") / "environment")
+    made.install(SERIES)
+    write_waves(made.directory / "waves")
+    recipe = SERIES_RECIPE.replace("DATA", str(made.directory / "waves")).replace("STEPS", str(SERIES_STEPS))
+    (made.directory / "series.yaml").write_text(recipe)
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained_series(series_environment: Environment) -> Path:
+    """Directory of a run of the recipe above."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    run_dir = series_environment.directory / "run"
+    done = series_environment.run("-m", "pretrain.worker", "series.yaml", "--run-dir", run_dir, **place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run_dir
+
+
+@pytest.mark.integration
+def test_kind__trains(trained_series: Path) -> None:
+    events = read_events(trained_series / "journal.jsonl")[0]
+    values = [event.values for event in events if isinstance(event, Metrics)]
+    assert len(values) == SERIES_STEPS
+    assert sum(value["explained"] for value in values[-4:]) / 4 > 0.3  # 0: as good as one number for all
+    assert (trained_series / f"visualizations/step-{SERIES_STEPS:08}.png").is_file()
+
+
+@pytest.mark.integration
+def test_kind__checkpoint_is_loaded_and_evaluated(series_environment: Environment, trained_series: Path) -> None:
+    code = """
+import sys
+import torch
+import pretrain
+from safetensors.torch import load_file
+from pretrain.cli import main
+
+checkpoint, storage = sys.argv[1:]
+backbone, weights = pretrain.load_backbone(checkpoint), load_file(checkpoint + "/backbone.safetensors")
+assert (backbone.kind, type(backbone).__module__) == ("series", "pretrain_series.encoder")
+assert backbone.weights().keys() == weights.keys()
+assert all(torch.equal(tensor, weights[name]) for name, tensor in backbone.weights().items())
+features = backbone.tokens(torch.zeros(3, 2, 32))
+assert (features.tokens.shape, features.grid, features.pooled.shape) == ((3, 4, 24), (4,), (3, 24))
+protocols = ["--protocol", "knn", "--protocol", "linear"]
+raise SystemExit(main(["evaluate", checkpoint, *protocols, "--storage", storage]))
+"""
+    storage = series_environment.directory / "storage"
+    done = series_environment.run("-c", code, trained_series / f"checkpoints/step-{SERIES_STEPS:08}", storage)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(path.read_text()) for path in (storage / "evaluations").glob("*.json")]
+    assert sorted(result["protocol"] for result in results) == ["knn", "linear"]
+    for result in results:
+        assert result["metrics"]["top1"] > 0.5, result  # of four classes
+
+
+@pytest.mark.integration
+def test_kind__mistakes_are_one_line_each(series_environment: Environment, trained_series: Path) -> None:
+    done = series_environment.run(
+        "-m", "pretrain", "run", "series.yaml", "backbone.dim=0", "backbone.image_size=32", "objective.mask_ratio=2"
+    )
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3
+    assert any(line.endswith("backbone.dim=0: expected a whole number in [1, 4096]") for line in lines)
+    assert any("backbone.image_size=32: unknown setting" in line for line in lines)
+    done = series_environment.run("-m", "pretrain", "run", "series.yaml", "backbone.kind=serie")
+    assert done.returncode == 2
+    assert re.search(
+        r"backbone\.kind=serie: unknown kind .*; known are image, series; did you mean 'series'\?", done.stderr
+    )
+
+
+@pytest.mark.integration
+def test_kind__checkpoint_of_one_that_is_not_installed(trained_series: Path) -> None:
+    """In the interpreter of the tests, which does not have it."""
+    message = (
+        "backbones of kind 'series' are not installed here; they are the plug-in "
+        "pretrain_series.encoder:SeriesEncoder, so install the package with the module pretrain_series"
+    )
+    with pytest.raises(BackboneError, match=re.escape(message)):
+        load_backbone(trained_series / f"checkpoints/step-{SERIES_STEPS:08}")
+
+
 def test_docs__show_the_files_as_they_are() -> None:
     page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
-    shown = dict(re.findall(r"`example_plugin/([\w./]+)`:\n\n```\w+\n(.*?)```\n", page, flags=re.DOTALL))
-    expected = [path for path in EXAMPLE.rglob("*") if path.suffix in (".py", ".toml") and path.name != "__init__.py"]
-    assert sorted(shown) == sorted(path.relative_to(EXAMPLE).as_posix() for path in expected)
-    for name, text in shown.items():
-        assert text == (EXAMPLE / name).read_text(encoding="utf-8"), f"docs/plugins.md shows another {name}"
+    for plugin, left_out in ((EXAMPLE, {"__init__.py"}), (SERIES, {"__init__.py", "objective.py"})):
+        pattern = rf"`{plugin.name}/([\w./]+)`:\n\n```\w+\n(.*?)```\n"
+        shown = dict(re.findall(pattern, page, flags=re.DOTALL))
+        expected = [path for path in plugin.rglob("*") if path.suffix in (".py", ".toml") and path.name not in left_out]
+        assert sorted(shown) == sorted(path.relative_to(plugin).as_posix() for path in expected)
+        for name, text in shown.items():
+            assert text == (plugin / name).read_text(encoding="utf-8"), f"docs/plugins.md shows another {name}"
