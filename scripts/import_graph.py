@@ -46,7 +46,7 @@ def rooms_of(root: Path, package: str) -> Graph:
     graph: Graph = {room: set() for room in sorted(rooms)}
     for path in sorted(folder.rglob("*.py")):
         room = path.relative_to(folder).parts[0].removesuffix(".py")
-        if room in graph:
+        if room in graph and path.name != "__main__.py":  # a program stands on top, wherever it lies
             targets = {name.split(".")[1] for name in imported_modules(path) if name.startswith(f"{package}.")}
             graph[room] |= (targets & rooms) - {room}
     return graph
