@@ -25,6 +25,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 # a row. A room is a folder or a file of the package itself; those that no row names are together the room "".
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "data_pipelines": (("",), ("storage",), ("shards",), ("views",), ("streaming",), ("packing", "inspection")),
+    "evaluation": (
+        ("protocol", "keys", "lease", "metrics"),
+        ("selection", "results", "features", "data"),
+        ("extraction",),
+        ("protocols",),
+        ("registry",),
+        ("runner",),
+        ("extract", ""),
+    ),
     "pretrain": (
         ("errors", "version"),
         ("record", "config"),
@@ -58,6 +67,8 @@ CHEAP = (
     "backbones.registry",
     "cluster",
     "evaluation",
+    "evaluation.extraction.recipe",
+    "evaluation.protocol",
     "evaluation.registry",
     "data_pipelines",
     "data_pipelines.shards.source",

@@ -28,7 +28,7 @@ CHUNK_ELEMENTS = 2**25  # size of one similarity block
 def score(
     train: Pooled, test: Pooled, *, num_classes: int, params: Mapping[str, Any], seed: int, device: torch.device
 ) -> Outcome:
-    """Grades the CLS token (the mean of patches where a backbone has no CLS); `seed` decides nothing here."""
+    """Tests the CLS token (the mean of patches where a backbone has no CLS); `seed` decides nothing here."""
     ks = sorted({params["k"], *params["diagnostic_ks"]})
     labels = test.labels
     predictions: dict[str, dict[int, Tensor]] = {}

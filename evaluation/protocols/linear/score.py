@@ -32,7 +32,7 @@ NEGLIGIBLE = 1e-20  # probabilities below this become 0: denormal numbers slow m
 def score(
     train: Pooled, test: Pooled, *, num_classes: int, params: Mapping[str, Any], seed: int, device: torch.device
 ) -> Outcome:
-    """Trains and grades the probe; see the module for what is chosen on what."""
+    """Trains and tests the probe; see the module for what is chosen on what."""
     x_train, x_test = _standardised(_joined(train).to(device), _joined(test).to(device))
     y_train, y_test = train.labels.to(device), test.labels.to(device)
     if len(train.labels) < 2:

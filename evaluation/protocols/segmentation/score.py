@@ -41,7 +41,7 @@ EPS = 1e-5  # BatchNorm's
 def score(
     train: Dense, test: Dense, *, num_classes: int, params: Mapping[str, Any], seed: int, device: torch.device
 ) -> Outcome:
-    """Trains and grades the head; see the module for what is chosen on what."""
+    """Trains and tests the head; see the module for what is chosen on what."""
     if len(train.labels) < 2:
         raise EvaluationError(f"segmentation needs at least 2 training images, got {len(train.labels)}")
     pixels = _draw_pixels(train.labels, num_classes, params["pixels_per_image"], seed)
@@ -196,7 +196,7 @@ class _Fit:
         scores = []
         for held_out in range(int(fold.max()) + 1):
             weight, bias = self.heads((fold != held_out).nonzero()[:, 0], self.params["lrs"])
-            scores.append(self._grade((fold == held_out).nonzero()[:, 0], weight, bias))
+            scores.append(self._validate((fold == held_out).nonzero()[:, 0], weight, bias))
         miou, loss = torch.tensor(scores, dtype=torch.float64).nanmean(dim=0).unbind(-1)  # (folds, G, 2) before
         return miou, loss
 
@@ -243,7 +243,7 @@ class _Fit:
         return loss.sum(dim=(0, 2)) / num_valid
 
     @torch.inference_mode()
-    def _grade(self, image_idx: Tensor, weight: Tensor, bias: Tensor) -> list[tuple[float, float]]:
+    def _validate(self, image_idx: Tensor, weight: Tensor, bias: Tensor) -> list[tuple[float, float]]:
         """(mIoU, loss) of each head over the drawn pixels of the images `image_idx`."""
         confusion = torch.zeros(len(weight) // self.num_classes, self.num_classes, self.num_classes, dtype=torch.int64)
         loss = torch.zeros(len(confusion), dtype=torch.float64)
