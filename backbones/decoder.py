@@ -78,7 +78,7 @@ class MaskedDecoder(nn.Module):
 class PixelHead(nn.Module):
     """Covers parts of an image with a learned token, and predicts all pixels from the features of what is left.
 
-    The token lies in the space of normalised pixels, so that any encoder can be used, with any stem. The head is one
+    The token lies in the space of normalized pixels, so that any encoder can be used, with any stem. The head is one
     linear layer per output token and a pixel shuffle. A class token is added to each patch token, so that it learns as
     well: in some models (VOLO, CrossViT) patch tokens do not depend on it.
     """

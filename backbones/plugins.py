@@ -33,7 +33,7 @@ def by_name(
     Args:
         entries: all of one group.
         noun: what they are, for the message.
-        taken: names that are not to be had -> whose they are.
+        taken: reserved name -> owner.
         error: what to raise.
 
     Raises:

@@ -34,7 +34,7 @@ __all__ = ["ImageEncoder"]
 
 
 class ImageEncoder(Encoder):
-    """An image encoder around a timm model (`network`), with pixel normalisation and `Features` as output.
+    """An image encoder around a timm model (`network`), with pixel normalization and `Features` as output.
 
     Attributes:
         spec: plain JSON-able dict from which `backbones.registry.from_spec` builds the same architecture.
@@ -83,7 +83,7 @@ class ImageEncoder(Encoder):
         self.image_size, self.patch_size = image_size, patch_size
         self.grid = (image_size // patch_size,) * 2
         self.embed_dim, self.in_chans = embed_dim, in_chans
-        # Buffers, not parameters: bf16 engines cast parameters, and 8 bits of mantissa would quantise the pixels.
+        # Buffers, not parameters: bf16 engines cast parameters, and 8 bits of mantissa would quantize the pixels.
         for key, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             if len(values) != in_chans or (key == "pixel_std" and min(values) <= 0):
                 raise BackboneError(
