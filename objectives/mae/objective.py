@@ -12,6 +12,7 @@ per patch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -65,7 +66,8 @@ class MAE(ImageObjective):
         """With dropped patches, re-initialises `backbone` as the paper does and fixes its positions to sin-cos.
 
         Raises:
-            ObjectiveError: the backbone cannot leave patches out, or masking leaves nothing to see or to predict.
+            ObjectiveError: the backbone cannot leave patches out, masking leaves nothing to see or to predict, or
+                masking=token comes with settings of a decoder.
             BackboneError: the decoder's width does not fit its heads or its positions.
         """
         super().__init__(backbone, config.name)
@@ -78,6 +80,7 @@ class MAE(ImageObjective):
         self.num_patches = self.grid[0] * self.grid[1]
         _check_ratio(config.mask_ratio, self.num_patches)
         if not self.drops:
+            _refuse_decoder(config)
             self.decoder = PixelHead(backbone, self.patch_size)
             return
         vit = cast(ViTBackbone, backbone)
@@ -228,6 +231,25 @@ def _check_ratio(mask_ratio: float, num_patches: int) -> None:
             f"objective.mask_ratio {mask_ratio} leaves nothing to see or to predict of {num_patches} patches; "
             "choose it between 0 and 1, or a smaller patch size"
         )
+
+
+def _refuse_decoder(config: MAEConfig) -> None:
+    """Hidden patches are covered, so there is no decoder: settings of one would be ignored.
+
+    With masking=auto the backbone decides, and a recipe may serve both kinds: that is a warning.
+
+    Raises:
+        ObjectiveError: masking=token is asked for and a setting of the decoder is not its default.
+    """
+    names = ("decoder_dim", "decoder_depth", "decoder_heads")
+    changed = [name for name in names if getattr(config, name) != getattr(MAEConfig, name)]
+    given = [f"objective.{name}={getattr(config, name)}" for name in changed]
+    if not given:
+        return
+    text = f"{', '.join(given)}: masking=token has no decoder, so that this changes nothing; leave it out"
+    if config.masking == "token":
+        raise ObjectiveError(text)
+    warnings.warn(text, stacklevel=3)
 
 
 def _initialize(objective: MAE, backbone: ViTBackbone) -> None:

@@ -1,6 +1,6 @@
 """Every name of DeepSpeed that this package uses and DeepSpeed does not document, so that an upgrade fails here.
 
-`tests/pretrain/test_deepspeed_internals.py` touches all of them:
+`tests/pretrain/test_deepspeed_internals.py` touches all of them, `test_companions.py` the last:
 
 * `deepspeed.ops.__compatible_ops__`: which compiled operations may be loaded.
 * `engine.optimizer.persistent_parameters` and `Parameter.all_gather`: what ZeRO-3 keeps whole between steps.

@@ -45,7 +45,8 @@ FIXED_SIZE = {"convit_tiny", "crossvit_tiny_240", "volo_d1_224", "hiera_tiny_224
 
 def build(name: str, **config: Any) -> MAE:
     torch.manual_seed(0)
-    return MAE(create_backbone(name, **(PLAIN | OTHERS)[name]), MAEConfig(**LIGHT | config))
+    light = {} if config.get("masking") == "token" else LIGHT
+    return MAE(create_backbone(name, **(PLAIN | OTHERS)[name]), MAEConfig(**light | config))
 
 
 def batch_of(mae: MAE, num: int = 4) -> dict[str, torch.Tensor]:
@@ -151,6 +152,15 @@ def test_objectives__one_step_on_every_family_or_a_reason(objective: str, name: 
     optimizer.step()
     trained.after_step(late, lambda parameters: [p.detach() for p in parameters])
     assert output.loss.isfinite() and trained(batch, late).loss.isfinite()
+
+
+def test_mae__settings_of_a_decoder_are_not_ignored_in_silence():
+    backbone = create_backbone("vit_tiny_patch16_224", **PLAIN["vit_tiny_patch16_224"])
+    with pytest.raises(ObjectiveError, match=r"^objective.decoder_depth=2: masking=token has no decoder, so that this"):
+        MAE(backbone, MAEConfig(masking="token", decoder_depth=2))
+    swin = create_backbone("swin_tiny_patch4_window7_224", **OTHERS["swin_tiny_patch4_window7_224"])
+    with pytest.warns(UserWarning, match=r"^objective.decoder_dim=64: masking=token has no decoder"):
+        MAE(swin, MAEConfig(decoder_dim=64))
 
 
 @pytest.mark.parametrize("name", OTHERS)

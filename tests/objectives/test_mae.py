@@ -30,7 +30,8 @@ def small_mae(name="vit_tiny_patch16_224", image_size=16, patch_size=4, in_chans
     backbone = create_backbone(
         name, image_size=image_size, patch_size=patch_size, in_chans=in_chans, options=options, **pixels
     )
-    return MAE(backbone, MAEConfig(**LIGHT | config))
+    light = {} if config.get("masking") == "token" else LIGHT
+    return MAE(backbone, MAEConfig(**light | config))
 
 
 def small_batch(mae: MAE, num: int = 4) -> dict[str, torch.Tensor]:
