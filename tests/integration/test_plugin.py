@@ -117,6 +117,24 @@ def test_plugin__names_are_known_and_settings_are_checked(environment: Environme
 
 
 @pytest.mark.integration
+def test_plugin__keeps_to_the_contract_of_objectives(environment: Environment) -> None:
+    code = """
+import torch
+from backbones.registry import create_backbone
+from objectives import contract
+from pretrain_colour.objective import Colour, ColourConfig
+
+torch.manual_seed(0)
+backbone = create_backbone("patch_conv", image_size=32, options={"dim": 32, "depth": 2})
+batch = {"image": torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), "seed": torch.arange(4)}
+for check in contract.CHECKS:
+    check(Colour(backbone, ColourConfig()), batch)
+"""
+    done = environment.run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.integration
 def test_plugin__trains(trained: Path) -> None:
     values = [event.values for event in read_events(trained / "journal.jsonl")[0] if isinstance(event, Metrics)]
     assert len(values) == STEPS

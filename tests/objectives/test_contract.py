@@ -21,7 +21,7 @@ from backbones.registry import create_backbone
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.streaming.stream import Stream
 from data_pipelines.views.specs import views_from
-from objectives import registry
+from objectives import contract, registry
 from objectives.base import Objective, Progress
 from objectives.teacher import Teacher
 from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
@@ -117,6 +117,25 @@ def test_contract__builds_from_its_default_config(name: str) -> None:
 def _options_of(name: str) -> dict[str, Any]:
     """The depth that keeps the test quick."""
     return {"depth": 4}
+
+
+@pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_contract__public_checks_pass(name: str, check: Callable[..., None]) -> None:
+    objective = objective_of(name)
+    check(objective, next(batches_of(objective)))
+
+
+def test_contract__public_checks_name_what_is_wrong() -> None:
+    objective = objective_of("mae")
+    batch = next(batches_of(objective))
+    objective.unused = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(AssertionError, match="no gradient reaches unused"):
+        contract.check_gradients(objective, batch)
+    forward = objective.forward
+    objective.forward = lambda batch, progress: forward({**batch, "seed": torch.randint(9**9, (8,))}, progress)
+    with pytest.raises(AssertionError, match="two passes over one batch differ"):
+        contract.check_forward_changes_no_state(objective, batch)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
