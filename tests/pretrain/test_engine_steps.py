@@ -61,7 +61,9 @@ def _state(engine: Engine) -> dict[str, Tensor]:
         for number, state in enumerate(states)
         for name, value in state.items()
     }
-    weights = {f"weight.{name}": engine.read_weight(p) for name, p in objective.named_parameters()}
+    names, parameters = zip(*objective.named_parameters(), strict=True)
+    values = engine.read_weights(parameters)
+    weights = {f"weight.{name}": value for name, value in zip(names, values, strict=True)}
     return {name: tensor.detach().clone() for name, tensor in {**weights, **moments, **objective.extra_state()}.items()}
 
 
