@@ -588,7 +588,7 @@ def test_diagnose__names_patches_that_are_all_alike():
     objective = small()
     encode = objective.teacher.backbone.features
     objective.teacher.backbone.features = lambda x: replace(  # type: ignore[method-assign]
-        encode(x), patches=encode(x).patches.mean(1, keepdim=True).expand(-1, (x.shape[-1] // 4) ** 2, -1)
+        encode(x), tokens=encode(x).patches.mean(1, keepdim=True).expand(-1, (x.shape[-1] // 4) ** 2, -1)
     )
     metrics = {name: value.item() for name, value in objective(images(), LATE).metrics.items()}
     assert metrics["patch_cosine"] == pytest.approx(1, abs=1e-4)
