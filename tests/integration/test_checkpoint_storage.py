@@ -50,5 +50,5 @@ def test_storage__every_rank_digests_its_own_files(whole: Path) -> None:
     """What each of two ranks wrote is in the manifest of a local checkpoint as well."""
     manifest = json.loads((checkpoint.checkpoint_path(whole, 12) / "checkpoint.json").read_text())
     names = {name.removeprefix("training_state/") for name in manifest["files"]}
-    assert {"rng-00000.safetensors", "rng-00001.safetensors", "objective.safetensors"} <= names
+    assert {"rng-00000.safetensors", "rng-00001.safetensors", "objective-00000.safetensors"} <= names
     assert checkpoint.verify(checkpoint.checkpoint_path(whole, 12)) == manifest
