@@ -1,11 +1,12 @@
-# make demo   set-up and the main job          make test   set-up, lint and all tests
-# make venv   set-up alone                     make lint   ruff and mypy
+# make demo   set-up and the main job          make test       set-up, lint and the tests of every day
+# make venv   set-up alone                     make test-all   the slow matrices as well
+# make lint   ruff and mypy
 # PYTHON=...  the interpreter of the environment, 3.11 or 3.12 (only used when .venv is made)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := venv
-.PHONY: venv demo test pytest lint requirements clean
+.PHONY: venv demo test test-all pytest lint requirements clean
 
 PYTHON ?= $(firstword $(foreach version,3.12 3.11,$(shell python$(version) --version >/dev/null 2>&1 && echo python$(version))))
 BIN := .venv/bin
@@ -37,12 +38,19 @@ $(READY): pyproject.toml requirements/dev.txt
 demo: $(READY)
 	$(BIN)/pretrain run demo
 
-# Types are checked beside the tests, most of which use one core.
+# Two processes of tests, of one thread each: more threads than cores wait for one another. Files stay whole, so that
+# fixtures which start processes are shared.
+TESTERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 test: $(READY)
 	$(MAKE) --jobs=2 lint pytest
 
 pytest: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-all: $(READY)
+	$(MAKE) lint
+	$(PYTEST) -m "long or not long"
 
 lint: $(READY)
 	$(BIN)/ruff check .
