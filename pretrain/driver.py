@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipelines.files import write_atomically
 from pretrain.checkpoints import copies, store
-from pretrain.checkpoints.initialization import checked
-from pretrain.config.load import load_for_resume, load_recipe, to_yaml
+from pretrain.checkpoints.initialization import checked_plan
+from pretrain.config.load import load_for_resume, load_plan
 from pretrain.config.schema import Recipe
+from pretrain.config.stages import Plan, plan_yaml
 from pretrain.errors import RequestError, RunFailed
 from pretrain.evaluations import due, evaluate_task, retention
 from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Event, Failed, Metrics
@@ -62,11 +63,11 @@ class RunResult:
     metrics: dict[str, float]
 
 
-def run(recipe: Recipe | str, overrides: Sequence[str] = ()) -> RunResult:
+def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = ()) -> RunResult:
     """Train, evaluate and record a new run.
 
     Args:
-        recipe: A resolved recipe, or the name or file of one.
+        recipe: A resolved recipe or plan of stages, or the name or file of one.
         overrides: `key=value` texts for a recipe given by name.
 
     Raises:
@@ -74,14 +75,15 @@ def run(recipe: Recipe | str, overrides: Sequence[str] = ()) -> RunResult:
         RunFailed: Training failed more often than `train.max_failures`.
     """
     if isinstance(recipe, str):
-        recipe = load_recipe(recipe, overrides)
+        recipe = load_plan(recipe, overrides)
+    plan = Plan.single(recipe) if isinstance(recipe, Recipe) else recipe
     launched = time.time()
-    run_id = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run_dir = RunDir(Path(recipe.storage) / run_id)
-    recipe = checked(recipe, run_dir.path)
+    run_id = f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run_dir = RunDir(Path(plan.recipe.storage) / run_id)
+    plan = checked_plan(plan, run_dir.path)
     run_dir.path.mkdir(parents=True)
     try:
-        return _Driver(recipe, run_dir, launched).drive()
+        return _Driver(plan, run_dir, launched).drive()
     except RequestError:
         if not run_dir.journal.exists():
             shutil.rmtree(
@@ -104,8 +106,8 @@ def resume(run_id: str, storage: str | os.PathLike[str] = "runs", overrides: Seq
     """
     launched = time.time()
     run_dir = find_run(run_id, Path(storage).absolute())
-    recipe = load_for_resume(run_dir.recipe, overrides)
-    return _Driver(recipe, run_dir, launched).drive()
+    plan = load_for_resume(run_dir.recipe, overrides)
+    return _Driver(plan, run_dir, launched).drive()
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -117,13 +119,14 @@ def train_worker(settings: dict[str, Any]) -> None:
         os.dup2(file.fileno(), sys.stderr.fileno())
     from pretrain.worker import train
 
-    train(settings["recipe"], run_dir.path, launched=settings["launched"], placed=placed)
+    train(settings["plan"], run_dir.path, launched=settings["launched"], placed=placed)
 
 
 class _Driver:
-    def __init__(self, recipe: Recipe, run_dir: RunDir, launched: float) -> None:
-        self.recipe, self.run_dir, self.launched = recipe, run_dir, launched
-        self.terminal = Terminal(recipe)
+    def __init__(self, plan: Plan, run_dir: RunDir, launched: float) -> None:
+        self.plan, self.run_dir, self.launched = plan, run_dir, launched
+        self.recipe = plan.recipe  # what is asked of it below is the same in all stages
+        self.terminal = Terminal(plan)
         self.events: list[Event] = []
         self.scores: list[Evaluated] = []
         self._offset = 0
@@ -163,7 +166,7 @@ class _Driver:
 
     def _write_recipe(self) -> None:
         """Also what a resume changed."""
-        write_atomically(self.run_dir.recipe, to_yaml(self.recipe).encode())
+        write_atomically(self.run_dir.recipe, plan_yaml(self.plan).encode())
 
     def _cluster(self) -> AbstractContextManager[Cluster]:
         from cluster.connect import connect
@@ -191,7 +194,7 @@ class _Driver:
             max_failures=self.recipe.train.max_failures,
             fatal=(ValueError, ArithmeticError, store.CheckpointError),
         )
-        arguments = {"recipe": self.recipe, "run_dir": str(self.run_dir.path), "launched": self.launched}
+        arguments = {"plan": self.plan, "run_dir": str(self.run_dir.path), "launched": self.launched}
         training = _Background(
             lambda: run_workers(cluster, train_worker, arguments, group, name="workers", storage=self.run_dir.ray)
         )
@@ -222,7 +225,7 @@ class _Driver:
         """What is due by now; the queue accepts a label once."""
         done = {(event.step, event.protocol, event.data) for event in self.scores}
         found = {checkpoint.step: checkpoint for checkpoint in store.published(self.run_dir.path)}
-        for step, task in due(self.recipe, found, done):
+        for step, task in due(self.plan, found, done):
             label = (step, task.protocol, task.data)
             directory = self.recipe.evaluation.data[task.data]
             where = (directory, self.recipe.storage, self._evaluation_device)
@@ -250,7 +253,7 @@ class _Driver:
 
     def _is_trained(self) -> bool:
         newest = store.latest(self.run_dir.path)
-        return newest is not None and newest.step >= self.recipe.train.steps
+        return newest is not None and newest.step >= self.plan.total_steps
 
     def _gpus_per_worker(self, cluster: Cluster) -> float:
         """As the recipe says, or as many as there are for each.
@@ -280,7 +283,7 @@ class _Driver:
             self.run_dir.path,
             uri=default_uri(Path(self.recipe.storage)),
             experiment=self.recipe.tracking.experiment,
-            recipe_yaml=to_yaml(self.recipe),
+            recipe_yaml=plan_yaml(self.plan),
             params=asdict(self.recipe),
             tags=tags,
             model_name=self.recipe.tracking.model_name or self.recipe.name,

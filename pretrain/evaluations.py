@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from evaluation.protocol import Metric, ranked
 from evaluation.registry import describe
 from pretrain.config.schema import EvaluationTask, Recipe
+from pretrain.config.stages import Plan
 from pretrain.errors import RequestError
 from pretrain.record.events import Evaluated
 from pretrain.record.journal import read_events
@@ -99,23 +100,25 @@ def evaluate(
 
 
 def due(
-    recipe: Recipe, steps: Iterable[int], done: Container[tuple[int, str, str]]
+    plan: Plan, steps: Iterable[int], done: Container[tuple[int, str, str]]
 ) -> Iterator[tuple[int, EvaluationTask]]:
     """What a run still has to evaluate: (step, task), in the order of `steps`.
 
-    That is every `evaluation.every`-th checkpoint, the last one, and the random backbone (step 0) if it is asked for.
+    That is every `evaluation.every`-th checkpoint of a stage and its last one, and the backbone that the run began with
+    (step 0) if it is asked for.
 
     Args:
-        recipe: Of the run.
+        plan: Of the run.
         steps: Of its published checkpoints.
         done: (step, protocol, data) of the scores there are.
     """
-    train, evaluation = recipe.train, recipe.evaluation
+    evaluation = plan.recipe.evaluation
     if not evaluation.enabled:
         return
     for step in steps:
-        number = -(-step // train.checkpoint_every)
-        if step == train.steps or (evaluation.baseline if step == 0 else number % evaluation.every == 0):
+        stage = plan.stages[plan.index_at(step)]
+        number = -(-(step - stage.first_step) // stage.recipe.train.checkpoint_every)
+        if step == stage.last_step or (evaluation.baseline if step == 0 else number % evaluation.every == 0):
             yield from ((step, task) for task in evaluation.tasks if (step, task.protocol, task.data) not in done)
 
 

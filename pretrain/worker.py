@@ -25,14 +25,17 @@ import torch.distributed as dist
 from data_pipelines.streaming.stream import Stream, StreamState
 from objectives.base import Objective, Progress
 from pretrain.checkpoints import store
-from pretrain.config.schema import Recipe
+from pretrain.checkpoints.initialization import Start
+from pretrain.config.stages import Plan, Stage
 from pretrain.errors import RequestError
-from pretrain.record.events import CheckpointPublished, Event, Finished, Metrics, Start, Visualizations, Warned
+from pretrain.record.events import CheckpointPublished, Event, Finished, Metrics, Visualizations, Warned
+from pretrain.record.events import Start as Started
 from pretrain.record.journal import Journal
 from pretrain.record.run_dir import RunDir
 from pretrain.training import state
 from pretrain.training.engine import Engine, init_distributed, pick_device
 from pretrain.training.guard import HealthCheck
+from pretrain.training.handover import take_over, weights_of
 from pretrain.training.image_grid import write_image_grid
 from pretrain.training.inputs import SampleRecord, build_stream, num_corrupt, to_device
 from pretrain.training.model import build_objective
@@ -45,46 +48,37 @@ Emit = Callable[[Event], None]
 
 
 def train(
-    recipe: Recipe,
+    plan: Plan,
     run_dir: Path,
     *,
     listener: Emit | None = None,
     launched: float | None = None,
     placed: float | None = None,
 ) -> None:
-    """Train to the recipe's last step, from the newest complete checkpoint in `run_dir` if there is one.
+    """Train to the last step of the last stage, from the newest complete checkpoint in `run_dir` if there is one.
 
     Args:
-        recipe: Resolved recipe.
+        plan: Resolved recipe of each stage.
         run_dir: Directory of the run, the same on all ranks (shared storage when they are on several nodes).
         listener: Gets each event on rank 0 as well.
         launched: Unix time at which the user asked for the run; the start-up event counts from there.
         placed: Unix time at which this process was ready to import this module.
 
     Raises:
-        ValueError: World size and recipe disagree.
+        ValueError: World size and recipe disagree, or a stage does not fit what it begins with.
         FloatingPointError: Too many steps were not finite, or the run collapsed and `train.stop_on_collapse` is set.
         CheckpointError: The newest checkpoint is damaged or does not fit this run.
     """
     clock = StartupClock(launched, placed)
-    device = pick_device(recipe.train.device)
+    device = pick_device(plan.recipe.train.device)
     rank, world_size = init_distributed(device)
-    if world_size != recipe.train.workers:
-        raise ValueError(f"{world_size} workers were started, but train.workers={recipe.train.workers}")
+    if world_size != plan.recipe.train.workers:
+        raise ValueError(f"{world_size} workers were started, but train.workers={plan.recipe.train.workers}")
     clock.note("joined")
 
-    store.place(run_dir, recipe.checkpoints.storage)
-    start, found = state.find_start(run_dir, recipe)
-    torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
-    objective = build_objective(recipe)
-    initialized = state.begin_with(objective, start, Path(recipe.storage)) if start.how == "init_from" else None
-    engine = Engine(objective, recipe, device)
-    torch.manual_seed(recipe.train.seed + 1 + rank)  # stochastic depth and the like differ between ranks
-    clock.note("built")
-
-    begin = found.stream_state if found else StreamState(0, 0)
-    stream = build_stream(recipe, objective, rank, begin, pin_memory=device.type == "cuda")
     run = RunDir(run_dir)
+    store.place(run_dir, plan.recipe.checkpoints.storage)
+    start, found = state.find_start(run_dir, plan.stages[0].recipe)
     with Journal(run.journal) if rank == 0 else nullcontext() as journal:
 
         def emit(event: Event) -> None:
@@ -93,24 +87,74 @@ def train(
                 if listener is not None:
                     listener(event)
 
-        _announce(recipe, objective, stream, device, found.step if found else 0, emit)
-        if initialized:
-            emit(initialized)
-        if found:
-            emit(state.restore(found, engine, stream))
-        take = partial(
-            state.take, run_dir, engine=engine, stream=stream, recipe=recipe, origin=state.origin(found, initialized)
-        )
-        if not found and recipe.evaluation.baseline and not store.published(run_dir):
-            emit(CheckpointPublished(step=0, path=run.relative(take(0, training_state=False))))
-        run_steps(recipe, run, engine, stream, found.step if found else 0, emit, clock, take)
-        emit(Finished(step=recipe.train.steps))
+        first = 0 if found is None else plan.index_at(found.step)
+        handed: dict[str, torch.Tensor] = {}  # weights of the stage before
+        for index in range(first, len(plan.stages)):
+            if index > first:
+                start, found = state.stage_start(run_dir, plan, index), None
+            train_stage(plan, index, run, start, found, handed, device, emit, clock)
+        emit(Finished(step=plan.total_steps))
     dist.barrier()  # all ranks: nobody leaves while rank 0 still publishes
     dist.destroy_process_group()
 
 
+def train_stage(
+    plan: Plan,
+    index: int,
+    run: RunDir,
+    start: Start,
+    found: state.Snapshot | None,
+    handed: dict[str, torch.Tensor],
+    device: torch.device,
+    emit: Emit,
+    clock: StartupClock,
+) -> None:
+    """One stage of the plan, to its last step.
+
+    Args:
+        plan: Of the run.
+        index: The stage.
+        run: Where it writes.
+        start: How the stage begins.
+        found: The training state that it goes on from, if `start` says so.
+        handed: Weights of the stage before, by name; replaced by those of this one when another follows.
+        device: Of this process.
+        emit: Takes events.
+        clock: Runs until the first step of the process is done.
+    """
+    stage, recipe, rank = plan.stages[index], plan.stages[index].recipe, dist.get_rank()
+    torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
+    objective = build_objective(recipe)
+    initialized = state.begin_with(objective, start, stage) if start.how == "init_from" else None
+    taken = take_over(objective, handed) if start.how == "stage" else None
+    state.fill_companions(objective, plan, index, run.path)
+    engine = Engine(objective, recipe, device)
+    torch.manual_seed(recipe.train.seed + 1 + rank)  # stochastic depth and the like differ between ranks
+    clock.note("built")
+
+    begin = found.stream_state if found else StreamState(0, 0)
+    stream = build_stream(recipe, objective, rank, begin, pin_memory=device.type == "cuda")
+    if clock.is_running:
+        _announce(plan, stage, objective, stream, device, found.step if found else 0, emit)
+    if initialized:
+        emit(initialized)
+    if found:
+        emit(state.restore(found, engine, stream, plan.optimizer_steps(index, found.step)))
+    if taken:
+        if not stage.reset_optimizer:
+            state.carry_moments(run.path, stage, engine, taken)
+        emit(taken.event(stage))
+    take = partial(state.take, run.path, stage, engine, stream, origin=state.origin(start, found, initialized))
+    if index == 0 and not found and recipe.evaluation.baseline and not store.published(run.path):
+        emit(CheckpointPublished(step=0, path=run.relative(take(0, training_state=False))))
+    run_steps(stage, run, engine, stream, found.step if found else stage.first_step, emit, clock, take)
+    handed.clear()
+    if index + 1 < len(plan.stages) and plan.stages[index + 1].init_from == index:
+        handed.update(weights_of(engine))
+
+
 def run_steps(
-    recipe: Recipe,
+    stage: Stage,
     run: RunDir,
     engine: Engine,
     stream: Stream,
@@ -119,7 +163,11 @@ def run_steps(
     clock: StartupClock,
     take: Callable[[int], Path],
 ) -> None:
-    """The steps from `first_step` to the last one; `take(step)` publishes a checkpoint."""
+    """The steps of a stage from the run's step `first_step` on; `take(step)` publishes a checkpoint.
+
+    Schedules and `Progress` count the stage's own steps; what is written down counts those of the run.
+    """
+    recipe = stage.recipe
     total, accumulation = recipe.train.steps, recipe.train.accumulation or 1
     batches = iter(stream)
     samples = SampleRecord(run, is_wanted=recipe.data.record_samples)
@@ -129,14 +177,14 @@ def run_steps(
     def on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return stream.finish(to_device(batch, engine.device))
 
-    for step in range(first_step, total):
+    for step in range(first_step - stage.first_step, total):
+        done = stage.first_step + step + 1  # of the run
         with throughput.waiting():
             loaded = [next(batches) for _ in range(accumulation)]
-        samples.write(step + 1, loaded)
+        samples.write(done, loaded)
         clock.note("first_batch")
 
-        done = step + 1
-        is_logged = done % recipe.train.log_every == 0 or done == total
+        is_logged = (step + 1) % recipe.train.log_every == 0 or step + 1 == total
         progress = Progress(step, total, is_logged)
         rates = {"lr": rate.at(step), "weight_decay": decay.at(step)}
         engine.set_schedule(rates["lr"], rates["weight_decay"])
@@ -145,36 +193,42 @@ def run_steps(
             health.skipped(done, result.bad_ranks)
 
         throughput.step_ended()
-        if step == first_step:
+        if clock.is_running:
             emit(clock.startup())
         if is_logged:
             values = result.mean_over_ranks()  # host sync: only on logged steps
             if recipe.data.max_corrupt_fraction:
                 values["corrupt_samples"] = num_corrupt(stream, engine.device)
             speed = throughput.report(recipe.train.global_batch_size)
-            seen = {"samples_seen": done * recipe.train.global_batch_size, "memory_mb": peak_memory_mb(engine.device)}
+            seen = {"samples_seen": stage.samples_seen(done), "memory_mb": peak_memory_mb(engine.device)}
             emit(Metrics(step=done, values={**values, **rates, **speed, **seen}))
             health.observe(engine.objective.diagnose(values, progress), done)
         with throughput.paused():
-            if _is_due(done, total, recipe.train.pictures_every):
+            if _is_due(step + 1, total, recipe.train.pictures_every):
                 pictures = engine.pictures(on_device(loaded[0]))
                 if dist.get_rank() == 0:
                     write_image_grid(run.visualizations(done), pictures)
                     emit(Visualizations(step=done, path=run.relative(run.visualizations(done))))
-            if _is_due(done, total, recipe.train.checkpoint_every):
+            if _is_due(step + 1, total, recipe.train.checkpoint_every):
                 emit(CheckpointPublished(step=done, path=run.relative(take(done))))
     del batches  # ends the loader's processes
 
 
 def _announce(
-    recipe: Recipe, objective: Objective, stream: Stream, device: torch.device, step: int, emit: Emit
+    plan: Plan,
+    stage: Stage,
+    objective: Objective,
+    stream: Stream,
+    device: torch.device,
+    step: int,
+    emit: Emit,
 ) -> None:
     """Say what starts where, and what a user may not expect of these settings. A collective."""
     pids = [0] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())  # all ranks; rank 0 writes down which process is which rank
-    start = Start(
+    start = Started(
         step=step,
-        total_steps=recipe.train.steps,
+        total_steps=plan.total_steps,
         world_size=len(pids),
         device=str(device),
         exact=stream.order_signature.get("exact", True),
@@ -182,6 +236,7 @@ def _announce(
         decoder=stream.decoder,
     )
     emit(start)
+    recipe = stage.recipe
     if objective.compares_images and (recipe.train.accumulation or 1) > 1:
         text = (
             f"{recipe.objective.name} compares the images of a micro-batch: {recipe.train.accumulation} of them "
@@ -198,8 +253,8 @@ def main() -> None:
     """Entry point for torchrun: no Ray, no evaluations; checkpoints, event log and terminal lines as always."""
     import argparse
 
-    from pretrain.checkpoints.initialization import checked
-    from pretrain.config.load import load_recipe
+    from pretrain.checkpoints.initialization import checked_plan
+    from pretrain.config.load import load_plan
     from pretrain.reporting.terminal import Terminal
 
     parser = argparse.ArgumentParser(prog="torchrun ... -m pretrain.worker", description=main.__doc__)
@@ -208,7 +263,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True, help="new, or one to go on with")
     arguments = parser.parse_intermixed_args()
     try:
-        recipe = checked(load_recipe(arguments.recipe, arguments.overrides), arguments.run_dir)
+        plan = checked_plan(load_plan(arguments.recipe, arguments.overrides), arguments.run_dir)
     except RequestError as error:
         print("\n".join(f"error: {mistake}" for mistake in error.mistakes), file=sys.stderr)
         raise SystemExit(2) from None
@@ -216,10 +271,10 @@ def main() -> None:
     def listener(event: Event) -> None:
         terminal.show(event)
         if isinstance(event, CheckpointPublished):
-            store.prune(arguments.run_dir, keep_last=recipe.train.keep_last)
+            store.prune(arguments.run_dir, keep_last=plan.recipe.train.keep_last)
 
-    with Terminal(recipe) as terminal:
-        train(recipe, arguments.run_dir, listener=listener)
+    with Terminal(plan) as terminal:
+        train(plan, arguments.run_dir, listener=listener)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Where a run, or a stage of one, starts from. One order, everywhere: resume > resume_from > init_from > scratch.
 
+    stage          of a later stage: all weights of the stage before
     resume         its own newest checkpoint: whatever a recipe says about the beginning, it has begun
     resume_from    another run's whole training state: weights, optimizer, position in the stream, random states
     init_from      weights of a backbone, and nothing else: training begins at step 0
@@ -33,13 +34,14 @@ from pretrain.checkpoints import references
 from pretrain.checkpoints.store import CheckpointError, Published, latest, read_manifest
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import Recipe
+from pretrain.config.stages import Plan
 from pretrain.errors import RequestError, RunFailed, nearest
 from pretrain.record.run_dir import BACKBONE
 
-__all__ = ["Start", "Weights", "checked", "find_training_state", "find_weights", "starting_point"]
+__all__ = ["Start", "Weights", "checked", "checked_plan", "find_training_state", "find_weights", "starting_point"]
 
 TIMM = "timm:"
-How = Literal["resume", "resume_from", "init_from", "scratch"]
+How = Literal["resume", "resume_from", "stage", "init_from", "scratch"]
 _HUB_FILES = ("model.safetensors", "open_clip_model.safetensors")  # as timm looks for them
 _SIZES = re.compile(r"_patch\d+.*")  # in the name of a model; what comes before tells width and depth
 
@@ -143,12 +145,25 @@ def checked(recipe: Recipe, run_dir: Path) -> Recipe:
         with _named("resume_from", recipe.resume_from):
             found = find_training_state(recipe.resume_from, Path(recipe.storage))
             _check_state(found, recipe)
-        return replace(recipe, resume_from=found.location)
-    if recipe.init_from is not None:
+        recipe = replace(recipe, resume_from=found.location)
+    elif recipe.init_from is not None:
         with _named("init_from", recipe.init_from):
             _check_architecture(find_weights(recipe.init_from, Path(recipe.storage)).backbone, recipe)
-            return replace(recipe, init_from=_pinned(recipe.init_from, Path(recipe.storage)))
+            recipe = replace(recipe, init_from=_pinned(recipe.init_from, Path(recipe.storage)))
+    if recipe.teacher_from is not None:
+        with _named("teacher_from", recipe.teacher_from):
+            find_weights(recipe.teacher_from, Path(recipe.storage))
+            recipe = replace(recipe, teacher_from=_pinned(recipe.teacher_from, Path(recipe.storage)))
     return recipe
+
+
+def checked_plan(plan: Plan, run_dir: Path) -> Plan:
+    """`checked` for the recipe of every stage.
+
+    Raises:
+        RequestError: As `checked`.
+    """
+    return Plan(tuple(replace(stage, recipe=checked(stage.recipe, run_dir)) for stage in plan.stages))
 
 
 def _pinned(reference: str, storage: Path) -> str:

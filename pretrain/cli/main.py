@@ -45,13 +45,13 @@ def cli() -> None:
 @click.option("--address", metavar="URL", help="A running Ray; default: $RAY_ADDRESS, else a private local one.")
 def run(recipe: str, settings: tuple[str, ...], address: str | None) -> None:
     """Train RECIPE (a name or a YAML file), evaluate its checkpoints, record everything, print a summary."""
-    from pretrain.config.load import load_recipe
+    from pretrain.config.load import load_plan
 
     place = () if address is None else (f"cluster.address={address}",)
-    resolved = load_recipe(recipe, (*settings, *place))
+    plan = load_plan(recipe, (*settings, *place))
     from pretrain.driver import run
 
-    run(resolved)
+    run(plan)
 
 
 @cli.command()

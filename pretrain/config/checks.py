@@ -73,6 +73,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
         ),
         tracking=replace(draft.tracking, model_name=draft.tracking.model_name or draft.name),
         init_from=absolute_reference(draft.init_from),
+        teacher_from=absolute_reference(draft.teacher_from),
         resume_from=absolute_reference(draft.resume_from),
         storage=_checked_storage(draft.storage, mistakes),
     )

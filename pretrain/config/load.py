@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,13 +150,20 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
     mistakes.raise_if_any()
     named: list[tuple[str, Recipe, Mapping[str, Any]]] = []
     lines: list[str] = []
-    for stage in stages:
+    for index, stage in enumerate(stages):
         mistakes = Mistakes()
-        source = stage.keys.get("init_from")
-        if source is not None and source not in [name for name, _, _ in named]:
-            stage.pairs.append(("init_from", source))  # a reference, of which the recipe takes care
+        for key in ("init_from", "teacher_from"):
+            source = stage.keys.get(key)
+            if source is not None and source not in [name for name, _, _ in named]:
+                stage.pairs.append((key, source))  # a reference, of which the recipe takes care
         layers = [(content, origin), (stage.settings, f"{origin}, stage {stage.name}")]
         recipe = _resolved(layers, [*common, *stage.pairs], mistakes, how_to_set, check_files=check_files)
+        if "train.seed" not in {*_dotted("", stage.settings), *dict(stage.pairs)}:
+            seed = recipe.train.seed + index  # or every stage would see the samples in the same order
+            recipe = replace(recipe, train=replace(recipe.train, seed=seed))
+        if index:  # where the run begins is a matter of the first stage
+            init_from = recipe.init_from if "init_from" in dict(stage.pairs) else None
+            recipe = replace(recipe, resume_from=None, init_from=init_from)
         named.append((stage.name, recipe, stage.keys))
         lines += mistakes.lines
     if lines:
@@ -187,8 +195,8 @@ def _resolved(
     return checks.resolve(draft, mistakes, check_files=check_files)
 
 
-def load_for_resume(path: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a run that goes on, with what may change about it changed.
+def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
+    """The plan of a run that goes on, with what may change about it changed.
 
     With another number of workers the global batch stays; unless the overrides say how it is divided, the micro-batch
     stays too where that works out, else one micro-batch per worker is taken.
@@ -205,24 +213,27 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Recipe:
     open_keys = {"train.micro_batch_size", "train.accumulation"} - set(pairs)
     derived = [f"{key}=null" for key in open_keys] if len(open_keys) == 1 else []
     if "train.workers" in pairs:
-        workers, optimizer = pairs["train.workers"], _written(content, path, "optimizer.name")
-        if _written(content, path, "train.zero_stage") and optimizer not in RESHARDABLE:
-            known = f"DeepSpeed can cut anew only the state of {', '.join(RESHARDABLE)}"
-            raise RequestError(f"train.workers={workers}: the run uses {optimizer} sharded, and {known}")
+        workers, are_whole = pairs["train.workers"], True
+        for stage in content.get("stages") or [{}]:
+            keys = ("optimizer.name", "train.zero_stage", "train.micro_batch_size", "train.global_batch_size")
+            optimizer, zero_stage, micro, total = (_written(content, stage, path, key) for key in keys)
+            if zero_stage and optimizer not in RESHARDABLE:
+                known = f"DeepSpeed can cut anew only the state of {', '.join(RESHARDABLE)}"
+                raise RequestError(f"train.workers={workers}: the run uses {optimizer} sharded, and {known}")
+            share = (int(workers) if workers.isdigit() else 0) * int(micro)
+            are_whole = are_whole and share > 0 and int(total) % share == 0
         if len(open_keys) == 2:
-            share = (int(workers) if workers.isdigit() else 0) * int(_written(content, path, "train.micro_batch_size"))
-            is_whole = share > 0 and int(_written(content, path, "train.global_batch_size")) % share == 0
-            derived = ["train.accumulation=null", *([] if is_whole else ["train.micro_batch_size=null"])]
-    return _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True).recipe
+            derived = ["train.accumulation=null", *([] if are_whole else ["train.micro_batch_size=null"])]
+    return _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True)
 
 
-def _written(content: Mapping[str, Any], path: Path, key: str) -> Any:
-    """A setting of a recipe that a run has written, which holds all of them."""
+def _written(content: Mapping[str, Any], stage: Mapping[str, Any], path: Path, key: str) -> Any:
+    """A setting of one stage of a recipe that a run has written, which holds all of them."""
     section, _, name = key.partition(".")
-    try:
-        return content[section][name]
-    except (KeyError, TypeError):
-        raise RequestError(f"recipe {path}: {key} is missing; the recipe of a run holds every setting") from None
+    for layer in (stage, content):
+        if isinstance(below := layer.get(section), Mapping) and name in below:
+            return below[name]
+    raise RequestError(f"recipe {path}: {key} is missing; the recipe of a run holds every setting")
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -228,6 +228,9 @@ class Recipe:
         None,
         metavar="REFERENCE",
     )
+    teacher_from: str | None = setting(
+        "weights of frozen teachers, in the words of init_from; of objectives that have one", None, metavar="REFERENCE"
+    )
     resume_from: str | None = setting(
         "another run, or a checkpoint of one, whose whole training state to go on from; comes before init_from",
         None,

@@ -8,7 +8,8 @@ Everything outside `stages:` holds for all of them. A stage overrides settings o
 is done, on how many workers, and how it is recorded is one decision for the whole run. The command line comes last, as
 always: `train.steps=20` sets every stage, `stages[1].train.steps=20` one.
 
-Three keys say how a stage begins:
+Each stage has a sample order of its own, by a seed that is `train.seed` plus its number unless it says otherwise. Three
+keys say how a stage begins:
 
     init_from         where its weights come from: an earlier stage's name, or whatever `init_from` of a recipe takes.
                       Left out, the stage before; the first stage has what the recipe says.
@@ -58,21 +59,28 @@ class Stage:
     Attributes:
         name: Unique within the run; empty for the only stage of a recipe without `stages:`.
         recipe: Resolved as if it were a recipe of its own; `train.steps` and all schedules count its own steps.
-        first_step: Steps of the run that are done when it begins.
+        first_step, first_sample: Steps of the run that are done when it begins, and samples that were seen in them.
         init_from: Index of the earlier stage that its weights come from; None: as `recipe.init_from` says.
+        teacher_from: The same of frozen teachers; None: as `recipe.teacher_from` says.
         reset_optimizer: Whether it begins with new optimizer moments.
     """
 
     name: str
     recipe: Recipe
     first_step: int = 0
+    first_sample: int = 0
     init_from: int | None = None
+    teacher_from: int | None = None
     reset_optimizer: bool = True
 
     @property
     def last_step(self) -> int:
         """Steps of the run that are done when it ends."""
         return self.first_step + self.recipe.train.steps
+
+    def samples_seen(self, step: int) -> int:
+        """Samples of the run after its step `step`, which is one of this stage."""
+        return self.first_sample + (step - self.first_step) * self.recipe.train.global_batch_size
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,13 @@ class Plan:
         """Optimizer steps of the whole run."""
         return self.stages[-1].last_step
 
+    def optimizer_steps(self, index: int, step: int) -> int:
+        """Updates that the optimizer of stage `index` counts when `step` steps of the run are done."""
+        first = index
+        while not self.stages[first].reset_optimizer:
+            first -= 1
+        return step - self.stages[first].first_step
+
     def index_at(self, step: int) -> int:
         """The stage that is at work when `step` steps of the run are done; at a border, the one that has just ended."""
         return next((i for i, stage in enumerate(self.stages) if step <= stage.last_step), len(self.stages) - 1)
@@ -109,14 +124,16 @@ def in_order(named: Sequence[tuple[str, Recipe, Mapping[str, Any]]]) -> Plan:
     """
     stages: list[Stage] = []
     for index, (name, recipe, keys) in enumerate(named):
-        source = keys.get("init_from")
+        source, teacher = keys.get("init_from"), keys.get("teacher_from")
         earlier = [stage.name for stage in stages]
         stages.append(
             Stage(
                 name,
                 recipe,
                 first_step=stages[-1].last_step if stages else 0,
+                first_sample=stages[-1].samples_seen(stages[-1].last_step) if stages else 0,
                 init_from=earlier.index(source) if source in earlier else index - 1 if stages and not source else None,
+                teacher_from=earlier.index(teacher) if teacher in earlier else None,
                 reset_optimizer=keys.get("reset_optimizer", True),
             )
         )
@@ -131,12 +148,15 @@ def plan_yaml(plan: Plan) -> str:
         return OmegaConf.to_yaml(OmegaConf.create(contents[0]))
     shared = {key: _shared(key, [content[key] for content in contents]) for key in contents[0]}
     shared = {key: value for key, value in shared.items() if value is not _DIFFERS}
+    shared["resume_from"] = contents[0]["resume_from"]  # of the run: later stages have none
     stages = []
     for stage, content in zip(plan.stages, contents, strict=True):
         keys: dict[str, Any] = {"name": stage.name, "reset_optimizer": stage.reset_optimizer}
         if stage.init_from is not None:
             keys["init_from"] = plan.stages[stage.init_from].name
-        stages.append(keys | _difference(shared, content))
+        if stage.teacher_from is not None:
+            keys["teacher_from"] = plan.stages[stage.teacher_from].name
+        stages.append(_difference(shared, content) | keys)
     return OmegaConf.to_yaml(OmegaConf.create(shared | {"stages": stages}))
 
 
@@ -156,6 +176,8 @@ def _shared(key: str, values: Sequence[Any]) -> Any:
 def _difference(shared: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in content.items():
+        if key == "resume_from":
+            continue
         if key not in shared:
             found[key] = value
         elif value != shared[key]:

@@ -32,6 +32,7 @@ __all__ = [
     "Metrics",
     "Rejected",
     "Resumed",
+    "StageBegan",
     "Start",
     "Startup",
     "Visualizations",
@@ -154,6 +155,29 @@ class Initialized(Event):
     resampled: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageBegan(Event):
+    """A later stage of the run begins with the weights of the one before.
+
+    Attributes:
+        step: Steps of the run that are done.
+        stage: Its name.
+        loaded, total: Tensors that were taken over as they are, and all that the stage has.
+        resampled: Those that were fitted to another shape.
+        fresh: Those that stay as they were initialized.
+        moments: Whether the optimizer goes on with the moments of the stage before.
+    """
+
+    kind: ClassVar[str] = "stage"
+    step: int
+    stage: str
+    loaded: int
+    total: int
+    resampled: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+    moments: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +310,7 @@ _KINDS: dict[str, type[Event]] = {
         Startup,
         Resumed,
         Initialized,
+        StageBegan,
         Metrics,
         CheckpointPublished,
         Visualizations,

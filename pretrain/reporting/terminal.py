@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from evaluation.protocol import format_value
-from pretrain.config.schema import Recipe
+from pretrain.config.stages import Plan
 from pretrain.errors import listed
 from pretrain.record.events import (
     CheckpointPublished,
@@ -23,6 +23,7 @@ from pretrain.record.events import (
     Initialized,
     Metrics,
     Resumed,
+    StageBegan,
     Start,
     Startup,
     Warned,
@@ -35,14 +36,14 @@ class Terminal:
     """Shows the events of one run.
 
     Args:
-        recipe: Its resolved recipe.
+        plan: Its stages.
         console: Where to write; standard output by default.
     """
 
-    def __init__(self, recipe: Recipe, console: Console | None = None) -> None:
+    def __init__(self, plan: Plan, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._total = recipe.train.steps
-        self._select = recipe.evaluation.select
+        self._total = plan.total_steps
+        self._select = plan.recipe.evaluation.select
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -76,6 +77,8 @@ class Terminal:
                 self.say(startup_line(event))
             case Resumed():
                 self.say(resumed_line(event))
+            case StageBegan():
+                self.say(stage_line(event))
             case Initialized():
                 self.say(initialized_line(event))
             case Metrics():
@@ -124,6 +127,16 @@ def startup_line(event: Startup) -> str:
         f"joined {event.joined_s:.1f}, built {event.built_s:.1f}, first_batch {event.first_batch_s:.1f}, "
         f"first_step {event.first_step_s:.1f}"
     )
+
+
+def stage_line(event: StageBegan) -> str:
+    """What a stage took over, in one line."""
+    parts = [f"{event.loaded}/{event.total} tensors of the stage before"]
+    for names, verb in ((event.resampled, "fitted"), (event.fresh, "new")):
+        if names:
+            parts.append(f"{len(names)} {verb} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+    moments = "optimizer goes on" if event.moments else "optimizer reset"
+    return f"stage {event.stage} begins at step {event.step}: {', '.join(parts)}, {moments}"
 
 
 def resumed_line(event: Resumed) -> str:

@@ -31,12 +31,24 @@ from pretrain.checkpoints import copies, store
 from pretrain.checkpoints.initialization import Start, find_training_state, find_weights, starting_point
 from pretrain.config.load import to_yaml
 from pretrain.config.schema import Recipe
+from pretrain.config.stages import Plan, Stage
 from pretrain.errors import RequestError, RunFailed
 from pretrain.record.events import Initialized, Resumed
 from pretrain.record.run_dir import BACKBONE, MANIFEST, RECIPE
 from pretrain.training.engine import Engine
+from pretrain.training.handover import Handover
 
-__all__ = ["Snapshot", "begin_with", "find_start", "origin", "restore", "take"]
+__all__ = [
+    "Snapshot",
+    "begin_with",
+    "carry_moments",
+    "fill_companions",
+    "find_start",
+    "origin",
+    "restore",
+    "stage_start",
+    "take",
+]
 
 EXTRA_STATE = "objective-{:05d}.safetensors"  # of each rank with a share: buffers and companions of the objective
 REFERENCES = "companions.json"  # where companions that are not saved come from, with the sha256 of each file
@@ -44,26 +56,26 @@ REFERENCES = "companions.json"  # where companions that are not saved come from,
 
 def take(
     run_dir: Path,
-    step: int,
+    stage: Stage,
     engine: Engine,
     stream: Stream,
-    recipe: Recipe,
+    step: int,
     *,
     training_state: bool = True,
     origin: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Publish a checkpoint after `step` optimizer steps. A collective; returns how the run calls it.
+    """Publish a checkpoint after `step` steps of the run. A collective; returns how the run calls it.
 
     Args:
         run_dir: Directory of the run.
-        step: Optimiser steps done.
+        stage: At work; its recipe is saved along.
         engine: What to save.
         stream: Whose position after `step` is saved.
-        recipe: Saved along.
+        step: Steps of the run that are done.
         training_state: False for the backbone alone (that of step 0, which nobody resumes from).
         origin: What the run started from, for `checkpoint.json`; None: from scratch.
     """
-    rank, storage = dist.get_rank(), store.storage_of(run_dir)
+    recipe, rank, storage = stage.recipe, dist.get_rank(), store.storage_of(run_dir)
     own = store.stage(run_dir, step, rank)
     state_dir = own / store.TRAINING_STATE
     if rank == 0:
@@ -81,10 +93,11 @@ def take(
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, store.hand_over(storage, step, own))  # all ranks have written and digested
     if rank == 0:
-        state = stream.state_at(step)
+        state = stream.state_at(step - stage.first_step)
         manifest = {
             "run_id": run_dir.name,
-            "samples_seen": step * recipe.train.global_batch_size,
+            "stage": stage.name,
+            "samples_seen": stage.samples_seen(step),
             "stream": {"epoch": state.epoch, "position": state.position, "order": stream.order_signature},
             "world_size": dist.get_world_size(),
             "zero_stage": recipe.train.zero_stage,
@@ -180,7 +193,7 @@ def find_start(run_dir: Path, recipe: Recipe) -> tuple[Start, Snapshot | None]:
     return start, None if found is None else bring(found, is_own=start.how == "resume")
 
 
-def origin(found: Snapshot | None, initialized: Initialized | None) -> dict[str, Any] | None:
+def origin(start: Start, found: Snapshot | None, initialized: Initialized | None) -> dict[str, Any] | None:
     """What `checkpoint.json` says about where the run started from; a resumed run keeps what its checkpoint says."""
     if found is not None and found.is_own:
         kept: dict[str, Any] | None = found.manifest.get("origin")
@@ -190,10 +203,12 @@ def origin(found: Snapshot | None, initialized: Initialized | None) -> dict[str,
         return {"how": "resume_from", "reference": found.location, "sha256": digest, "step": found.step}
     if initialized is not None:
         return {"how": "init_from", "reference": initialized.reference, "sha256": initialized.sha256}
+    if start.how == "stage":
+        return {"how": "stage", "reference": start.reference}
     return None
 
 
-def begin_with(objective: Objective, start: Start, storage: Path) -> Initialized:
+def begin_with(objective: Objective, start: Start, stage: Stage) -> Initialized:
     """Give a new objective's backbone, and a teacher that copied it, the weights that `init_from` means. A collective.
 
     Only rank 0 reads them. Call it before an engine shards the parameters; draws no random numbers.
@@ -201,7 +216,7 @@ def begin_with(objective: Objective, start: Start, storage: Path) -> Initialized
     Args:
         objective: Built alike on every rank.
         start: Whose reference `pretrain.checkpoints.initialization.find_weights` takes.
-        storage: Where runs live.
+        stage: That begins.
 
     Raises:
         CheckpointError: On every rank, when they are not there or damaged.
@@ -211,7 +226,7 @@ def begin_with(objective: Objective, start: Start, storage: Path) -> Initialized
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            found = find_weights(reference, storage)
+            found = find_weights(reference, Path(stage.recipe.storage))
             answer = [(found.sha256, load_file(found.file))]
         except (RequestError, RunFailed, SafetensorError, store.CheckpointError) as error:
             answer = [store.CheckpointError(f"init_from={reference}: {error}")]
@@ -224,7 +239,7 @@ def begin_with(objective: Objective, start: Start, storage: Path) -> Initialized
         initialize_from(objective.backbone, weights)
     loaded = len(used.loaded) + len(used.resampled)
     return Initialized(
-        step=0,
+        step=stage.first_step,
         reference=reference,
         sha256=digest,
         loaded=loaded,
@@ -235,7 +250,7 @@ def begin_with(objective: Objective, start: Start, storage: Path) -> Initialized
     )
 
 
-def restore(found: Snapshot, engine: Engine, stream: Stream) -> Resumed:
+def restore(found: Snapshot, engine: Engine, stream: Stream, optimizer_steps: int) -> Resumed:
     """Bring engine and RNG back to where the checkpoint was taken. A collective.
 
     With another number of ranks the training state is resharded and each rank begins a new RNG (which only stochastic
@@ -245,6 +260,7 @@ def restore(found: Snapshot, engine: Engine, stream: Stream) -> Resumed:
         found: A checkpoint of this run, or of the one that `resume_from` names.
         engine: Built from the recipe.
         stream: Begun at `found.stream_state`.
+        optimizer_steps: Updates that the optimizer has to count.
 
     Returns:
         What was restored, for people.
@@ -261,21 +277,15 @@ def restore(found: Snapshot, engine: Engine, stream: Stream) -> Resumed:
         raise store.CheckpointError(f"{found.path}: taken with {stages}")
     state_dir = found.path / store.TRAINING_STATE
     is_same_world = manifest["world_size"] == dist.get_world_size()
+    _load_engine(found, engine)
     if is_same_world:
-        engine.load(state_dir)
         _set_rng_states(load_file(state_dir / f"rng-{dist.get_rank():05d}.safetensors"), engine.device)
-    elif not found.is_shared:
-        raise store.CheckpointError(
-            f"{found.path}: taken by {manifest['world_size']} workers; resharding takes a directory that all machines "
-            f"share; resume with train.workers={manifest['world_size']}"
-        )
     else:
-        engine.load_resharded(state_dir, found.path.with_name(f".{found.path.name}.universal"))
         torch.manual_seed(torch.initial_seed() + found.step)
     _load_objective(engine.objective, state_dir)
     saved, loaded = load_file(found.path / BACKBONE), engine.backbone_weights()
     equal = [name for name, tensor in saved.items() if name in loaded and torch.equal(tensor, loaded[name])]
-    if len(equal) != len(saved) or engine.optimizer_steps != found.step:
+    if len(equal) != len(saved) or engine.optimizer_steps != optimizer_steps:
         raise store.CheckpointError(
             f"{found.path}: {len(equal)} of {len(saved)} backbone tensors came back equal, "
             f"optimizer at step {engine.optimizer_steps}"
@@ -292,6 +302,96 @@ def restore(found: Snapshot, engine: Engine, stream: Stream) -> Resumed:
         position=manifest["stream"]["position"],
         reference="" if found.is_own else found.location,
     )
+
+
+def stage_start(run_dir: Path, plan: Plan, index: int) -> Start:
+    """How a later stage begins that has no checkpoint of its own yet. A collective: all ranks agree."""
+    stage = plan.stages[index]
+    if stage.init_from == index - 1:
+        return Start("stage", plan.stages[index - 1].name)
+    source = stage.recipe.init_from
+    if stage.init_from is not None:
+        source = _last_checkpoint(run_dir, plan.stages[stage.init_from]).location
+    return starting_point(own=None, resume_from=None, init_from=source)
+
+
+def carry_moments(run_dir: Path, stage: Stage, engine: Engine, taken: Handover) -> None:
+    """Give the optimizer of a stage the moments of the stage before, from its last checkpoint. A collective.
+
+    Raises:
+        ValueError: A parameter has another shape than before, or is new.
+    """
+    trained = {name for name, parameter in engine.objective.named_parameters() if parameter.requires_grad}
+    changed = sorted(trained & {*taken.resampled, *taken.fresh})
+    if changed:
+        raise ValueError(
+            f"stage {stage.name!r} keeps the optimizer, but {changed[0]} is new or has another shape than in the stage "
+            "before; set reset_optimizer: true"
+        )
+    _load_engine(bring(_checkpoint_at(run_dir, stage.first_step), is_own=True), engine)
+
+
+def fill_companions(objective: Objective, plan: Plan, index: int, run_dir: Path) -> None:
+    """Fill frozen teachers as `teacher_from` says; `restore` fills those of a resumed stage again. A collective.
+
+    Raises:
+        ValueError: `teacher_from` and the objective disagree on whether there is such a teacher.
+        CheckpointError: The weights are not there or damaged.
+        ObjectiveError: They do not fit.
+    """
+    stage = plan.stages[index]
+    wanting = [companion for companion in objective.companions().values() if companion.filled == "checkpoint"]
+    reference = stage.recipe.teacher_from
+    if stage.teacher_from is not None:
+        reference = _last_checkpoint(run_dir, plan.stages[stage.teacher_from]).location
+    if bool(wanting) != (reference is not None):
+        name = stage.recipe.objective.name
+        raise ValueError(
+            f"objective {name!r} has a frozen teacher; say with teacher_from where its weights come from"
+            if wanting
+            else f"teacher_from={reference}: objective {name!r} has no frozen teacher to fill; leave it out"
+        )
+    if reference is None:
+        return
+    try:
+        found = find_weights(reference, Path(stage.recipe.storage))
+    except (RequestError, RunFailed) as error:
+        raise store.CheckpointError(f"teacher_from={reference}: {error}") from None
+    for companion in wanting:
+        companion.load(found.file, found.sha256)
+
+
+def _last_checkpoint(run_dir: Path, stage: Stage) -> store.Published:
+    return _checkpoint_at(run_dir, stage.last_step)
+
+
+def _checkpoint_at(run_dir: Path, step: int) -> store.Published:
+    """The run's own checkpoint of a step. A collective."""
+    answer: list[store.Published | None] = [None]
+    if dist.get_rank() == 0:
+        answer = [next((found for found in store.published(run_dir) if found.step == step), None)]
+    dist.broadcast_object_list(answer, src=0)  # all ranks: the same checkpoint
+    if answer[0] is None:
+        raise store.CheckpointError(f"{run_dir}: the checkpoint of step {step} is gone, with which a stage begins")
+    return answer[0]
+
+
+def _load_engine(found: Snapshot, engine: Engine) -> None:
+    """Model and optimizer of a checkpoint, cut anew where another number of ranks saved it. A collective.
+
+    Raises:
+        CheckpointError: They have to be cut anew, and each machine has a copy of its own.
+    """
+    state_dir, saved_world_size = found.path / store.TRAINING_STATE, found.manifest["world_size"]
+    if saved_world_size == dist.get_world_size():
+        engine.load(state_dir)
+    elif found.is_shared:
+        engine.load_resharded(state_dir, found.path.with_name(f".{found.path.name}.universal"))
+    else:
+        raise store.CheckpointError(
+            f"{found.path}: taken by {saved_world_size} workers; resharding takes a directory that all machines "
+            f"share; resume with train.workers={saved_world_size}"
+        )
 
 
 def _save_objective(objective: Objective, state_dir: Path) -> None:

@@ -35,9 +35,15 @@ class StartupClock:
         """`joined` the process group, `built` the engine, have the `first_batch`."""
         self._times.setdefault(what, time.time())
 
+    @property
+    def is_running(self) -> bool:
+        """Until the first step is done."""
+        return "done" not in self._times
+
     def startup(self) -> Startup:
         """Where the time before the end of the first step went: seconds of wall clock, CPU seconds of this process."""
-        times, now = self._times, time.time()
+        self.note("done")
+        times, now = self._times, self._times["done"]
         return Startup(
             total_s=now - times["launched"],
             placed_s=times["placed"] - times["launched"],

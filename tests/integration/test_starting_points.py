@@ -18,6 +18,7 @@ from objectives.base import Objective
 from pretrain.checkpoints import store
 from pretrain.checkpoints.initialization import Start
 from pretrain.config.load import load_recipe
+from pretrain.config.stages import Stage
 from pretrain.record.events import Initialized, Resumed
 from pretrain.record.journal import read_events
 from pretrain.training import state
@@ -101,7 +102,8 @@ def _begin(file: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     objective = _objective()
     before, random = objective.backbone.timm_state_dict()["norm.weight"].clone(), torch.get_rng_state()
-    used = state.begin_with(objective, Start("init_from", str(file if dist.get_rank() == 0 else "/gone")), Path())
+    stage = Stage("", load_recipe("demo", check_files=False))
+    used = state.begin_with(objective, Start("init_from", str(file if dist.get_rank() == 0 else "/gone")), stage)
     equal = [
         all(torch.equal(tensor, encoder.timm_state_dict()[name]) for name, tensor in given.timm_state_dict().items())
         for encoder in (objective.backbone, objective.exported)
@@ -110,7 +112,7 @@ def _begin(file: Path) -> dict[str, Any]:
     dist.all_gather_object(answers, [*equal, torch.equal(random, torch.get_rng_state()), before.shape.numel()])
     failed = ""
     try:
-        state.begin_with(objective, Start("init_from", "/gone.safetensors"), Path())
+        state.begin_with(objective, Start("init_from", "/gone.safetensors"), stage)
     except store.CheckpointError as error:
         failed = str(error)
     return {"answers": answers, "loaded": used.loaded, "total": used.total, "failed": failed}

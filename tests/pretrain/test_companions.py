@@ -23,6 +23,7 @@ from objectives.errors import ObjectiveError
 from objectives.teacher import ReadWeights, Teacher
 from pretrain.checkpoints.store import CheckpointError
 from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.config.stages import Stage
 from pretrain.training import state
 from pretrain.training.engine import Engine
 
@@ -129,14 +130,14 @@ def _save_and_restore(run_dir: Path, weights: Path) -> dict[str, Any]:
     stream: Any = SimpleNamespace(state_at=lambda _: position, order_signature={}, require_order=lambda _: None)
     engine = engine_of("fp32", 1, weights)
     step(engine, 0)
-    state.take(run_dir, 1, engine, stream, recipe_of("fp32", 1))
-    found = state.newest(run_dir)
+    state.take(run_dir, Stage("", recipe_of("fp32", 1)), engine, stream, 1)
+    _, found = state.find_start(run_dir, recipe_of("fp32", 1))
     assert found is not None
     path = found.path
     saved = {file.name: sorted(load_file(file)) for file in (path / "training_state").glob("objective-*")}
 
     again = engine_of("fp32", 1, None)
-    state.restore(found, again, stream)
+    state.restore(found, again, stream, 1)
     same = {
         name: all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
         for (name, one), two in zip(
@@ -151,7 +152,7 @@ def _save_and_restore(run_dir: Path, weights: Path) -> dict[str, Any]:
             spoil()
         dist.barrier()
         try:
-            state.restore(found, engine_of("fp32", 1, None), stream)
+            state.restore(found, engine_of("fp32", 1, None), stream, 1)
         except CheckpointError as error:
             refusals.append(str(error))
         dist.barrier()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pretrain.config.schema import EvaluationConfig, EvaluationTask, Recipe, TrainConfig
+from pretrain.config.stages import Plan, Stage
 from pretrain.evaluations import due, leaderboard, retention
 from pretrain.record.events import Evaluated
 from pretrain.record.run_dir import RunDir
@@ -28,6 +29,10 @@ def recipe(**changes: Any) -> Recipe:
         else:
             evaluation = replace(evaluation, **{key: value})
     return Recipe(name="small", objective=None, train=train, evaluation=evaluation)
+
+
+def plan(**changes: Any) -> Plan:
+    return Plan.single(recipe(**changes))
 
 
 def score(step: int, top1: float, task: str = "knn/photos", metric: str = "top1") -> Evaluated:
@@ -55,13 +60,21 @@ STEPS = [0, 10, 20, 30, 40, 45]
     ids=str,
 )
 def test_due__which_checkpoints(changes: dict[str, Any], expected: list[int]) -> None:
-    found = list(due(recipe(**changes), STEPS, set()))
+    found = list(due(plan(**changes), STEPS, set()))
     assert found == [(step, task) for step in expected for task in (KNN, LINEAR)]
+
+
+def test_due__counts_within_a_stage_and_takes_the_last_step_of_each() -> None:
+    """45 steps with checkpoints at 10 20 30 40 45, then 45 more."""
+    one = recipe(every=2, tasks=[KNN])
+    staged = Plan((Stage("a", one), Stage("b", one, first_step=45)))
+    steps = [0, 10, 20, 30, 40, 45, 55, 65, 75, 85, 90]
+    assert [step for step, _ in due(staged, steps, set())] == [0, 20, 40, 45, 65, 85, 90]
 
 
 def test_due__what_has_scores_is_not_due_again() -> None:
     done = {(10, "knn", "photos"), (45, "knn", "photos"), (45, "linear", "photos"), (45, "knn", "others")}
-    assert list(due(recipe(baseline=False), [10, 45], done)) == [(10, LINEAR)]
+    assert list(due(plan(baseline=False), [10, 45], done)) == [(10, LINEAR)]
 
 
 @pytest.mark.parametrize(

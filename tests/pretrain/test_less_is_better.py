@@ -22,6 +22,7 @@ from pretrain.checkpoints.store import published
 from pretrain.cli.main import main
 from pretrain.config.load import load_recipe
 from pretrain.config.schema import EvaluationTask
+from pretrain.config.stages import Plan
 from pretrain.driver import _Driver
 from pretrain.errors import RequestError
 from pretrain.evaluations import _event
@@ -89,7 +90,7 @@ def test_run__an_error_as_select_moves_best_pins_and_is_shown_with_its_unit(
     recipe = load_recipe("demo", [TASK, "evaluation.select=depth/grocery/rmse", *settings])
     run = RunDir(storage / "depth-run")
     run.logs.mkdir(parents=True)
-    driver = _Driver(replace(recipe, storage=str(storage)), run, time.time())
+    driver = _Driver(Plan.single(replace(recipe, storage=str(storage))), run, time.time())
     driver.terminal.console = Console(file=io.StringIO(), width=160)
     driver._write_recipe()
     with Journal(run.journal) as journal:

@@ -185,7 +185,7 @@ def test_load_for_resume__global_batch_stays(
 ) -> None:
     saved = tmp_path / "recipe.yaml"
     saved.write_text(to_yaml(load_recipe(minimal)))
-    train = load_for_resume(saved, overrides).train
+    train = load_for_resume(saved, overrides).recipe.train
     assert (train.workers, train.micro_batch_size, train.accumulation) == (workers, micro, accumulation)
     assert train.global_batch_size == 32
 

@@ -44,6 +44,8 @@ def test_load_plan__resolves_one_recipe_per_stage(staged: str) -> None:
     assert last.recipe.objective.name == "gmml" and not hasattr(last.recipe.objective, "decoder_dim")
     assert [stage.init_from for stage in plan.stages] == [None, 0, 0]
     assert {stage.recipe.name for stage in plan.stages} == {"staged"}
+    assert [stage.recipe.train.seed for stage in plan.stages] == [0, 1, 2]
+    assert [stage.samples_seen(stage.last_step) for stage in plan.stages] == [320, 512, 832]
     assert plan.total_steps == 26 and plan.recipe is last.recipe
     assert [plan.index_at(step) for step in (0, 10, 11, 16, 17, 26)] == [0, 0, 1, 1, 2, 2]
 
@@ -62,6 +64,8 @@ def test_load_plan__the_command_line_comes_last(staged: str) -> None:
     assert [stage.reset_optimizer for stage in plan.stages] == [True, False, True]
     (only,) = load_plan(staged, ["stages=[{name: only, train: {steps: 7}}]"]).stages
     assert (only.name, only.recipe.train.steps) == ("only", 7)
+    plan = load_plan(staged, ["train.seed=5", "stages[1].train.seed=3"])
+    assert [stage.recipe.train.seed for stage in plan.stages] == [5, 3, 7]
     (plain,) = load_plan(staged, ["stages=[]"]).stages
     assert plain.recipe.train.steps == 10
 
@@ -75,6 +79,7 @@ def test_plan_yaml__comes_back_equal(staged: str, tmp_path: Path, overrides: lis
     assert load_plan(saved) == plan
     text = saved.read_text()
     assert text.count("decoder_dim") == 2  # of the two stages that have it, since the third has another objective
+    assert [plan.optimizer_steps(index, 16) for index in (0, 1)] == [16, 6]
     assert text.count("global_batch_size") == 1  # what all stages share is said once
 
 

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from pretrain.config.load import load_recipe
+from pretrain.config.load import load_plan
 from pretrain.record.events import (
     CheckpointPublished,
     EvaluationFailed,
@@ -76,9 +76,7 @@ VALUES = {"loss": 0.5, "lr": 1e-3, "samples_per_s": 312.4, "data_wait_fraction":
 )
 def test_show__one_line_for_what_a_person_wants_to_know(event: Event, said: str | None) -> None:
     written = io.StringIO()
-    terminal = Terminal(
-        load_recipe("demo", ["train.steps=150"]), Console(file=written, highlight=False, soft_wrap=True)
-    )
+    terminal = Terminal(load_plan("demo", ["train.steps=150"]), Console(file=written, highlight=False, soft_wrap=True))
     terminal.show(event)
     assert written.getvalue() == ("" if said is None else f"{said}\n")
 

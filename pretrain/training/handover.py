@@ -1,0 +1,110 @@
+"""What one stage of a run hands to the next: every weight of its objective, whole and in float32.
+
+Weights go by name. Where the next stage has another shape, its encoder may know how to fit them (positions resampled to
+its grid); what it does not know, and what it has alone, stays as it was initialized, and is named.
+
+Not here: optimizer moments, which go through a checkpoint (`pretrain.training.state`), and weights from outside of the
+run (`init_from` of a recipe).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backbones.encoder import Encoder
+from objectives.base import Objective
+from pretrain.config.stages import Stage
+from pretrain.record.events import StageBegan
+from pretrain.training.engine import Engine
+
+__all__ = ["Handover", "take_over", "weights_of"]
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What the next stage took; all names are sorted.
+
+    Attributes:
+        loaded: As they were.
+        resampled: Fitted to another shape.
+        fresh: Of the next stage, and without a counterpart that fits; they stay as they were initialized.
+        unused: Of the stage before alone.
+    """
+
+    loaded: tuple[str, ...]
+    resampled: tuple[str, ...]
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def event(self, stage: Stage) -> StageBegan:
+        """What people are told about it."""
+        return StageBegan(
+            step=stage.first_step,
+            stage=stage.name,
+            loaded=len(self.loaded),
+            total=len(self.loaded) + len(self.resampled) + len(self.fresh),
+            resampled=self.resampled,
+            fresh=self.fresh,
+            moments=not stage.reset_optimizer,
+        )
+
+
+@torch.no_grad()
+def weights_of(engine: Engine) -> dict[str, Tensor]:
+    """All parameters and the extra state of an engine's objective on the CPU. A collective."""
+    objective = engine.objective
+    parameters = dict(objective.named_parameters())
+    weights = dict(zip(parameters, engine.read_weights(list(parameters.values())), strict=True))
+    return {name: tensor.detach().cpu().clone() for name, tensor in {**weights, **objective.extra_state()}.items()}
+
+
+@torch.no_grad()
+def take_over(objective: Objective, weights: Mapping[str, Tensor]) -> Handover:
+    """Copy weights of the stage before into the objective of the next one, before an engine shards it.
+
+    Fixed positions (parameters that are not trained) of another grid keep their own values, which are exact.
+    """
+    parameters = dict(objective.named_parameters())
+    own: dict[str, Tensor] = {**parameters, **objective.extra_state()}
+    is_fixed = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+    encoders = _encoders_of(objective)
+    loaded, resampled = set(), set()
+    for name, tensor in own.items():
+        if name not in weights:
+            continue
+        if weights[name].shape == tensor.shape:
+            tensor.copy_(weights[name])
+            loaded.add(name)
+        elif name not in is_fixed and (fitted := _fitted(encoders, name, weights[name])) is not None:
+            tensor.copy_(fitted)
+            resampled.add(name)
+    return Handover(
+        loaded=tuple(sorted(loaded)),
+        resampled=tuple(sorted(resampled)),
+        fresh=tuple(sorted(own.keys() - loaded - resampled)),
+        unused=tuple(sorted(weights.keys() - own.keys())),
+    )
+
+
+def _encoders_of(objective: Objective) -> dict[str, Encoder]:
+    """Prefix of the weights -> the encoder whose they are, of the student and of companions."""
+    roots: dict[str, nn.Module] = {"": objective}
+    roots |= {f"{name}.": companion.module for name, companion in objective.companions().items()}
+    found = {}
+    for prefix, root in roots.items():
+        paths = {module: path for path, module in root.named_modules()}
+        for module in paths:
+            if isinstance(module, Encoder):
+                found[f"{prefix}{paths[module.network]}."] = module
+    return found
+
+
+def _fitted(encoders: Mapping[str, Encoder], name: str, tensor: Tensor) -> Tensor | None:
+    for prefix, encoder in encoders.items():
+        if name.startswith(prefix):
+            return encoder.fitted(name.removeprefix(prefix), tensor)
+    return None
