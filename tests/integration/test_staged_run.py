@@ -66,16 +66,15 @@ def test_stages__a_later_one_begins_with_the_weights_of_the_one_before(
     assert (small["pos_embed"].shape[1], large["pos_embed"].shape[1]) == (4 * 4 + 1, 6 * 6 + 1)
     assert (small["blocks.0.mlp.fc1.weight"] - large["blocks.0.mlp.fc1.weight"]).abs().max() < 0.02  # it went on
 
-    for name, step in (("first", 5), ("second", 12)):
-        broken = launch(name, ranks=1)
-        broken.kill_after_step(step)
-        launch(name, ranks=1).wait()
-        assert losses(broken.run_dir) == expected  # bit for bit
-        (resumed,) = [event for event in events(broken.run_dir) if isinstance(event, Resumed)]
-        assert resumed.step == {"first": 3, "second": 11}[name]
-        assert resumed.optimizer_step == {"first": 3, "second": 3}[name]  # of the stage, whose optimizer is new
-        last = "checkpoints/step-00000014/backbone.safetensors"
-        assert (broken.run_dir / last).read_bytes() == (whole.run_dir / last).read_bytes()
+    broken = launch("broken", ranks=1)
+    broken.kill_after_step(5)
+    launch("broken", ranks=1).kill_after_step(12)
+    launch("broken", ranks=1).wait()
+    assert losses(broken.run_dir) == expected  # bit for bit
+    resumed = [(event.step, event.optimizer_step) for event in events(broken.run_dir) if isinstance(event, Resumed)]
+    assert resumed == [(3, 3), (11, 3)]  # the second stage has an optimizer of its own
+    last = "checkpoints/step-00000014/backbone.safetensors"
+    assert (broken.run_dir / last).read_bytes() == (whole.run_dir / last).read_bytes()
 
 
 def test_stages__may_carry_the_moments_of_the_optimizer_over(
@@ -86,15 +85,11 @@ def test_stages__may_carry_the_moments_of_the_optimizer_over(
     kept.wait()
     (began,) = [event for event in events(kept.run_dir) if isinstance(event, StageBegan)]
     assert began.moments and began.loaded == began.total
-    reset = launch("reset", *options[::2], ranks=1)
-    reset.wait()
-    ours, theirs = losses(kept.run_dir), losses(reset.run_dir)
-    assert [ours[step] == theirs[step] for step in (8, 9, 10)] == [True, True, False]  # step 9 makes the difference
 
     broken = launch("broken", *options, ranks=1)
     broken.kill_after_step(12)
     launch("broken", *options, ranks=1).wait()
-    assert losses(broken.run_dir) == ours
+    assert losses(broken.run_dir) == losses(kept.run_dir)
     (resumed,) = [event for event in events(broken.run_dir) if isinstance(event, Resumed)]
     assert (resumed.step, resumed.optimizer_step) == (11, 11)
 

@@ -115,7 +115,9 @@ def test_main__run_gets_the_resolved_recipe(run_stub: Callable[..., None]) -> No
     seen: list[Any] = []
     run_stub(seen.append)
     assert main(["run", "demo", "train.steps=200", "--address", "ray://head:1"]) == 0
-    (recipe,) = seen
+    (plan,) = seen
+    recipe = plan.recipe
+    assert plan.total_steps == 200
     assert (recipe.name, recipe.train.steps, recipe.cluster.address) == ("demo", 200, "ray://head:1")
 
 

@@ -15,8 +15,10 @@ from pretrain.record.events import DamagedEvent, Evaluated, EvaluationFailed, Ev
 EXAMPLES: list[Event] = [
     events.Start(step=0, total_steps=9, world_size=2, device="cpu", exact=False, pids=(4, 5), decoder="pil"),
     events.Startup(**{field.name: 1.5 for field in fields(events.Startup)}),
-    events.Resumed(**{field.name: 3 for field in fields(events.Resumed)}),
+    events.Resumed(**{field.name: 3 for field in fields(events.Resumed)} | {"reference": "runs:/a/3"}),
     events.Metrics(step=1, values={"loss": 0.5, "samples_seen": 64}),
+    events.Initialized(step=0, reference="timm:x", sha256="ab", loaded=3, total=4, missing=("pos_embed",)),
+    events.StageBegan(step=8, stage="large", loaded=3, total=4, fresh=("pos_embed",)),
     events.CheckpointPublished(step=1, path="checkpoints/step-00000001"),
     events.Visualizations(step=1, path="visualizations/step-00000001.png"),
     events.Warned(step=1, about="collapse", text="collapsed: flat"),
@@ -45,7 +47,13 @@ def test_event__every_class_has_an_example() -> None:
 @pytest.mark.parametrize("event", EXAMPLES, ids=lambda event: type(event).__name__)
 def test_from_json__a_missing_field_is_named(event: Event) -> None:
     record = event.to_json()
-    optional = {Start: {"exact", "pids", "decoder"}, events.Warned: {"ranks"}}.get(type(event), set())
+    optional = {
+        Start: {"exact", "pids", "decoder"},
+        events.Resumed: {"reference"},
+        events.Initialized: {"resampled", "missing", "unexpected"},
+        events.StageBegan: {"resampled", "fresh", "moments"},
+        events.Warned: {"ranks"},
+    }.get(type(event), set())
     if isinstance(event, EvaluationFailed):
         optional = {"error"}  # without it the record is one of scores, which then lacks others
     if isinstance(event, Evaluated):
