@@ -344,15 +344,13 @@ def fill_companions(objective: Objective, plan: Plan, index: int, run_dir: Path)
     reference = stage.recipe.teacher_from
     if stage.teacher_from is not None:
         reference = _last_checkpoint(run_dir, plan.stages[stage.teacher_from]).location
-    if bool(wanting) != (reference is not None):
-        name = stage.recipe.objective.name
-        raise ValueError(
-            f"objective {name!r} has a frozen teacher; say with teacher_from where its weights come from"
-            if wanting
-            else f"teacher_from={reference}: objective {name!r} has no frozen teacher to fill; leave it out"
-        )
+    name = stage.recipe.objective.name
     if reference is None:
+        if any(companion.source is None for companion in wanting):
+            raise ValueError(f"objective {name!r} has a frozen teacher; say with teacher_from whose weights it has")
         return
+    if not wanting:
+        raise ValueError(f"teacher_from={reference}: objective {name!r} has no frozen teacher to fill; leave it out")
     try:
         found = find_weights(reference, Path(stage.recipe.storage))
     except (RequestError, RunFailed) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from backbones.images.config import ImageConfig
+from backbones.io import save_backbone
 from backbones.registry import create_backbone
 from objectives.base import Objective, Output, Progress
 from objectives.companions import Companion
@@ -23,9 +24,10 @@ from objectives.errors import ObjectiveError
 from objectives.teacher import ReadWeights, Teacher
 from pretrain.checkpoints.store import CheckpointError
 from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
-from pretrain.config.stages import Stage
+from pretrain.config.stages import Plan, Stage
 from pretrain.training import state
 from pretrain.training.engine import Engine
+from pretrain.training.handover import take_over
 
 RANKS = 2
 VIT = {"depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -224,3 +226,56 @@ def test_companion__a_teacher_is_one_by_itself_and_what_is_frozen_is_in_evaluati
     assert (teacher.filled, teacher.moves, teacher.saved) == ("student", "ema", "whole")
     assert not frozen.module.training and not any(p.requires_grad for p in frozen.module.parameters())
     assert not any(name.startswith(("frozen", "carried", "teacher")) for name in toy.state_dict())
+
+
+def test_fill_companions__by_teacher_from(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    given = Toy().backbone
+    save_backbone(tmp_path / "teacher.safetensors", given.weights(), given.spec)
+    recipe = replace(recipe_of("fp32", 1), teacher_from=str(tmp_path / "teacher.safetensors"))
+    toy = Toy()
+    state.fill_companions(toy, Plan.single(recipe), 0, tmp_path)
+    assert all(
+        torch.equal(ours, given.weights()[name]) for name, ours in toy.frozen.module.network.state_dict().items()
+    )
+    assert toy.references()["frozen"]["location"] == str(tmp_path / "teacher.safetensors")
+    state.fill_companions(toy, Plan.single(recipe_of("fp32", 1)), 0, tmp_path)  # filled by itself: nothing to say
+
+    with pytest.raises(ValueError, match="'toy' has a frozen teacher; say with teacher_from"):
+        state.fill_companions(Toy(), Plan.single(recipe_of("fp32", 1)), 0, tmp_path)
+    gone = Plan.single(replace(recipe, teacher_from=str(tmp_path / "gone.safetensors")))
+    with pytest.raises(CheckpointError, match=r"teacher_from=.*gone.safetensors: .*no such file"):
+        state.fill_companions(Toy(), gone, 0, tmp_path)
+    toy.companions = dict  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="objective 'toy' has no frozen teacher to fill; leave it out"):
+        state.fill_companions(toy, Plan.single(recipe), 0, tmp_path)
+
+
+def test_take_over__student_teacher_and_what_else_is_carried(tmp_path: Path) -> None:
+    """By name; a companion that is saved by reference is filled from its source and not handed over."""
+    torch.manual_seed(4)
+    before, after = Toy(), Toy()
+    with torch.no_grad():
+        for tensor in before.extra_state().values():
+            tensor.add_(1)
+    weights = {**dict(before.named_parameters()), **before.extra_state()}
+    frozen = {name: tensor.clone() for name, tensor in after.frozen.state_dict().items()}
+    taken = take_over(after, weights)
+    assert not (taken.fresh or taken.resampled or taken.unused) and len(taken.loaded) == len(weights)
+    found = {**dict(after.named_parameters()), **after.extra_state()}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
+    assert {name.partition(".")[0] for name in taken.loaded} == {"backbone", "head", "teacher", "carried"}
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in after.frozen.state_dict().items())
+
+    weights["teacher.backbone.vit.pos_embed"] = torch.ones(1, 17, 24)  # of another grid
+    weights["head.weight"] = torch.zeros(3, 3)
+    weights["gone"] = torch.zeros(1)
+    kept = after.head.weight.clone()
+    taken = take_over(after, weights)
+    assert (taken.resampled, taken.fresh, taken.unused) == (
+        ("teacher.backbone.vit.pos_embed",),
+        ("head.weight",),
+        ("gone",),
+    )
+    assert torch.equal(after.head.weight, kept)
+    torch.testing.assert_close(after.teacher.backbone.vit.pos_embed, torch.ones(1, 5, 24))  # type: ignore[union-attr]
