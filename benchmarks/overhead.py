@@ -1,6 +1,6 @@
 """What the full stack costs per step: Ray + DeepSpeed ZeRO-0 with one worker over a bare PyTorch loop.
 
-Both run the objective, the sample stream and the optimiser settings of the same recipe, in alternation, in processes of
+Both run the objective, the sample stream and the optimizer settings of the same recipe, in alternation, in processes of
 their own with one thread. The figure is the ratio of the medians of all step times of one invocation.
 
     python benchmarks/overhead.py [RECIPE] [key=value ...] [--steps 120] [--rounds 3]

@@ -1,6 +1,6 @@
 """What every objective is to the training loop.
 
-The loop calls `forward` once per micro-batch and `after_step` once per optimiser step; it knows nothing else about an
+The loop calls `forward` once per micro-batch and `after_step` once per optimizer step; it knows nothing else about an
 objective. Everything a subclass may rely on, and everything it must keep to, is in this file.
 
 * All work with gradients happens inside one `forward`, the only entry that an engine sees.
@@ -9,7 +9,7 @@ objective. Everything a subclass may rely on, and everything it must keep to, is
 * All randomness comes from the batch's "seed", so that a step does not depend on ranks or on restarts.
 * State is parameters, persistent buffers and companions. All three are saved and come back bit for bit.
 
-NOT here: schedules of the optimiser (`pretrain.training.engine`), how views are cut (`data_pipelines.views`).
+NOT here: schedules of the optimizer (`pretrain.training.engine`), how views are cut (`data_pipelines.views`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["ImageObjective", "Objective", "Output", "Progress"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands: `step` optimiser steps of `total_steps` are done.
+    """Where training stands: `step` optimizer steps of `total_steps` are done.
 
     Attributes:
         is_logged: somebody reads this step's metrics; of other steps, those that cost anything may be left out.
@@ -92,7 +92,7 @@ class Objective(nn.Module, ABC):
         """
 
     def after_step(self, progress: Progress, read: ReadWeights) -> None:
-        """Work after an optimiser step, such as moving the teacher or a center; nothing by default.
+        """Work after an optimizer step, such as moving the teacher or a center; nothing by default.
 
         All ranks call it alike, so collectives are allowed. `progress` is that of the step just taken, `read` gives
         the whole float32 values of a list of parameters.
@@ -114,7 +114,7 @@ class Objective(nn.Module, ABC):
 
     @property
     def exported(self) -> Encoder:
-        """The encoder that is exported and graded: the teacher's, if there is one."""
+        """The encoder that is exported and evaluated: the teacher's, if there is one."""
         return self.backbone if self.teacher is None else self.teacher.backbone  # type: ignore[return-value]
 
     def companions(self) -> dict[str, Companion]:
@@ -189,7 +189,7 @@ class Objective(nn.Module, ABC):
             tensor.copy_(state[name])
 
     def param_groups(self, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-        """Trainable parameters as torch optimiser groups; call it before an engine shards them.
+        """Trainable parameters as torch optimizer groups; call it before an engine shards them.
 
         Matrices and tokens (two or more dimensions) decay, vectors and biases do not. With `layer_decay` < 1 an
         encoder layer that lies n layers below the encoder's last has its learning rate scaled by layer_decay ** n
@@ -249,5 +249,5 @@ class ImageObjective(Objective):
 
     @property
     def exported(self) -> ImageEncoder:
-        """The image encoder that is exported and graded: the teacher's, if there is one."""
+        """The image encoder that is exported and evaluated: the teacher's, if there is one."""
         return super().exported  # type: ignore[return-value]

@@ -1,6 +1,6 @@
 """A teacher: the moving average of student modules, in float32 whatever the student computes in.
 
-    teacher <- m * teacher + (1 - m) * student     after each optimiser step (Tarvainen, Valpola, arXiv:1703.01780)
+    teacher <- m * teacher + (1 - m) * student     after each optimizer step (Tarvainen, Valpola, arXiv:1703.01780)
 
 In bf16 the increments of m near 1 round to nothing, and ZeRO-3 empties parameters between steps. So the teacher is
 kept out of the objective's module tree, where no engine finds it to cast or shard it: every rank holds it whole, and

@@ -40,7 +40,7 @@ class DINOHead(nn.Module):
     def forward(self, tokens: Tensor, freeze_prototypes: bool = False) -> Tensor:
         """Cosines in -1 .. 1, (..., D) -> (..., K); with `freeze_prototypes` they get no gradient.
 
-        Sharded optimisers see zeros then, count the step and decay the weights (which a cosine does not notice), where
+        Sharded optimizers see zeros then, count the step and decay the weights (which a cosine does not notice), where
         the authors' AdamW skips the prototypes: its moments begin at the thaw.
         """
         prototypes = self.prototypes.detach() if freeze_prototypes else self.prototypes

@@ -215,7 +215,7 @@ def publish(
 
     Args:
         storage: Of the run.
-        step: Optimiser steps done.
+        step: Optimizer steps done.
         manifest: What `checkpoint.json` says beside format, time, files and versions.
         shares: What `hand_over` returned on each rank.
 

@@ -119,7 +119,7 @@ class DataConfig:
 class OptimizerConfig:
     """Linear warm-up and half-cosine decay per step. Exactly one of lr and base_lr is set."""
 
-    name: str = setting("the optimiser; lamb, lars and muon need train.zero_stage=0", "adamw", choices=NAMES)
+    name: str = setting("the optimizer; lamb, lars and muon need train.zero_stage=0", "adamw", choices=NAMES)
     lr: float | None = setting("peak learning rate", None, range=(0.0, None))
     base_lr: float | None = setting(
         "peak learning rate per 256 samples: lr = base_lr x global_batch_size / 256 (MAE)", None, range=(0.0, None)
@@ -129,7 +129,7 @@ class OptimizerConfig:
     weight_decay: float = setting("decoupled weight decay; default: MAE", 0.05, range=(0.0, None))
     weight_decay_end: float | None = setting("weight decay at the last step; null: constant", None, range=(0.0, None))
     betas: list[float] = setting("betas, or (the first) momentum; of MAE", [0.9, 0.95], range=(0.0, 1.0), length=2)
-    eps: float = setting("epsilon, where the optimiser has one", 1e-8, range=(0.0, None))
+    eps: float = setting("epsilon, where the optimizer has one", 1e-8, range=(0.0, None))
     layer_decay: float = setting("learning-rate factor per block, counted from the last", 1.0, range=(0.01, 1.0))
     clip_grad: float | None = setting("bound of the global gradient norm; null: no clipping", None, range=(1e-6, None))
 
@@ -143,7 +143,7 @@ class TrainConfig:
     micro_batch_size: int | None = setting("samples per forward pass; null: derived", None, range=(1, None))
     accumulation: int | None = setting("forward passes per optimizer step; null: derived", None, range=(1, None))
     workers: int = setting("training processes", 2, range=(1, 65536))
-    zero_stage: int = setting("what DeepSpeed ZeRO shards: 1 optimiser, 2 + gradients, 3 + parameters", 1, range=(0, 3))
+    zero_stage: int = setting("what DeepSpeed ZeRO shards: 1 optimizer, 2 + gradients, 3 + parameters", 1, range=(0, 3))
     precision: str = setting("arithmetic of the model", "fp32", choices=("fp32", "bf16"))
     device: str = setting("where to compute; auto: cuda if there is one", "auto", choices=("auto", "cpu", "cuda"))
     compile: bool = setting("compile the blocks of the model; the first steps wait, losses change by rounding", False)

@@ -131,7 +131,7 @@ class Snapshot:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done when it was taken."""
+        """Optimizer steps done when it was taken."""
         return int(self.manifest["step"])
 
     @property

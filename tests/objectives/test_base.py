@@ -59,7 +59,7 @@ def test_param_groups__know_that_they_decay_when_the_decay_starts_at_zero(mae):
     }
 
 
-def test_param_groups__are_what_torch_optimisers_take(mae):
+def test_param_groups__are_what_torch_optimizers_take(mae):
     import torch
 
     optimizer = torch.optim.AdamW(mae.param_groups(0.05, 0.75), lr=1e-3)

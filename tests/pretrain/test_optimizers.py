@@ -1,4 +1,4 @@
-"""timm's optimisers under DeepSpeed, with two gloo ranks, against one plain PyTorch loop."""
+"""timm's optimizers under DeepSpeed, with two gloo ranks, against one plain PyTorch loop."""
 
 from __future__ import annotations
 
