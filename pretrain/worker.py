@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,25 @@ from pretrain.training.throughput import StartupClock, Throughput, peak_memory_m
 __all__ = ["train"]
 
 Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Process:
+    """What is the same in all stages that a process trains.
+
+    Attributes:
+        plan: Resolved recipe of each stage.
+        run: Directory of the run.
+        device: Of this rank.
+        emit: Takes events; of other ranks than the first they go nowhere.
+        clock: Runs until the first step is done.
+    """
+
+    plan: Plan
+    run: RunDir
+    device: torch.device
+    emit: Emit
+    clock: StartupClock
 
 
 def train(
@@ -87,41 +107,31 @@ def train(
                 if listener is not None:
                     listener(event)
 
+        process = Process(plan, run, device, emit, clock)
         first = 0 if found is None else plan.index_at(found.step)
         handed: dict[str, torch.Tensor] = {}  # weights of the stage before
         for index in range(first, len(plan.stages)):
             if index > first:
                 start, found = state.stage_start(run_dir, plan, index), None
-            train_stage(plan, index, run, start, found, handed, device, emit, clock)
+            train_stage(process, index, start, found, handed)
         emit(Finished(step=plan.total_steps))
     dist.barrier()  # all ranks: nobody leaves while rank 0 still publishes
     dist.destroy_process_group()
 
 
 def train_stage(
-    plan: Plan,
-    index: int,
-    run: RunDir,
-    start: Start,
-    found: state.Snapshot | None,
-    handed: dict[str, torch.Tensor],
-    device: torch.device,
-    emit: Emit,
-    clock: StartupClock,
+    process: Process, index: int, start: Start, found: state.Snapshot | None, handed: dict[str, torch.Tensor]
 ) -> None:
     """One stage of the plan, to its last step.
 
     Args:
-        plan: Of the run.
+        process: This one.
         index: The stage.
-        run: Where it writes.
-        start: How the stage begins.
+        start: How it begins.
         found: The training state that it goes on from, if `start` says so.
         handed: Weights of the stage before, by name; replaced by those of this one when another follows.
-        device: Of this process.
-        emit: Takes events.
-        clock: Runs until the first step of the process is done.
     """
+    plan, run, device, emit = process.plan, process.run, process.device, process.emit
     stage, recipe, rank = plan.stages[index], plan.stages[index].recipe, dist.get_rank()
     torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
     objective = build_objective(recipe)
@@ -130,12 +140,12 @@ def train_stage(
     state.fill_companions(objective, plan, index, run.path)
     engine = Engine(objective, recipe, device)
     torch.manual_seed(recipe.train.seed + 1 + rank)  # stochastic depth and the like differ between ranks
-    clock.note("built")
+    process.clock.note("built")
 
     begin = found.stream_state if found else StreamState(0, 0)
     stream = build_stream(recipe, objective, rank, begin, pin_memory=device.type == "cuda")
-    if clock.is_running:
-        _announce(plan, stage, objective, stream, device, found.step if found else 0, emit)
+    if index == 0 or found:  # the first stage of this process
+        _announce(process, stage, objective, stream, found.step if found else 0)
     if initialized:
         emit(initialized)
     if found:
@@ -147,27 +157,20 @@ def train_stage(
     take = partial(state.take, run.path, stage, engine, stream, origin=state.origin(start, found, initialized))
     if index == 0 and not found and recipe.evaluation.baseline and not store.published(run.path):
         emit(CheckpointPublished(step=0, path=run.relative(take(0, training_state=False))))
-    run_steps(stage, run, engine, stream, found.step if found else stage.first_step, emit, clock, take)
+    run_steps(process, stage, engine, stream, found.step if found else stage.first_step, take)
     handed.clear()
     if index + 1 < len(plan.stages) and plan.stages[index + 1].init_from == index:
         handed.update(weights_of(engine))
 
 
 def run_steps(
-    stage: Stage,
-    run: RunDir,
-    engine: Engine,
-    stream: Stream,
-    first_step: int,
-    emit: Emit,
-    clock: StartupClock,
-    take: Callable[[int], Path],
+    process: Process, stage: Stage, engine: Engine, stream: Stream, first_step: int, take: Callable[[int], Path]
 ) -> None:
     """The steps of a stage from the run's step `first_step` on; `take(step)` publishes a checkpoint.
 
     Schedules and `Progress` count the stage's own steps; what is written down counts those of the run.
     """
-    recipe = stage.recipe
+    recipe, run, emit, clock = stage.recipe, process.run, process.emit, process.clock
     total, accumulation = recipe.train.steps, recipe.train.accumulation or 1
     batches = iter(stream)
     samples = SampleRecord(run, is_wanted=recipe.data.record_samples)
@@ -214,35 +217,27 @@ def run_steps(
     del batches  # ends the loader's processes
 
 
-def _announce(
-    plan: Plan,
-    stage: Stage,
-    objective: Objective,
-    stream: Stream,
-    device: torch.device,
-    step: int,
-    emit: Emit,
-) -> None:
+def _announce(process: Process, stage: Stage, objective: Objective, stream: Stream, step: int) -> None:
     """Say what starts where, and what a user may not expect of these settings. A collective."""
     pids = [0] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())  # all ranks; rank 0 writes down which process is which rank
     start = Started(
         step=step,
-        total_steps=plan.total_steps,
+        total_steps=process.plan.total_steps,
         world_size=len(pids),
-        device=str(device),
+        device=str(process.device),
         exact=stream.order_signature.get("exact", True),
         pids=tuple(pids),
         decoder=stream.decoder,
     )
-    emit(start)
+    process.emit(start)
     recipe = stage.recipe
     if objective.compares_images and (recipe.train.accumulation or 1) > 1:
         text = (
             f"{recipe.objective.name} compares the images of a micro-batch: {recipe.train.accumulation} of them "
             "are not what one large one is; train.accumulation=1 is"
         )
-        emit(Warned(step=step, about="accumulation", text=text))
+        process.emit(Warned(step=step, about="accumulation", text=text))
 
 
 def _is_due(done: int, total: int, every: int | None) -> bool:
