@@ -279,6 +279,8 @@ class _Driver:
         from pretrain.tracking.sync import Tracker
 
         tags = {"objective": self.recipe.objective.name, "backbone": self.recipe.backbone.name, **_git_tags()}
+        if len(self.plan.stages) > 1:  # parameters are those of the last one
+            tags["stages"] = ", ".join(f"{stage.name} ({stage.recipe.train.steps} steps)" for stage in self.plan.stages)
         return Tracker(
             self.run_dir.path,
             uri=default_uri(Path(self.recipe.storage)),

@@ -161,6 +161,7 @@ def train_stage(
     handed.clear()
     if index + 1 < len(plan.stages) and plan.stages[index + 1].init_from == index:
         handed.update(weights_of(engine))
+    engine.close()
 
 
 def run_steps(

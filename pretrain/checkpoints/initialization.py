@@ -184,7 +184,12 @@ def _check_state(found: Published, recipe: Recipe) -> None:
         )
         if manifest[name] != value
     ]
-    if found.step >= train.steps:
+    if manifest.get("first_step", 0):
+        wrong.append(
+            f"{found.location} is of stage {manifest['stage']!r}, which began at step {manifest['first_step']} of its "
+            "run; a new run can take its weights alone, by init_from"
+        )
+    elif found.step >= train.steps:
         wrong.append(f"{found.location} is at step {found.step}; train.steps={train.steps} leaves nothing to do")
     is_cut_anew = manifest["world_size"] != train.workers and train.zero_stage > 0
     if is_cut_anew and recipe.optimizer.name not in RESHARDABLE:

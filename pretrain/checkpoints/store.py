@@ -251,11 +251,27 @@ def parse_manifest(content: bytes, origin: str) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{origin}: not valid JSON ({error})") from None
     found = manifest.get("format") if isinstance(manifest, dict) else "?"
     if found != FORMAT:
         raise CheckpointError(f"{origin}: format {found}, expected {FORMAT}")
+    files = manifest.get("files")
+    is_listing = isinstance(files, dict) and all(
+        isinstance(facts, dict) and isinstance(facts.get("sha256"), str) and isinstance(facts.get("bytes"), int)
+        for facts in files.values()
+    )
+    wrong = [
+        key
+        for key, is_right in (
+            ("files", is_listing),
+            ("step", type(manifest.get("step")) is int),
+            ("backbone", isinstance(manifest.get("backbone", {}), dict)),
+        )
+        if not is_right
+    ]
+    if wrong:
+        raise CheckpointError(f"{origin}: {wrong[0]!r} is missing or not what it has to be; it was changed or cut off")
     for name in manifest["files"]:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or path.as_posix() != name:

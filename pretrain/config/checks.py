@@ -99,7 +99,7 @@ def absolute(path: str | None) -> Any:
 
 def absolute_reference(reference: str | None) -> str | None:
     """A reference to a checkpoint with the path in it, if there is one, made absolute."""
-    if reference is None or reference.startswith(("runs:/", "models:/")):
+    if not reference or reference.startswith(("runs:/", "models:/")):
         return reference
     if reference.startswith("timm:"):
         name, at, file = reference.partition("@")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,7 +150,7 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
         return Plan.single(recipe)
     mistakes.raise_if_any()
     named: list[tuple[str, Recipe, Mapping[str, Any]]] = []
-    lines: list[str] = []
+    lines: list[list[str]] = []
     for index, stage in enumerate(stages):
         mistakes = Mistakes()
         for key in ("init_from", "teacher_from"):
@@ -158,17 +159,51 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
                 stage.pairs.append((key, source))  # a reference, of which the recipe takes care
         layers = [(content, origin), (stage.settings, f"{origin}, stage {stage.name}")]
         recipe = _resolved(layers, [*common, *stage.pairs], mistakes, how_to_set, check_files=check_files)
-        if "train.seed" not in {*_dotted("", stage.settings), *dict(stage.pairs)}:
+        if "train.seed" not in _given(stage):
             seed = recipe.train.seed + index  # or every stage would see the samples in the same order
             recipe = replace(recipe, train=replace(recipe.train, seed=seed))
         if index:  # where the run begins is a matter of the first stage
             init_from = recipe.init_from if "init_from" in dict(stage.pairs) else None
             recipe = replace(recipe, resume_from=None, init_from=init_from)
         named.append((stage.name, recipe, stage.keys))
-        lines += mistakes.lines
-    if lines:
-        raise RequestError(*dict.fromkeys(lines))  # what all stages share is wrong once
-    return in_order(named)
+        lines.append(mistakes.lines)
+    if any(lines):
+        raise RequestError(*_said_once(lines, [stage.name for stage in stages]))
+    plan = in_order(named)
+    if problems := list(_moments_that_do_not_fit(plan)):
+        raise RequestError(*problems)
+    return plan
+
+
+def _said_once(lines: Sequence[Sequence[str]], names: Sequence[str]) -> Iterator[str]:
+    """The mistakes of all stages: what they share is said once, the rest with the name of its stage."""
+    shared = {line for line in lines[0] if all(line in others for others in lines)}
+    yield from (line for line in lines[0] if line in shared)
+    for own, name in zip(lines, names, strict=True):
+        for line in own:
+            if line not in shared:
+                yield line if f", stage {name}:" in line else f"stage {name}: {line}"
+
+
+def _moments_that_do_not_fit(plan: Plan) -> Iterator[str]:
+    """Stages that keep the optimizer of the one before, and what they change that its moments depend on."""
+    for index, stage in enumerate(plan.stages):
+        if stage.reset_optimizer:
+            continue
+        before = plan.stages[index - 1].recipe
+        facts = {
+            "optimizer": ("name", "betas", "eps", "layer_decay"),
+            "train": ("zero_stage", "precision"),
+            "backbone": tuple(vars(stage.recipe.backbone)),
+        }
+        for section, names in facts.items():
+            for name in names:
+                now, was = (getattr(getattr(recipe, section), name, None) for recipe in (stage.recipe, before))
+                if now != was:
+                    yield (
+                        f"stages[{index}].{section}.{name}={shown(now)}: was {shown(was)} in the stage before, whose "
+                        "optimizer this one keeps; leave it, or set reset_optimizer: true"
+                    )
 
 
 def _resolved(
@@ -212,7 +247,7 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
     content = _read_yaml(path)
     open_keys = {"train.micro_batch_size", "train.accumulation"} - set(pairs)
     derived = [f"{key}=null" for key in open_keys] if len(open_keys) == 1 else []
-    if "train.workers" in pairs:
+    if "train.workers" in pairs and _is_written_by_a_run(content):
         workers, are_whole = pairs["train.workers"], True
         for stage in content.get("stages") or [{}]:
             keys = ("optimizer.name", "train.zero_stage", "train.micro_batch_size", "train.global_batch_size")
@@ -220,11 +255,17 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
             if zero_stage and optimizer not in RESHARDABLE:
                 known = f"DeepSpeed can cut anew only the state of {', '.join(RESHARDABLE)}"
                 raise RequestError(f"train.workers={workers}: the run uses {optimizer} sharded, and {known}")
-            share = (int(workers) if workers.isdigit() else 0) * int(micro)
-            are_whole = are_whole and share > 0 and int(total) % share == 0
+            share = (int(workers) if workers.isdigit() else 0) * (micro if isinstance(micro, int) else 0)
+            are_whole = are_whole and share > 0 and isinstance(total, int) and total % share == 0
         if len(open_keys) == 2:
             derived = ["train.accumulation=null", *([] if are_whole else ["train.micro_batch_size=null"])]
     return _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True)
+
+
+def _is_written_by_a_run(content: Mapping[str, Any]) -> bool:
+    """Whether stages have the shape that a run gives them; else checking the whole plan says what is wrong."""
+    stages = content.get("stages") or []
+    return isinstance(stages, list) and all(isinstance(stage, Mapping) for stage in stages)
 
 
 def _written(content: Mapping[str, Any], stage: Mapping[str, Any], path: Path, key: str) -> Any:
@@ -280,11 +321,14 @@ def _stages(written: Any, pairs: Sequence[tuple[str, Any]], origin: str, mistake
         keys = {key: own.pop(key) for key in STAGE_KEYS if key in own}
         stages.append(_WrittenStage(str(keys.pop("name", index)), keys, own, pairs_of_it))
     for index, stage in enumerate(stages):
-        _check_stage(index, stage, [other.name for other in stages[:index]], origin, mistakes)
+        names = [other.name for other in stages]
+        _check_stage(index, stage, names[:index], names[index:], origin, mistakes)
     return stages
 
 
-def _check_stage(index: int, stage: _WrittenStage, earlier: list[str], origin: str, mistakes: Mistakes) -> None:
+def _check_stage(
+    index: int, stage: _WrittenStage, earlier: list[str], later: list[str], origin: str, mistakes: Mistakes
+) -> None:
     """What a stage may say, and what only the list as a whole can tell."""
     where = f"stages[{index}]"
     if stage.name in earlier:
@@ -298,15 +342,29 @@ def _check_stage(index: int, stage: _WrittenStage, earlier: list[str], origin: s
         problem = "the first stage has no moments to carry over; leave it out"
         mistakes.add(f"{where}.reset_optimizer", reset, problem, origin=origin)
     source = stage.keys.get("init_from")
-    if source is not None and not isinstance(source, str):
-        mistakes.add(f"{where}.init_from", source, "expected an earlier stage or a reference", origin=origin)
+    if source is not None and not (isinstance(source, str) and source):
+        mistakes.add(
+            f"{where}.init_from",
+            source,
+            "expected an earlier stage, or a reference as docs/stages.md lists them",
+            origin=origin,
+        )
+    elif source in later:
+        mistakes.add(f"{where}.init_from", source, "that stage comes later; expected an earlier one", origin=origin)
+    elif source and source not in earlier and not Path(source).exists() and (hint := nearest(source, earlier)):
+        mistakes.add(f"{where}.init_from", source, f"no earlier stage has that name{hint}", origin=origin)
     if reset is False and source not in (None, *earlier[-1:]):
         problem = "moments are carried over from the stage before only; leave init_from out, or reset the optimizer"
         mistakes.add(f"{where}.init_from", source, problem, origin=origin)
-    given = [*_dotted("", stage.settings), *(key for key, _ in stage.pairs)]
-    for key in given:
+    for key in _given(stage):
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
             mistakes.add_stray(f"{where}.{key}", "is one for all stages; set it outside stages", origin=origin)
+
+
+def _given(stage: _WrittenStage) -> list[str]:
+    """The settings that a stage states, in the recipe and on the command line."""
+    typed = (_dotted(key, value) if isinstance(value, Mapping) else [key] for key, value in stage.pairs)
+    return [*_dotted("", stage.settings), *chain.from_iterable(typed)]
 
 
 def _dotted(prefix: str, settings: Mapping[str, Any]) -> Iterator[str]:

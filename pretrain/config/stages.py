@@ -144,11 +144,14 @@ def plan_yaml(plan: Plan) -> str:
     """The plan as YAML that `load_plan` reads back to an equal one: what all stages share, then the differences."""
     whole = [OmegaConf.to_container(OmegaConf.structured(stage.recipe)) for stage in plan.stages]
     contents: list[dict[str, Any]] = [{str(key): value for key, value in content.items()} for content in whole]  # type: ignore[union-attr]
-    if len(contents) == 1:
+    if len(contents) == 1 and not plan.stages[0].name:
         return OmegaConf.to_yaml(OmegaConf.create(contents[0]))
     shared = {key: _shared(key, [content[key] for content in contents]) for key in contents[0]}
     shared = {key: value for key, value in shared.items() if value is not _DIFFERS}
     shared["resume_from"] = contents[0]["resume_from"]  # of the run: later stages have none
+    # Left out of a stage these two would not mean the shared value, so each stage says its own.
+    shared.pop("init_from", None)
+    shared["train"] = {key: value for key, value in shared["train"].items() if key != "seed"}
     stages = []
     for stage, content in zip(plan.stages, contents, strict=True):
         keys: dict[str, Any] = {"name": stage.name, "reset_optimizer": stage.reset_optimizer}
@@ -158,6 +161,24 @@ def plan_yaml(plan: Plan) -> str:
             keys["teacher_from"] = plan.stages[stage.teacher_from].name
         stages.append(_difference(shared, content) | keys)
     return OmegaConf.to_yaml(OmegaConf.create(shared | {"stages": stages}))
+
+
+def written_stages(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The stages of a recipe that a run has written, each with all its settings; without `stages:` the one there is.
+
+    For who only reads what was written: nothing is checked.
+    """
+    shared = {key: value for key, value in content.items() if key != "stages"}
+    found = []
+    for stage in content.get("stages") or [{}]:
+        whole = dict(shared)
+        for key, value in stage.items():
+            if key in _SECTIONS and isinstance(value, Mapping) and isinstance(shared.get(key), Mapping):
+                whole[key] = {**shared[key], **value}
+            else:
+                whole[key] = value if key != "name" else shared.get("name")
+        found.append(whole | ({"stage": stage["name"]} if "name" in stage else {}))
+    return found
 
 
 _DIFFERS = object()

@@ -12,6 +12,7 @@ Not here: the file (`pretrain.record.journal`), where it lies (`pretrain.record.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -340,13 +341,21 @@ def from_json(record: Mapping[str, Any]) -> Event | None:
         return None
     if event is Metrics and isinstance(values := record.get("values"), Mapping):
         record = {**record, "values": {OLD_METRICS.get(name, name): value for name, value in values.items()}}
+    if isinstance(when := record.get("time"), float) and not math.isfinite(when):
+        raise DamagedEvent(f"{kind}: 'time' is {when}, expected Unix seconds")
     given = {}
     for part, hint in _parts(event):
         if part.name in record:
             given[part.name] = _value(kind, part.name, hint, record[part.name])
         elif part.name == "time" or (part.default is MISSING and part.default_factory is MISSING):
             raise DamagedEvent(f"{kind}: no {part.name!r}")
-    return event(**given)
+    made = event(**given)
+    if isinstance(made, Evaluated):
+        try:
+            _ = made.headline
+        except (ValueError, TypeError, LookupError, StopIteration) as error:
+            raise DamagedEvent(f"{kind}: its metrics say nothing ({error})") from None
+    return made
 
 
 def _parts(event: type[Event]) -> list[tuple[Field[Any], Any]]:
@@ -374,5 +383,5 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     return isinstance(value, hint)

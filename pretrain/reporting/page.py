@@ -23,6 +23,7 @@ from data_pipelines.files import write_atomically
 from evaluation.protocol import FRACTION, Metric, format_value
 from pretrain.checkpoints.references import best_step
 from pretrain.checkpoints.store import CheckpointError, published
+from pretrain.config.stages import written_stages
 from pretrain.errors import RequestError
 from pretrain.record.events import (
     Evaluated,
@@ -96,7 +97,8 @@ def write_report(run_dir: Path) -> Path:
 
 def _contents(run: RunDir) -> dict[str, Any]:
     recipe_yaml = run.recipe.read_text(encoding="utf-8")
-    recipe = yaml.safe_load(recipe_yaml)
+    stages = written_stages(yaml.safe_load(recipe_yaml))
+    recipe = stages[-1]
     events, _ = read_events(run.journal)
     evaluations, _ = read_events(run.evaluations)
     training = _by_step(events)
@@ -107,13 +109,13 @@ def _contents(run: RunDir) -> dict[str, Any]:
         "recipe_yaml": recipe_yaml,
         "status": _status(events),
         "error": next((event.error for event in reversed(events) if isinstance(event, Failed)), ""),
-        "facts": _facts(recipe, events, training),
+        "facts": _facts(stages, events, training),
         "tiles": _tiles(training, tasks),
         "diverged": next((s for s, v in training.items() if not math.isfinite(v.get("loss", 0.0))), None),
         "training_charts": _training_charts(training),
         "score_charts": _score_charts(tasks),
         "tasks": tasks,
-        "rows": _rows(run, tasks, _start(recipe)),
+        "rows": _rows(run, tasks, _start(stages[0])),
         "details": _details(evaluations),
         "visualizations": _visualizations(run, events),
         "versions": _versions(run),
@@ -179,19 +181,22 @@ def _visualizations(run: RunDir, events: Iterable[Event]) -> list[tuple[int, str
 
 
 def _facts(
-    recipe: dict[str, Any], events: Sequence[Event], training: Mapping[int, Mapping[str, float]]
+    stages: Sequence[dict[str, Any]], events: Sequence[Event], training: Mapping[int, Mapping[str, float]]
 ) -> list[tuple[str, str]]:
-    """What the run is, for the head of the page."""
-    train = recipe["train"]
+    """What the run is, for the head of the page; of several stages the last, and their names."""
+    recipe, train = stages[-1], stages[-1]["train"]
+    total = sum(stage["train"]["steps"] for stage in stages)
     facts = [
         ("objective", str(recipe["objective"]["name"])),
         ("backbone", str(recipe["backbone"]["name"])),
         ("data", recipe["data"]["train"] or ", ".join(part["name"] for part in recipe["data"]["mixture"])),
-        ("steps", f"{max(training, default=0)} of {train['steps']}"),
+        ("steps", f"{max(training, default=0)} of {total}"),
         ("batch", f"{train['global_batch_size']} samples, {train['workers']} workers, ZeRO {train['zero_stage']}"),
         ("precision", str(train["precision"])),
         ("seed", str(train["seed"])),
     ]
+    if len(stages) > 1:
+        facts.append(("stages", ", ".join(f"{stage['stage']} ({stage['train']['steps']} steps)" for stage in stages)))
     if events:
         began, ended = events[0].time, events[-1].time
         facts.append(("started", time.strftime("%Y-%m-%d %H:%M", time.localtime(began))))

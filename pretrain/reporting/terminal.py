@@ -101,11 +101,18 @@ class Terminal:
 
     def _show_metrics(self, event: Metrics) -> None:
         values = event.values
-        left_s = (self._total - event.step) * values["step_s"]
-        status = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.1e}  {values['samples_per_s']:.0f} samples/s  "
-            f"waiting for data {values['data_wait_fraction']:.0%}  {self._newest_score}ETA {duration(left_s)}"
-        )
+        said = [
+            f"{text}"
+            for name, text in (
+                ("loss", f"loss {values.get('loss', 0):.4f}"),
+                ("lr", f"lr {values.get('lr', 0):.1e}"),
+                ("samples_per_s", f"{values.get('samples_per_s', 0):.0f} samples/s"),
+                ("data_wait_fraction", f"waiting for data {values.get('data_wait_fraction', 0):.0%}"),
+            )
+            if name in values
+        ]
+        left = f"ETA {duration((self._total - event.step) * values['step_s'])}" if "step_s" in values else ""
+        status = f"{'  '.join(said)}  {self._newest_score}{left}"
         if self.console.is_terminal and self._task is not None:
             self._bar.update(self._task, completed=event.step, status=status)
         else:

@@ -37,6 +37,7 @@ from typing import IO, TYPE_CHECKING, Any
 import yaml
 
 from data_pipelines.storage.locations import redact
+from pretrain.config.stages import written_stages
 from pretrain.errors import RequestError
 from pretrain.record.events import (
     CheckpointPublished,
@@ -419,7 +420,7 @@ def sync(run_dir: Path, exported: Exported, *, uri: str | None = None, deadline_
         uri=uri or os.environ.get("MLFLOW_TRACKING_URI") or cursor.uri,
         experiment=cursor.experiment,
         recipe_yaml=recipe_yaml,
-        params=yaml.safe_load(recipe_yaml),
+        params=written_stages(yaml.safe_load(recipe_yaml))[-1],
         tags=cursor.tags,
         model_name=cursor.model_name,
         select=cursor.select,

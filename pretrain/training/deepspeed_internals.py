@@ -8,6 +8,7 @@
 * `engine._config.load_universal_checkpoint`. Its public form, the key `checkpoint.load_universal`, is read once when an
   engine is built, before it is known whether the shards of a checkpoint fit.
 * `deepspeed.checkpoint.ds_to_universal.main`: a command line without a function behind it.
+* `engine.destroy`, `Parameter.ds_tensor` and whatever tensors a ZeRO optimizer has: what is freed with an engine.
 * `Parameter.ds_shape`: the shape before ZeRO-3 partitioned it.
 * `Parameter._hp_mapping`: which slice of a parameter's float32 master is this rank's, below ZeRO-3.
 
@@ -30,6 +31,7 @@ __all__ = [
     "leave_out_shared_memory_op",
     "master_slice",
     "reading_universal",
+    "release",
     "shard_states",
     "write_universal",
 ]
@@ -99,3 +101,28 @@ def master_slice(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor] | No
     """Where in the flat parameter this rank's slice of its float32 master starts, and the slice; None: it has none."""
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     return None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment())
+
+
+def release(engine: Any) -> None:
+    """Take down an engine and free its memory.
+
+    `destroy` removes hooks; ZeRO-3 still keeps the engine alive, so what its tensors hold is given back one by one.
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    held = list(_tensors_in([optimizer.param_groups, list(optimizer.state.values()), *vars(engine.optimizer).values()]))
+    for parameter in engine.module.parameters():
+        held += [parameter, *([parameter.ds_tensor] if hasattr(parameter, "ds_tensor") else [])]
+    engine.destroy()
+    for tensor in held:
+        tensor.grad = None
+        tensor.data = tensor.data.new_empty(0)
+    optimizer.state.clear()
+
+
+def _tensors_in(values: Iterable[Any], depth: int = 4) -> Iterator[torch.Tensor]:
+    """All tensors in nested lists and mappings."""
+    for value in values:
+        if torch.is_tensor(value):
+            yield value
+        elif depth and isinstance(value, list | tuple | dict):
+            yield from _tensors_in(value.values() if isinstance(value, dict) else value, depth - 1)

@@ -327,6 +327,10 @@ class Engine:
         if rank == 0:
             shutil.rmtree(scratch)
 
+    def close(self) -> None:
+        """Free the memory of model and optimizer, which hooks of DeepSpeed hold beyond the engine's life."""
+        deepspeed_internals.release(self._engine)
+
     @property
     def optimizer_steps(self) -> int:
         """Updates that the optimizer's own state counts."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from backbones.encoder import Encoder
 from objectives.base import Objective
+from objectives.teacher import Teacher
 from pretrain.config.stages import Stage
 from pretrain.record.events import StageBegan
 from pretrain.training.engine import Engine
@@ -66,11 +67,14 @@ def weights_of(engine: Engine) -> dict[str, Tensor]:
 def take_over(objective: Objective, weights: Mapping[str, Tensor]) -> Handover:
     """Copy weights of the stage before into the objective of the next one, before an engine shards it.
 
-    Fixed positions (parameters that are not trained) of another grid keep their own values, which are exact.
+    Fixed positions of another grid keep their own values, which are exact. A companion that begins as a copy of the
+    student and has no weights among these is such a copy again, of the student that is now.
     """
-    parameters = dict(objective.named_parameters())
-    own: dict[str, Tensor] = {**parameters, **objective.extra_state()}
-    is_fixed = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+    trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    own = _by_plain_name(objective)
+    weights = {name.removeprefix("buffer."): tensor for name, tensor in weights.items()}
+    companions = objective.companions()
+    is_fixed = {name for name in own if name not in trained and name.partition(".")[0] not in companions}
     encoders = _encoders_of(objective)
     loaded, resampled = set(), set()
     for name, tensor in own.items():
@@ -82,12 +86,25 @@ def take_over(objective: Objective, weights: Mapping[str, Tensor]) -> Handover:
         elif name not in is_fixed and (fitted := _fitted(encoders, name, weights[name])) is not None:
             tensor.copy_(fitted)
             resampled.add(name)
+    copied = set()
+    for name, companion in companions.items():
+        mine = {key for key in own if key.startswith(f"{name}.")}
+        if isinstance(companion, Teacher) and mine.isdisjoint(loaded | resampled):
+            companion.copy_from(lambda parameters: [parameter.detach() for parameter in parameters])
+            copied |= mine
+    loaded |= copied
     return Handover(
         loaded=tuple(sorted(loaded)),
         resampled=tuple(sorted(resampled)),
         fresh=tuple(sorted(own.keys() - loaded - resampled)),
         unused=tuple(sorted(weights.keys() - own.keys())),
     )
+
+
+def _by_plain_name(objective: Objective) -> dict[str, Tensor]:
+    """Parameters and extra state; a buffer has the name that a parameter in its place would have."""
+    extra = {name.removeprefix("buffer."): tensor for name, tensor in objective.extra_state().items()}
+    return {**dict(objective.named_parameters()), **extra}
 
 
 def _encoders_of(objective: Objective) -> dict[str, Encoder]:

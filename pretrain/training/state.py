@@ -97,6 +97,7 @@ def take(
         manifest = {
             "run_id": run_dir.name,
             "stage": stage.name,
+            "first_step": stage.first_step,
             "samples_seen": stage.samples_seen(step),
             "stream": {"epoch": state.epoch, "position": state.position, "order": stream.order_signature},
             "world_size": dist.get_world_size(),
@@ -178,6 +179,7 @@ def find_start(run_dir: Path, recipe: Recipe) -> tuple[Start, Snapshot | None]:
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         found = store.latest(run_dir)
+        lost = None if found else next((gone for gone in reversed(store.published(run_dir)) if gone.step > 0), None)
         own = None if found is None else found.location
         start = starting_point(own=own, resume_from=recipe.resume_from, init_from=recipe.init_from)
         try:
@@ -186,6 +188,9 @@ def find_start(run_dir: Path, recipe: Recipe) -> tuple[Start, Snapshot | None]:
             answer = [(start, found)]
         except (RequestError, RunFailed, store.CheckpointError) as error:
             answer = [store.CheckpointError(f"resume_from={recipe.resume_from}: {error}")]
+        if lost is not None:
+            text = f"{lost.location} and those before it have no training state any more, so that the run cannot go on"
+            answer = [store.CheckpointError(f"{text}; a new run may take its weights by init_from")]
     dist.broadcast_object_list(answer, src=0)  # all ranks: begin at the same step or fail alike
     if isinstance(answer[0], Exception):
         raise answer[0]
@@ -234,6 +239,9 @@ def begin_with(objective: Objective, start: Start, stage: Stage) -> Initialized:
     if isinstance(answer[0], Exception):
         raise answer[0]
     digest, weights = answer[0]
+    broken = sorted(name for name, tensor in weights.items() if not tensor.isfinite().all())
+    if broken:
+        raise store.CheckpointError(f"init_from={reference}: {broken[0]} holds numbers that are not finite")
     used = initialize_from(objective.exported, weights)
     if objective.exported is not objective.backbone:
         initialize_from(objective.backbone, weights)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from pretrain.record.events import CheckpointPublished, Resumed, StageBegan
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RunDir
+from pretrain.reporting.page import write_report
 
 pytestmark = pytest.mark.integration
 
@@ -29,6 +30,7 @@ stages:
   - {name: small}
   - {name: large, init_from: small, backbone: {image_size: 96}, train: {steps: 6}}
 """
+SAME_SIZE = ("stages[1].backbone.image_size=64", "stages[1].reset_optimizer=false")
 
 
 @pytest.fixture
@@ -57,8 +59,10 @@ def test_stages__a_later_one_begins_with_the_weights_of_the_one_before(
     (began,) = [event for event in happened if isinstance(event, StageBegan)]
     assert (began.step, began.stage, began.moments) == (8, "large", False)
     # Positions of MAE are fixed sin-cos ones: those of another grid are computed and not resampled.
-    assert began.fresh == ("buffer.backbone.vit.pos_embed",)
+    assert began.fresh == ("backbone.vit.pos_embed",)
     assert began.loaded == began.total - 1 and not began.resampled
+    page = write_report(whole.run_dir).read_text()
+    assert "14 of 14" in page and "small (8 steps), large (6 steps)" in page
     small, large = (
         load_file(whole.run_dir / "checkpoints" / f"step-{step:08d}" / "backbone.safetensors") for step in (8, 14)
     )
@@ -80,7 +84,7 @@ def test_stages__a_later_one_begins_with_the_weights_of_the_one_before(
 def test_stages__may_carry_the_moments_of_the_optimizer_over(
     launch: Launch, losses: Losses, events: Callable[[Path], list[Any]]
 ) -> None:
-    options = ("stages[1].backbone.image_size=64", "stages[1].reset_optimizer=false", "optimizer.warmup_steps=0")
+    options = (*SAME_SIZE, "optimizer.warmup_steps=0")
     kept = launch("kept", *options, ranks=1)
     kept.wait()
     (began,) = [event for event in events(kept.run_dir) if isinstance(event, StageBegan)]
@@ -95,7 +99,7 @@ def test_stages__may_carry_the_moments_of_the_optimizer_over(
 
 
 def test_stages__moments_do_not_fit_another_model(launch: Launch) -> None:
-    loop = launch("other", "stages[1].reset_optimizer=false", "stages[1].objective.decoder_dim=96", ranks=1)
+    loop = launch("other", *SAME_SIZE, "stages[1].objective.decoder_dim=96", ranks=1)
     assert [process.wait(240) for process in loop.processes] == [1]
     assert "stage 'large' keeps the optimizer, but decoder." in loop.log.read_text()
     assert "set reset_optimizer: true" in loop.log.read_text()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -272,3 +273,22 @@ def test_place__is_said_once(tmp_path: Path) -> None:
     _publish(tmp_path / "b", 1)
     with pytest.raises(checkpoint.CheckpointError, match=r"the checkpoints of b are in .*checkpoints already"):
         checkpoint.place(tmp_path / "b", "memory://one")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": None}, {"files": []}, {"files": "x"}, {"files": {"a": 1}}, {"files": {"a": {"sha256": "x"}}},
+        {"step": "x"}, {"step": None}, {"step": True}, {"backbone": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_parse_manifest__what_was_changed_is_one_line(change: dict[str, Any]) -> None:
+    good = {"format": 1, "step": 3, "files": {"a": {"sha256": "x", "bytes": 1}}, "backbone": {}}
+    assert checkpoint.parse_manifest(json.dumps(good).encode(), "here")["step"] == 3
+    with pytest.raises(
+        checkpoint.CheckpointError, match=f"^here: '{next(iter(change))}' is missing or not what it has to be"
+    ):
+        checkpoint.parse_manifest(json.dumps({**good, **change}).encode(), "here")
+    with pytest.raises(checkpoint.CheckpointError, match=r"^here: not valid JSON"):
+        checkpoint.parse_manifest(b"[" * 100_000, "here")

@@ -123,7 +123,10 @@ def _read_in_every_setting(weights: Path) -> dict[str, bool]:
         student = engine.read_weights(list(engine.objective.backbone.parameters()))
         expected = [old.lerp(new, 1 - 0.9) for old, new in zip(before, student, strict=True)]
         moved = [torch.equal(a, b) for a, b in zip(expected, teacher.modules.parameters(), strict=True)]
-        found[f"{precision}-{stage}"] = all(same) and all(moved) and not torch.equal(before[0], expected[0])
+        is_moved = not torch.equal(before[0], expected[0])
+        engine.close()
+        is_freed = not any(parameter.numel() for parameter in parameters)
+        found[f"{precision}-{stage}"] = all(same) and all(moved) and is_moved and is_freed
     return found
 
 
@@ -279,3 +282,17 @@ def test_take_over__student_teacher_and_what_else_is_carried(tmp_path: Path) -> 
     )
     assert torch.equal(after.head.weight, kept)
     torch.testing.assert_close(after.teacher.backbone.vit.pos_embed, torch.ones(1, 5, 24))  # type: ignore[union-attr]
+
+
+def test_take_over__a_teacher_without_weights_is_a_copy_of_the_student(tmp_path: Path) -> None:
+    """As after an objective without one; fixed positions, which are a buffer there, are a parameter here."""
+    torch.manual_seed(5)
+    before, after = Toy(), Toy()
+    weights = {name: tensor for name, tensor in before.named_parameters() if name.startswith("backbone.")}
+    weights["buffer.backbone.vit.pos_embed"] = weights.pop("backbone.vit.pos_embed")
+    taken = take_over(after, weights)
+    student, teacher = after.backbone.weights(), after.exported.weights()
+    assert after.exported is not after.backbone
+    assert all(torch.equal(tensor, before.backbone.weights()[name]) for name, tensor in student.items())
+    assert all(torch.equal(tensor, student[name]) for name, tensor in teacher.items())
+    assert {name.partition(".")[0] for name in taken.fresh} == {"head", "carried"}

@@ -121,3 +121,14 @@ def test_evaluated__says_what_its_numbers_mean_and_older_records_mean_what_their
     )
     assert isinstance(old, Evaluated) and old.headline.name == "top1"
     assert [metric.better for metric in old.reported] == [None, "higher"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"metrics": {}}, {"described": [{"foo": 1}]}, {"step": 10**400}, {"time": float("nan")}, {"time": float("inf")}],
+    ids=str,
+)
+def test_from_json__an_evaluation_that_says_nothing_is_damaged(wrong: dict[str, Any]) -> None:
+    good = next(event for event in EXAMPLES if isinstance(event, Evaluated)).to_json()
+    with pytest.raises(DamagedEvent, match="evaluation: "):
+        from_json({**good, **wrong})

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pretrain.config.load import load_plan, load_recipe
-from pretrain.config.stages import plan_yaml
+from pretrain.config.load import load_for_resume, load_plan, load_recipe
+from pretrain.config.stages import plan_yaml, written_stages
 from pretrain.errors import RequestError
 
 STAGED = """
@@ -59,9 +60,13 @@ def test_load_plan__without_stages_is_one_nameless_stage(staged: str, tmp_path: 
 
 
 def test_load_plan__the_command_line_comes_last(staged: str) -> None:
-    plan = load_plan(staged, ["train.steps=4", "stages[1].train.steps=3", "stages[1].reset_optimizer=false"])
+    same_model = "stages[1].backbone={image_size: 64, options: {depth: 2}}"
+    overrides = ["train.steps=4", "stages[1].train.steps=3", same_model, "stages[1].reset_optimizer=false"]
+    plan = load_plan(staged, overrides)
     assert [stage.recipe.train.steps for stage in plan.stages] == [4, 3, 4]
     assert [stage.reset_optimizer for stage in plan.stages] == [True, False, True]
+    assert [plan.optimizer_steps(index, 6) for index in (0, 1)] == [6, 6]
+    assert load_plan(staged, ["stages[1].train={seed: 5}"]).stages[1].recipe.train.seed == 5
     (only,) = load_plan(staged, ["stages=[{name: only, train: {steps: 7}}]"]).stages
     assert (only.name, only.recipe.train.steps) == ("only", 7)
     plan = load_plan(staged, ["train.seed=5", "stages[1].train.seed=3"])
@@ -70,16 +75,29 @@ def test_load_plan__the_command_line_comes_last(staged: str) -> None:
     assert plain.recipe.train.steps == 10
 
 
-@pytest.mark.parametrize("overrides", [[], ["stages[0].train.seed=7", "stages[2].reset_optimizer=true"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["stages[0].train.seed=7", "stages[2].reset_optimizer=true"],
+        ["train.seed=0"],  # equal in all, which is not what leaving it out means
+        ["stages[1].train.seed=0"],
+        ["init_from=shards", "stages[1].init_from=shards", "stages[2].init_from=shards"],
+        ["init_from=shards"],
+        ["stages=[{}]"],
+        ["stages=[{name: only}]"],
+    ],
+)
 def test_plan_yaml__comes_back_equal(staged: str, tmp_path: Path, overrides: list[str]) -> None:
     plan = load_plan(staged, overrides)
     saved = tmp_path / "elsewhere" / "recipe.yaml"
     saved.parent.mkdir()
     saved.write_text(plan_yaml(plan))
     assert load_plan(saved) == plan
+    if len(plan.stages) == 1:
+        return
     text = saved.read_text()
     assert text.count("decoder_dim") == 2  # of the two stages that have it, since the third has another objective
-    assert [plan.optimizer_steps(index, 16) for index in (0, 1)] == [16, 6]
     assert text.count("global_batch_size") == 1  # what all stages share is said once
 
 
@@ -92,12 +110,30 @@ def test_plan_yaml__comes_back_equal(staged: str, tmp_path: Path, overrides: lis
         (["stages.train.steps=3"], "name one stage and a setting, e.g. stages[0].train.steps=200"),
         (["stages[0].train.workers=3"], "stages[0].train.workers: is one for all stages; set it outside stages"),
         (["stages[0].evaluation.select=x"], "stages[0].evaluation.select: is one for all stages"),
-        (["stages[0].train.stepz=3"], "command line: train.stepz=3: unknown setting; did you mean 'train.steps'?"),
-        (["stages[1].optimizer.warmup_steps=6"], "warmup_steps=6: has to be below train.steps=6"),
+        (["stages[1].init_from=''"], "stages[1].init_from=: expected an earlier stage, or a reference"),
+        (
+            ["stages[1].init_from=smal"],
+            "stages[1].init_from=smal: no earlier stage has that name; did you mean 'small'?",
+        ),
+        (["stages[1].init_from=last"], "stages[1].init_from=last: that stage comes later; expected an earlier one"),
+        (["stages[0].train={steps: 3, workers: 2}"], "stages[0].train.workers: is one for all stages"),
+        (
+            ["stages[0].train.stepz=3"],
+            "stage small: command line: train.stepz=3: unknown setting; did you mean 'train.steps'?",
+        ),
+        (
+            ["stages[1].optimizer.warmup_steps=6"],
+            "stage large: command line: optimizer.warmup_steps=6: has to be below train.steps=6",
+        ),
         (["stages[0].reset_optimizer=false"], "the first stage has no moments to carry over"),
         (["stages[2].reset_optimizer=false"], "moments are carried over from the stage before only"),
+        (
+            ["stages[1].reset_optimizer=false", "stages[1].optimizer.betas=[0.5, 0.6]"],
+            "stages[1].optimizer.betas=[0.5, 0.6]: was [0.9, 0.95] in the stage before, whose optimizer this one keeps",
+        ),
+        (["stages[1].reset_optimizer=false"], "stages[1].backbone.image_size=96: was 64 in the stage before"),
         (["stages[1].reset_optimizer=perhaps"], "expected true or false"),
-        (["stages[1].init_from=3"], "stages[1].init_from=3: expected an earlier stage or a reference"),
+        (["stages[1].init_from=3"], "stages[1].init_from=3: expected an earlier stage, or a reference"),
     ],
 )
 def test_load_plan__mistakes_name_the_stage(staged: str, overrides: list[str], line: str) -> None:
@@ -110,3 +146,28 @@ def test_load_plan__what_all_stages_share_is_wrong_once(staged: str) -> None:
     with pytest.raises(RequestError) as caught:
         load_plan(staged, ["train.zero_stage=4"])
     assert caught.value.mistakes == ("command line: train.zero_stage=4: expected a whole number in [0, 3]",)
+
+
+def test_written_stages__each_with_all_its_settings(staged: str) -> None:
+    plan = load_plan(staged)
+    found = written_stages(yaml.safe_load(plan_yaml(plan)))
+    assert [stage["stage"] for stage in found] == ["small", "large", "last"]
+    for ours, stage in zip(found, plan.stages, strict=True):
+        assert ours["name"] == "staged"
+        assert ours["train"]["steps"] == stage.recipe.train.steps and ours["train"]["seed"] == stage.recipe.train.seed
+        assert ours["backbone"]["options"] == stage.recipe.backbone.options
+        assert ours["objective"]["name"] == stage.recipe.objective.name
+    assert written_stages({"train": {"steps": 3}}) == [{"train": {"steps": 3}}]
+
+
+def test_load_for_resume__of_stages(staged: str, tmp_path: Path) -> None:
+    saved = tmp_path / "run" / "recipe.yaml"
+    saved.parent.mkdir()
+    saved.write_text(plan_yaml(load_plan(staged)))
+    resumed = load_for_resume(saved, ["train.workers=1"])
+    assert [stage.recipe.train.workers for stage in resumed.stages] == [1, 1, 1]
+    assert [stage.recipe.train.micro_batch_size for stage in resumed.stages] == [16, 16, 16]
+    for broken in ("stages: 5", "stages: [null]", "stages: {a: 1}"):
+        saved.write_text(saved.read_text().partition("stages:")[0] + broken)
+        with pytest.raises(RequestError, match="expected a list of mappings"):
+            load_for_resume(saved, ["train.workers=1"])
