@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from pretrain.config.load import load_plan
+from pretrain.config.stages import plan_yaml
 from pretrain.record.events import CheckpointPublished, Resumed, StageBegan
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RunDir
@@ -46,7 +48,7 @@ def events() -> Callable[[Path], list[Any]]:
 
 
 def test_stages__a_later_one_begins_with_the_weights_of_the_one_before(
-    launch: Launch, losses: Losses, events: Callable[[Path], list[Any]]
+    recipe: Path, launch: Launch, losses: Losses, events: Callable[[Path], list[Any]]
 ) -> None:
     """Killed inside the first stage and inside the second, the losses are those of the run that nobody disturbed."""
     whole = launch("whole", ranks=1)
@@ -61,6 +63,7 @@ def test_stages__a_later_one_begins_with_the_weights_of_the_one_before(
     # Positions of MAE are fixed sin-cos ones: those of another grid are computed and not resampled.
     assert began.fresh == ("backbone.vit.pos_embed",)
     assert began.loaded == began.total - 1 and not began.resampled
+    RunDir(whole.run_dir).recipe.write_text(plan_yaml(load_plan(recipe)))  # as the driver does
     page = write_report(whole.run_dir).read_text()
     assert "14 of 14" in page and "small (8 steps), large (6 steps)" in page
     small, large = (
