@@ -39,9 +39,9 @@ demo: $(READY)
 	$(BIN)/pretrain run demo
 
 # Two processes of tests, of one thread each: more threads than cores wait for one another. Files stay whole, so that
-# fixtures which start processes are shared.
+# fixtures which start processes are shared; in their own order, the long ones are not last.
 TESTERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 test: $(READY)
 	$(MAKE) --jobs=2 lint pytest
 

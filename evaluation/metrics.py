@@ -23,6 +23,7 @@ __all__ = [
     "mean_class_accuracy",
     "mean_iou",
     "pixel_accuracy",
+    "top1_metrics",
     "top_k_accuracy",
     "wilson_interval",
 ]
@@ -51,6 +52,22 @@ def top_k_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
     """Share of rows of `scores` (n, C) whose label (n,) is among the k best; equal scores go to the lowest class id."""
     ranked = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]  # (n, k)
     return float((ranked == labels[:, None]).any(dim=1).double().mean())
+
+
+def top1_metrics(predicted: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+    """What every classification reports: accuracy with its 95 % interval, and the mean over classes.
+
+    Args:
+        predicted, labels: (n,) int64.
+    """
+    correct = int((predicted == labels).sum())
+    low, high = wilson_interval(correct, len(labels))
+    return {
+        "top1": correct / len(labels),
+        "top1_ci_low": low,
+        "top1_ci_high": high,
+        "mean_class_top1": mean_class_accuracy(predicted, labels, num_classes),
+    }
 
 
 def mean_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["NEVER_HELD_OUT", "choose_cell", "random_folds", "sequence_folds", "stratified_folds"]
+__all__ = [
+    "NEVER_HELD_OUT",
+    "by_setting",
+    "choose_cell",
+    "hold_out",
+    "random_folds",
+    "sequence_folds",
+    "stratified_folds",
+]
 
 NEVER_HELD_OUT = -1  # fold of rows that every head may be fitted on
 
@@ -44,6 +52,26 @@ def sequence_folds(sequences: Sequence[str], *, num_folds: int) -> Tensor:
         home[name] = sizes.index(min(sizes))
         sizes[home[name]] += length
     return torch.tensor([home[name] for name in sequences])
+
+
+def hold_out(fold: Tensor, *, holdout_from: int) -> tuple[Tensor, int]:
+    """What is held out of so many rows: each fold in turn, or of a large set the first fold alone.
+
+    Args:
+        fold: (n,) of each row; not changed.
+        holdout_from: rows from which on one fold says enough.
+
+    Returns:
+        fold (n,), `NEVER_HELD_OUT` in rows that every head is fitted on; and how many folds are held out.
+    """
+    if len(fold) >= holdout_from:
+        fold = fold.where(fold <= 0, NEVER_HELD_OUT)
+    return fold, int(fold.max()) + 1
+
+
+def by_setting(grid: Sequence[float], values: Tensor, total: float = 1.0) -> dict[str, float]:
+    """Score of each setting of a grid, for people: `{"0.1": 0.5}`; counts become shares of `total`."""
+    return {str(setting): value / total for setting, value in zip(grid, values.tolist(), strict=True)}
 
 
 def choose_cell(score: Tensor, loss: Tensor) -> tuple[int, bool]:

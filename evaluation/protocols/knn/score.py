@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.extraction.forward import Pooled
-from evaluation.metrics import Outcome, mean_class_accuracy, top_k_accuracy, wilson_interval
+from evaluation.metrics import Outcome, top1_metrics, top_k_accuracy
 
 __all__ = ["score", "vote"]
 
@@ -50,17 +50,12 @@ def score(
         top5[token] = top_k_accuracy(votes[params["k"]], labels, 5)
     headline = "cls" if "cls" in predictions else "patch_mean"
     predicted = predictions[headline][params["k"]]
-    correct = int((predicted == labels).sum())
-    low, high = wilson_interval(correct, len(labels))
     accuracy = {
         token: {k: float((p == labels).double().mean()) for k, p in by_k.items()} for token, by_k in predictions.items()
     }
     return Outcome(
         metrics={
-            "top1": correct / len(labels),
-            "top1_ci_low": low,
-            "top1_ci_high": high,
-            "mean_class_top1": mean_class_accuracy(predicted, labels, num_classes),
+            **top1_metrics(predicted, labels, num_classes),
             "top1_patch_mean": accuracy["patch_mean"][params["k"]],
         },
         details={

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from evaluation.extraction.forward import Pooled
-from evaluation.metrics import Outcome, mean_class_accuracy, top_k_accuracy, wilson_interval
+from evaluation.metrics import Outcome, top1_metrics, top_k_accuracy
 from evaluation.protocol import EvaluationError
-from evaluation.selection import NEVER_HELD_OUT, choose_cell, stratified_folds
+from evaluation.selection import NEVER_HELD_OUT, by_setting, choose_cell, hold_out, stratified_folds
 
 __all__ = ["Heads", "fit_heads", "score"]
 
@@ -38,9 +38,7 @@ def score(
     if len(train.labels) < 2:
         raise EvaluationError(f"linear needs at least 2 training images, got {len(train.labels)}")
     fold = stratified_folds(train.labels, num_folds=params["folds"], seed=seed).to(device)  # (n,)
-    if len(fold) >= params["holdout_from"]:
-        fold[fold > 0] = NEVER_HELD_OUT
-    num_folds = int(fold.max()) + 1
+    fold, num_folds = hold_out(fold, holdout_from=params["holdout_from"])
     batch_size = min(params["batch_size"], len(fold))
     heads = fit_heads(
         x_train,
@@ -59,23 +57,18 @@ def score(
     cell, at_edge = choose_cell(val_hits, val_loss)
     logits = torch.stack([heads.logits(x_test, num_folds, g) for g in range(len(params["lrs"]))])  # (lrs, n, C)
     hits = (logits.argmax(dim=2) == y_test).sum(dim=1)  # (lrs,)
-    correct = int(hits[cell])
-    low, high = wilson_interval(correct, len(y_test))
     predicted = logits[cell].argmax(dim=1)
     return Outcome(
         metrics={
-            "top1": correct / len(y_test),
-            "top1_ci_low": low,
-            "top1_ci_high": high,
-            "mean_class_top1": mean_class_accuracy(predicted, y_test, num_classes),
+            **top1_metrics(predicted, y_test, num_classes),
             "val_top1": float(val_hits[cell]) / num_val,
             "top1_best_on_test": float(hits.max()) / len(y_test),
         },
         details={
             "lr": params["lrs"][cell],
             "at_grid_edge": at_edge,
-            "val_top1_by_lr": {str(lr): h / num_val for lr, h in zip(params["lrs"], val_hits.tolist(), strict=True)},
-            "test_top1_by_lr": {str(lr): h / len(y_test) for lr, h in zip(params["lrs"], hits.tolist(), strict=True)},
+            "val_top1_by_lr": by_setting(params["lrs"], val_hits, num_val),
+            "test_top1_by_lr": by_setting(params["lrs"], hits, len(y_test)),
             "selection": f"{num_folds}-fold" if num_folds > 1 else f"held-out {num_val} of {len(fold)}",
             "majority_top1": float((y_test == torch.bincount(y_train).argmax()).double().mean()),
             **({"top5": top_k_accuracy(logits[cell], y_test, 5)} if num_classes > 5 else {}),

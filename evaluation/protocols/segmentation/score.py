@@ -31,7 +31,7 @@ from evaluation.data import IGNORED, LabelMaps
 from evaluation.extraction.forward import Dense
 from evaluation.metrics import Outcome, bootstrap_miou, confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
 from evaluation.protocol import EvaluationError
-from evaluation.selection import NEVER_HELD_OUT, choose_cell, random_folds, sequence_folds
+from evaluation.selection import by_setting, choose_cell, hold_out, random_folds, sequence_folds
 
 __all__ = ["Standardiser", "logits_at_pixels", "score", "upsampled"]
 
@@ -77,7 +77,7 @@ def score(
         details={
             "lr": lr,
             "at_grid_edge": at_edge,
-            "val_miou_by_lr": {str(rate): value for rate, value in zip(params["lrs"], val_miou.tolist(), strict=True)},
+            "val_miou_by_lr": by_setting(params["lrs"], val_miou),
             "selection": rule,
             "iou_per_class": [value if math.isfinite(value) else None for value in iou_per_class(confusion).tolist()],
             "miou_by_sequence": {
@@ -174,9 +174,8 @@ def _folds(sequences: list[str | None], params: Mapping[str, Any], seed: int) ->
         fold, unit = sequence_folds(named, num_folds=params["folds"]), "sequences"
     else:
         fold, unit = random_folds(len(sequences), num_folds=params["folds"], seed=seed), "images"
-    if len(fold) >= params["holdout_from"]:
-        fold[fold > 0] = NEVER_HELD_OUT
-    return fold, f"{int(fold.max()) + 1} fold(s) of {unit}"
+    fold, num_folds = hold_out(fold, holdout_from=params["holdout_from"])
+    return fold, f"{num_folds} fold(s) of {unit}"
 
 
 @dataclass(frozen=True)
