@@ -26,7 +26,10 @@ __all__ = ["ReadWeights", "Teacher", "cosine_momentum"]
 # The whole float32 values of some parameters, wherever an engine keeps them. One collective when they are sharded.
 ReadWeights = Callable[[Sequence[nn.Parameter]], list[Tensor]]
 
-_CHUNK = 2**25  # numbers that are read and moved at a time: few large messages, and at most 128 MiB beside the teacher
+# Numbers that are read and moved at a time. Between GPUs each message costs latency: few large ones, of at most 128
+# MiB. On CPUs they go through memory, and pieces that stay in the cache are faster (`benchmarks/teacher_update.py`).
+_CHUNK = {"cpu": 2**22}
+_LARGE_CHUNK = 2**25
 
 
 def cosine_momentum(start: float, step: int, total_steps: int) -> float:
@@ -75,9 +78,10 @@ class Teacher(Companion):
     def _chunks(self) -> Iterator[tuple[list[nn.Parameter], list[nn.Parameter]]]:
         """Sources and targets of about `_CHUNK` numbers each, in order."""
         pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        largest = _CHUNK.get(self._pairs[0][1].device.type, _LARGE_CHUNK) if self._pairs else 0
         size = 0
         for pair in self._pairs:
-            if pairs and size + pair[1].numel() > _CHUNK:
+            if pairs and size + pair[1].numel() > largest:
                 yield [source for source, _ in pairs], [target for _, target in pairs]
                 pairs, size = [], 0
             pairs.append(pair)
