@@ -31,6 +31,13 @@ from pretrain.record.events import (
 
 __all__ = ["Terminal"]
 
+_METRICS = {  # what a person sees of a logged step, where it is known
+    "loss": "loss {:.4f}",
+    "lr": "lr {:.1e}",
+    "samples_per_s": "{:.0f} samples/s",
+    "data_wait_fraction": "waiting for data {:.0%}",
+}
+
 
 class Terminal:
     """Shows the events of one run.
@@ -101,16 +108,7 @@ class Terminal:
 
     def _show_metrics(self, event: Metrics) -> None:
         values = event.values
-        said = [
-            f"{text}"
-            for name, text in (
-                ("loss", f"loss {values.get('loss', 0):.4f}"),
-                ("lr", f"lr {values.get('lr', 0):.1e}"),
-                ("samples_per_s", f"{values.get('samples_per_s', 0):.0f} samples/s"),
-                ("data_wait_fraction", f"waiting for data {values.get('data_wait_fraction', 0):.0%}"),
-            )
-            if name in values
-        ]
+        said = [text.format(values[name]) for name, text in _METRICS.items() if name in values]
         left = f"ETA {duration((self._total - event.step) * values['step_s'])}" if "step_s" in values else ""
         status = f"{'  '.join(said)}  {self._newest_score}{left}"
         if self.console.is_terminal and self._task is not None:
