@@ -9,7 +9,6 @@ Not here: what a protocol is (`evaluation.protocol`), what heads compute (`score
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib import import_module
@@ -17,6 +16,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+from backbones.errors import suggest
 from backbones.plugins import by_name, entry_points, load_entry, origin
 from evaluation import protocols
 from evaluation.protocol import EvaluationError, Metric, Protocol, described
@@ -58,9 +58,8 @@ def protocol(name: str) -> Protocol:
         return PROTOCOLS[name]
     plugins = _plugins()
     if name not in plugins:
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise EvaluationError(f"unknown evaluation protocol {name!r}; known: {', '.join(names())}{hint}")
+        known = f"known: {', '.join(names())}{suggest(name, names())}"
+        raise EvaluationError(f"unknown evaluation protocol {name!r}; {known}")
     found = load_entry(plugins[name], "protocol", EvaluationError)
     if not isinstance(found, Protocol) or found.name != name:
         raise EvaluationError(f"entry point {origin(plugins[name])} must be a Protocol named {name!r}, got {found!r}")

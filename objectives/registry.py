@@ -12,7 +12,6 @@ then its settings cannot be had without importing it. Nothing here imports torch
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -23,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import objectives
+from backbones.errors import suggest
 from backbones.plugins import by_name, entry_points, load_entry, origin
 from objectives.errors import ObjectiveError
 
@@ -100,9 +100,7 @@ def load(name: str) -> type[Objective]:
 
 def _entry(name: str) -> EntryPoint:
     if name not in _all():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ObjectiveError(f"objective {name!r} is not known; {hint}known: {', '.join(names())}")
+        raise ObjectiveError(f"objective {name!r} is not known; known: {', '.join(names())}{suggest(name, names())}")
     return _all()[name]
 
 

@@ -1,4 +1,4 @@
-"""For tests of any room: the same work in several processes on this machine that talk through gloo."""
+"""For tests of any room: processes that start at once, and the same work in several of them that talk through gloo."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,28 @@ import torch.multiprocessing as mp
 
 from pretrain.training.engine import init_distributed
 
+# What a worker imports, and what DeepSpeed imports while it builds an engine.
+WORKER_IMPORTS = ["deepspeed", "timm", "torchvision", "pretrain.worker", "pretrain.training.engine"]
+WORKER_IMPORTS += ["pretrain.reporting.terminal", "deepspeed.runtime.zero.muon.original_muon"]
+
 
 @pytest.fixture(scope="session")
-def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def warm_start() -> Iterator[BaseContext]:
+    """Processes of this context are forks of one that has imported what a worker does, and has done nothing else.
+
+    Each worker of a test would else spend most of its time on these imports. Their environment is that of the first
+    process: give them `os.environ`.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(WORKER_IMPORTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    yield context
+
+
+@pytest.fixture(scope="session")
+def run_on_ranks(tmp_path_factory: pytest.TempPathFactory, warm_start: BaseContext) -> Callable[..., Any]:
     """`run_on_ranks(n, work, *arguments)`: what `work(*arguments)`, a module's own function, returns on rank 0 of n.
 
     The ranks are fresh processes of one thread each, in a process group; the answer comes as JSON.
@@ -30,17 +51,24 @@ def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        mp.spawn(_on_rank, args=(world_size, port, folder, work, arguments), nprocs=world_size)
+        arguments = (dict(os.environ), world_size, port, folder, work, arguments)
+        mp.start_processes(_on_rank, arguments, nprocs=world_size, start_method=warm_start.get_start_method())
         return json.loads((folder / "found.json").read_text())
 
     return run
 
 
 def _on_rank(
-    rank: int, world_size: int, port: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    environment: dict[str, str],
+    world_size: int,
+    port: int,
+    folder: Path,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()})
+    os.environ.update(environment | {name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()})
     torch.set_num_threads(1)
     with (folder / f"log-{rank}").open("w") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())

@@ -1,33 +1,27 @@
 """From a recipe name and `key=value` overrides to a checked `Recipe`.
 
-Layers, later ones win: the defaults in `pretrain.config.schema`, one YAML file, the command line. Every setting is
-applied on its own through OmegaConf, so that each mistake is found and all are reported together. What settings mean
+Layers, later ones win: the defaults in `pretrain.config.schema`, one YAML file, the command line. They are merged in
+`pretrain.config.layers`, the stages of a recipe are read in `pretrain.config.stage_list`, and what settings mean
 together is checked in `pretrain.config.checks`. Nothing here imports torch or numpy: a wrong request is refused in a
 fraction of a second.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from backbones import registry as backbones
-from backbones.errors import BackboneError
-from objectives import registry as objectives
 from pretrain.config import checks
-from pretrain.config.fields import Setting, declared_settings, template
-from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
+from pretrain.config.layers import resolved
+from pretrain.config.mistakes import COMMAND_LINE, Mistakes
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import (
-    REQUIRED,
     ClusterConfig,
     DataConfig,
     EvaluationConfig,
@@ -37,7 +31,8 @@ from pretrain.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
-from pretrain.config.stages import FIXED, STAGE_KEYS, Plan, in_order
+from pretrain.config.stage_list import given, is_about_stages, moments_that_do_not_fit, read_stages, said_once
+from pretrain.config.stages import Plan, in_order
 from pretrain.errors import RequestError, nearest
 
 __all__ = [
@@ -79,8 +74,6 @@ _RESUMABLE = (
     "cluster.cpus_per_worker",
     "cluster.gpus_per_worker",
 )
-_INSIDE_REFERENCE = re.compile(r"\$\{([^}]*)\}")
-_REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\}")
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -142,10 +135,10 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
     mistakes = Mistakes()
     pairs = list(_parse_overrides(overrides, mistakes))
     content = {"name": path.stem, **content}
-    stages = _stages(content.pop("stages", None) or [], pairs, origin, mistakes)
-    common = [(key, value) for key, value in pairs if not _is_about_stages(key)]
+    stages = read_stages(content.pop("stages", None) or [], pairs, origin, mistakes)
+    common = [(key, value) for key, value in pairs if not is_about_stages(key)]
     if not stages:
-        recipe = _resolved([(content, origin)], common, mistakes, how_to_set, check_files=check_files)
+        recipe = resolved([(content, origin)], common, mistakes, how_to_set, check_files=check_files)
         mistakes.raise_if_any()
         return Plan.single(recipe)
     mistakes.raise_if_any()
@@ -158,8 +151,8 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
             if source is not None and source not in [name for name, _, _ in named]:
                 stage.pairs.append((key, source))  # a reference, of which the recipe takes care
         layers = [(content, origin), (stage.settings, f"{origin}, stage {stage.name}")]
-        recipe = _resolved(layers, [*common, *stage.pairs], mistakes, how_to_set, check_files=check_files)
-        if "train.seed" not in _given(stage):
+        recipe = resolved(layers, [*common, *stage.pairs], mistakes, how_to_set, check_files=check_files)
+        if "train.seed" not in given(stage):
             seed = recipe.train.seed + index  # or every stage would see the samples in the same order
             recipe = replace(recipe, train=replace(recipe.train, seed=seed))
         if index:  # where the run begins is a matter of the first stage
@@ -168,66 +161,11 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
         named.append((stage.name, recipe, stage.keys))
         lines.append(mistakes.lines)
     if any(lines):
-        raise RequestError(*_said_once(lines, [stage.name for stage in stages]))
+        raise RequestError(*said_once(lines, [stage.name for stage in stages]))
     plan = in_order(named)
-    if problems := list(_moments_that_do_not_fit(plan)):
+    if problems := list(moments_that_do_not_fit(plan)):
         raise RequestError(*problems)
     return plan
-
-
-def _said_once(lines: Sequence[Sequence[str]], names: Sequence[str]) -> Iterator[str]:
-    """The mistakes of all stages: what they share is said once, the rest with the name of its stage."""
-    shared = {line for line in lines[0] if all(line in others for others in lines)}
-    yield from (line for line in lines[0] if line in shared)
-    for own, name in zip(lines, names, strict=True):
-        for line in own:
-            if line not in shared:
-                yield line if f", stage {name}:" in line else f"stage {name}: {line}"
-
-
-def _moments_that_do_not_fit(plan: Plan) -> Iterator[str]:
-    """Stages that keep the optimizer of the one before, and what they change that its moments depend on."""
-    for index, stage in enumerate(plan.stages):
-        if stage.reset_optimizer:
-            continue
-        before = plan.stages[index - 1].recipe
-        facts = {
-            "optimizer": ("name", "betas", "eps", "layer_decay"),
-            "train": ("zero_stage", "precision"),
-            "backbone": tuple(vars(stage.recipe.backbone)),
-        }
-        for section, names in facts.items():
-            for name in names:
-                now, was = (getattr(getattr(recipe, section), name, None) for recipe in (stage.recipe, before))
-                if now != was:
-                    yield (
-                        f"stages[{index}].{section}.{name}={shown(now)}: was {shown(was)} in the stage before, whose "
-                        "optimizer this one keeps; leave it, or set reset_optimizer: true"
-                    )
-
-
-def _resolved(
-    contents: Sequence[tuple[dict[str, Any], str]],
-    pairs: Sequence[tuple[str, Any]],
-    mistakes: Mistakes,
-    how_to_set: str,
-    *,
-    check_files: bool,
-) -> Recipe:
-    """Layers of file contents, each with its origin, and the command line on top, merged and checked."""
-    chosen = {
-        "objective": _choose_objective(contents, pairs, mistakes),
-        "backbone": _choose_backbone(contents, pairs, mistakes),
-    }
-    layers = _Layers({key: settings for key, (settings, _) in chosen.items()}, mistakes)
-    for number, (content, origin) in enumerate(contents):
-        # Without the settings of another objective, or kind of backbone, than the one that is trained.
-        counted = {key: value for key, value in content.items() if key not in chosen or number >= chosen[key][1]}
-        layers.assign("", counted, origin)
-    for key, value in pairs:
-        layers.assign(key, value, COMMAND_LINE)
-    draft = layers.draft(contents[0][1], how_to_set=how_to_set)
-    return checks.resolve(draft, mistakes, check_files=check_files)
 
 
 def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
@@ -282,101 +220,6 @@ def to_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
-class _WrittenStage(NamedTuple):
-    """A stage as a recipe and the command line state it."""
-
-    name: str
-    keys: dict[str, Any]  # of STAGE_KEYS, without the name
-    settings: dict[str, Any]
-    pairs: list[tuple[str, Any]]  # settings of this stage from the command line
-
-
-def _is_about_stages(key: str) -> bool:
-    return key == "stages" or key.startswith(("stages[", "stages."))
-
-
-def _stages(written: Any, pairs: Sequence[tuple[str, Any]], origin: str, mistakes: Mistakes) -> list[_WrittenStage]:
-    """The stages of a recipe, with what the command line says of the list and of single stages."""
-    for key, value in pairs:
-        if key == "stages":
-            written, origin = value, COMMAND_LINE
-    if not isinstance(written, list) or not all(isinstance(stage, Mapping) for stage in written):
-        mistakes.add("stages", written, "expected a list of mappings, one of overrides per stage", origin=origin)
-        return []
-    settings = [{str(key): value for key, value in stage.items()} for stage in written]
-    given: list[list[tuple[str, Any]]] = [[] for _ in settings]
-    for key, value in pairs:
-        match = re.fullmatch(r"stages\[(\d+)\]\.(.+)", key)
-        if match and int(match[1]) >= len(settings):
-            mistakes.add(key, value, f"stages has {len(settings)} items, counted from 0", origin=COMMAND_LINE)
-        elif match and match[2] in STAGE_KEYS:
-            settings[int(match[1])][match[2]] = value
-        elif match:
-            given[int(match[1])].append((match[2], value))
-        elif key != "stages" and _is_about_stages(key):
-            problem = "name one stage and a setting, e.g. stages[0].train.steps=200"
-            mistakes.add(key, value, problem, origin=COMMAND_LINE)
-    stages = []
-    for index, (own, pairs_of_it) in enumerate(zip(settings, given, strict=True)):
-        keys = {key: own.pop(key) for key in STAGE_KEYS if key in own}
-        stages.append(_WrittenStage(str(keys.pop("name", index)), keys, own, pairs_of_it))
-    for index, stage in enumerate(stages):
-        names = [other.name for other in stages]
-        _check_stage(index, stage, names[:index], names[index:], origin, mistakes)
-    return stages
-
-
-def _check_stage(
-    index: int, stage: _WrittenStage, earlier: list[str], later: list[str], origin: str, mistakes: Mistakes
-) -> None:
-    """What a stage may say, and what only the list as a whole can tell."""
-    where = f"stages[{index}]"
-    if stage.name in earlier:
-        mistakes.add(f"{where}.name", stage.name, "named twice; give each stage its own name", origin=origin)
-    elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", stage.name):
-        mistakes.add(f"{where}.name", stage.name, "expected letters, digits, '_' and '-' only", origin=origin)
-    reset = stage.keys.get("reset_optimizer", True)
-    if not isinstance(reset, bool):
-        mistakes.add(f"{where}.reset_optimizer", reset, "expected true or false", origin=origin)
-    elif not reset and not index:
-        problem = "the first stage has no moments to carry over; leave it out"
-        mistakes.add(f"{where}.reset_optimizer", reset, problem, origin=origin)
-    source = stage.keys.get("init_from")
-    if source is not None and not (isinstance(source, str) and source):
-        mistakes.add(
-            f"{where}.init_from",
-            source,
-            "expected an earlier stage, or a reference as docs/stages.md lists them",
-            origin=origin,
-        )
-    elif source in later:
-        mistakes.add(f"{where}.init_from", source, "that stage comes later; expected an earlier one", origin=origin)
-    elif source and source not in earlier and not Path(source).exists() and (hint := nearest(source, earlier)):
-        mistakes.add(f"{where}.init_from", source, f"no earlier stage has that name{hint}", origin=origin)
-    if reset is False and source not in (None, *earlier[-1:]):
-        problem = "moments are carried over from the stage before only; leave init_from out, or reset the optimizer"
-        mistakes.add(f"{where}.init_from", source, problem, origin=origin)
-    for key in _given(stage):
-        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
-            mistakes.add_stray(f"{where}.{key}", "is one for all stages; set it outside stages", origin=origin)
-
-
-def _given(stage: _WrittenStage) -> list[str]:
-    """The settings that a stage states, in the recipe and on the command line."""
-    typed = (_dotted(key, value) if isinstance(value, Mapping) else [key] for key, value in stage.pairs)
-    return [*_dotted("", stage.settings), *chain.from_iterable(typed)]
-
-
-def _dotted(prefix: str, settings: Mapping[str, Any]) -> Iterator[str]:
-    """`{train: {steps: 5}}` -> `train.steps`."""
-    for key, value in settings.items():
-        name = f"{prefix}.{key}".removeprefix(".")
-        if isinstance(value, Mapping):
-            yield from _dotted(name, value)
-        else:
-            yield name
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         node = OmegaConf.load(path)
@@ -405,247 +248,3 @@ def _parse_overrides(overrides: Sequence[str], mistakes: Mistakes) -> Iterator[t
             continue
         assert isinstance(parsed, dict)
         yield key.strip(), parsed["value"]
-
-
-def _choose_objective(
-    contents: Sequence[tuple[dict[str, Any], str]], pairs: Sequence[tuple[str, Any]], mistakes: Mistakes
-) -> tuple[type | None, int]:
-    """The settings class of the named objective (None, with a mistake noted, when there is none).
-
-    A later layer, or the command line, may name another objective than the one before: then the earlier layers'
-    settings of the objective are not its own, and it starts from its defaults. The second answer is the number of the
-    first layer whose settings count.
-    """
-    name, source, first = _named("objective", "name", None, contents, pairs)
-    known = objectives.names()
-    if name is None:
-        mistakes.add_missing("objective.name", source, f"one of {', '.join(known)}")
-    elif name not in known:
-        problem = f"unknown objective; known are {', '.join(known)}{nearest(str(name), known)}"
-        mistakes.add("objective.name", name, problem, origin=source)
-    else:
-        return objectives.config_class(name), first
-    mistakes.distrust("objective")
-    return None, first
-
-
-def _choose_backbone(
-    contents: Sequence[tuple[dict[str, Any], str]], pairs: Sequence[tuple[str, Any]], mistakes: Mistakes
-) -> tuple[type | None, int]:
-    """The settings class of the kind of backbone, as `_choose_objective` finds that of the objective."""
-    kind, source, first = _named("backbone", "kind", backbones.IMAGE, contents, pairs)
-    try:
-        return backbones.config_class(str(kind)), first
-    except BackboneError as error:
-        mistakes.add("backbone.kind", kind, str(error), origin=source)
-    mistakes.distrust("backbone")
-    return None, first
-
-
-def _named(
-    section: str,
-    key: str,
-    default: str | None,
-    contents: Sequence[tuple[dict[str, Any], str]],
-    pairs: Sequence[tuple[str, Any]],
-) -> tuple[Any, str, int]:
-    """What the last layer says of the key that chooses the settings of a section.
-
-    Returns:
-        the value, the layer's origin, and the number of the first layer from which on it is the same.
-    """
-    name, source, first = default, contents[0][1], 0
-    for number, (content, origin) in enumerate(contents):
-        settings = content.get(section)
-        if isinstance(settings, Mapping) and key in settings:
-            first = first if settings[key] == name else number
-            name, source = settings[key], origin
-    for given, value in pairs:
-        named = value if given == f"{section}.{key}" else None
-        if given == section and isinstance(value, Mapping):
-            named = value.get(key)
-        if named is not None:
-            first = first if named == name else len(contents)
-            name, source = named, COMMAND_LINE
-    return name, source, first
-
-
-class _Layers:
-    """The settings while layers are put on one another."""
-
-    def __init__(self, chosen: Mapping[str, type | None], mistakes: Mistakes) -> None:
-        """`chosen` has the settings class of each section that a name chooses; None where the name is wrong."""
-        self._mistakes = mistakes
-        self._unknown = {section for section, settings in chosen.items() if settings is None}
-        self._settings, self._sections = declared_settings(chosen)
-        self._references: dict[str, Any] = {}  # key -> value as written, where it refers to another setting
-        self._cfg = OmegaConf.structured(Recipe)
-        _unlock(self._cfg)
-        for section, settings in chosen.items():
-            self._cfg[section] = None if settings is None else OmegaConf.structured(settings)
-        _unlock(self._cfg)
-
-    def assign(self, key: str, value: Any, origin: str) -> None:
-        """Put `value` at a dotted key such as `train.steps` or `evaluation.tasks[0].image_size`.
-
-        A mapping given to a section is taken apart, so that each setting is checked on its own.
-        """
-        declared = template(key)
-        if problem := self._absent_item(key):
-            self._mistakes.add(key, value, problem, origin=origin)
-        elif declared in self._sections:
-            self._assign_section(key, value, origin)
-        elif owner := self._owner(key):
-            self._assign_setting(key, owner, value, origin)
-        elif declared.partition(".")[0] in self._unknown:
-            pass  # which settings exist is unknown; that the name which chooses them is wrong is reported already
-        else:
-            self._mistakes.add(key, value, f"unknown setting{nearest(key, self._settings)}", origin=origin)
-
-    def draft(self, origin: str, how_to_set: str) -> Recipe:
-        """The merged recipe. Where a mistake was found it holds a stand-in; `Mistakes.sound` tells."""
-        self._check_required(origin, how_to_set)
-        self._check_references()
-        for key, setting in self._concrete_settings():
-            if self._mistakes.sound(key):
-                value = _plain(self._cfg, key)
-                if not setting.is_in_range(value):
-                    self._mistakes.add(key, value, f"expected {setting.expectation}")
-        for key, setting in self._concrete_settings():
-            if self._mistakes.is_wrong(key):
-                OmegaConf.update(self._cfg, key, setting.stand_in, merge=False)
-        recipe = OmegaConf.to_object(self._cfg)
-        assert isinstance(recipe, Recipe)
-        return recipe
-
-    def _assign_section(self, key: str, value: Any, origin: str) -> None:
-        if not isinstance(value, Mapping | None):
-            example = next(name for name in self._settings if name.startswith(f"{template(key)}."))
-            problem = f"expected settings below it, e.g. {example}"
-            self._mistakes.add_stray(f"{key}={shown(value)}", problem, origin=origin)
-            return
-        for name, below in (value or {}).items():
-            self.assign(f"{key}.{name}".removeprefix("."), below, origin)
-
-    def _absent_item(self, key: str) -> str | None:
-        """The mistake of an index behind the end of a list; None when all indices in `key` exist."""
-        for match in re.finditer(r"\[(\d+)\]", key):
-            holder = OmegaConf.select(self._cfg, key[: match.start()])
-            if isinstance(holder, ListConfig) and int(match.group(1)) >= len(holder):
-                return f"{key[: match.start()]} has {len(holder)} items, counted from 0"
-        return None
-
-    def _owner(self, key: str) -> Setting | None:
-        """The declared setting that `key` is, or lies in (an item of a list, a name in a mapping)."""
-        declared = template(key)
-        if declared in self._settings:
-            return self._settings[declared]
-        for name, setting in self._settings.items():
-            if setting.is_mapping and declared.startswith(f"{name}."):
-                return setting
-            if declared == f"{name}[]" and not setting.item_class:
-                return setting
-        return None
-
-    def _assign_setting(self, key: str, setting: Setting, value: Any, origin: str) -> None:
-        if setting.item_class and isinstance(value, list):
-            self._put(key, [setting.item_class() for _ in value])
-            self._mistakes.note_origin(key, origin, value)
-            for index, item in enumerate(value):
-                self.assign(f"{key}[{index}]", item, origin)
-            return
-        refers = any("${" in text for text in _texts(value))
-        whole = template(key) == setting.key
-        if problem := _forbidden_reference(value):
-            self._mistakes.add(key, value, problem, origin=origin)
-        elif not self._fits(key, setting, value, checked=whole and not refers and value != REQUIRED):
-            expected = setting.expectation if whole else f"{setting.key} to be {setting.expectation}"
-            self._mistakes.add(key, value, f"expected {expected}", origin=origin)
-        else:
-            self._mistakes.note_origin(key, origin, value)
-            if whole:
-                self._references.pop(key, None)
-            if refers:
-                self._references[key if whole else setting.key] = value
-
-    def _fits(self, key: str, setting: Setting, value: Any, *, checked: bool) -> bool:
-        """Put the value; False when its type is wrong or `key` names an item that is not there."""
-        if checked and not setting.has_right_type(value):
-            return False
-        try:
-            self._put(key, value, free_names=setting.is_mapping)
-        except (OmegaConfBaseException, TypeError, AttributeError):
-            return False
-        return True
-
-    def _put(self, key: str, value: Any, *, free_names: bool = False) -> None:
-        OmegaConf.update(self._cfg, key, value, merge=False, force_add=free_names)
-        if isinstance(value, list):
-            _unlock(OmegaConf.select(self._cfg, key))
-
-    def _concrete_settings(self) -> Iterator[tuple[str, Setting]]:
-        """Every setting with real list indices in its key."""
-        for name, setting in self._settings.items():
-            if "[]" not in name:
-                yield name, setting
-                continue
-            outer, _, inner = name.partition("[]")
-            for index in range(len(OmegaConf.select(self._cfg, outer))):
-                yield f"{outer}[{index}]{inner}", setting
-
-    def _check_required(self, origin: str, how_to_set: str) -> None:
-        for key, setting in self._concrete_settings():
-            section, _, name = key.rpartition(".")
-            holder = OmegaConf.select(self._cfg, section) if section else self._cfg
-            if self._mistakes.sound(key) and OmegaConf.is_missing(holder, name):
-                self._mistakes.add_missing(key, origin, f"{how_to_set} {key}={setting.metavar}")
-
-    def _check_references(self) -> None:
-        for key, written in self._references.items():
-            try:
-                _plain(self._cfg, key)
-            except InterpolationToMissingValueError:
-                self._mistakes.distrust(key)  # the missing setting is reported itself
-            except OmegaConfBaseException:
-                self._mistakes.add(key, written, self._reference_problem(key, written))
-
-    def _reference_problem(self, key: str, written: Any) -> str:
-        for name in _INSIDE_REFERENCE.findall(" ".join(_texts(written))):
-            if name not in self._settings:
-                return f"unknown setting in ${{{name}}}{nearest(name, self._settings)}"
-        return f"what it refers to is not {self._settings[template(key)].expectation}"
-
-
-def _unlock(node: Any) -> None:
-    """Let values be put into nodes made from frozen dataclasses."""
-    if isinstance(node, DictConfig | ListConfig):
-        OmegaConf.set_readonly(node, False)
-        names: Iterable[Any] = node.keys() if isinstance(node, DictConfig) else range(len(node))
-        for name in names:
-            _unlock(node._get_node(name))
-
-
-def _plain(cfg: Container, key: str) -> Any:
-    """The value at `key` with references followed, as plain Python."""
-    value = OmegaConf.select(cfg, key)
-    return OmegaConf.to_container(value, resolve=True) if isinstance(value, Container) else value
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts inside a value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for below in value.values():
-            yield from _texts(below)
-    elif isinstance(value, list):
-        for below in value:
-            yield from _texts(below)
-
-
-def _forbidden_reference(value: Any) -> str | None:
-    """Why a reference is refused: resolvers such as oc.env would put one machine's secrets into shared records."""
-    for text in _texts(value):
-        if "${" in _REFERENCE.sub("", text):
-            return "only references to other settings such as ${data.root} are allowed"
-    return None

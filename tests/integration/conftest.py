@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
 
 from pretrain.record.events import Metrics, Start
 from pretrain.record.journal import read_events
+from pretrain.worker import main
 
 RECIPE = """
 name: small
@@ -39,40 +39,55 @@ def recipe(tmp_path: Path) -> Path:
 
 
 class Loop:
-    """The training loop in `ranks` processes of its own, without Ray."""
+    """`python -m pretrain.worker` in `ranks` processes of its own, as torchrun starts it: the training loop, no Ray."""
 
-    def __init__(self, recipe: Path, run_dir: Path, overrides: tuple[str, ...], ranks: int) -> None:
+    def __init__(self, start: BaseContext, recipe: Path, run_dir: Path, overrides: tuple[str, ...], ranks: int) -> None:
         self.run_dir = run_dir
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         run_dir.mkdir(parents=True, exist_ok=True)
         self.log = run_dir / "loop.log"
-        command = [sys.executable, "-m", "pretrain.worker", str(recipe), *overrides, "--run-dir", str(run_dir)]
+        command = [str(recipe), *overrides, "--run-dir", str(run_dir)]
         self.processes = []
         for rank in range(ranks):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
             environment = os.environ | {name: str(value) for name, value in place.items()}
             environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-            with self.log.open("a") as log:
-                self.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            self.processes.append(start.Process(target=_run_worker, args=(command, environment, self.log)))
+            self.processes[-1].start()
 
     def wait(self, timeout_s: float = 240) -> None:
+        assert set(self.exit_codes(timeout_s)) == {0}, self.log.read_text()[-3000:]
+
+    def exit_codes(self, timeout_s: float = 240) -> list[int | None]:
+        """Of all ranks, once they have ended; None for one that has not after `timeout_s`."""
         for process in self.processes:
-            assert process.wait(timeout_s) == 0, self.log.read_text()[-3000:]
+            process.join(timeout_s)
+        return [process.exitcode for process in self.processes]
 
     def kill_after_step(self, step: int, timeout_s: float = 240) -> None:
         """SIGKILL all ranks once the event log has the metrics of `step`."""
         wait_until(lambda: self._newest_step() >= step, timeout_s, self.log)
         for process in self.processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
 
     def _newest_step(self) -> int:
         """Of the metrics that this process group has written."""
         events = read_events(self.run_dir / "journal.jsonl")[0]
         begun = max((i for i, event in enumerate(events) if isinstance(event, Start)), default=len(events))
         return max((event.step for event in events[begun:] if isinstance(event, Metrics)), default=0)
+
+
+def _run_worker(command: list[str], environment: dict[str, str], log: Path) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.argv = ["pretrain.worker", *command]
+    main()
 
 
 def read_losses(run_dir: Path) -> dict[int, float]:
@@ -92,26 +107,26 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, log: Path) -> No
 
 
 @pytest.fixture
-def launch(recipe: Path, tmp_path: Path) -> Iterator[Callable[..., Loop]]:
+def launch(warm_start: BaseContext, recipe: Path, tmp_path: Path) -> Iterator[Callable[..., Loop]]:
     started: list[Loop] = []
 
     def start(name: str, *overrides: str, ranks: int = 2) -> Loop:
-        started.append(Loop(recipe, tmp_path / "runs" / name, overrides, ranks))
+        started.append(Loop(warm_start, recipe, tmp_path / "runs" / name, overrides, ranks))
         return started[-1]
 
     yield start
     for loop in started:
         for process in loop.processes:
             process.kill()
-            process.wait()
+            process.join()
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(warm_start: BaseContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a run of the recipe on two ranks that nobody disturbed; it recorded its samples."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "small.yaml").write_text(RECIPE)
-    loop = Loop(folder / "small.yaml", folder / "runs" / "whole", ("data.record_samples=true",), 2)
+    loop = Loop(warm_start, folder / "small.yaml", folder / "runs" / "whole", ("data.record_samples=true",), 2)
     loop.wait()
     return loop.run_dir
 

@@ -88,13 +88,13 @@ def test_loop__damaged_checkpoint_is_refused_by_name(launch: Launch) -> None:
     data[len(data) // 2] ^= 1
     state.write_bytes(data)
     again = launch("damaged")
-    assert [process.wait(240) for process in again.processes] == [1, 1]
+    assert again.exit_codes() == [1, 1]
     assert f"{state.name}: contents differ from the SHA-256" in again.log.read_text()
 
 
 def test_loop__wrong_request_is_one_line_and_exit_code_2(launch: Launch) -> None:
     loop = launch("wrong", "train.stepz=4", ranks=1)
-    assert loop.processes[0].wait(60) == 2
+    assert loop.exit_codes(60) == [2]
     assert "train.steps" in loop.log.read_text()
     assert "Traceback" not in loop.log.read_text()
 
@@ -102,7 +102,7 @@ def test_loop__wrong_request_is_one_line_and_exit_code_2(launch: Launch) -> None
 def test_loop__a_run_that_learns_nothing_is_reported_and_stopped_if_asked(launch: Launch) -> None:
     stuck = ("optimizer.base_lr=1e-9", "train.steps=120", "train.checkpoint_every=120", "evaluation.baseline=false")
     loop = launch("stuck", *stuck, "train.stop_on_collapse=true", "train.workers=1", ranks=1)
-    assert [process.wait(240) for process in loop.processes] == [1]
+    assert loop.exit_codes() == [1]
     (warning,) = [event for event in read_events(loop.run_dir / "journal.jsonl")[0] if isinstance(event, Warned)]
     assert (warning.about, warning.step) == ("collapse", 103)  # the third finding in a row, from step 101 on
     assert "no better than by their mean colour" in warning.text
@@ -113,7 +113,7 @@ def test_loop__losses_that_are_not_finite_end_the_run_with_the_reason(launch: La
     """A learning rate that blows the weights up in the first step: every loss after it is infinite or not a number."""
     blown_up = ("optimizer.lr=1e30", "optimizer.base_lr=null", "optimizer.warmup_steps=0", "optimizer.clip_grad=null")
     loop = launch("blown", *blown_up, "train.max_skipped_steps=2", "evaluation.baseline=false")
-    assert [process.wait(240) for process in loop.processes] == [1, 1]
+    assert loop.exit_codes() == [1, 1]
     warnings = [event for event in read_events(loop.run_dir / "journal.jsonl")[0] if isinstance(event, Warned)]
     assert [(event.about, event.step) for event in warnings] == [("non_finite_loss", step) for step in (2, 3, 4)]
     last = "3 steps were skipped, at last: the loss of step 4 is not finite on ranks 0, 1; lower optimizer.lr"

@@ -76,7 +76,7 @@ def test_init_from__takes_the_weights_and_resamples_positions(launch: Launch, wh
 
 def test_init_from__a_wrong_request_is_one_line_and_exit_code_2(launch: Launch) -> None:
     loop = launch("wrong", "init_from=/no/such/checkpoint", ranks=1)
-    assert loop.processes[0].wait(120) == 2
+    assert loop.exit_codes(120) == [2]
     (line,) = loop.log.read_text().strip().splitlines()
     assert line.startswith("error: init_from=/no/such/checkpoint: ")
 

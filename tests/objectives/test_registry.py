@@ -36,7 +36,7 @@ def test_load__every_built_in_is_an_objective_with_its_config():
 
 
 def test_load__unknown_name_says_the_nearest():
-    with pytest.raises(ObjectiveError, match=r"'mea' is not known; did you mean 'mae'\? known: .*mae"):
+    with pytest.raises(ObjectiveError, match=r"'mea' is not known; known: .*; did you mean 'mae'\?"):
         registry.load("mea")
     with pytest.raises(ObjectiveError, match="not known"):
         registry.config_class("nothing like it")

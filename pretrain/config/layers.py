@@ -1,0 +1,296 @@
+"""Layers of settings put on one another: defaults, files, the command line. The result is one checked `Recipe`.
+
+Every setting is applied on its own through OmegaConf, so that each mistake is found and all are reported together.
+Which settings there are depends on two names, the objective's and the kind of backbone, so those are read first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from backbones import registry as backbones
+from backbones.errors import BackboneError
+from objectives import registry as objectives
+from pretrain.config import checks
+from pretrain.config.fields import Setting, declared_settings, template
+from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
+from pretrain.config.schema import REQUIRED, Recipe
+from pretrain.errors import nearest
+
+__all__ = ["resolved"]
+
+_INSIDE_REFERENCE = re.compile(r"\$\{([^}]*)\}")
+_REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\}")
+
+
+def resolved(
+    contents: Sequence[tuple[dict[str, Any], str]],
+    pairs: Sequence[tuple[str, Any]],
+    mistakes: Mistakes,
+    how_to_set: str,
+    *,
+    check_files: bool,
+) -> Recipe:
+    """Layers of file contents, each with its origin, and the command line on top, merged and checked."""
+    chosen = {
+        "objective": _choose_objective(contents, pairs, mistakes),
+        "backbone": _choose_backbone(contents, pairs, mistakes),
+    }
+    layers = _Layers({key: settings for key, (settings, _) in chosen.items()}, mistakes)
+    for number, (content, origin) in enumerate(contents):
+        # Without the settings of another objective, or kind of backbone, than the one that is trained.
+        counted = {key: value for key, value in content.items() if key not in chosen or number >= chosen[key][1]}
+        layers.assign("", counted, origin)
+    for key, value in pairs:
+        layers.assign(key, value, COMMAND_LINE)
+    draft = layers.draft(contents[0][1], how_to_set=how_to_set)
+    return checks.resolve(draft, mistakes, check_files=check_files)
+
+
+def _choose_objective(
+    contents: Sequence[tuple[dict[str, Any], str]], pairs: Sequence[tuple[str, Any]], mistakes: Mistakes
+) -> tuple[type | None, int]:
+    """The settings class of the named objective (None, with a mistake noted, when there is none).
+
+    A later layer, or the command line, may name another objective than the one before: then the earlier layers'
+    settings of the objective are not its own, and it starts from its defaults. The second answer is the number of the
+    first layer whose settings count.
+    """
+    name, source, first = _named("objective", "name", None, contents, pairs)
+    known = objectives.names()
+    if name is None:
+        mistakes.add_missing("objective.name", source, f"one of {', '.join(known)}")
+    elif name not in known:
+        problem = f"unknown objective; known are {', '.join(known)}{nearest(str(name), known)}"
+        mistakes.add("objective.name", name, problem, origin=source)
+    else:
+        return objectives.config_class(name), first
+    mistakes.distrust("objective")
+    return None, first
+
+
+def _choose_backbone(
+    contents: Sequence[tuple[dict[str, Any], str]], pairs: Sequence[tuple[str, Any]], mistakes: Mistakes
+) -> tuple[type | None, int]:
+    """The settings class of the kind of backbone, as `_choose_objective` finds that of the objective."""
+    kind, source, first = _named("backbone", "kind", backbones.IMAGE, contents, pairs)
+    try:
+        return backbones.config_class(str(kind)), first
+    except BackboneError as error:
+        mistakes.add("backbone.kind", kind, str(error), origin=source)
+    mistakes.distrust("backbone")
+    return None, first
+
+
+def _named(
+    section: str,
+    key: str,
+    default: str | None,
+    contents: Sequence[tuple[dict[str, Any], str]],
+    pairs: Sequence[tuple[str, Any]],
+) -> tuple[Any, str, int]:
+    """What the last layer says of the key that chooses the settings of a section.
+
+    Returns:
+        the value, the layer's origin, and the number of the first layer from which on it is the same.
+    """
+    name, source, first = default, contents[0][1], 0
+    for number, (content, origin) in enumerate(contents):
+        settings = content.get(section)
+        if isinstance(settings, Mapping) and key in settings:
+            first = first if settings[key] == name else number
+            name, source = settings[key], origin
+    for given, value in pairs:
+        named = value if given == f"{section}.{key}" else None
+        if given == section and isinstance(value, Mapping):
+            named = value.get(key)
+        if named is not None:
+            first = first if named == name else len(contents)
+            name, source = named, COMMAND_LINE
+    return name, source, first
+
+
+class _Layers:
+    """The settings while layers are put on one another."""
+
+    def __init__(self, chosen: Mapping[str, type | None], mistakes: Mistakes) -> None:
+        """`chosen` has the settings class of each section that a name chooses; None where the name is wrong."""
+        self._mistakes = mistakes
+        self._unknown = {section for section, settings in chosen.items() if settings is None}
+        self._settings, self._sections = declared_settings(chosen)
+        self._references: dict[str, Any] = {}  # key -> value as written, where it refers to another setting
+        self._cfg = OmegaConf.structured(Recipe)
+        _unlock(self._cfg)
+        for section, settings in chosen.items():
+            self._cfg[section] = None if settings is None else OmegaConf.structured(settings)
+        _unlock(self._cfg)
+
+    def assign(self, key: str, value: Any, origin: str) -> None:
+        """Put `value` at a dotted key such as `train.steps` or `evaluation.tasks[0].image_size`.
+
+        A mapping given to a section is taken apart, so that each setting is checked on its own.
+        """
+        declared = template(key)
+        if problem := self._absent_item(key):
+            self._mistakes.add(key, value, problem, origin=origin)
+        elif declared in self._sections:
+            self._assign_section(key, value, origin)
+        elif owner := self._owner(key):
+            self._assign_setting(key, owner, value, origin)
+        elif declared.partition(".")[0] in self._unknown:
+            pass  # which settings exist is unknown; that the name which chooses them is wrong is reported already
+        else:
+            self._mistakes.add(key, value, f"unknown setting{nearest(key, self._settings)}", origin=origin)
+
+    def draft(self, origin: str, how_to_set: str) -> Recipe:
+        """The merged recipe. Where a mistake was found it holds a stand-in; `Mistakes.sound` tells."""
+        self._check_required(origin, how_to_set)
+        self._check_references()
+        for key, setting in self._concrete_settings():
+            if self._mistakes.sound(key):
+                value = _plain(self._cfg, key)
+                if not setting.is_in_range(value):
+                    self._mistakes.add(key, value, f"expected {setting.expectation}")
+        for key, setting in self._concrete_settings():
+            if self._mistakes.is_wrong(key):
+                OmegaConf.update(self._cfg, key, setting.stand_in, merge=False)
+        recipe = OmegaConf.to_object(self._cfg)
+        assert isinstance(recipe, Recipe)
+        return recipe
+
+    def _assign_section(self, key: str, value: Any, origin: str) -> None:
+        if not isinstance(value, Mapping | None):
+            example = next(name for name in self._settings if name.startswith(f"{template(key)}."))
+            problem = f"expected settings below it, e.g. {example}"
+            self._mistakes.add_stray(f"{key}={shown(value)}", problem, origin=origin)
+            return
+        for name, below in (value or {}).items():
+            self.assign(f"{key}.{name}".removeprefix("."), below, origin)
+
+    def _absent_item(self, key: str) -> str | None:
+        """The mistake of an index behind the end of a list; None when all indices in `key` exist."""
+        for match in re.finditer(r"\[(\d+)\]", key):
+            holder = OmegaConf.select(self._cfg, key[: match.start()])
+            if isinstance(holder, ListConfig) and int(match.group(1)) >= len(holder):
+                return f"{key[: match.start()]} has {len(holder)} items, counted from 0"
+        return None
+
+    def _owner(self, key: str) -> Setting | None:
+        """The declared setting that `key` is, or lies in (an item of a list, a name in a mapping)."""
+        declared = template(key)
+        if declared in self._settings:
+            return self._settings[declared]
+        for name, setting in self._settings.items():
+            if setting.is_mapping and declared.startswith(f"{name}."):
+                return setting
+            if declared == f"{name}[]" and not setting.item_class:
+                return setting
+        return None
+
+    def _assign_setting(self, key: str, setting: Setting, value: Any, origin: str) -> None:
+        if setting.item_class and isinstance(value, list):
+            self._put(key, [setting.item_class() for _ in value])
+            self._mistakes.note_origin(key, origin, value)
+            for index, item in enumerate(value):
+                self.assign(f"{key}[{index}]", item, origin)
+            return
+        refers = any("${" in text for text in _texts(value))
+        whole = template(key) == setting.key
+        if problem := _forbidden_reference(value):
+            self._mistakes.add(key, value, problem, origin=origin)
+        elif not self._fits(key, setting, value, checked=whole and not refers and value != REQUIRED):
+            expected = setting.expectation if whole else f"{setting.key} to be {setting.expectation}"
+            self._mistakes.add(key, value, f"expected {expected}", origin=origin)
+        else:
+            self._mistakes.note_origin(key, origin, value)
+            if whole:
+                self._references.pop(key, None)
+            if refers:
+                self._references[key if whole else setting.key] = value
+
+    def _fits(self, key: str, setting: Setting, value: Any, *, checked: bool) -> bool:
+        """Put the value; False when its type is wrong or `key` names an item that is not there."""
+        if checked and not setting.has_right_type(value):
+            return False
+        try:
+            self._put(key, value, free_names=setting.is_mapping)
+        except (OmegaConfBaseException, TypeError, AttributeError):
+            return False
+        return True
+
+    def _put(self, key: str, value: Any, *, free_names: bool = False) -> None:
+        OmegaConf.update(self._cfg, key, value, merge=False, force_add=free_names)
+        if isinstance(value, list):
+            _unlock(OmegaConf.select(self._cfg, key))
+
+    def _concrete_settings(self) -> Iterator[tuple[str, Setting]]:
+        """Every setting with real list indices in its key."""
+        for name, setting in self._settings.items():
+            if "[]" not in name:
+                yield name, setting
+                continue
+            outer, _, inner = name.partition("[]")
+            for index in range(len(OmegaConf.select(self._cfg, outer))):
+                yield f"{outer}[{index}]{inner}", setting
+
+    def _check_required(self, origin: str, how_to_set: str) -> None:
+        for key, setting in self._concrete_settings():
+            section, _, name = key.rpartition(".")
+            holder = OmegaConf.select(self._cfg, section) if section else self._cfg
+            if self._mistakes.sound(key) and OmegaConf.is_missing(holder, name):
+                self._mistakes.add_missing(key, origin, f"{how_to_set} {key}={setting.metavar}")
+
+    def _check_references(self) -> None:
+        for key, written in self._references.items():
+            try:
+                _plain(self._cfg, key)
+            except InterpolationToMissingValueError:
+                self._mistakes.distrust(key)  # the missing setting is reported itself
+            except OmegaConfBaseException:
+                self._mistakes.add(key, written, self._reference_problem(key, written))
+
+    def _reference_problem(self, key: str, written: Any) -> str:
+        for name in _INSIDE_REFERENCE.findall(" ".join(_texts(written))):
+            if name not in self._settings:
+                return f"unknown setting in ${{{name}}}{nearest(name, self._settings)}"
+        return f"what it refers to is not {self._settings[template(key)].expectation}"
+
+
+def _unlock(node: Any) -> None:
+    """Let values be put into nodes made from frozen dataclasses."""
+    if isinstance(node, DictConfig | ListConfig):
+        OmegaConf.set_readonly(node, False)
+        names: Iterable[Any] = node.keys() if isinstance(node, DictConfig) else range(len(node))
+        for name in names:
+            _unlock(node._get_node(name))
+
+
+def _plain(cfg: Container, key: str) -> Any:
+    """The value at `key` with references followed, as plain Python."""
+    value = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(value, resolve=True) if isinstance(value, Container) else value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts inside a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for below in value.values():
+            yield from _texts(below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _texts(below)
+
+
+def _forbidden_reference(value: Any) -> str | None:
+    """Why a reference is refused: resolvers such as oc.env would put one machine's secrets into shared records."""
+    for text in _texts(value):
+        if "${" in _REFERENCE.sub("", text):
+            return "only references to other settings such as ${data.root} are allowed"
+    return None

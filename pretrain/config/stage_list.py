@@ -1,0 +1,145 @@
+"""The list `stages:` as a recipe and the command line write it: read, and refused where it cannot be followed.
+
+What the keys mean is told in `pretrain.config.stages`; that each stage's settings are right is checked with the layers
+below them, in `pretrain.config.layers`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
+from pretrain.config.stages import FIXED, STAGE_KEYS, Plan
+from pretrain.errors import nearest
+
+__all__ = ["WrittenStage", "given", "is_about_stages", "moments_that_do_not_fit", "read_stages", "said_once"]
+
+
+class WrittenStage(NamedTuple):
+    """A stage as a recipe and the command line state it."""
+
+    name: str
+    keys: dict[str, Any]  # of STAGE_KEYS, without the name
+    settings: dict[str, Any]
+    pairs: list[tuple[str, Any]]  # settings of this stage from the command line
+
+
+def is_about_stages(key: str) -> bool:
+    return key == "stages" or key.startswith(("stages[", "stages."))
+
+
+def read_stages(written: Any, pairs: Sequence[tuple[str, Any]], origin: str, mistakes: Mistakes) -> list[WrittenStage]:
+    """The stages of a recipe, with what the command line says of the list and of single stages."""
+    for key, value in pairs:
+        if key == "stages":
+            written, origin = value, COMMAND_LINE
+    if not isinstance(written, list) or not all(isinstance(stage, Mapping) for stage in written):
+        mistakes.add("stages", written, "expected a list of mappings, one of overrides per stage", origin=origin)
+        return []
+    settings = [{str(key): value for key, value in stage.items()} for stage in written]
+    given: list[list[tuple[str, Any]]] = [[] for _ in settings]
+    for key, value in pairs:
+        match = re.fullmatch(r"stages\[(\d+)\]\.(.+)", key)
+        if match and int(match[1]) >= len(settings):
+            mistakes.add(key, value, f"stages has {len(settings)} items, counted from 0", origin=COMMAND_LINE)
+        elif match and match[2] in STAGE_KEYS:
+            settings[int(match[1])][match[2]] = value
+        elif match:
+            given[int(match[1])].append((match[2], value))
+        elif key != "stages" and is_about_stages(key):
+            problem = "name one stage and a setting, e.g. stages[0].train.steps=200"
+            mistakes.add(key, value, problem, origin=COMMAND_LINE)
+    stages = []
+    for index, (own, pairs_of_it) in enumerate(zip(settings, given, strict=True)):
+        keys = {key: own.pop(key) for key in STAGE_KEYS if key in own}
+        stages.append(WrittenStage(str(keys.pop("name", index)), keys, own, pairs_of_it))
+    for index, stage in enumerate(stages):
+        names = [other.name for other in stages]
+        _check_stage(index, stage, names[:index], names[index:], origin, mistakes)
+    return stages
+
+
+def _check_stage(
+    index: int, stage: WrittenStage, earlier: list[str], later: list[str], origin: str, mistakes: Mistakes
+) -> None:
+    """What a stage may say, and what only the list as a whole can tell."""
+    where = f"stages[{index}]"
+    if stage.name in earlier:
+        mistakes.add(f"{where}.name", stage.name, "named twice; give each stage its own name", origin=origin)
+    elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", stage.name):
+        mistakes.add(f"{where}.name", stage.name, "expected letters, digits, '_' and '-' only", origin=origin)
+    reset = stage.keys.get("reset_optimizer", True)
+    if not isinstance(reset, bool):
+        mistakes.add(f"{where}.reset_optimizer", reset, "expected true or false", origin=origin)
+    elif not reset and not index:
+        problem = "the first stage has no moments to carry over; leave it out"
+        mistakes.add(f"{where}.reset_optimizer", reset, problem, origin=origin)
+    source = stage.keys.get("init_from")
+    if source is not None and not (isinstance(source, str) and source):
+        mistakes.add(
+            f"{where}.init_from",
+            source,
+            "expected an earlier stage, or a reference as docs/stages.md lists them",
+            origin=origin,
+        )
+    elif source in later:
+        mistakes.add(f"{where}.init_from", source, "that stage comes later; expected an earlier one", origin=origin)
+    elif source and source not in earlier and not Path(source).exists() and (hint := nearest(source, earlier)):
+        mistakes.add(f"{where}.init_from", source, f"no earlier stage has that name{hint}", origin=origin)
+    if reset is False and source not in (None, *earlier[-1:]):
+        problem = "moments are carried over from the stage before only; leave init_from out, or reset the optimizer"
+        mistakes.add(f"{where}.init_from", source, problem, origin=origin)
+    for key in given(stage):
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+            mistakes.add_stray(f"{where}.{key}", "is one for all stages; set it outside stages", origin=origin)
+
+
+def given(stage: WrittenStage) -> list[str]:
+    """The settings that a stage states, in the recipe and on the command line."""
+    typed = (_dotted(key, value) if isinstance(value, Mapping) else [key] for key, value in stage.pairs)
+    return [*_dotted("", stage.settings), *chain.from_iterable(typed)]
+
+
+def _dotted(prefix: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    """`{train: {steps: 5}}` -> `train.steps`."""
+    for key, value in settings.items():
+        name = f"{prefix}.{key}".removeprefix(".")
+        if isinstance(value, Mapping):
+            yield from _dotted(name, value)
+        else:
+            yield name
+
+
+def said_once(lines: Sequence[Sequence[str]], names: Sequence[str]) -> Iterator[str]:
+    """The mistakes of all stages: what they share is said once, the rest with the name of its stage."""
+    shared = {line for line in lines[0] if all(line in others for others in lines)}
+    yield from (line for line in lines[0] if line in shared)
+    for own, name in zip(lines, names, strict=True):
+        for line in own:
+            if line not in shared:
+                yield line if f", stage {name}:" in line else f"stage {name}: {line}"
+
+
+def moments_that_do_not_fit(plan: Plan) -> Iterator[str]:
+    """Stages that keep the optimizer of the one before, and what they change that its moments depend on."""
+    for index, stage in enumerate(plan.stages):
+        if stage.reset_optimizer:
+            continue
+        before = plan.stages[index - 1].recipe
+        facts = {
+            "optimizer": ("name", "betas", "eps", "layer_decay"),
+            "train": ("zero_stage", "precision"),
+            "backbone": tuple(vars(stage.recipe.backbone)),
+        }
+        for section, names in facts.items():
+            for name in names:
+                now, was = (getattr(getattr(recipe, section), name, None) for recipe in (stage.recipe, before))
+                if now != was:
+                    yield (
+                        f"stages[{index}].{section}.{name}={shown(now)}: was {shown(was)} in the stage before, whose "
+                        "optimizer this one keeps; leave it, or set reset_optimizer: true"
+                    )
