@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -19,12 +18,11 @@ from pretrain.record.journal import read_events
 
 pytestmark = pytest.mark.integration
 
-Launch = Callable[..., Any]
 Losses = Callable[[Path], dict[int, float]]
 
 
 def test_run__killed_worker_recovers_is_evaluated_and_pulled(
-    launch: Launch,
+    whole: Path,
     losses: Losses,
     wait_for: Callable[..., None],
     recipe: Path,
@@ -49,9 +47,7 @@ def test_run__killed_worker_recovers_is_evaluated_and_pulled(
     finally:
         run.kill()
 
-    whole = launch("whole")  # the same recipe, undisturbed and without Ray
-    whole.wait()
-    assert losses(run_dir) == losses(whole.run_dir)
+    assert losses(run_dir) == losses(whole)  # the same recipe, undisturbed and without Ray
     resumed = [event for event in read_events(run_dir / "journal.jsonl")[0] if isinstance(event, Resumed)]
     assert [event.step for event in resumed] == [4]
 

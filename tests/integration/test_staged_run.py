@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from pretrain.config.load import load_plan
 from pretrain.config.stages import plan_yaml
-from pretrain.record.events import CheckpointPublished, Resumed, StageBegan
+from pretrain.record.events import CheckpointPublished, Resumed, StageBegan, Start
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RunDir
 from pretrain.reporting.page import write_report
@@ -26,7 +27,7 @@ objective: {name: mae, decoder_dim: 48, decoder_depth: 1, decoder_heads: 3}
 backbone: {name: vit_tiny_patch16_224, patch_size: 16, image_size: 64, options: {depth: 2, embed_dim: 48, num_heads: 3}}
 data: {train: "package:demo_data/grocery/train-*.tar", loader_workers: 1}
 optimizer: {base_lr: 2.0e-3, warmup_steps: 2, clip_grad: 1.0}
-train: {steps: 8, global_batch_size: 16, workers: 1, log_every: 1, checkpoint_every: 3}
+train: {steps: 8, global_batch_size: 16, workers: 1, log_every: 1, checkpoint_every: 3, keep_last: 9}
 evaluation: {enabled: false, baseline: false}
 stages:
   - {name: small}
@@ -82,6 +83,31 @@ def test_stages__a_later_one_begins_with_the_weights_of_the_one_before(
     assert resumed == [(3, 3), (11, 3)]  # the second stage has an optimizer of its own
     last = "checkpoints/step-00000014/backbone.safetensors"
     assert (broken.run_dir / last).read_bytes() == (whole.run_dir / last).read_bytes()
+
+    _goes_on_at_the_border(launch, whole.run_dir, events)
+    assert losses(whole.run_dir) == expected
+    _without_training_states_there_is_no_going_on(launch, whole.run_dir)
+    state_of_the_second = f"resume_from={broken.run_dir / 'checkpoints/step-00000014'}"
+    loop = launch("later", "train.steps=20", state_of_the_second, ranks=1)
+    assert loop.exit_codes() == [2]
+    assert "is of stage 'large', which began at step 8 of its run" in loop.log.read_text()
+
+
+def _goes_on_at_the_border(launch: Launch, run_dir: Path, events: Callable[[Path], list[Any]]) -> None:
+    """The newest checkpoint is the last of the first stage: the second begins, and says at which step."""
+    for step in (11, 14):
+        shutil.rmtree(run_dir / f"checkpoints/step-{step:08d}")
+    launch(run_dir.name, ranks=1).wait()
+    assert [event.step for event in events(run_dir) if isinstance(event, Start)] == [0, 8]
+    assert [event.step for event in events(run_dir) if isinstance(event, StageBegan)] == [8, 8]
+
+
+def _without_training_states_there_is_no_going_on(launch: Launch, run_dir: Path) -> None:
+    for state in run_dir.glob("checkpoints/step-*/training_state"):
+        shutil.rmtree(state)
+    loop = launch(run_dir.name, ranks=1)
+    assert loop.exit_codes() == [1]
+    assert "have no training state any more, so that the run cannot go on" in loop.log.read_text()
 
 
 def test_stages__may_carry_the_moments_of_the_optimizer_over(

@@ -110,11 +110,16 @@ def _begin(file: Path) -> dict[str, Any]:
     ]
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, [*equal, torch.equal(random, torch.get_rng_state()), before.shape.numel()])
-    failed = ""
-    try:
-        state.begin_with(objective, Start("init_from", "/gone.safetensors"), stage)
-    except store.CheckpointError as error:
-        failed = str(error)
+    diverged = file.with_name("diverged.safetensors")
+    if dist.get_rank() == 0:
+        weights = given.timm_state_dict()
+        save_backbone(diverged, weights | {"norm.weight": (0 * weights["norm.weight"]).log()}, given.spec)
+    failed = []
+    for reference in ("/gone.safetensors", diverged):
+        try:
+            state.begin_with(objective, Start("init_from", str(reference)), stage)
+        except store.CheckpointError as error:
+            failed.append(str(error))
     return {"answers": answers, "loaded": used.loaded, "total": used.total, "failed": failed}
 
 
@@ -122,4 +127,6 @@ def test_begin_with__student_and_teacher_on_every_rank(run_on_ranks: Callable[..
     found = run_on_ranks(2, _begin, tmp_path / "given.safetensors")
     assert found["answers"] == [[True, True, True, 24]] * 2
     assert found["loaded"] == found["total"] > 10
-    assert found["failed"].startswith("init_from=/gone.safetensors: ")
+    gone, diverged = found["failed"]
+    assert gone.startswith("init_from=/gone.safetensors: ")
+    assert diverged.endswith("diverged.safetensors: norm.weight holds numbers that are not finite")
