@@ -1,5 +1,13 @@
 """Connect to Ray: a private instance bound to the loopback interface, or a cluster that is already there.
 
+A private instance listens on 127.0.0.1 only, and asks for a token that was drawn for it and lies in memory alone: other
+users of the machine can reach its ports and do nothing there.
+
+Ray reads the address and the token's variables when it is imported, which may have happened long ago (a notebook, a
+plug-in). So what it made of them is set as well, by three names that Ray does not document and that
+`tests/cluster/test_connect.py` touches: `ray_constants.ENABLE_RAY_CLUSTER`, `Config.initialize` and
+`AuthenticationTokenLoader.reset_cache`. An instance that got another address all the same is taken down again.
+
 What is not here: placing workers (`cluster.workers`) and evaluation tasks (`cluster.tasks`).
 """
 
@@ -7,14 +15,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["EVALUATION_SLOT", "Cluster", "connect", "gpus_per_worker"]
+__all__ = ["EVALUATION_SLOT", "AlreadyConnected", "Cluster", "connect", "gpus_per_worker"]
 
 EVALUATION_SLOT = "evaluation_slot"  # custom Ray resource: bounds the evaluations that run beside the trainers
 OBJECT_STORE_BYTES = 200 * 2**20  # only functions, settings and small results travel through Ray; data does not
+LOOPBACK = "127.0.0.1"
+
+
+class AlreadyConnected(RuntimeError):
+    """This process uses a Ray of its own, and a process has one connection."""
 
 
 @dataclass(frozen=True)
@@ -49,42 +63,84 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
         evaluation_slots: Evaluations that may run at the same time beside the trainers of the private instance.
 
     Raises:
+        AlreadyConnected: This process is connected to Ray.
         ConnectionError: No cluster answers at `address`.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     _quiet_environment()
-    if address is None:
-        # Despite its name, this variable controls the rewriting of addresses: unset, Ray replaces 127.0.0.1 by a
-        # routable one.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
+    if ray.is_initialized():
+        raise AlreadyConnected(
+            "this process is connected to Ray already and cannot have a second connection; call ray.shutdown() first"
+        )
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    else:
+        try:
+            yield _described(address, private=False)
+        finally:
+            ray.shutdown()
+        return
+    with _private_settings():
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                resources={EVALUATION_SLOT: float(evaluation_slots)},
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address=LOOPBACK,
+            )
+            if (found := ray.util.get_node_ip_address()) != LOOPBACK:
+                raise RuntimeError(f"Ray gave its private instance the address {found}, not {LOOPBACK}; it was ended")
+            yield _described(LOOPBACK, private=True)
+        finally:
+            ray.shutdown()
+
+
+def _described(address: str, *, private: bool) -> Cluster:
+    import ray
+
+    resources: Mapping[str, float] = ray.cluster_resources()
+    return Cluster(address, private, resources.get("GPU", 0.0), EVALUATION_SLOT in resources)
+
+
+@contextmanager
+def _private_settings() -> Iterator[None]:
+    """What a private instance needs, for this process and those that it starts; undone afterwards."""
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    def read_again() -> None:
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+    private = {
+        # Despite its name it controls the rewriting of addresses: unset, Ray replaces 127.0.0.1 by a routable one.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # with none in the environment Ray writes one to the home directory
         # Ray starts its workers at niceness 15; here trainers run at ours and evaluations lower theirs.
-        os.environ.update(RAY_worker_niceness="0")
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            resources={EVALUATION_SLOT: float(evaluation_slots)},
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",  # nothing of a private instance is reachable from outside this machine
-        )
+        "RAY_worker_niceness": "0",
+    }
+    before = {name: os.environ.get(name) for name in private}
+    rewrites_addresses = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(private)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    read_again()
     try:
-        resources = ray.cluster_resources()
-        yield Cluster(
-            address=address or "127.0.0.1",
-            private=address is None,
-            num_gpus=resources.get("GPU", 0.0),
-            has_evaluation_slots=EVALUATION_SLOT in resources,
-        )
+        yield
     finally:
-        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        ray_constants.ENABLE_RAY_CLUSTER = rewrites_addresses
+        read_again()
 
 
 def gpus_per_worker(cluster: Cluster, device: str, num_workers: int) -> tuple[float, str | None]:

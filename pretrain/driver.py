@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.connect import AlreadyConnected
 from data_pipelines.files import write_atomically
 from pretrain.checkpoints import copies, store
 from pretrain.checkpoints.initialization import checked_plan
@@ -157,6 +158,8 @@ class _Driver:
                     raise RunFailed(message, self.run_dir.logs) from error
                 address = self.recipe.cluster.address or os.environ.get("RAY_ADDRESS")
                 raise RequestError(f"cluster.address={address}: no Ray answers there ({_last_line(error)})") from None
+            except AlreadyConnected as error:
+                raise RequestError(str(error)) from None
             except KeyboardInterrupt:
                 raise RunFailed(f"stopped; go on with: pretrain resume {self.run_dir.run_id}") from None
             finally:

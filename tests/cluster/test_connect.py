@@ -1,10 +1,70 @@
-"""How many GPUs each worker gets, without a cluster."""
+"""A private instance as others on the machine see it; how many GPUs each worker gets, without a cluster."""
 
 from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from cluster.connect import Cluster, gpus_per_worker
+
+_LOOK_AT_A_PRIVATE_INSTANCE = """
+import json, os, sys
+if sys.argv[1] == "ray first":
+    import ray
+import psutil
+from cluster.connect import AlreadyConnected, connect
+
+before = dict(os.environ)
+with connect(None, num_cpus=1, num_gpus=0, evaluation_slots=1):
+    import ray
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    connections = [connection for process in processes for connection in process.net_connections("inet")]
+    print(json.dumps({
+        "listens on": sorted({c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == "LISTEN"}),
+        "token": os.environ["RAY_AUTH_TOKEN"],
+        "commands": " ".join(" ".join(process.cmdline()) for process in processes),
+        "answer": ray.get(ray.remote(lambda: "a worker").options(num_cpus=0).remote()),
+    }))
+    os.environ["RAY_AUTH_TOKEN"] = "guessed"
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address).get_all_node_info(timeout=10)
+        print(json.dumps("no token is needed"))
+    except Exception as error:
+        print(json.dumps(str(error)))
+    try:
+        with connect(None, num_cpus=1, num_gpus=0, evaluation_slots=1):
+            pass
+    except AlreadyConnected as error:
+        print(json.dumps(str(error)))
+kept = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_worker_niceness"}
+print(json.dumps([name for name in kept if os.environ.get(name) != before.get(name)]))
+print(json.dumps(ray._private.ray_constants.ENABLE_RAY_CLUSTER))
+"""
+
+
+@pytest.mark.parametrize("order", ["ray first", "ray last"])
+def test_connect__a_private_instance_is_for_its_owner_alone_whoever_imported_ray(order: str, tmp_path: Path) -> None:
+    """Ray reads address and token at import; the home directory stays empty, and a later connection is as before."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path)}
+    command = [sys.executable, "-c", _LOOK_AT_A_PRIVATE_INSTANCE, order]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    seen, guessed, twice, left, rewrites = (
+        json.loads(line) for line in done.stdout.splitlines() if line[:1] in '{["tf'
+    )
+    assert seen["listens on"] == ["127.0.0.1"] and seen["answer"] == "a worker"
+    assert len(seen["token"]) == 64 and seen["token"] not in seen["commands"]
+    assert "oken" in guessed and guessed != "no token is needed"
+    assert twice.startswith("this process is connected to Ray already") and "ray.shutdown()" in twice
+    assert left == [] and rewrites is True
+    assert list(tmp_path.iterdir()) == []
 
 
 def _cluster(num_gpus: float, *, private: bool = False) -> Cluster:
