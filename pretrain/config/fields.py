@@ -17,6 +17,7 @@ from pretrain.config.schema import Recipe
 __all__ = ["Setting", "declared_settings", "template"]
 
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_BOOLEANS = ("yes", "no", "on", "off")  # texts to `parse_yaml`, and clear where true or false is expected
 _STAND_INS: dict[Any, Any] = {int: 1, float: 1.0, str: "", bool: False}
 
 
@@ -74,14 +75,22 @@ class Setting:
         return words + (" or null" if self.optional else "")
 
     def has_right_type(self, value: Any) -> bool:
-        """Refuse what OmegaConf would silently convert: numbers to booleans, booleans and lists to texts."""
+        """Refuse what OmegaConf would silently convert: numbers to booleans; booleans, lists and fractions to texts."""
         if value is None:
             return self.optional
         if self.kind is bool:
-            return isinstance(value, bool)
+            return isinstance(value, bool) or (isinstance(value, str) and value.lower() in _BOOLEANS)
         if self.kind is str:
-            return isinstance(value, str | int | float) and not isinstance(value, bool)
+            return _is_text(value)
+        if self.is_mapping and get_args(self.kind)[1] is str:
+            return isinstance(value, Mapping) and all(map(_is_text, value.values()))
         return True
+
+    def takes_text(self, declared: str) -> bool:
+        """True when what `declared` names, this setting or an item in it, is a text."""
+        if declared == self.key:
+            return self.kind is str
+        return not self.item_class and get_args(self.kind)[-1:] == (str,)
 
     def is_in_range(self, value: Any) -> bool:
         """True when a value of the right type keeps the bounds, choices and length."""
@@ -93,10 +102,19 @@ class Setting:
         low, high = self.metadata.get("range") or (None, None)
         numbers = value if isinstance(value, list) else [value]
         return all(
-            math.isfinite(number) and (low is None or number >= low) and (high is None or number <= high)
+            _is_finite(number) and (low is None or number >= low) and (high is None or number <= high)
             for number in numbers
             if isinstance(number, int | float)
         )
+
+
+def _is_text(value: Any) -> bool:
+    """True of texts, and of the whole numbers that a file may have in their place; 1.10 would lose its zero."""
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _is_finite(number: float) -> bool:
+    return math.isfinite(number) if isinstance(number, float) else abs(number) < 2**63
 
 
 def template(key: str) -> str:

@@ -20,6 +20,7 @@ from pretrain.config import checks
 from pretrain.config.fields import Setting, declared_settings, template
 from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
 from pretrain.config.schema import REQUIRED, Recipe
+from pretrain.config.values import Typed
 from pretrain.errors import nearest
 
 __all__ = ["resolved"]
@@ -106,9 +107,12 @@ def _named(
             first = first if settings[key] == name else number
             name, source = settings[key], origin
     for given, value in pairs:
-        named = value if given == f"{section}.{key}" else None
-        if given == section and isinstance(value, Mapping):
-            named = value.get(key)
+        named = None
+        if given == f"{section}.{key}":
+            named = value.as_text if isinstance(value, Typed) else value
+        elif given == section:
+            settings = value.value if isinstance(value, Typed) else value
+            named = settings.get(key) if isinstance(settings, Mapping) else None
         if named is not None:
             first = first if named == name else len(contents)
             name, source = named, COMMAND_LINE
@@ -133,9 +137,19 @@ class _Layers:
     def assign(self, key: str, value: Any, origin: str) -> None:
         """Put `value` at a dotted key such as `train.steps` or `evaluation.tasks[0].image_size`.
 
-        A mapping given to a section is taken apart, so that each setting is checked on its own.
+        A mapping given to a section is taken apart, so that each setting is checked on its own. What was typed is read
+        as its setting wants it: a text as it stands, all else as YAML.
         """
         declared = template(key)
+        if isinstance(value, Typed):
+            owner = self._owner(key)
+            if owner is not None and owner.takes_text(declared):
+                value = value.as_text
+            elif value.problem is not None and (owner is not None or declared in self._sections):
+                self._mistakes.add(key, value, value.problem, origin=origin)
+                return
+            else:
+                value = value.text if value.problem is not None else value.value
         if problem := self._absent_item(key):
             self._mistakes.add(key, value, problem, origin=origin)
         elif declared in self._sections:
@@ -176,7 +190,8 @@ class _Layers:
         """The mistake of an index behind the end of a list; None when all indices in `key` exist."""
         for match in re.finditer(r"\[(\d+)\]", key):
             holder = OmegaConf.select(self._cfg, key[: match.start()])
-            if isinstance(holder, ListConfig) and int(match.group(1)) >= len(holder):
+            digits = match.group(1)
+            if isinstance(holder, ListConfig) and (len(digits) > 9 or int(digits) >= len(holder)):
                 return f"{key[: match.start()]} has {len(holder)} items, counted from 0"
         return None
 
@@ -219,7 +234,7 @@ class _Layers:
             return False
         try:
             self._put(key, value, free_names=setting.is_mapping)
-        except (OmegaConfBaseException, TypeError, AttributeError):
+        except (OmegaConfBaseException, TypeError, AttributeError, ValueError, OverflowError):
             return False
         return True
 

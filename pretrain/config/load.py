@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pretrain.config import checks
 from pretrain.config.layers import resolved
-from pretrain.config.mistakes import COMMAND_LINE, Mistakes
+from pretrain.config.mistakes import Mistakes, shown
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import (
     ClusterConfig,
@@ -33,6 +32,7 @@ from pretrain.config.schema import (
 )
 from pretrain.config.stage_list import given, is_about_stages, moments_that_do_not_fit, read_stages, said_once
 from pretrain.config.stages import Plan, in_order
+from pretrain.config.values import Typed, first_line, parse_yaml, typed
 from pretrain.errors import RequestError, nearest
 
 __all__ = [
@@ -222,29 +222,23 @@ def to_yaml(recipe: Recipe) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        node = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RequestError(f"recipe {path}{where}: not readable as YAML: {what}") from None
-    content = OmegaConf.to_container(node, resolve=False)
+        raise RequestError(f"recipe {path}{where}: not readable as YAML: {first_line(error)}") from None
+    if content is None:
+        content = {}
     if not isinstance(content, dict):
-        raise RequestError(f"recipe {path}: expected settings (key: value), found a list")
+        found = "a list" if isinstance(content, list) else f"only {shown(content)}"
+        raise RequestError(f"recipe {path}: expected settings (key: value), found {found}")
     return {str(key): value for key, value in content.items()}
 
 
-def _parse_overrides(overrides: Sequence[str], mistakes: Mistakes) -> Iterator[tuple[str, Any]]:
+def _parse_overrides(overrides: Sequence[str], mistakes: Mistakes) -> Iterator[tuple[str, Typed]]:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             mistakes.add_stray(text, "expected key=value, e.g. train.steps=200")
             continue
-        try:
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
-        except (YAMLError, OmegaConfBaseException) as error:
-            what = getattr(error, "problem", None) or str(error).splitlines()[0]
-            mistakes.add(key, value, f"not readable as a YAML value: {what}", origin=COMMAND_LINE)
-            continue
-        assert isinstance(parsed, dict)
-        yield key.strip(), parsed["value"]
+        yield key.strip(), typed(value)

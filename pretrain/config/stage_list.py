@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
 from pretrain.config.stages import FIXED, STAGE_KEYS, Plan
+from pretrain.config.values import Typed
 from pretrain.errors import nearest
 
 __all__ = ["WrittenStage", "given", "is_about_stages", "moments_that_do_not_fit", "read_stages", "said_once"]
@@ -25,29 +26,34 @@ class WrittenStage(NamedTuple):
     name: str
     keys: dict[str, Any]  # of STAGE_KEYS, without the name
     settings: dict[str, Any]
-    pairs: list[tuple[str, Any]]  # settings of this stage from the command line
+    pairs: list[tuple[str, Typed | str]]  # settings of this stage from the command line
 
 
 def is_about_stages(key: str) -> bool:
     return key == "stages" or key.startswith(("stages[", "stages."))
 
 
-def read_stages(written: Any, pairs: Sequence[tuple[str, Any]], origin: str, mistakes: Mistakes) -> list[WrittenStage]:
+def read_stages(
+    written: Any, pairs: Sequence[tuple[str, Typed]], origin: str, mistakes: Mistakes
+) -> list[WrittenStage]:
     """The stages of a recipe, with what the command line says of the list and of single stages."""
     for key, value in pairs:
         if key == "stages":
-            written, origin = value, COMMAND_LINE
+            written, origin = value.value, COMMAND_LINE
+            if value.problem is not None:
+                mistakes.add("stages", value, value.problem, origin=origin)
+                return []
     if not isinstance(written, list) or not all(isinstance(stage, Mapping) for stage in written):
         mistakes.add("stages", written, "expected a list of mappings, one of overrides per stage", origin=origin)
         return []
     settings = [{str(key): value for key, value in stage.items()} for stage in written]
-    given: list[list[tuple[str, Any]]] = [[] for _ in settings]
+    given: list[list[tuple[str, Typed | str]]] = [[] for _ in settings]
     for key, value in pairs:
-        match = re.fullmatch(r"stages\[(\d+)\]\.(.+)", key)
+        match = re.fullmatch(r"stages\[(\d{1,9})\]\.(.+)", key, re.DOTALL)
         if match and int(match[1]) >= len(settings):
             mistakes.add(key, value, f"stages has {len(settings)} items, counted from 0", origin=COMMAND_LINE)
         elif match and match[2] in STAGE_KEYS:
-            settings[int(match[1])][match[2]] = value
+            settings[int(match[1])][match[2]] = value.value if match[2] == "reset_optimizer" else value.as_text
         elif match:
             given[int(match[1])].append((match[2], value))
         elif key != "stages" and is_about_stages(key):
@@ -59,49 +65,58 @@ def read_stages(written: Any, pairs: Sequence[tuple[str, Any]], origin: str, mis
         stages.append(WrittenStage(str(keys.pop("name", index)), keys, own, pairs_of_it))
     for index, stage in enumerate(stages):
         names = [other.name for other in stages]
-        _check_stage(index, stage, names[:index], names[index:], origin, mistakes)
+        of_this = {key.partition("].")[2] for key, _ in pairs if key.startswith(f"stages[{index}].")}
+        _check_stage(index, stage, names[:index], names[index:], origin, of_this, mistakes)
     return stages
 
 
 def _check_stage(
-    index: int, stage: WrittenStage, earlier: list[str], later: list[str], origin: str, mistakes: Mistakes
+    index: int,
+    stage: WrittenStage,
+    earlier: list[str],
+    later: list[str],
+    origin: str,
+    typed_keys: set[str],
+    mistakes: Mistakes,
 ) -> None:
     """What a stage may say, and what only the list as a whole can tell."""
     where = f"stages[{index}]"
+
+    def wrong(key: str, value: Any, problem: str) -> None:
+        said_by = COMMAND_LINE if key in typed_keys else origin
+        mistakes.add(f"{where}.{key}", value, problem, origin=said_by)
+
     if stage.name in earlier:
-        mistakes.add(f"{where}.name", stage.name, "named twice; give each stage its own name", origin=origin)
+        wrong("name", stage.name, "named twice; give each stage its own name")
     elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", stage.name):
-        mistakes.add(f"{where}.name", stage.name, "expected letters, digits, '_' and '-' only", origin=origin)
+        wrong("name", stage.name, "expected letters, digits, '_' and '-' only")
     reset = stage.keys.get("reset_optimizer", True)
     if not isinstance(reset, bool):
-        mistakes.add(f"{where}.reset_optimizer", reset, "expected true or false", origin=origin)
+        wrong("reset_optimizer", reset, "expected true or false")
     elif not reset and not index:
         problem = "the first stage has no moments to carry over; leave it out"
-        mistakes.add(f"{where}.reset_optimizer", reset, problem, origin=origin)
+        wrong("reset_optimizer", reset, problem)
     source = stage.keys.get("init_from")
     if source is not None and not (isinstance(source, str) and source):
-        mistakes.add(
-            f"{where}.init_from",
-            source,
-            "expected an earlier stage, or a reference as docs/stages.md lists them",
-            origin=origin,
-        )
+        wrong("init_from", source, "expected an earlier stage, or a reference as docs/stages.md lists them")
     elif source in later:
-        mistakes.add(f"{where}.init_from", source, "that stage comes later; expected an earlier one", origin=origin)
+        wrong("init_from", source, "that stage comes later; expected an earlier one")
     elif source and source not in earlier and not Path(source).exists() and (hint := nearest(source, earlier)):
-        mistakes.add(f"{where}.init_from", source, f"no earlier stage has that name{hint}", origin=origin)
+        wrong("init_from", source, f"no earlier stage has that name{hint}")
     if reset is False and source not in (None, *earlier[-1:]):
         problem = "moments are carried over from the stage before only; leave init_from out, or reset the optimizer"
-        mistakes.add(f"{where}.init_from", source, problem, origin=origin)
+        wrong("init_from", source, problem)
     for key in given(stage):
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
-            mistakes.add_stray(f"{where}.{key}", "is one for all stages; set it outside stages", origin=origin)
+            said_by = COMMAND_LINE if key in typed_keys else origin
+            mistakes.add_stray(f"{where}.{key}", "is one for all stages; set it outside stages", origin=said_by)
 
 
 def given(stage: WrittenStage) -> list[str]:
     """The settings that a stage states, in the recipe and on the command line."""
-    typed = (_dotted(key, value) if isinstance(value, Mapping) else [key] for key, value in stage.pairs)
-    return [*_dotted("", stage.settings), *chain.from_iterable(typed)]
+    values = ((key, value.value if isinstance(value, Typed) else value) for key, value in stage.pairs)
+    of_pairs = (_dotted(key, value) if isinstance(value, Mapping) else [key] for key, value in values)
+    return [*_dotted("", stage.settings), *chain.from_iterable(of_pairs)]
 
 
 def _dotted(prefix: str, settings: Mapping[str, Any]) -> Iterator[str]:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from pretrain import driver
 from pretrain.cli.main import main
-from pretrain.config import checks
+from pretrain.config import checks, load
 from pretrain.config.load import load_recipe, to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.errors import RequestError
@@ -48,7 +47,7 @@ def test_resume__reads_and_checks_the_recipe_once(
 
         return counted
 
-    monkeypatch.setattr(OmegaConf, "load", counting("read", OmegaConf.load))
+    monkeypatch.setattr(load, "parse_yaml", counting("read", load.parse_yaml))
     monkeypatch.setattr(checks, "resolve", counting("checked", checks.resolve))
     monkeypatch.setattr(driver._Driver, "drive", lambda self: seen.append(self.recipe))
     assert main(["resume", "demo-1", *settings, "--storage", str(run_dir.path.parent)]) == 0

@@ -57,7 +57,7 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         ("train.steps=null", "train.steps=null: expected a whole number >= 1"),
         ("train.steps=true", "train.steps=true: expected a whole number >= 1"),
         ("evaluation.enabled=3", "evaluation.enabled=3: expected true or false"),
-        ("tracking.experiment=on", "tracking.experiment=true: expected a text"),
+        ("tracking.experiment=", "tracking.experiment=null: expected a text"),
         ("optimizer.betas=0.9", "optimizer.betas=0.9: expected a list of 2 numbers in [0, 1]"),
         ("optimizer.betas=[0.9, x]", "optimizer.betas=[0.9, 'x']: expected a list of 2 numbers in [0, 1]"),
         ("optimizer.lr=fast", "optimizer.lr=fast: expected a number >= 0 or null"),
@@ -65,7 +65,7 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         ("evaluation.tasks=knn", "evaluation.tasks=knn: expected a list of mappings"),
         ("evaluation.tasks[2].data=x", "evaluation.tasks[2].data=x: evaluation.tasks has 2 items, counted from 0"),
         ("backbone.options=6", "backbone.options=6: expected a mapping {name: value}"),
-        ("backbone.name={a", "backbone.name={a: not readable as a YAML value"),
+        ("backbone.options={a", "backbone.options={a: not readable as a YAML value"),
         ("train.steps", "train.steps: expected key=value, e.g. train.steps=200"),
         # ranges and choices
         ("train.steps=0", "train.steps=0: expected a whole number >= 1"),
@@ -97,7 +97,7 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         ("data.train=shard/*.tar", "data.train=shard/*.tar: no .tar shard matches"),
         ("data.train=shards/train-{000000..000001}.tar", "no such shard"),
         ("data.train=ftp://host/train.tar", "ftp"),
-        ("data.train='pipe:cat train.tar'", "data.allow_pipe=true"),
+        ("data.train=pipe:cat train.tar", "data.allow_pipe=true"),
         (
             "data.mixture=[{name: a, shards: shards, weight: 1}]",
             "data.train and data.mixture are both given; add data.train=null",
@@ -317,7 +317,7 @@ def test_load_recipe__unknown_recipe(recipe: Path, name: str, line: str) -> None
     ("text", "line"),
     [
         ("train:\n  steps: {\n", ", line 3: not readable as YAML"),
-        ("train: {}\ntrain: {}\n", "not readable as YAML: found duplicate key"),
+        ("train: {}\ntrain: {}\n", "not readable as YAML: key 'train' is given twice"),
         ("name: !!python/object:os.system x", "not readable as YAML"),
         ("- a\n- b\n", "expected settings (key: value), found a list"),
     ],

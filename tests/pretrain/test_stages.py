@@ -110,7 +110,6 @@ def test_plan_yaml__comes_back_equal(staged: str, tmp_path: Path, overrides: lis
         (["stages.train.steps=3"], "name one stage and a setting, e.g. stages[0].train.steps=200"),
         (["stages[0].train.workers=3"], "stages[0].train.workers: is one for all stages; set it outside stages"),
         (["stages[0].evaluation.select=x"], "stages[0].evaluation.select: is one for all stages"),
-        (["stages[1].init_from=''"], "stages[1].init_from=: expected an earlier stage, or a reference"),
         (
             ["stages[1].init_from=smal"],
             "stages[1].init_from=smal: no earlier stage has that name; did you mean 'small'?",
@@ -133,7 +132,10 @@ def test_plan_yaml__comes_back_equal(staged: str, tmp_path: Path, overrides: lis
         ),
         (["stages[1].reset_optimizer=false"], "stages[1].backbone.image_size=96: was 64 in the stage before"),
         (["stages[1].reset_optimizer=perhaps"], "expected true or false"),
-        (["stages[1].init_from=3"], "stages[1].init_from=3: expected an earlier stage, or a reference"),
+        (
+            ["stages=[{name: a}, {name: b, init_from: 3}]"],
+            "stages[1].init_from=3: expected an earlier stage, or a reference",
+        ),
     ],
 )
 def test_load_plan__mistakes_name_the_stage(staged: str, overrides: list[str], line: str) -> None:

@@ -1,0 +1,116 @@
+"""Values as recipes and the command line write them.
+
+YAML 1.1, which most libraries read, takes `010` for 8, `1:30` for 90, `no` for false and the rest of `pics #2` for a
+comment. Here plain scalars are what YAML 1.2 makes of them, as far as that is the same number a person reads: `true`,
+`null`, decimal numbers. Whatever else is a text, among it numbers with a leading zero, a colon or an underscore; a
+setting that wants a number converts it as decimal or refuses it.
+
+On the command line a setting of type text takes what was typed, character by character; only `null` and nothing at all
+mean null. Settings of other types, sections and lists are YAML.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import yaml
+
+__all__ = ["Typed", "first_line", "parse_yaml", "typed"]
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A value of the command line.
+
+    Attributes:
+        text: As typed.
+        value: What it means as YAML; None where it is none.
+        problem: Why it is no YAML.
+    """
+
+    text: str
+    value: Any = None
+    problem: str | None = None
+
+    @property
+    def as_text(self) -> str | None:
+        """What it means for a setting of type text."""
+        return None if self.text in ("", "null") else self.text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def typed(text: str) -> Typed:
+    """The value that `text` is on the command line."""
+    try:
+        return Typed(text, parse_yaml(text))
+    except yaml.YAMLError as error:
+        return Typed(text, problem=f"not readable as a YAML value: {first_line(error)}")
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document: dicts, lists, texts, numbers, booleans, None.
+
+    Raises:
+        yaml.YAMLError: It is not YAML, names a key twice, or asks for another type by a tag.
+    """
+    return yaml.load(text, _Loader)
+
+
+def first_line(error: Exception) -> str:
+    """What a parser says is wrong, in one line."""
+    said = getattr(error, "problem", None) or str(error) or type(error).__name__
+    return str(said).splitlines()[0]
+
+
+class _Loader(yaml.SafeLoader):
+    """Knows the tags and plain scalars named at the top of this file, and no others."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (*(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "float", "str")), None)
+    }
+
+    def construct_unique(self, node: yaml.MappingNode) -> dict[Hashable, Any]:
+        """A mapping that names no key twice; `<<` merges as in YAML 1.1."""
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    problem = f"key {key_node.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+                seen.add(key_node.value)
+        return self.construct_mapping(node, deep=True)
+
+    def construct_list(self, node: yaml.SequenceNode) -> list[Any]:
+        return list(self.construct_sequence(node, deep=True))  # at once, so that a list can not hold itself
+
+    def construct_int(self, node: yaml.ScalarNode) -> int | str:
+        text = str(self.construct_scalar(node))
+        try:
+            return int(text)
+        except ValueError:  # more digits than Python converts: whoever wants a number refuses the text
+            return text
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_unique)
+_Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.construct_list)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
+for _tag, _pattern, _first in (
+    ("null", r"|~|null|Null|NULL", ["", "~", "n", "N"]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"-?(0|[1-9][0-9]*)", list("-0123456789")),
+    (
+        "float",
+        r"[-+]?[0-9]+(\.[0-9]*([eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|[-+]?\.[0-9]+([eE][-+][0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
