@@ -58,7 +58,7 @@ class Conversion:
     root: str  # what the paths of pieces are relative to
     size: int | None = None  # shorter side in pixels; smaller images stay as they are
     encoding: Encoding | None = None  # None: as found; resized images keep their format
-    num_classes: int | None = None
+    classes: tuple[str, ...] | None = None  # in index order
     ignore_index: int | None = None  # value of masks that is no class
 
 
@@ -102,8 +102,10 @@ def convert(item: Item, conversion: Conversion) -> Sample:
     else:
         _add_fields(sample, item, conversion)
     if sample.label is not None:
-        _check_label(sample.label, conversion.num_classes)
+        _check_label(sample.label, conversion.classes)
         sample.fields["cls"] = str(sample.label).encode()
+        if item.label is not None and conversion.classes:  # by which a mix-up with other classes is noticed
+            sample.facts["class_name"] = conversion.classes[sample.label]
     described = {"source": item.name, **sample.facts}
     sample.fields["json"] = json.dumps(described, sort_keys=True, separators=(",", ":")).encode()
     return sample
@@ -176,20 +178,19 @@ def _add_volume(sample: Sample, item: Item, conversion: Conversion) -> None:
         sample.facts["spacing"] = list(found.spacing)
 
 
-def _check_label(label: int, num_classes: int | None) -> None:
-    if label < 0 or (num_classes is not None and label >= num_classes):
-        raise DataError(f"class {label} is outside 0..{(num_classes or 0) - 1}")
+def _check_label(label: int, classes: tuple[str, ...] | None) -> None:
+    if label < 0 or (classes is not None and label >= len(classes)):
+        raise DataError(f"class {label} is outside 0..{len(classes or ()) - 1}")
 
 
 def _check_mask(values: npt.NDArray[Any], conversion: Conversion) -> None:
-    if conversion.num_classes is None:
+    if conversion.classes is None:
         return
+    num_classes = len(conversion.classes)
     ignored = DEFAULT_IGNORE_INDEX if conversion.ignore_index is None else conversion.ignore_index
-    wrong = values[(values >= conversion.num_classes) & (values != ignored)]
+    wrong = values[(values >= num_classes) & (values != ignored)]
     if wrong.size:
-        raise DataError(
-            f"mask has the value {wrong[0]}; there are {conversion.num_classes} classes and ignore_index {ignored}"
-        )
+        raise DataError(f"mask has the value {wrong[0]}; there are {num_classes} classes and ignore_index {ignored}")
 
 
 def _target(width: int, height: int, size: int | None) -> tuple[int, int]:

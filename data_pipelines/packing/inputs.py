@@ -12,13 +12,14 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from data_pipelines.decode import decode_arrays
 from data_pipelines.errors import DataError
+from data_pipelines.packing.layout import number_classes, places, require_all_classes, same_text
 
 __all__ = [
     "FAMILIES",
@@ -40,6 +41,7 @@ FAMILIES = {
     "tars": (".tar", ".tar.gz", ".tgz"),
 }
 _FIELDS = {"points": "points.npy", "volumes": "volume.npy"}
+_TELLS_NOTHING = (".txt", ".npy", ".npz")  # beside images these are labels, captions or features as a rule
 _MASKS = {"images": ("seg.png", (".png",)), "volumes": ("seg.npy", FAMILIES["volumes"])}  # field, suffixes
 _NOTE = re.compile(r"(readme|licen[cs]e|notice|copying|changelog)\b.*\.txt$", re.IGNORECASE)  # no cloud, though .txt
 _DIGITS = re.compile(r"(\d+)")
@@ -61,6 +63,7 @@ class Item(NamedTuple):
     pieces: tuple[Piece, ...]  # the first is what de-duplication compares
     label: int | None = None
     sequence: str | None = None
+    split: str | None = None  # that the source puts it in
 
 
 class Entry(NamedTuple):
@@ -85,33 +88,38 @@ class Listing:
     newest: tuple[int, str] = (0, "")  # modification time of the file changed last, and its path
 
     def digest(self) -> str:
-        """SHA-256 over names, fields, sizes, labels and sequences; independent of where the source lies."""
+        """SHA-256 over names, fields, sizes, labels, sequences and splits; independent of where the source lies."""
         sha = hashlib.sha256(f"{self.family} {self.classes} {self.ignore_index}\n".encode())
         for item in self.items:
             sizes = [(piece.field, piece.size) for piece in item.pieces]
-            sha.update(f"{item.name}\0{sizes}\0{item.label}\0{item.sequence}\n".encode("utf-8", "surrogateescape"))
+            text = f"{item.name}\0{sizes}\0{item.label}\0{item.sequence}\0{item.split}\n"
+            sha.update(text.encode("utf-8", "surrogateescape"))
         return sha.hexdigest()
 
     def saw(self, path: str, modified_ns: int) -> None:
         self.newest = max(self.newest, (modified_ns, path))
 
 
-def list_folder(source: Path, *, kind: str, masks: Path | None) -> Listing:
+def list_folder(source: Path, *, kind: str, masks: Path | None = None, classes: Sequence[str] | None = None) -> Listing:
     """List a folder.
 
     Args:
         kind: `auto`, `images`, `pairs`, `sequences`, `points` or `volumes`; `auto` takes the family that most files
-            belong to.
+            belong to, images where there are any beside files that may be anything (`.txt`, `.npy`).
         masks: folder with one mask (PNG) or label volume per file, of the same relative path but for the suffix; it
             may lie inside the source.
+        classes: names in index order; the folders are looked up in it.
 
     Raises:
-        DataError: nothing of that kind is there, or a file has no mask.
+        DataError: nothing of that kind is there, a file has no mask, a folder is none of the classes, or it cannot be
+            told whether the folders are splits.
     """
     if masks is not None and not masks.is_dir():
         raise DataError(f"no such folder of masks: {masks}")
     entries = [entry for entry in _walk(source, "", frozenset()) if not _is_inside(masks, source / entry.path)]
     family = _family(source, entries) if kind == "auto" else {"pairs": "images", "sequences": "images"}.get(kind, kind)
+    if family == "tars":
+        raise DataError(f"{source} has its tars in sub-folders; pack one folder that directly holds the tars")
     listing = Listing(source.resolve().name, family, str(source))
     chosen = _choose(entries, FAMILIES[family], listing)
     if not chosen:
@@ -122,7 +130,7 @@ def list_folder(source: Path, *, kind: str, masks: Path | None) -> Listing:
     elif kind == "sequences":
         _list_sequences(listing, chosen, field_name)
     else:
-        _list_classes(listing, chosen, field_name)
+        _list_classes(listing, chosen, field_name, classes)
     return listing
 
 
@@ -175,6 +183,8 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Itera
 
 def _family(source: Path, entries: list[Entry]) -> str:
     votes = Counter(family for entry in entries if (family := family_of(entry.path)))
+    if votes["images"]:
+        votes["points"] -= sum(suffix_of(entry.path) in _TELLS_NOTHING for entry in entries)
     if not votes:
         raise DataError(f"nothing to pack in {source}{_instead(Counter(suffix_of(entry.path) for entry in entries))}")
     family = max(FAMILIES, key=votes.__getitem__)
@@ -212,25 +222,33 @@ def _instead(found: Counter[str]) -> str:
     return "; it has " + ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in found.most_common(5))
 
 
-def _list_classes(listing: Listing, entries: list[Entry], field_name: str) -> None:
-    """Folders of the first level are classes, when there are two or more and no file lies beside them."""
-    tops = {entry.path.partition("/")[0] if "/" in entry.path else "" for entry in entries}
-    labels: dict[str, int] = {}
-    if len(tops) > 1 and "" not in tops:
-        listing.classes = tuple(sorted(tops))
-        labels = {name: index for index, name in enumerate(listing.classes)}
-    for entry in sorted(entries):
-        label = labels.get(entry.path.partition("/")[0])
-        listing.items.append(Item(entry.path, (Piece(field_name, entry.path, 0, entry.size),), label))
+def _list_classes(listing: Listing, entries: list[Entry], field_name: str, classes: Sequence[str] | None) -> None:
+    entries = sorted(entries)
+    found = places([entry.path for entry in entries], listing.root, single_class=classes is not None)
+    names = {place.class_name for place in found if place.class_name is not None}
+    index = dict[str, int]()
+    if names:
+        listing.classes, index = number_classes(names, classes, listing.root)
+        if classes is None:
+            require_all_classes(Path(listing.root), listing.classes)
+    elif classes is not None and listing.family != "volumes":  # volumes may hold masks themselves
+        raise DataError(f"{listing.root} has no folders of classes for --classes to number; leave it out")
+    for entry, place in zip(entries, found, strict=True):
+        label = None if place.class_name is None else index[place.class_name]
+        piece = Piece(field_name, entry.path, 0, entry.size)
+        listing.items.append(Item(entry.path, (piece,), label, split=place.split))
 
 
 def _list_sequences(listing: Listing, entries: list[Entry], field_name: str) -> None:
     """Each folder that directly holds frames is a sequence."""
-    for entry in sorted(entries, key=lambda entry: natural_order(entry.path)):
+    entries = sorted(entries, key=lambda entry: natural_order(entry.path))
+    found = places([entry.path for entry in entries], listing.root, with_classes=False)
+    for entry, place in zip(entries, found, strict=True):
         sequence, slash, _ = entry.path.rpartition("/")
         if not slash:
             raise DataError(f"{listing.root}: frame {entry.path!r} lies in no sequence; give each sequence a folder")
-        listing.items.append(Item(entry.path, (Piece(field_name, entry.path, 0, entry.size),), None, sequence))
+        piece = Piece(field_name, entry.path, 0, entry.size)
+        listing.items.append(Item(entry.path, (piece,), None, sequence, place.split))
 
 
 def _list_pairs(listing: Listing, entries: list[Entry], field_name: str, masks: Path) -> None:
@@ -248,13 +266,15 @@ def _list_pairs(listing: Listing, entries: list[Entry], field_name: str, masks: 
     _by_stem(Path(listing.root), entries)
     if len(found) > len(entries):
         listing.skipped["(masks without image)"] = len(found) - len(entries)
-    for entry in sorted(entries):
+    entries = sorted(entries)
+    found_places = places([entry.path for entry in entries], listing.root, with_classes=False)
+    for entry, place in zip(entries, found_places, strict=True):
         mask = by_stem[_stem(entry.path)]
         pieces = (
             Piece(field_name, entry.path, 0, entry.size),
             Piece(mask_field, os.path.join(os.path.abspath(masks), mask.path), 0, mask.size),
         )
-        listing.items.append(Item(entry.path, pieces))
+        listing.items.append(Item(entry.path, pieces, split=place.split))
 
 
 def _by_stem(folder: Path, entries: list[Entry]) -> dict[str, Entry]:
@@ -262,9 +282,10 @@ def _by_stem(folder: Path, entries: list[Entry]) -> dict[str, Entry]:
     for entry in entries:
         other = stems.setdefault(_stem(entry.path), entry)
         if other is not entry:
-            raise DataError(f"{folder}: {other.path!r} and {entry.path!r} differ in the suffix only; keep one of them")
+            what = "the suffix or in how accents are written"
+            raise DataError(f"{folder}: {other.path!r} and {entry.path!r} differ in {what} only; keep one of them")
     return stems
 
 
 def _stem(path: str) -> str:
-    return path[: len(path) - len(suffix_of(path))]
+    return same_text(path[: len(path) - len(suffix_of(path))])

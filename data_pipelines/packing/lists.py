@@ -1,37 +1,48 @@
 """Lists of files to pack: CSV with a header, plain lines or parquet, one path per row and perhaps a label.
 
     path,label            images/cat.jpg 3          images/cat.jpg
-    cat.jpg,cat           images/dog.jpg 5          images/dog.jpg
+    cat.jpg,cat           images/my dog.jpg 5       images/my dog.jpg
 
-Paths are relative to the folder of the list. Labels are class indices when all of them are whole numbers; otherwise
-they are names, and the classes are these names in sorted order.
+Paths are relative to the folder of the list. In plain lines a path ends with the last suffix of a kind that is packed;
+what follows it after a space is the label. Lines that begin with `#` are comments, unless a file of that name is there.
+Labels are class indices when all of them are whole numbers; otherwise they are names, numbered in the order of the
+classes given, else in sorted order.
 """
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from data_pipelines.errors import DataError, nearest
-from data_pipelines.packing.inputs import Item, Listing, Piece, family_of, field_of
+from data_pipelines.packing.inputs import FAMILIES, Item, Listing, Piece, family_of, field_of
+from data_pipelines.packing.layout import number_classes, same_text
 
 __all__ = ["LIST_SUFFIXES", "list_rows"]
 
 LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", ".parquet")
 _COLUMNS = ("path", "label")
+_SUFFIXES = "|".join(re.escape(suffix) for suffixes in FAMILIES.values() for suffix in suffixes)
+_LINE = re.compile(rf"(.*(?:{_SUFFIXES}))(?:\s+(\S.*))?", re.IGNORECASE)  # the path, to its last suffix, and a label
 
 Row = tuple[str, str | None]  # path, label
 
 
-def list_rows(source: Path) -> Listing:
+def list_rows(source: Path, classes: Sequence[str] | None = None) -> Listing:
     """List what a file of paths names. A named file that is missing is found out when it is packed.
 
+    Args:
+        classes: names in index order, for labels that are names.
+
     Raises:
-        DataError: no path in it, a path named twice, rows of several kinds of file, or labels for some rows only.
+        DataError: no path in it, a path named twice, rows of several kinds of file, labels for some rows only, or a
+            label that is none of the classes.
     """
     rows = list(_rows(source))
     if not rows:
@@ -45,9 +56,10 @@ def list_rows(source: Path) -> Listing:
     family = str(next(iter(families)))
     listing = Listing(source.name.partition(".")[0], family, str(source.parent))
     field_name = field_of(family, (path for path, _ in rows))
-    labels, listing.classes = _labels(source, [label for _, label in rows])
+    labels, listing.classes = _labels(source, [label for _, label in rows], classes)
     for (path, _), label in zip(rows, labels, strict=True):
-        listing.items.append(Item(path, (Piece(field_name, path, 0, _size(listing, path)),), label))
+        found, size = _on_disk(listing, path)
+        listing.items.append(Item(path, (Piece(field_name, found, 0, size),), label))
     listing.items.sort(key=lambda item: item.name)
     _reject_repeats(source, listing.items)
     return listing
@@ -67,10 +79,10 @@ def _rows(source: Path) -> Iterator[Row]:
 def _text_rows(source: Path, lines: Iterable[str]) -> Iterator[Row]:
     separator = {".csv": ",", ".tsv": "\t"}.get(source.suffix)
     if separator is None:
-        for line in lines:
-            path, _, label = line.strip().partition(" ")
-            if path and not path.startswith("#"):
-                yield path, label.strip() or None
+        for line in map(str.strip, lines):
+            path, label = found.groups() if (found := _LINE.fullmatch(line)) else (line, None)
+            if path and (not path.startswith("#") or (found and (source.parent / path).is_file())):
+                yield path, label
         return
     table = csv.reader(lines, delimiter=separator)
     columns = dict[str, int]()
@@ -119,27 +131,33 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _labels(source: Path, given: list[str | None]) -> tuple[list[int | None], tuple[str, ...] | None]:
+def _labels(
+    source: Path, given: list[str | None], classes: Sequence[str] | None
+) -> tuple[list[int | None], tuple[str, ...] | None]:
     missing = sum(not label for label in given)
     if missing == len(given):
+        if classes is not None:
+            raise DataError(f"{source} has no labels for --classes to number; leave it out")
         return [None] * len(given), None
     if missing:
         raise DataError(f"{source}: {missing} of {len(given)} rows have no label; label all or none")
-    names = [str(label).strip() for label in given]
-    if all(name.isascii() and name.isdecimal() for name in names):
-        return [int(name) for name in names], None
-    classes = tuple(sorted(set(names)))
-    index = {name: number for number, name in enumerate(classes)}
-    return [index[name] for name in names], classes
+    names = [same_text(str(label).strip()) for label in given]
+    if all(name.isascii() and name.isdecimal() for name in names) and not set(names).intersection(classes or ()):
+        return [int(name) for name in names], None if classes is None else tuple(classes)
+    ordered, index = number_classes(names, classes, str(source))
+    return [index[name] for name in names], ordered
 
 
-def _size(listing: Listing, path: str) -> int:
-    try:
-        status = os.stat(os.path.join(listing.root, path))
-    except OSError:
-        return 0
-    listing.saw(path, status.st_mtime_ns)
-    return status.st_size
+def _on_disk(listing: Listing, path: str) -> tuple[str, int]:
+    """The path as the disk writes its accents, and its size; as listed and 0 when there is no such file."""
+    for written in dict.fromkeys((path, normalize("NFC", path), normalize("NFD", path))):
+        try:
+            status = os.stat(os.path.join(listing.root, written))
+        except (OSError, ValueError):  # a null in the name
+            continue
+        listing.saw(written, status.st_mtime_ns)
+        return written, status.st_size
+    return path, 0
 
 
 def _reject_repeats(source: Path, items: list[Item]) -> None:

@@ -25,6 +25,7 @@ from data_pipelines.field_kinds import field_kind
 from data_pipelines.packing.conversion import Conversion, Encoding, parse_encoding
 from data_pipelines.packing.folder import PackFolder
 from data_pipelines.packing.inputs import FAMILIES, Listing, list_folder, suffix_of
+from data_pipelines.packing.layout import in_order, same_text
 from data_pipelines.packing.lists import LIST_SUFFIXES, list_rows
 from data_pipelines.packing.plan import ShardPlan, plan_shards, without_duplicates
 from data_pipelines.packing.shard_writer import ShardJob, ShardRecord, finished_shard, sample_key, write_shard
@@ -36,7 +37,7 @@ from data_pipelines.worker_pool import run_jobs
 __all__ = ["KINDS", "pack"]
 
 KINDS = ("auto", "images", "pairs", "sequences", "points", "volumes", "list", "tars")
-CREATED_BY = "pretrain data pack 1"  # the number changes with the rules that determine the bytes
+CREATED_BY = "pretrain data pack 2"  # the number changes with the rules that determine the bytes
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
 _MAX_CLASSES = 1 << 20  # labels beyond are identifiers of something, not classes to be counted
 _NAMED_FAILURES = 5
@@ -70,15 +71,16 @@ def pack(
         source: a folder, a list of paths (CSV, plain lines, parquet), a tar, or a folder of tars.
         dest: folder for the shards, new or left behind by a killed run of the same request.
         kind: what the source is, one of `KINDS`; `auto` goes by the suffixes.
-        splits: name -> fraction, adding up to 1; default all in `train`. A name (or sequence) always falls into the
-            same split.
+        splits: name -> fraction, adding up to 1; a name (or sequence) always falls into the same split. Default: the
+            splits that the source has (folders or tars called train, val, test), else all in `train`.
         seed: of the order of the samples.
         shard_mb: megabytes (10^6) of files as found per shard.
         shard_samples: samples per shard, instead of `shard_mb`.
         size: shorter side in pixels that larger images are reduced to, masks with them.
         reencode: `jpeg:QUALITY`, `webp:QUALITY`, `png`, or a JPEG quality; default: bytes as found.
         masks: folder of masks (PNG) or label volumes, one per file of the source.
-        classes: names in index order, where the source does not say; labels and masks are checked against them.
+        classes: names in index order. Folders and labels that are names get their index in it and must be among them;
+            indices and masks are checked against their number.
         ignore_index: value of masks that is no class.
         dedupe: leave out samples whose first file equals that of an earlier name.
         name: of the data set; default that of the source.
@@ -94,21 +96,22 @@ def pack(
         WorkerDied: a worker process ended early. The same call goes on where it stopped, as after any kill.
     """
     source, dest, masks = Path(source), Path(dest), None if masks is None else Path(masks)
-    fractions = _checked_splits(splits or {"train": 1.0})
+    asked_splits = None if splits is None else _checked_splits(splits)
+    classes = None if classes is None else _checked_classes(classes)
     encoding = None if reencode is None else parse_encoding(reencode)
     _check_numbers(shard_mb=shard_mb, shard_samples=shard_samples, size=size, workers=workers)
     if not 0 <= max_bad < 1:
         raise DataError(f"max_bad={max_bad} is not allowed; it is a fraction from 0 to below 1")
     workers = workers or len(os.sched_getaffinity(0))
     with PackFolder(dest, source) as folder:
-        listing = _list(source, kind, masks, folder.unpacked)
+        listing = _list(source, kind, masks, classes, folder.unpacked)
         listing.name = name or listing.name
-        listing.classes = tuple(classes) if classes else listing.classes
+        fractions = _splits(listing, asked_splits)
         listing.ignore_index = listing.ignore_index if ignore_index is None else ignore_index
         asked = {
             "kind": listing.family,
             "input": listing.digest(),
-            "splits": [list(split) for split in fractions],
+            "splits": [name if fraction is None else [name, fraction] for name, fraction in fractions],
             "seed": seed,
             "shard_mb": shard_mb if shard_samples is None else None,
             "shard_samples": shard_samples,
@@ -144,13 +147,45 @@ def _checked_splits(splits: Mapping[str, float]) -> list[tuple[str, float]]:
     return [(split, float(fraction)) for split, fraction in splits.items()]
 
 
+def _splits(listing: Listing, asked: list[tuple[str, float]] | None) -> list[tuple[str, float | None]]:
+    """The splits to make, with the fractions of those that are drawn and None for those that the source has.
+
+    Raises:
+        DataError: the source has several, and others are asked for.
+    """
+    has = {item.split for item in listing.items if item.split is not None}
+    if asked is None:
+        return [(split, None) for split in in_order(has)] or [("train", 1.0)]
+    if len(has) > 1:
+        raise DataError(
+            f"{listing.root} has the splits {', '.join(in_order(has))} already; leave --split out, or pack one of them"
+        )
+    listing.items = [item._replace(split=None) for item in listing.items]
+    return list(asked)
+
+
+def _checked_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(same_text(name.strip()) for name in classes)
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated or not all(names):
+        what = f"{repeated[0]!r} is named twice" if repeated and all(names) else "a name is empty"
+        raise DataError(f"classes {','.join(names)}: {what}; give each class once, in the order of the indices")
+    return names
+
+
 def _check_numbers(**numbers: float | None) -> None:
     for option, value in numbers.items():
         if value is not None and value <= 0:
             raise DataError(f"{option}={value} is not allowed; it must be above 0")
 
 
-def _list(source: Path, kind: str, masks: Path | None, unpacked: Callable[[], Path]) -> Listing:
+def _list(
+    source: Path,
+    kind: str,
+    masks: Path | None,
+    classes: tuple[str, ...] | None,
+    unpacked: Callable[[], Path],
+) -> Listing:
     """List the source with what fits its kind."""
     if kind not in KINDS:
         raise DataError(f"kind={kind!r} is not allowed; kinds are {', '.join(KINDS)}{suggest(kind, KINDS)}")
@@ -168,13 +203,15 @@ def _list(source: Path, kind: str, masks: Path | None, unpacked: Callable[[], Pa
     if source.is_dir():
         holds_tars = any(suffix_of(entry.name) in tars for entry in source.iterdir())
         if kind == "tars" or (kind == "auto" and holds_tars):
-            return list_tars(source, unpacked)
+            return list_tars(source, unpacked, classes)
         if kind != "list":
-            return list_folder(source, kind=kind, masks=masks)
+            listing = list_folder(source, kind=kind, masks=masks, classes=classes)
+            listing.classes = classes or listing.classes
+            return listing
     elif suffix_of(source.name) in tars and kind in ("auto", "tars"):
-        return list_tars(source, unpacked)
+        return list_tars(source, unpacked, classes)
     elif source.suffix in LIST_SUFFIXES and kind in ("auto", "list") and masks is None:
-        return list_rows(source)
+        return list_rows(source, classes)
     allowed = f"a folder, a tar or a list ({' '.join(LIST_SUFFIXES)})"
     raise DataError(f"cannot pack {source} as kind={kind!r}; give {allowed} and a kind that fits, or kind='auto'")
 
@@ -185,7 +222,7 @@ def _warn_of_skipped(listing: Listing) -> None:
         warnings.warn(f"left out of {listing.root}, not {listing.family}: {named}", stacklevel=3)
 
 
-def _require_all_splits(splits: Sequence[tuple[str, float]], plans: Sequence[ShardPlan], num_items: int) -> None:
+def _require_all_splits(splits: Sequence[tuple[str, float | None]], plans: Sequence[ShardPlan], num_items: int) -> None:
     empty = [split for split, _ in splits if not any(plan.split == split for plan in plans)]
     if empty:
         raise DataError(
@@ -195,8 +232,8 @@ def _require_all_splits(splits: Sequence[tuple[str, float]], plans: Sequence[Sha
 
 
 def _conversion(listing: Listing, size: int | None, encoding: Encoding | None) -> Conversion:
-    num_classes = None if listing.classes is None else len(listing.classes)
-    return Conversion(listing.family, os.path.abspath(listing.root), size, encoding, num_classes, listing.ignore_index)
+    root = os.path.abspath(listing.root)
+    return Conversion(listing.family, root, size, encoding, listing.classes, listing.ignore_index)
 
 
 def _jobs(plans: Sequence[ShardPlan], folder: PackFolder, conversion: Conversion) -> list[ShardJob]:

@@ -35,7 +35,7 @@ class ShardPlan(NamedTuple):
 
 def plan_shards(
     items: Sequence[Item],
-    splits: Sequence[tuple[str, float]],
+    splits: Sequence[tuple[str, float | None]],
     *,
     seed: int,
     shard_bytes: int,
@@ -44,7 +44,7 @@ def plan_shards(
     """Distribute items over splits and shards, shuffled.
 
     Args:
-        splits: name and fraction of each, the fractions adding up to 1.
+        splits: name and fraction of each, the fractions adding up to 1; of no effect on items that have a split.
         shard_bytes: a shard ends before the files as found (not what is made of them) exceed this.
         shard_samples: a shard ends after this many items; takes the place of `shard_bytes`.
     """
@@ -60,10 +60,12 @@ def plan_shards(
     return plans
 
 
-def split_of(item: Item, splits: Sequence[tuple[str, float]]) -> str:
-    """The split of an item; all frames of a sequence have the same."""
+def split_of(item: Item, splits: Sequence[tuple[str, float | None]]) -> str:
+    """The split of an item: the one it came in, else by a hash; all frames of a sequence have the same."""
+    if item.split is not None:
+        return item.split
     place = int.from_bytes(_hash(f"split\0{item.sequence or item.name}")[:8], "big") / 2**64
-    ends = accumulate(fraction for _, fraction in splits)
+    ends = accumulate(fraction or 0.0 for _, fraction in splits)
     return next((name for (name, _), end in zip(splits, ends, strict=True) if place < end), splits[-1][0])
 
 

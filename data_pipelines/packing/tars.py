@@ -10,28 +10,37 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.field_kinds import field_kind, is_never_read
 from data_pipelines.packing.inputs import FAMILIES, Item, Listing, Piece, suffix_of
+from data_pipelines.packing.layout import split_of_tar
 from data_pipelines.shards.index import ShardIndex, scan_shard
 from data_pipelines.shards.manifest import MANIFEST_NAME
 
 __all__ = ["list_tars"]
 
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")  # others make no name of a shard
 
-def list_tars(source: Path, unpacked: Callable[[], Path]) -> Listing:
+
+def list_tars(source: Path, unpacked: Callable[[], Path], classes: Sequence[str] | None = None) -> Listing:
     """List the samples of a tar, or of every tar directly in a folder.
+
+    Samples stay in the split that `dataset.json` beside the tars or the name of their tar says.
 
     Args:
         unpacked: makes a folder for plain copies of compressed tars; they must stay until all is packed.
+        classes: names in index order; those that `dataset.json` states must have the same indices in it.
 
     Raises:
-        DataError: a tar is damaged, or has a field that is never read; names shard, sample and field.
+        DataError: a tar is damaged, or has a field that is never read (names shard, sample and field); only some tars
+            say a split; `classes` are others than those stated.
     """
     folder = source if source.is_dir() else source.parent
     tars = sorted(path for path in folder.iterdir() if suffix_of(path.name) in FAMILIES["tars"])
@@ -40,6 +49,8 @@ def list_tars(source: Path, unpacked: Callable[[], Path]) -> Listing:
     if not tars:
         raise DataError(f"no file with suffix {' '.join(FAMILIES['tars'])} in {source}")
     listing = Listing(source.resolve().name.partition(".")[0], "tars", str(folder))
+    described = _description(folder)
+    splits = _splits(source, [tar.name for tar in tars], described)
     folder_of_copies = None
     for tar in tars:
         listing.saw(tar.name, tar.stat().st_mtime_ns)
@@ -48,12 +59,32 @@ def list_tars(source: Path, unpacked: Callable[[], Path]) -> Listing:
         else:
             folder_of_copies = folder_of_copies or unpacked()
             plain = _unpack(tar, folder_of_copies)
-        _list_tar(listing, tar.name, plain.absolute(), scan_shard(plain, str(tar)))
-    _describe(listing, folder)
+        _list_tar(listing, tar.name, plain.absolute(), scan_shard(plain, str(tar)), splits[tar.name])
+    _describe(listing, described, classes)
     return listing
 
 
-def _list_tar(listing: Listing, name: str, plain: Path, index: ShardIndex) -> None:
+def _splits(source: Path, names: Sequence[str], described: Mapping[str, Any]) -> dict[str, str | None]:
+    """The split of each tar; none where no tar but those of `train` says one."""
+    listed = {
+        str(shard.get("name", shard.get("file"))): str(split)
+        for split, content in _mapping(described.get("splits")).items()
+        for shard in _mapping(content).get("shards") or ()
+        if isinstance(shard, Mapping)
+    }
+    splits = {name: listed.get(name) or split_of_tar(name) for name in names}
+    splits = {name: split if split and _SPLIT_NAME.fullmatch(split) else None for name, split in splits.items()}
+    says_none = [name for name, split in splits.items() if split is None]
+    if not says_none or not {split for split in splits.values() if split not in (None, "train")}:
+        return splits if not says_none else dict.fromkeys(names)
+    says_one = next(f"{name} is of {split}" for name, split in splits.items() if split not in (None, "train"))
+    raise DataError(
+        f"{source}: {says_one}, but {says_none[0]} says no split; call it train-{says_none[0]} or like its split, or "
+        "pack it by itself"
+    )
+
+
+def _list_tar(listing: Listing, name: str, plain: Path, index: ShardIndex, split: str | None) -> None:
     for sample in range(index.num_samples):
         start, pieces = int(index.start[sample]), []
         for field_name, (begin, end) in index.field_ranges(sample).items():
@@ -69,7 +100,7 @@ def _list_tar(listing: Listing, name: str, plain: Path, index: ShardIndex) -> No
             pieces.append((kind != "image", Piece(field_name, str(plain), start + begin, end - begin)))
         if pieces:
             ordered = tuple(piece for _, piece in sorted(pieces))  # images first: what de-duplication compares
-            listing.items.append(Item(f"{name}/{index.key(sample)}", ordered))
+            listing.items.append(Item(f"{name}/{index.key(sample)}", ordered, split=split))
 
 
 def _unpack(tar: Path, folder: Path) -> Path:
@@ -82,16 +113,29 @@ def _unpack(tar: Path, folder: Path) -> Path:
     return plain
 
 
-def _describe(listing: Listing, folder: Path) -> None:
-    """Classes and ignored value that a `dataset.json` beside the tars states, whoever wrote it."""
+def _description(folder: Path) -> Mapping[str, Any]:
+    """The `dataset.json` beside the tars, whoever wrote it."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        return
+        return {}
     try:
-        described = json.loads(path.read_bytes())
+        return _mapping(json.loads(path.read_bytes()))
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
-    if isinstance(described, dict):
-        classes, ignored = described.get("classes"), described.get("ignore_index")
-        listing.classes = tuple(map(str, classes)) if isinstance(classes, list) and classes else None
-        listing.ignore_index = ignored if isinstance(ignored, int) else None
+
+
+def _describe(listing: Listing, described: Mapping[str, Any], given: Sequence[str] | None) -> None:
+    """Classes and ignored value that a `dataset.json` beside the tars states; labels and masks in tars are indices."""
+    classes, ignored = described.get("classes"), described.get("ignore_index")
+    stated = tuple(map(str, classes)) if isinstance(classes, list) and classes else ()
+    if given is not None and tuple(given)[: len(stated)] != stated:
+        raise DataError(
+            f"--classes {','.join(given)}: the labels in {listing.root} are indices into the classes "
+            f"{','.join(stated)} of its {MANIFEST_NAME}; begin with these, in this order"
+        )
+    listing.classes = tuple(given) if given is not None else stated or None
+    listing.ignore_index = ignored if isinstance(ignored, int) else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -11,7 +11,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pretrain.errors import RequestError, RunFailed
 __all__ = ["data"]
 
 KINDS = ("auto", "images", "pairs", "sequences", "points", "volumes", "list", "tars")
+_SHOWN_CLASSES = 12
 
 _sources = click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 _workers = click.option(
@@ -54,9 +55,7 @@ def data() -> None:
     "--split",
     "splits",
     metavar="NAME=SHARE,...",
-    default="train=1",
-    show_default=True,
-    help="Splits and their shares, by a hash of the name: train=0.9,test=0.1",
+    help="Shares, drawn by a hash of the name: train=0.9,test=0.1; default: the splits of SRC, else all in train.",
 )
 @click.option(
     "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of the order of the samples."
@@ -68,7 +67,7 @@ def data() -> None:
 @click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Make the shorter side of photos this long: 256")
 @click.option("--reencode", metavar="FORMAT", help="Write photos anew: jpeg:90, webp:80 or png.")
 @click.option("--masks", metavar="DIR", help="Folder of masks or label volumes named like the files of SRC.")
-@click.option("--classes", metavar="NAME,...", help="Names of the classes in index order, where SRC does not say them.")
+@click.option("--classes", metavar="NAME,...", help="Names of all classes in index order; default: sorted.")
 @click.option("--ignore-index", type=click.IntRange(0), metavar="N", help="Value of masks that is no class: 255")
 @click.option("--name", metavar="NAME", help="Of the data set; default: that of SRC.")
 @click.option("--dedupe", is_flag=True, help="Leave out samples with the same content as another one.")
@@ -84,7 +83,7 @@ def pack(
     src: str,
     dest: str,
     kind: str,
-    splits: str,
+    splits: str | None,
     seed: int,
     shard_mb: int,
     shard_samples: int | None,
@@ -100,16 +99,16 @@ def pack(
 ) -> None:
     """Pack SRC into shards in DEST.
 
-    SRC is a folder of photos (sub-folders are classes), photos with masks, image sequences, point clouds or volumes; a
-    list (.txt, .csv, .parquet) of paths and labels; or tars. The same files and options give the same bytes, and the
-    same command goes on where a killed one stopped.
+    SRC is a folder of photos (sub-folders are classes, or splits such as train and val with the classes in them),
+    photos with masks, image sequences, point clouds or volumes; a list (.txt, .csv, .parquet) of paths and labels; or
+    tars. The same files and options give the same bytes, and the same command goes on where a killed one stopped.
 
     \b
     pretrain data pack photos/ shards/ --size 256 --reencode jpeg:90
     pretrain data pack frames/ shards/ --masks masks/ --split train=0.8,val=0.1,test=0.1
     pretrain data pack photos.csv shards/ --dedupe --max-bad 0.001
     """
-    shares = _parse_splits(splits)
+    shares = None if splits is None else _parse_splits(splits)
     _require_inputs(src, masks)
     from data_pipelines.packing.pack import pack
 
@@ -126,7 +125,7 @@ def pack(
             size=size,
             reencode=reencode,
             masks=masks,
-            classes=classes.split(",") if classes else None,
+            classes=None if classes is None else classes.split(","),
             ignore_index=ignore_index,
             name=name,
             dedupe=dedupe,
@@ -143,6 +142,7 @@ def pack(
         f"in {time.monotonic() - began:.1f} s; {manifest.duplicates or 0} duplicates and {manifest.rejected or 0} "
         "broken ones left out"
     )
+    click.echo(f"took SRC as {manifest.options.get('kind')}, {_said_classes(manifest.classes)}")
     click.echo(f"next: pretrain data verify {dest}")
 
 
@@ -240,6 +240,15 @@ def show(
     sheet = contact_sheet(dataset, chosen, size, field)
     sheet.save(output)
     click.echo(f"{len(chosen)} of {dataset.num_samples} samples are in {output} ({sheet.width} x {sheet.height})")
+
+
+def _said_classes(classes: Sequence[str] | None) -> str:
+    """`3 classes: cat 0, dog 1, fox 2`, of many the first and the last."""
+    if classes is None:
+        return "no names of classes"
+    named = [f"{name} {index}" for index, name in enumerate(classes)]
+    shown = named if len(named) <= _SHOWN_CLASSES else [*named[: _SHOWN_CLASSES - 2], "...", named[-1]]
+    return f"{len(named)} class{'es' * (len(named) != 1)}: {', '.join(shown)}"
 
 
 def _parse_splits(text: str) -> dict[str, float]:

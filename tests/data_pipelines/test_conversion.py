@@ -22,6 +22,8 @@ RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (20, 30, 3), np.uint8)
 MASK = RNG.integers(0, 5, (20, 30), np.uint8)
 
+CLASSES = ("a", "b", "c", "d", "e")
+
 
 def encoded(array: npt.NDArray[Any], form: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
@@ -96,7 +98,7 @@ def test_convert__palette_masks_keep_their_indices(tmp_path: Path) -> None:
     picture.putdata(MASK.ravel().tolist())
     file = io.BytesIO()
     picture.save(file, "PNG")
-    sample = converted(tmp_path, {"png": encoded(PIXELS), "seg.png": file.getvalue()}, num_classes=5)
+    sample = converted(tmp_path, {"png": encoded(PIXELS), "seg.png": file.getvalue()}, classes=CLASSES)
     assert sample.fields["seg.png"] == file.getvalue()
 
 
@@ -108,9 +110,13 @@ def test_convert__palette_masks_keep_their_indices(tmp_path: Path) -> None:
         ({"jpg": encoded(PIXELS, "JPEG")[:-300]}, {}, "cannot decode image"),
         ({"png": encoded(PIXELS), "seg.png": encoded(MASK[:10])}, {}, "differ in size: png 20x30, seg.png 10x30"),
         ({"png": encoded(PIXELS), "seg.png": encoded(PIXELS)}, {}, "mask has 3 channels"),
-        ({"png": encoded(PIXELS), "seg.png": encoded(MASK)}, {"num_classes": 4}, "mask has the value 4; there are 4"),
-        ({"png": encoded(PIXELS)}, {"num_classes": 4, "label": 4}, "class 4 is outside 0..3"),
-        ({"cls": b"4"}, {"family": "tars", "num_classes": 4}, "class 4 is outside 0..3"),
+        (
+            {"png": encoded(PIXELS), "seg.png": encoded(MASK)},
+            {"classes": CLASSES[:4]},
+            "mask has the value 4; there are 4",
+        ),
+        ({"png": encoded(PIXELS)}, {"classes": CLASSES[:4], "label": 4}, "class 4 is outside 0..3"),
+        ({"cls": b"4"}, {"family": "tars", "classes": CLASSES[:4]}, "class 4 is outside 0..3"),
         ({"cls": b"four"}, {"family": "tars"}, "not an integer"),
         ({"json": b"[1]"}, {"family": "tars"}, "json holds a list; it must be an object"),
         ({"pose.npy": b"\x93NUMPY"}, {"family": "tars"}, "array"),
@@ -125,9 +131,9 @@ def test_convert__says_what_is_wrong(
 
 def test_convert__ignored_values_are_allowed_in_masks(tmp_path: Path) -> None:
     fields = {"png": encoded(PIXELS), "seg.png": encoded(np.where(MASK == 4, 11, MASK).astype(np.uint8))}
-    assert converted(tmp_path, fields, num_classes=4, ignore_index=11).fields["seg.png"] == fields["seg.png"]
+    assert converted(tmp_path, fields, classes=CLASSES[:4], ignore_index=11).fields["seg.png"] == fields["seg.png"]
     with pytest.raises(DataError, match="value 11"):
-        converted(tmp_path, fields, num_classes=4)
+        converted(tmp_path, fields, classes=CLASSES[:4])
 
 
 def test_convert__missing_and_changed_files_are_rejected(tmp_path: Path) -> None:

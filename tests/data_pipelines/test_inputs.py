@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -136,7 +137,9 @@ def test_list_folder__pairs_name_what_is_missing_or_double(touch: Touch) -> None
         listed(images, "pairs", masks)
     touch("b.png", folder="masks")
     touch("b.jpeg", folder="images")
-    with pytest.raises(DataError, match=r"'b\.jpe?g' and 'b\.jpe?g' differ in the suffix only"):
+    with pytest.raises(
+        DataError, match=r"'b\.jpe?g' and 'b\.jpe?g' differ in the suffix or in how accents are written only"
+    ):
         listed(images, "pairs", masks)
     with pytest.raises(DataError, match="no such folder of masks"):
         listed(images, "pairs", masks / "nowhere")
@@ -176,3 +179,46 @@ def test_suffix_of__keeps_double_suffixes_of_gzip() -> None:
         "",
         ".tar.gz",
     ]
+
+
+def test_list_folder__images_win_over_their_labels(touch: Touch) -> None:
+    """As YOLO lays them out, with more text files than photos; a cloud among photos is still told apart."""
+    source = touch("images/train/1.jpg", "labels/train/1.txt", "README.txt", "classes.txt", "features.npy")
+    assert (listed(source).family, names(listed(source))) == ("images", ["images/train/1.jpg"])
+    assert listed(touch("a.ply", "b.ply", "preview.png", folder="clouds")).family == "points"
+
+
+def test_list_folder__a_class_has_one_index_in_all_splits(touch: Touch) -> None:
+    listing = listed(touch("train/cat/1.jpg", "train/dog/2.jpg", "train/fox/3.jpg", "val/cat/4.jpg", "val/fox/5.jpg"))
+    assert listing.classes == ("cat", "dog", "fox")
+    assert [(item.split, item.label) for item in listing.items] == [
+        *(("train", label) for label in (0, 1, 2)),
+        *(("val", label) for label in (0, 2)),
+    ]
+
+
+def test_list_folder__classes_are_looked_up_by_name(touch: Touch) -> None:
+    source = touch("train/cat/1.jpg", "train/dog/2.jpg", "val/cat/3.jpg")
+    with pytest.raises(DataError, match=r"pack .*source as a whole, or give --classes cat,dog"):
+        list_folder(touch("val/fox/4.jpg") / "val", kind="auto")
+    listing = list_folder(source / "val", kind="auto", classes=("dog", "fox", "cat"))
+    assert ([item.label for item in listing.items], listing.classes) == ([2, 1], ("dog", "fox", "cat"))
+    with pytest.raises(DataError, match="has the class 'fox', which is none of --classes cat,dog"):
+        list_folder(source / "val", kind="auto", classes=("cat", "dog"))
+    with pytest.raises(DataError, match="no folders of classes for --classes to number"):
+        list_folder(touch("1.jpg", folder="flat"), kind="auto", classes=("cat", "dog"))
+
+
+def test_list_folder__pairs_match_however_accents_are_written(touch: Touch) -> None:
+    images = touch(*(f"{normalize('NFC', name)}.jpg" for name in ("Übung", "café", "plain")), folder="images")
+    masks = touch(*(f"{normalize('NFD', name)}.png" for name in ("Übung", "café", "plain")), folder="masks")
+    pairs = [[piece.path for piece in item.pieces] for item in listed(images, "pairs", masks).items]
+    assert all(normalize("NFC", Path(mask).stem) == Path(image).stem and Path(mask).exists() for image, mask in pairs)
+    touch(f"{normalize('NFD', 'café')}.jpg", folder="images")
+    with pytest.raises(DataError, match="differ in the suffix or in how accents are written only"):
+        listed(images, "pairs", masks)
+
+
+def test_list_folder__tars_in_sub_folders_are_named(touch: Touch) -> None:
+    with pytest.raises(DataError, match="has its tars in sub-folders"):
+        listed(touch("train/a.tar", "test/b.tar"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
@@ -91,3 +92,32 @@ def test_list_rows__refuses_what_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"a.jpg\n\xff\xfe.jpg\n")
     with pytest.raises(DataError, match="is not UTF-8 text"):
         list_rows(tmp_path / "list.txt")
+
+
+def test_list_rows__names_with_spaces_and_hashes_are_whole(tmp_path: Path) -> None:
+    write(tmp_path, "#3.jpg", "a picture")
+    text = "# a comment\nmy cat 1.jpg\n#3.jpg\n#gone.jpg\n  a.jpg b.jpg  \nlast one.JPG\n"
+    assert [name for name, _ in rows(write(tmp_path, "list.txt", text))] == [
+        "#3.jpg",
+        "a.jpg b.jpg",
+        "last one.JPG",
+        "my cat 1.jpg",
+    ]
+    text = "my cat 1.jpg tabby\n#3.jpg\tgolden retriever\n"
+    assert rows(write(tmp_path, "named.txt", text)) == [("#3.jpg", 0), ("my cat 1.jpg", 1)]
+
+
+def test_list_rows__given_classes_number_the_names(tmp_path: Path) -> None:
+    source = write(tmp_path, "list.csv", "a.jpg,dog\nb.jpg,cat\n")
+    listing = list_rows(source, ("cat", "cow", "dog"))
+    assert ([item.label for item in listing.items], listing.classes) == ([2, 0], ("cat", "cow", "dog"))
+    with pytest.raises(DataError, match=r"list\.csv has the class 'dog', which is none of --classes cat,cow"):
+        list_rows(source, ("cat", "cow"))
+    with pytest.raises(DataError, match="has no labels for --classes to number"):
+        list_rows(write(tmp_path, "plain.txt", "a.jpg\n"), ("cat",))
+
+
+def test_list_rows__finds_files_however_accents_are_written(tmp_path: Path) -> None:
+    write(tmp_path, normalize("NFD", "café.jpg"), "12345")
+    (item,) = list_rows(write(tmp_path, "list.txt", normalize("NFC", "café.jpg"))).items
+    assert (item.pieces[0].path, item.pieces[0].size) == (normalize("NFD", "café.jpg"), 5)

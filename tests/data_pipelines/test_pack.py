@@ -472,3 +472,40 @@ def test_pack__cifar10_has_the_known_mean_and_deviation(shared_data: Path, tmp_p
     assert stats is not None and stats.pixels == 5000 * 32 * 32
     np.testing.assert_allclose(stats.mean, (0.4911, 0.4808, 0.4444), atol=5e-5)
     np.testing.assert_allclose(stats.std, (0.2463, 0.2444, 0.2622), atol=5e-5)
+
+
+def test_pack__keeps_the_splits_of_folders_and_of_tars(tmp_path: Path) -> None:
+    """A class that val lacks keeps its index, and packing the shards again moves no sample from test to train."""
+    colors = {"cat": (220, 30, 30), "dog": (30, 220, 30), "fox": (30, 30, 220)}
+    for split, names in (("train", ("cat", "dog", "fox")), ("test", ("cat", "fox"))):
+        for name in names:
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for n in range(3):
+                path = tmp_path / "set" / split / name / f"{n}.png"
+                Image.new("RGB", (8, 8), tuple(c + n + 9 * (split == "test") for c in colors[name])).save(path)
+    manifest = pack(tmp_path / "set", tmp_path / "packed", workers=1)
+    assert manifest.classes == ("cat", "dog", "fox")
+    assert {name: split.class_counts for name, split in manifest.splits.items()} == {
+        "train": (3, 3, 3),
+        "test": (3, 0, 3),
+    }
+    for sample in samples(tmp_path / "packed").values():
+        described = json.loads(sample["json"])
+        assert described["class_name"] == manifest.classes[int(sample["cls"])] == described["source"].split("/")[1]
+    again = pack(tmp_path / "packed", tmp_path / "again", workers=1)
+    assert {name: split.class_counts for name, split in again.splits.items()} == {
+        "train": (3, 3, 3),
+        "test": (3, 0, 3),
+    }
+    with pytest.raises(DataError, match="has the splits train, test already; leave --split out"):
+        pack(tmp_path / "set", tmp_path / "drawn", splits={"train": 0.5, "test": 0.5}, workers=1)
+    apart = pack(tmp_path / "set" / "test", tmp_path / "apart", classes=("cat", "dog", "fox"), workers=1)
+    assert apart.splits["train"].class_counts == (3, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("classes", "named"), [(("cat", "dog", "cat"), "'cat' is named twice"), (("cat", " "), "a name is empty")]
+)
+def test_pack__classes_are_distinct_names(tmp_path: Path, classes: tuple[str, ...], named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        pack(tmp_path, tmp_path.parent / "dest", classes=classes)

@@ -81,3 +81,24 @@ def test_list_tars__takes_classes_from_the_description_beside_them(tmp_path: Pat
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(DataError, match=r"dataset\.json is not valid JSON"):
         listed(tar)
+
+
+def test_list_tars__samples_stay_in_the_split_of_their_tar(tmp_path: Path, write_tar: WriteTar) -> None:
+    for name in ("train-000000.tar", "test-000000.tar", "odd.tar"):
+        write_tar(tmp_path / name, MEMBERS)
+    with pytest.raises(DataError, match=r"test-000000\.tar is of test, but odd\.tar says no split"):
+        listed(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"splits": {"extra": {"shards": [{"file": "odd.tar"}]}}}))
+    splits = {item.name.partition("/")[0]: item.split for item in listed(tmp_path).items}
+    assert splits == {"train-000000.tar": "train", "test-000000.tar": "test", "odd.tar": "extra"}
+    (tmp_path / "dataset.json").unlink()
+    (tmp_path / "test-000000.tar").unlink()
+    assert {item.split for item in listed(tmp_path).items} == {None}, "train is where all go without a split"
+
+
+def test_list_tars__given_classes_may_only_go_on_from_the_stated_ones(tmp_path: Path, write_tar: WriteTar) -> None:
+    tar = write_tar(tmp_path / "set.tar", MEMBERS)
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["cat", "dog"]}))
+    assert list_tars(tar, lambda: tmp_path, ("cat", "dog", "elk")).classes == ("cat", "dog", "elk")
+    with pytest.raises(DataError, match=r"indices into the classes cat,dog of its dataset\.json; begin with these"):
+        list_tars(tar, lambda: tmp_path, ("dog", "cat"))

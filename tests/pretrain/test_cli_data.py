@@ -180,13 +180,14 @@ def test_pack__to_verify_stats_and_show(run: Run, tmp_path: Path) -> None:
     request = ("pack", "photos", "shards", "--split", "train=0.8,test=0.2", "--shard-samples", "30", "--size", "20")
     code, out, lines = run(*request, "--reencode", "png", "--dedupe", "--workers", "1")
     assert (code, lines) == (0, [])
-    packed, following = out.splitlines()
+    packed, took, following = out.splitlines()
     description = json.loads((tmp_path / "shards" / "dataset.json").read_bytes())
     sizes = {name: split["samples"] for name, split in description["splits"].items()}
     assert sum(sizes.values()) == 40 and packed.startswith(
         f"packed train {sizes['train']}, test {sizes['test']} samples"
     )
     assert "; 1 duplicates and 0 broken ones left out" in packed
+    assert took == "took SRC as images, 2 classes: ant 0, bee 1"
     assert following == "next: pretrain data verify shards"
 
     code, out, _ = run("verify", "shards", "--workers", "1")
