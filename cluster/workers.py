@@ -1,37 +1,77 @@
-"""Run one function on a group of workers through Ray Train, restarted as a whole when a worker dies.
+"""Run one function on a group of Ray actors, restarted as a whole when one of them fails.
 
 The function is started as `torchrun` would start it: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT are set and nothing else is done, so that the same training loop runs with and without Ray.
+MASTER_PORT are set and nothing else is done, so that the same training loop runs with and without Ray. It runs in the
+main thread of its process, where it may handle signals.
 
-Not here: what the function does, how it finds its last checkpoint after a restart (it looks for itself), what Ray Train
-does not document (`cluster.ray_internals`).
+A placement group holds the places, one actor per place; public names of Ray only. Not here: what the function does and
+how it finds its last checkpoint after a restart (it looks for itself).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.connect import Cluster
-from cluster.ray_internals import PrivateTrainer, TorchrunEnvironment, Trainer
 
-__all__ = ["WorkerGroup", "run_workers"]
+__all__ = ["End", "Place", "WorkerGroup", "WorkersFailed", "classify", "environments", "run_workers"]
+
+SETTLE_S = 1.0  # after the first rank has ended, so that the cause is seen beside what it brings about in others
+LONGEST_PAUSE_S = 60.0
 
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """How many workers, what each of them gets, and how often the group may be restarted."""
+    """How many workers, what each of them gets, and how often the group may be restarted.
+
+    Attributes:
+        num_workers: Actors that run the function together.
+        cpus_per_worker, gpus_per_worker: What Ray reserves for each.
+        max_failures: Restarts without progress between them.
+        fatal: Exceptions of the function that no restart can mend; they end the run at once.
+    """
 
     num_workers: int
     cpus_per_worker: float
     gpus_per_worker: float
     max_failures: int
-    fatal: tuple[type[BaseException], ...] = ()  # raised by a worker, these end the run at once
+    fatal: tuple[type[BaseException], ...] = ()
+
+
+class WorkersFailed(RuntimeError):
+    """The group ended and is not started again; the last line says why in one sentence, above it is the traceback."""
+
+    def __init__(self, end: End, attempts: int) -> None:
+        tries = f" (attempt {attempts})" if attempts > 1 else ""
+        super().__init__(f"{end.traceback}\n{end.reason}{tries}".strip())
+
+
+@dataclass(frozen=True)
+class End:
+    """How a group ended.
+
+    Attributes:
+        kind: `fatal`: a restart would end the same way; `preempted`: a machine was taken away; `failed`: the rest.
+        rank: The worker to blame.
+        reason: One line for people.
+        traceback: Of the function, where it raised.
+    """
+
+    kind: Literal["fatal", "preempted", "failed"]
+    rank: int
+    reason: str
+    traceback: str = ""
 
 
 def run_workers(
@@ -40,8 +80,8 @@ def run_workers(
     settings: dict[str, Any],
     group: WorkerGroup,
     *,
-    name: str,
-    storage: Path,
+    progress: Callable[[], Hashable] = lambda: None,
+    restarting: Callable[[End, float], None] = lambda end, pause_s: None,
 ) -> None:
     """Run `function(settings)` on every worker of the group and wait until all have returned.
 
@@ -49,30 +89,171 @@ def run_workers(
         cluster: A live connection.
         function: Importable by the workers; finds its rank in the environment.
         settings: Passed to the function as it is.
-        group: Size and resources. When a worker dies or raises, the whole group starts again, `max_failures` times.
-        name: Name of the run in Ray.
-        storage: Directory for Ray Train's own small state.
+        group: Size and resources. When a worker dies or raises, the whole group starts again.
+        progress: What has been reached, for example the newest checkpoint. Failures are counted anew when it changes.
+        restarting: Told of each restart: how the group ended, and the seconds until it starts again.
 
     Raises:
-        RuntimeError: The group failed more often than `max_failures`; carries the traceback of the failing rank.
+        WorkersFailed: A `fatal` exception, or more than `max_failures` failures without progress.
     """
-    resources = {"CPU": group.cpus_per_worker}
-    if group.gpus_per_worker:
-        resources["GPU"] = group.gpus_per_worker
-    trainer_class = PrivateTrainer if cluster.private else Trainer
-    trainer = trainer_class(
-        function,
-        train_loop_config=settings,
-        backend_config=TorchrunEnvironment(loopback=cluster.private),
-        scaling_config=ScalingConfig(
-            num_workers=group.num_workers, use_gpu=group.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=group.max_failures)
-        ),
-    )
-    trainer.fatal = group.fatal
+    attempts, failures, reached = 0, 0, progress()
+    while True:
+        attempts += 1
+        end = _attempt(cluster, function, settings, group)
+        if end is None:
+            return
+        if progress() != reached:
+            failures, reached = 0, progress()
+        failures += end.kind != "preempted"
+        if end.kind == "fatal" or failures > group.max_failures:
+            raise WorkersFailed(end, attempts)
+        pause_s = min(2.0 ** (failures - 1), LONGEST_PAUSE_S) if failures > 1 else 0.0
+        restarting(end, pause_s)
+        time.sleep(pause_s)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one worker is: its node, the address and GPUs that it sees there, and a port that was free."""
+
+    node: str
+    address: str
+    gpus: tuple[str, ...]
+    port: int
+
+
+class _Worker:
+    """One process of the group."""
+
+    def place(self) -> Place:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        node = ray.get_runtime_context().get_node_id()
+        return Place(node, ray.util.get_node_ip_address(), tuple(gpus), port)
+
+    def run(
+        self, function: Callable[[dict[str, Any]], None], settings: dict[str, Any], environment: dict[str, str]
+    ) -> None:
+        os.environ.update(environment)
+        function(settings)
+
+
+def _attempt(
+    cluster: Cluster, function: Callable[[dict[str, Any]], None], settings: dict[str, Any], group: WorkerGroup
+) -> End | None:
+    """One life of the group; None when every worker has returned."""
+    bundle = {"CPU": group.cpus_per_worker, "GPU": group.gpus_per_worker}
+    bundle = {name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001}  # Ray refuses empty ones
+    places = placement_group([bundle] * group.num_workers, strategy="PACK")
+    workers: list[Any] = []
     try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise RuntimeError(str(error)) from error
+        ray.get(places.ready())  # on a shared cluster until there is room; a waiting group is what an autoscaler sees
+        workers = [
+            ray.remote(_Worker)
+            .options(
+                num_cpus=bundle.get("CPU", 0),
+                num_gpus=group.gpus_per_worker,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=index),
+            )
+            .remote()
+            for index in range(group.num_workers)
+        ]
+        try:
+            found = ray.get([worker.place.remote() for worker in workers])
+        except RayError as error:
+            return classify({0: error}, group.fatal)
+        ranked = [workers[index] for index in by_node(found)]
+        variables = environments([found[index] for index in by_node(found)], loopback=cluster.private)
+        running = {
+            worker.run.remote(function, settings, environment): rank
+            for rank, (worker, environment) in enumerate(zip(ranked, variables, strict=True))
+        }
+        errors = _errors(running)
+        return classify(errors, group.fatal) if errors else None
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+        remove_placement_group(places)
+
+
+def _errors(running: Mapping[Any, int]) -> dict[int, RayError]:
+    """Wait until all ranks have returned, or one has not: then for what the others say within a moment."""
+    waiting = list(running)
+    errors: dict[int, RayError] = {}
+    while waiting:
+        ended, waiting = ray.wait(waiting, num_returns=1, timeout=SETTLE_S if errors else None)
+        if not ended:
+            break
+        for reference in ended:
+            try:
+                ray.get(reference)
+            except RayError as error:
+                errors[running[reference]] = error
+    return errors
+
+
+def by_node(places: Sequence[Place]) -> list[int]:
+    """Indices of the places such that those of a node follow one another, nodes in the order of their first place."""
+    nodes = [place.node for place in places]
+    return sorted(range(len(places)), key=lambda index: (nodes.index(nodes[index]), index))
+
+
+def environments(places: Sequence[Place], *, loopback: bool) -> list[dict[str, str]]:
+    """What torchrun would tell each rank of its place.
+
+    Args:
+        places: Of the ranks, in their order; those of a node follow one another.
+        loopback: A private instance: ranks meet on 127.0.0.1.
+    """
+    nodes = Counter(place.node for place in places)
+    seen: Counter[str] = Counter()
+    found = []
+    for rank, place in enumerate(places):
+        variables = {
+            "MASTER_ADDR": "127.0.0.1" if loopback else places[0].address,
+            "MASTER_PORT": str(places[0].port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(seen[place.node]),
+            "WORLD_SIZE": str(len(places)),
+            "LOCAL_WORLD_SIZE": str(nodes[place.node]),
+        }
+        if loopback:
+            variables["GLOO_SOCKET_IFNAME"] = "lo"
+        if place.gpus:  # all GPUs that the group has on this node: LOCAL_RANK picks the device, as under torchrun
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(_in_order(places, place.node))
+        seen[place.node] += 1
+        found.append(variables)
+    return found
+
+
+def _in_order(places: Iterable[Place], node: str) -> list[str]:
+    """GPUs of the group on a node, in the order of the ranks."""
+    return list(dict.fromkeys(gpu for place in places if place.node == node for gpu in place.gpus))
+
+
+def classify(errors: Mapping[int, BaseException], fatal: tuple[type[BaseException], ...]) -> End:
+    """How a group has ended, from what its ranks raised; at least one.
+
+    When one rank dies its peers lose their connections, so a dead worker comes before what the others say; an exception
+    that no restart can mend comes before all.
+    """
+    raised = {rank: error.cause for rank, error in errors.items() if isinstance(error, RayTaskError)}
+    wrong = [rank for rank in sorted(raised) if isinstance(raised[rank], fatal)]
+    dead = [rank for rank in sorted(errors) if isinstance(errors[rank], RayActorError)]
+    rank = next(iter([*wrong, *dead, *sorted(errors)]))
+    error = errors[rank]
+    if rank in raised:
+        name = type(raised[rank])
+        reason = f"{name.__module__}.{name.__qualname__}: {raised[rank]}".removeprefix("builtins.")
+        return End("fatal" if wrong else "failed", rank, _one_line(reason), str(error))
+    preempted = isinstance(error, RayActorError) and error.preempted
+    detail = _one_line(str(error)).rpartition("Worker exit detail: ")[2]  # Ray puts ids and addresses before it
+    return End("preempted" if preempted else "failed", rank, f"worker {rank} died: {detail}")
+
+
+def _one_line(text: str, length: int = 300) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 3] + "..."

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -40,6 +41,7 @@ from pretrain.reporting.terminal import Terminal
 if TYPE_CHECKING:
     from cluster.connect import Cluster
     from cluster.tasks import TaskQueue
+    from cluster.workers import End
     from pretrain.tracking.sync import Status
 
 __all__ = ["RunResult", "resume", "run", "train_worker"]
@@ -120,7 +122,11 @@ def train_worker(settings: dict[str, Any]) -> None:
         os.dup2(file.fileno(), sys.stderr.fileno())
     from pretrain.worker import train
 
-    train(settings["plan"], run_dir.path, launched=settings["launched"], placed=placed)
+    try:
+        train(settings["plan"], run_dir.path, launched=settings["launched"], placed=placed)
+    except BaseException:
+        traceback.print_exc()  # into the log; the driver gets the exception as well
+        raise
 
 
 class _Driver:
@@ -199,7 +205,9 @@ class _Driver:
         )
         arguments = {"plan": self.plan, "run_dir": str(self.run_dir.path), "launched": self.launched}
         training = _Background(
-            lambda: run_workers(cluster, train_worker, arguments, group, name="workers", storage=self.run_dir.ray)
+            lambda: run_workers(
+                cluster, train_worker, arguments, group, progress=self._newest_step, restarting=self._say_restart
+            )
         )
         self._follow(queue, show=False)  # a resumed run: what happened before
         if not self._is_trained():
@@ -254,9 +262,16 @@ class _Driver:
         kept = retention(self.recipe, steps, self.scores) | {label[0] for label in queue.pending}
         store.prune(self.run_dir.path, keep_last=self.recipe.train.keep_last, pinned=kept)
 
-    def _is_trained(self) -> bool:
+    def _newest_step(self) -> int:
         newest = store.latest(self.run_dir.path)
-        return newest is not None and newest.step >= self.plan.total_steps
+        return -1 if newest is None else newest.step
+
+    def _is_trained(self) -> bool:
+        return self._newest_step() >= self.plan.total_steps
+
+    def _say_restart(self, end: End, pause_s: float) -> None:
+        wait = f" in {pause_s:.0f} s" if pause_s else ""
+        self.terminal.say(f"{end.reason}; the workers start again{wait}")
 
     def _gpus_per_worker(self, cluster: Cluster) -> float:
         """As the recipe says, or as many as there are for each.

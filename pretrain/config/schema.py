@@ -156,7 +156,7 @@ class TrainConfig:
     checkpoint_every: int = setting("steps between two checkpoints; the last step always has one", range=(1, None))
     keep_last: int = setting("newest checkpoints whose training state is kept; backbones all stay", 2, range=(1, None))
     keep_best: int = setting("best checkpoints by evaluation.select that keep theirs besides", 1, range=(0, None))
-    max_failures: int = setting("restarts of the worker group before the run gives up", 3, range=(0, None))
+    max_failures: int = setting("restarts of the workers with no new checkpoint between them", 3, range=(0, None))
     max_skipped_steps: int = setting(
         "steps with a non-finite loss that are skipped before the run ends", 10, range=(0, None)
     )

@@ -7,7 +7,7 @@
              checkpoints/         by step (`pretrain.checkpoints.store`)
              visualizations/      by step
              samples/             which samples each rank took, if asked for
-             logs/  ray/          output of the processes, state of Ray
+             logs/                output of the processes
              report.html
 
 Not here: what the files mean (`pretrain.record.events`), what a checkpoint holds beside the names of its files.
@@ -86,10 +86,6 @@ class RunDir:
     @property
     def driver_log(self) -> Path:
         return self.logs / "driver.log"
-
-    @property
-    def ray(self) -> Path:
-        return self.path / "ray"
 
     def worker_log(self, rank: int) -> Path:
         return self.logs / f"worker-{rank}.log"
