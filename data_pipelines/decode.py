@@ -1,8 +1,8 @@
 """Bytes of a field to arrays, trusting neither the name of the field nor the size the file claims.
 
 The codec is chosen by content from an allow-list and the number of pixels is bounded before anything is decoded.
-Masks never pass through RGB: class ids and 16-bit values come out as stored. EXIF orientation is not applied (as in
-torchvision's ImageFolder). Nothing here unpickles.
+Masks never pass through RGB: class ids and 16-bit values come out as stored. Pictures and masks are turned as their
+EXIF orientation says, so they come out as they are shown. Nothing here unpickles.
 
 PIL decodes everything and decides what is damaged. `simplejpeg` (optional, 1.3 to 1.9 times as fast) decodes JPEGs
 where it is installed; what it refuses is handed to PIL, so both accept the same files. Both use libjpeg-turbo and gave
@@ -12,22 +12,33 @@ the same pixels in every photo compared. Neither can decode a part of a JPEG, so
 from __future__ import annotations
 
 import math
+import os
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from io import BytesIO
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from data_pipelines.errors import DataError
+from data_pipelines.picture_files import (
+    grey_bits,
+    is_progressive,
+    orientation,
+    picture_format,
+    turned,
+    without_texts,
+)
 from data_pipelines.specs import require_choice
 
 __all__ = [
@@ -47,16 +58,15 @@ __all__ = [
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 DECODERS = ("auto", "pil", "simplejpeg")
 MAX_PIXELS = 1 << 26  # 8192 x 8192; a photo of 67 million pixels takes 268 MB in PIL
+MAX_PIXELS_VARIABLE = "PRETRAIN_MAX_PIXELS"  # of the environment, instead: all that read pictures obey it
 MAX_ARRAY_BYTES = 4 << 30  # what one array may unpack to
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 _MASK_FORMATS = ("PNG",)  # lossless only
-_JPEG_MAGIC = b"\xff\xd8"
+# Not by `Image.open`, whose own limit of pixels holds for the whole process, also for what is not ours.
+_READERS: dict[str, type[ImageFile]] = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WEBP": WebPImageFile}
+_STEPS = {2: 85, 4: 17}  # by which Pillow multiplies grey values of so many bits, to spread them over 0..255
+_REDUCTIONS = (1, 2, 4, 8)  # of JPEGs while they are decoded
 _INTEGER = re.compile(rb"\s*([+-]?[0-9]{1,18})\s*")
-
-_ARRAY_ERRORS = (  # what damaged zip directories, compressed data and npy headers (parsed as Python) make readers raise
-    *(zipfile.BadZipFile, zlib.error, KeyError, RuntimeError, OSError, EOFError, MemoryError),
-    *(ValueError, TypeError, OverflowError, SyntaxError, TokenError),
-)
 
 Array = npt.NDArray[Any]
 
@@ -83,31 +93,48 @@ class Photo:
     Args:
         data: a JPEG, PNG or WebP.
         decoder: of JPEGs, `pil` or `simplejpeg`.
+        exif_rotation: turn it as its EXIF orientation says; False: as stored.
 
     Attributes:
-        width, height: as the header says.
+        width, height: of the picture as it comes out, not reduced.
 
     Raises:
         DataError: another format, broken, too large, or of more than 8 bits (which RGB would clip); at once or when
             the pixels are asked for.
     """
 
-    def __init__(self, data: bytes, decoder: str = "pil") -> None:
+    def __init__(self, data: bytes, decoder: str = "pil", *, exif_rotation: bool = True) -> None:
         self._data, self._factor = data, 1
         self._file: Image.Image | None = None  # what PIL will decode
-        size = _jpeg_size(data) if decoder == "simplejpeg" and data[:2] == _JPEG_MAGIC else None
+        self._orientation = orientation(data) if exif_rotation else 1
+        is_jpeg = picture_format(data) == "JPEG"
+        size = _jpeg_size(data) if decoder == "simplejpeg" and is_jpeg else None
         if size is None:
             self._file = _open(data, _IMAGE_FORMATS)
             size = self._file.size
-        self.width, self.height = size
+        self._stored_width, self._stored_height = size
+        self._reductions = _REDUCTIONS if is_jpeg else (1,)
+        if not self._fits(self._reductions[-1]) or (not self._fits(1) and is_jpeg and is_progressive(data)):
+            raise _too_large(*size)
+        self.width, self.height = size if self._orientation < 5 else size[::-1]
 
     def reduce(self, factor: int) -> None:
         """Decode to about 1 / factor of the size (2, 4 or 8), where the format can: JPEGs, by a smaller inverse DCT.
 
         Worth it for factors of two only: others cost more than they save.
         """
-        if self._data[:2] == _JPEG_MAGIC:
+        if factor in self._reductions:
             self._factor = factor
+
+    def reduce_to_limit(self, least_side: int) -> None:
+        """Where the picture is too large to be decoded whole, reduce it until it is not.
+
+        Args:
+            least_side: of the reduced picture; rather than below, it stays too large.
+        """
+        shorter = min(self.width, self.height)
+        factors = [factor for factor in self._reductions if self._fits(factor) and shorter // factor >= least_side]
+        self.reduce(min(factors, default=1))
 
     @cached_property
     def image(self) -> Image.Image:
@@ -121,15 +148,25 @@ class Photo:
 
     @cached_property
     def _decoded(self) -> Image.Image | npt.NDArray[np.uint8]:
-        factor = self._factor
+        stored = self._decoded_as_stored()
+        return stored if self._orientation == 1 else turned(np.asarray(stored), self._orientation)
+
+    def _decoded_as_stored(self) -> Image.Image | npt.NDArray[np.uint8]:
+        width, height, factor = self._stored_width, self._stored_height, self._factor
+        if not self._fits(factor):
+            raise _too_large(width, height)
         if self._file is None:
-            pixels = _decode_jpeg(self._data, -(-self.height // factor), -(-self.width // factor))
+            pixels = _decode_jpeg(self._data, -(-height // factor), -(-width // factor))
             if pixels is not None:
                 return pixels
         image = _open(self._data, _IMAGE_FORMATS) if self._file is None else self._file
         if factor > 1:  # the largest power of two by which both sides shrink to no less than what is asked for
-            image.draft(None, (max(1, self.width // factor), max(1, self.height // factor)))
+            image.draft(None, (max(1, width // factor), max(1, height // factor)))
         return _rgb(_loaded(image, self._data))
+
+    def _fits(self, factor: int) -> bool:
+        """Whether it may be decoded at 1 / factor of its size."""
+        return _fits(self._stored_width, self._stored_height, factor)
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -142,8 +179,12 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
     return Photo(data).pixels
 
 
-def decode_mask(data: bytes) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
+def decode_mask(data: bytes, *, exif_rotation: bool = True) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
     """Decode a label or depth map without touching its values (palette images give their indices).
+
+    Args:
+        data: a PNG of one channel.
+        exif_rotation: turn it as its EXIF orientation says; False: as stored.
 
     Returns:
         (H, W) uint8 or uint16.
@@ -151,15 +192,18 @@ def decode_mask(data: bytes) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
     Raises:
         DataError: not a PNG, broken, too large, or with several channels.
     """
-    image = _loaded(_open(data, _MASK_FORMATS), data)
+    opened = _open(data, _MASK_FORMATS)
+    if not _fits(*opened.size):
+        raise _too_large(*opened.size)
+    image = _loaded(opened, data)
     values = np.array(image)
     if values.ndim != 2:
         raise DataError(
             f"mask has {values.shape[-1]} channels (mode {image.mode}); it must be a single-channel 8 or 16 bit PNG"
         )
-    if image.mode.startswith("I"):
-        return values.astype(np.uint16, copy=False)
-    return values.astype(np.uint8, copy=False)
+    values = values // _STEPS.get(grey_bits(data) or 0, 1)
+    values = values.astype(np.uint16 if image.mode.startswith("I") else np.uint8, copy=False)
+    return turned(values, orientation(data) if exif_rotation else 1)
 
 
 def decode_label(data: bytes) -> int:
@@ -209,22 +253,29 @@ def decode_arrays(data: bytes) -> dict[str, Array]:
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
-    try:
-        image = Image.open(BytesIO(data), formats=formats)
-    except UnidentifiedImageError:
-        raise DataError(f"not a {' or '.join(formats)} image: begins with {data[:8]!r} ({len(data)} bytes)") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot decode image of {len(data)} bytes: {error}") from None
-    _require_sane(*image.size)
-    return image
+    found = picture_format(data)
+    if found is None or found not in formats:
+        raise DataError(f"not a {' or '.join(formats)} image: begins with {data[:8]!r} ({len(data)} bytes)")
+    with _picture_errors(data):
+        return _READERS[found](BytesIO(without_texts(data) if found == "PNG" else data))
 
 
 def _loaded(image: Image.Image, data: bytes) -> Image.Image:
-    try:
+    with _picture_errors(data):
         image.load()
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot decode image of {len(data)} bytes: {error}") from None
     return image
+
+
+@contextmanager
+def _picture_errors(data: bytes) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of any type: that depends on where the reader of a damaged file stumbles
+        raise DataError(f"cannot decode image of {len(data)} bytes: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -233,9 +284,24 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _require_sane(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise DataError(f"image of {width} x {height} pixels exceeds the limit of {MAX_PIXELS} pixels")
+def _fits(width: int, height: int, factor: int = 1) -> bool:
+    return width * height <= _max_pixels() * factor**2
+
+
+def _too_large(width: int, height: int) -> DataError:
+    return DataError(
+        f"image of {width} x {height} pixels exceeds the limit of {_max_pixels()} pixels; set {MAX_PIXELS_VARIABLE}="
+        f"{width * height} to read it all the same, or make it smaller (`pretrain data pack --size` can, of JPEGs)"
+    )
+
+
+def _max_pixels() -> int:
+    said = os.environ.get(MAX_PIXELS_VARIABLE)
+    if said is None:
+        return MAX_PIXELS
+    if not re.fullmatch("[0-9]{1,18}", said):
+        raise DataError(f"{MAX_PIXELS_VARIABLE}={said!r} is not allowed; it is a whole number of pixels: {MAX_PIXELS}")
+    return int(said)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -246,7 +312,6 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    _require_sane(width, height)
     return None if colours in ("CMYK", "YCCK") else (width, height)
 
 
@@ -267,9 +332,8 @@ def _array_errors(data: bytes) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except _ARRAY_ERRORS as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"cannot decode array of {len(data)} bytes: {reason}") from None
+    except Exception as error:  # of any type: damaged zip directories, compressed data, headers parsed as Python
+        raise DataError(f"cannot decode array of {len(data)} bytes: {_reason(error)}") from None
 
 
 def _npz_members(data: bytes) -> dict[str, zipfile.ZipInfo]:

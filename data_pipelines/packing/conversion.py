@@ -1,7 +1,8 @@
 """One item to the fields of one sample: read, decoded once to see that it is whole, resized and re-encoded on request.
 
-By default images keep their bytes. Masks and depth maps never pass through RGB and are never interpolated. Clouds and
-volumes of all file formats become one npy each.
+By default images keep their bytes. Those that are resized or re-encoded are turned as their EXIF orientation says and
+hold pixels only. Masks and depth maps never pass through RGB and are never interpolated. Clouds and volumes of all file
+formats become one npy each.
 
 Not here: what there is to pack (`inputs`), how samples become a shard (`shard_writer`).
 """
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_pipelines.decode import open_image
+from data_pipelines.decode import Photo
 from data_pipelines.errors import DataError
 from data_pipelines.field_kinds import field_kind
 from data_pipelines.fields import decode_field
@@ -125,7 +126,7 @@ def _read(root: str, piece: Piece) -> bytes:
 
 def _add_fields(sample: Sample, item: Item, conversion: Conversion) -> None:
     """Images and masks, and everything else that existing tars hold."""
-    shapes = dict[str, tuple[int, int]]()  # (H, W) as found, before resizing
+    shapes = dict[str, tuple[int, int]]()  # (H, W) as shown, before resizing
     for piece in item.pieces:
         kind, data = field_kind(piece.field), _read(conversion.root, piece)
         if kind == "image":
@@ -146,21 +147,26 @@ def _add_fields(sample: Sample, item: Item, conversion: Conversion) -> None:
             if kind == "label":
                 sample.label = value
     if conversion.family == "images" and len(set(shapes.values())) > 1:
-        raise DataError("mask and image differ in size: " + ", ".join(f"{n} {h}x{w}" for n, (h, w) in shapes.items()))
+        named = ", ".join(f"{name} {height}x{width}" for name, (height, width) in shapes.items())
+        is_turned = len({tuple(sorted(shape)) for shape in shapes.values()}) == 1
+        hint = "; photos count as their EXIF orientation shows them: make the mask of the photo as shown"
+        raise DataError(f"mask and image differ in size: {named}{hint if is_turned else ''}")
 
 
 def _add_image(sample: Sample, name: str, data: bytes, conversion: Conversion) -> tuple[int, int]:
-    """Add a picture, as found where nothing about it changes; its height and width as found."""
-    found = open_image(data)
-    image = _resized(found, conversion.size)
+    """Add a picture, as found where nothing about it changes; its height and width as it is shown."""
+    photo = Photo(data)
+    target = _target(photo.width, photo.height, conversion.size)
+    photo.reduce_to_limit(min(target))
+    image = _resized(photo.image, target)
     sample.sums.add_image(image)
     if conversion.encoding is not None:
         name = f"{name[: name.rfind('.') + 1]}{conversion.encoding.extension}"  # left.jpg -> left.webp
         data = _encode(image, conversion.encoding)
-    elif image.size != found.size:
+    elif target != (photo.width, photo.height):
         data = _encode(image, _encoding_of(data))
     sample.fields[name] = data
-    return found.height, found.width
+    return photo.height, photo.width
 
 
 def _add_volume(sample: Sample, item: Item, conversion: Conversion) -> None:
@@ -201,8 +207,7 @@ def _target(width: int, height: int, size: int | None) -> tuple[int, int]:
     return max(size, round(width * size / shorter)), max(size, round(height * size / shorter))
 
 
-def _resized(image: Image.Image, size: int | None) -> Image.Image:
-    target = _target(image.width, image.height, size)
+def _resized(image: Image.Image, target: tuple[int, int]) -> Image.Image:
     return image if target == image.size else image.resize(target, Image.Resampling.BICUBIC)  # Pillow antialiases
 
 

@@ -100,6 +100,7 @@ class Stream:
         decoder: of JPEGs, see `ViewMaker`.
         scaled_decoding: let the JPEG decoder halve large photos while it decodes, see `ViewMaker`.
         resampler: what scales crops, see `ViewMaker`.
+        exif_rotation: turn pictures as their EXIF orientation says, see `ViewMaker`.
         pin_memory: yield page-locked tensors, which copy to a GPU beside its work.
 
     Attributes:
@@ -131,6 +132,7 @@ class Stream:
         decoder: str = "auto",
         scaled_decoding: bool = False,
         resampler: str = "pil",
+        exif_rotation: bool = True,
         pin_memory: bool = False,
     ) -> None:
         for name, value, least in (
@@ -154,9 +156,17 @@ class Stream:
         if min(state.epoch, state.position) < 0:
             raise DataError(f"{state} is not allowed; epoch and position are from 0")
         self._slots = rank_positions(global_batch_size, world_size, rank, num_streams)  # (global_batch / world,)
-        maker = ViewMaker(views, dataset.fields, decoder=decoder, scaled=scaled_decoding, resampler=resampler)
+        maker = ViewMaker(
+            views,
+            dataset.fields,
+            decoder=decoder,
+            scaled=scaled_decoding,
+            resampler=resampler,
+            exif_rotation=exif_rotation,
+        )
         self._samples = _SampleViews(dataset, maker, seed, replaces=max_corrupt_fraction > 0)
-        self._layout = layout | {"resampler": resampler, "scaled_decoding": scaled_decoding}
+        pixels = {"resampler": resampler, "scaled_decoding": scaled_decoding, "exif_rotation": exif_rotation}
+        self._layout = layout | pixels
         self.decoder = maker.decoder  # not in the signature: all of them give the same pixels
         self.dataset, self.views, self.state = dataset, tuple(views), state
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
@@ -217,6 +227,7 @@ class Stream:
                 "order to go on with; set data.unindexed=stream or begin a new run"
             )
         present = self.order_signature
+        saved = {"exif_rotation": False, **saved}  # states of before there was a choice do not say it
         names = [name for name in present | dict(saved) if saved.get(name) != present.get(name)]
         if names:
             changes = ", ".join(f"{name} was {saved.get(name)!r}, is {present.get(name)!r}" for name in names)

@@ -31,11 +31,12 @@ ARRAY_FIELDS = ("npy", "npz")
 
 @dataclass(frozen=True)
 class Decoding:
-    """How photos are decoded and scaled, see `ViewMaker`."""
+    """How pictures are decoded and scaled, see `ViewMaker`."""
 
     decoder: str = "pil"
     scaled: bool = False
     resampler: str = "pil"
+    exif_rotation: bool = True
 
 
 @dataclass(frozen=True)

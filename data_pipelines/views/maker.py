@@ -39,6 +39,7 @@ class ViewMaker:
         scaled: decode a JPEG at half the size (or a quarter, an eighth) when every crop of it is still shrunk after
             that: faster on large photos, changes the pixels.
         resampler: of photos: `pil`, or `torch`, three times as fast; other pixels, see `crops`.
+        exif_rotation: turn pictures and masks as their EXIF orientation says; False: as stored.
 
     Attributes:
         views: as given.
@@ -57,12 +58,13 @@ class ViewMaker:
         decoder: str = "auto",
         scaled: bool = False,
         resampler: str = "pil",
+        exif_rotation: bool = True,
     ) -> None:
         require_distinct(views)
         require_choice("data", "resampler", resampler, RESAMPLERS)
         self.decoder = chosen_decoder(decoder)
         self.views = tuple(views)
-        self._decoding = Decoding(self.decoder, scaled, resampler)
+        self._decoding = Decoding(self.decoder, scaled, resampler, exif_rotation)
         self._plan = [(view, view.reads(fields)) for view in views]
         self.reads = frozenset(reading.field for _, reading in self._plan)
         self._stack_dim = {view.name: 0 if view.times is None else 1 for view in views}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["EXTRACTIONS", "Extraction", "Size", "extraction_of", "feature_recipe"]
 
 ENTRY_POINT_GROUP = "pretrain.extractions"
-EXTRACTOR_VERSION = 1
+EXTRACTOR_VERSION = 2  # 2: photos and masks as EXIF turns them, masks of 2 and 4 bits as stored
 
 # kind of backbone -> where its `Extraction` is
 EXTRACTIONS: dict[str, str] = {"image": "evaluation.extraction.images:IMAGES"}

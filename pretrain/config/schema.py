@@ -99,6 +99,9 @@ class DataConfig:
         choices=("torch", "pil"),
     )
     scaled_decoding: bool = setting("let the decoder halve photos much larger than their views; changes pixels", False)
+    exif_rotation: bool = setting(
+        "use photos and masks as they are shown, turned by their EXIF orientation; false: as stored", True
+    )
     max_corrupt_fraction: float = setting(
         "share of damaged samples that are replaced by others; 0: the first one ends the run", 0.0, range=(0.0, 0.5)
     )

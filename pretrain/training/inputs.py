@@ -48,6 +48,7 @@ def build_stream(
         decoder=recipe.data.decoder,
         scaled_decoding=recipe.data.scaled_decoding,
         resampler=recipe.data.resampler,
+        exif_rotation=recipe.data.exif_rotation,
         pin_memory=pin_memory,
     )
 

@@ -172,3 +172,37 @@ def test_parse_encoding__reads_format_and_quality(text: str | int, encoding: Enc
 def test_parse_encoding__refuses_the_rest(text: str | int) -> None:
     with pytest.raises(DataError, match="write jpeg:QUALITY or webp:QUALITY"):
         parse_encoding(text)
+
+
+def rotated(pixels: npt.NDArray[Any], form: str = "JPEG") -> bytes:
+    """A photo that is stored so that EXIF turns it clockwise to be shown as `pixels`."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(np.rot90(pixels, 1), form, exif=exif, quality=100)
+
+
+def test_convert__resized_photos_stand_as_they_are_shown(tmp_path: Path) -> None:
+    shown = np.zeros((60, 40, 3), np.uint8)
+    shown[:30] = 200
+    kept = converted(tmp_path, {"jpg": rotated(shown), "seg.png": encoded(shown[..., 0])})
+    assert kept.fields["jpg"] == rotated(shown)
+    small = converted(tmp_path, {"jpg": rotated(shown), "seg.png": encoded(shown[..., 0])}, size=20)
+    image, mask = decode_image(small.fields["jpg"]), decode_mask(small.fields["seg.png"])
+    assert image.shape == (30, 20, 3) and mask.shape == (30, 20)
+    assert np.abs(image[..., 0].astype(int) - mask)[[5, 25]].max() < 10
+    again = converted(tmp_path, {"jpg": rotated(shown)}, encoding=Encoding("PNG"))
+    assert decode_image(again.fields["png"]).shape == (60, 40, 3)
+    assert np.asarray(Image.open(io.BytesIO(again.fields["png"]))).shape == (60, 40, 3)  # for readers that know no EXIF
+    with pytest.raises(DataError, match=r"jpg 60x40, seg.png 40x60; photos count as their EXIF orientation shows them"):
+        converted(tmp_path, {"jpg": rotated(shown), "seg.png": encoded(np.rot90(shown[..., 0], 1))})
+
+
+def test_convert__photos_above_the_limit_of_pixels_are_decoded_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = encoded(np.full((400, 600, 3), 90, np.uint8), "JPEG")
+    monkeypatch.setenv("PRETRAIN_MAX_PIXELS", "20000")
+    sample = converted(tmp_path, {"jpg": large}, size=64)
+    assert decode_image(sample.fields["jpg"]).shape == (64, 96, 3)
+    with pytest.raises(DataError, match=r"exceeds the limit of 20000 pixels; set PRETRAIN_MAX_PIXELS=240000"):
+        converted(tmp_path, {"jpg": large})

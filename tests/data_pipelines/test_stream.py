@@ -382,6 +382,7 @@ def test_stream__order_signature_guards_resume(tiny_dataset: Tiny) -> None:
         "num_streams": 4,
         "resampler": "pil",
         "scaled_decoding": False,
+        "exif_rotation": True,
     }
     stream(dataset, world_size=4, micro_batch_size=1, num_workers=2).require_order(saved)
     changed = {"seed": 4, "block_size": 2, "window": 9, "num_streams": 8, "resampler": "torch"}
@@ -390,6 +391,10 @@ def test_stream__order_signature_guards_resume(tiny_dataset: Tiny) -> None:
             stream(dataset, VIEWS, **{name: value}).require_order(saved)
     with pytest.raises(DataError, match=r"dataset was .*, num_samples was 9, is 10"):
         stream(tiny_dataset([4, 6])).require_order(saved)
+    before = {name: value for name, value in saved.items() if name != "exif_rotation"}
+    stream(dataset, exif_rotation=False).require_order(before)  # pictures were used as stored
+    with pytest.raises(DataError, match="exif_rotation was False, is True; restore"):
+        stream(dataset).require_order(before)
     with pytest.raises(DataError, match="version was None, is 1"):
         stream(dataset).require_order({name: value for name, value in saved.items() if name != "version"})
 

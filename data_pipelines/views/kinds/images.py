@@ -55,7 +55,8 @@ class PhotoReading(Reading):
     """An RGB photo."""
 
     def decode(self, data: bytes, decoding: Decoding) -> PhotoPicture:
-        return PhotoPicture(Photo(data, decoding.decoder), decoding.resampler, scaled=decoding.scaled)
+        photo = Photo(data, decoding.decoder, exif_rotation=decoding.exif_rotation)
+        return PhotoPicture(photo, decoding.resampler, scaled=decoding.scaled)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class MaskReading(Reading):
     """A PNG whose values must not mix."""
 
     def decode(self, data: bytes, decoding: Decoding) -> ValuePicture:
-        return ValuePicture(decode_mask(data)[None])
+        return ValuePicture(decode_mask(data, exif_rotation=decoding.exif_rotation)[None])
 
 
 @dataclass(frozen=True)
