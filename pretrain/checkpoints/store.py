@@ -11,9 +11,9 @@ the mark `training_state.removed`, written first: from then on nobody resumes fr
 state is still being deleted.
 
 Trust. `verify` is the only verifier; it refuses a checkpoint whose manifest does not list what would be loaded. Using a
-backbone reads safetensors, JSON and YAML. Resuming unpickles what DeepSpeed wrote into `training_state`: digests tell
-that the files are those that the manifest lists, not who wrote the manifest. So resume, and `resume_from`, only from
-directories that nobody else can write to; a training state that somebody hands you can run code.
+backbone reads safetensors, JSON and YAML. DeepSpeed writes `training_state` as pickles; resuming reads them with the
+unpickler of torch for weights, which builds tensors, numbers and texts and runs no code. Digests tell that the files
+are those that the manifest lists, not who wrote the manifest (docs/security.md).
 
 Not here: the kinds of storage (`pretrain.checkpoints.storage`), copies of remote checkpoints
 (`pretrain.checkpoints.copies`), finding them by name (`pretrain.checkpoints.references`), when to publish
@@ -345,8 +345,9 @@ def verify(
 
 
 def _state_files(checkpoint: Path) -> set[str]:
+    """Names of all files of the training state; a link counts as one, so that no folder behind it goes unseen."""
     paths = (checkpoint / TRAINING_STATE).rglob("*")
-    return {path.relative_to(checkpoint).as_posix() for path in paths if not path.is_dir()}
+    return {path.relative_to(checkpoint).as_posix() for path in paths if path.is_symlink() or not path.is_dir()}
 
 
 def _name(step: int) -> str:

@@ -8,6 +8,8 @@
 * `engine._config.load_universal_checkpoint`. Its public form, the key `checkpoint.load_universal`, is read once when an
   engine is built, before it is known whether the shards of a checkpoint fit.
 * `deepspeed.checkpoint.ds_to_universal.main`: a command line without a function behind it.
+* `ZeroStageEnum`, `fragment_address`, `LossScaler` and `DynamicLossScaler`: what a training state holds beside tensors,
+  numbers and texts.
 * `engine.destroy`, `Parameter.ds_tensor` and whatever tensors a ZeRO optimizer has: what is freed with an engine.
 * `Parameter.ds_shape`: the shape before ZeRO-3 partitioned it.
 * `Parameter._hp_mapping`: which slice of a parameter's float32 master is this rank's, below ZeRO-3.
@@ -18,6 +20,7 @@ Not here: what DeepSpeed documents, such as `safe_get_full_fp32_param` (`pretrai
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +33,7 @@ __all__ = [
     "gather_persistent_parameters",
     "leave_out_shared_memory_op",
     "master_slice",
+    "reading_tensors_only",
     "reading_universal",
     "release",
     "shard_states",
@@ -58,6 +62,31 @@ def shard_states(engine: Any) -> Iterable[dict[str, Any]]:
     """The optimizer's state of each shard of this rank under ZeRO."""
     states: dict[Any, dict[str, Any]] = engine.optimizer.optimizer.state
     return states.values()
+
+
+@contextmanager
+def reading_tensors_only() -> Iterator[None]:
+    """In this context DeepSpeed's files are read by torch's unpickler for weights, which runs no code of a file.
+
+    DeepSpeed asks torch for the other one in each of its calls; torch's variable for that overrides what is asked.
+
+    Raises:
+        pickle.UnpicklingError: In the context: a file holds something else than tensors, numbers, texts and the few
+            classes of DeepSpeed that consist of such.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    variables = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # torch refuses both together
+    before = {name: os.environ.pop(name) for name in variables if name in os.environ}
+    os.environ[variables[0]] = "1"
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]):
+            yield
+    finally:
+        del os.environ[variables[0]]
+        os.environ.update(before)
 
 
 @contextmanager

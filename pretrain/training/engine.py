@@ -281,8 +281,10 @@ class Engine:
 
         Raises:
             RuntimeError: The state does not fit this model, optimizer or ZeRO stage.
+            pickle.UnpicklingError: It holds something that could run code.
         """
-        loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_lr_scheduler_states=False)
+        with deepspeed_internals.reading_tensors_only():
+            loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_lr_scheduler_states=False)
         if loaded is None:
             raise RuntimeError(f"{directory}: DeepSpeed found no training state to restore")
 
@@ -296,7 +298,7 @@ class Engine:
             scratch: Takes the universal form while it is read; on storage that all ranks see.
 
         Raises:
-            RuntimeError: As for `load`, or the optimizer is not one that DeepSpeed reshards.
+            RuntimeError, pickle.UnpicklingError: As for `load`, or the optimizer is not one that DeepSpeed reshards.
         """
         if self.stage == 0:
             self.load(directory)
@@ -309,7 +311,8 @@ class Engine:
         rank = dist.get_rank()
         if rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)  # of a restart that was interrupted
-            deepspeed_internals.write_universal(directory / TAG, scratch / TAG)
+            with deepspeed_internals.reading_tensors_only():
+                deepspeed_internals.write_universal(directory / TAG, scratch / TAG)
         dist.barrier()  # all ranks: the universal form is complete
         groups = [
             {name: value for name, value in group.items() if name != "params"}

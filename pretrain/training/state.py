@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -386,18 +387,25 @@ def _load_engine(found: Snapshot, engine: Engine) -> None:
     """Model and optimizer of a checkpoint, cut anew where another number of ranks saved it. A collective.
 
     Raises:
-        CheckpointError: They have to be cut anew, and each machine has a copy of its own.
+        CheckpointError: They have to be cut anew, and each machine has a copy of its own; or a file holds something
+            that could run code.
     """
     state_dir, saved_world_size = found.path / store.TRAINING_STATE, found.manifest["world_size"]
-    if saved_world_size == dist.get_world_size():
-        engine.load(state_dir)
-    elif found.is_shared:
-        engine.load_resharded(state_dir, found.path.with_name(f".{found.path.name}.universal"))
-    else:
+    is_same_world = saved_world_size == dist.get_world_size()
+    if not is_same_world and not found.is_shared:
         raise store.CheckpointError(
             f"{found.path}: taken by {saved_world_size} workers; resharding takes a directory that all machines "
             f"share; resume with train.workers={saved_world_size}"
         )
+    try:
+        if is_same_world:
+            engine.load(state_dir)
+        else:
+            engine.load_resharded(state_dir, found.path.with_name(f".{found.path.name}.universal"))
+    except pickle.UnpicklingError:
+        raise store.CheckpointError(
+            f"{state_dir}: holds something else than tensors, numbers and texts, which could run code; refused"
+        ) from None
 
 
 def _save_objective(objective: Objective, state_dir: Path) -> None:

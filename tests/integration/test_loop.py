@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from data_pipelines.files import sha256
 from pretrain.checkpoints import copies
 from pretrain.checkpoints import store as checkpoint
 from pretrain.record.events import Metrics, Resumed, Warned
@@ -22,6 +24,21 @@ pytestmark = pytest.mark.integration
 
 Launch = Callable[..., Any]
 Losses = Callable[[Path], dict[int, float]]
+
+
+class Code:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+def forge(file: Path, trace: Path) -> None:
+    """Put code beside what DeepSpeed wrote."""
+    torch.save({**torch.load(file, weights_only=False), "more": Code(trace)}, file)
 
 
 def test_loop__killed_and_resumed_equals_uninterrupted(launch: Launch, losses: Losses, whole: Path) -> None:
@@ -78,18 +95,31 @@ def _samples(run_dir: Path) -> dict[int, dict[int, list[int]]]:
     return found
 
 
-def test_loop__damaged_checkpoint_is_refused_by_name(launch: Launch) -> None:
+def test_loop__damaged_or_forged_checkpoint_is_refused_by_name(launch: Launch) -> None:
+    """Also one whose files are as its manifest lists them, and run code where they are unpickled."""
     first = launch("damaged", "train.steps=4")
     first.wait()
     found = checkpoint.latest(first.run_dir)
     assert found is not None
     state = next((copies.local(found) / "training_state/deepspeed").glob("*optim_states.pt"))
-    data = bytearray(state.read_bytes())
+    whole = state.read_bytes()
+    data = bytearray(whole)
     data[len(data) // 2] ^= 1
     state.write_bytes(data)
     again = launch("damaged")
     assert again.exit_codes() == [1, 1]
     assert f"{state.name}: contents differ from the SHA-256" in again.log.read_text()
+
+    state.write_bytes(whole)
+    forge(state, first.run_dir / "executed")
+    manifest = found.manifest()
+    name = state.relative_to(copies.local(found)).as_posix()
+    manifest["files"][name] = {"sha256": sha256(state), "bytes": state.stat().st_size}
+    found.storage.mark(f"{found.name}/checkpoint.json", json.dumps(manifest).encode())
+    alone = launch("damaged", "train.workers=1", ranks=1)  # reshards: every file is read by rank 0
+    assert alone.exit_codes() == [1]
+    assert "training_state: holds something else than tensors, numbers and texts" in alone.log.read_text()
+    assert not (first.run_dir / "executed").exists()
 
 
 def test_loop__wrong_request_is_one_line_and_exit_code_2(launch: Launch) -> None:

@@ -201,6 +201,19 @@ def test_verify__refuses_what_would_be_loaded_and_is_not_listed(run_dir: Path, f
 
 
 @pytest.mark.parametrize("run_dir", ["local"], indirect=True)
+def test_verify__a_folder_behind_a_link_is_not_listed(run_dir: Path, tmp_path: Path) -> None:
+    """Its files would be read and not be seen by a walk that follows no links, as digests of others are right."""
+    _publish(run_dir, 3)
+    (found,) = checkpoint.published(run_dir)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/mp_rank_00_model_states.pt").write_bytes(b"code")
+    state = copies.local(found) / "training_state"
+    (state / "deepspeed").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(checkpoint.CheckpointError, match=r"training_state/deepspeed: not listed"):
+        checkpoint.verify(copies.local(found))
+
+
+@pytest.mark.parametrize("run_dir", ["local"], indirect=True)
 def test_verify__shares_cover_every_file(run_dir: Path) -> None:
     _publish(run_dir, 3)
     directory = checkpoint.checkpoint_path(run_dir, 3)

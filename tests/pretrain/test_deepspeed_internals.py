@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,17 @@ def _touched(directory: Path) -> dict[str, Any]:
     if torch.distributed.get_rank() == 0:
         deepspeed_internals.write_universal(directory / "sharded" / "tag", directory / "universal" / "tag")
     torch.distributed.barrier()
+    with deepspeed_internals.reading_tensors_only():
+        found["read"] = engine.load_checkpoint(str(directory / "sharded"), tag="tag")[0] is not None
+        found["forced"] = os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        rank = torch.distributed.get_rank()
+        (file,) = (directory / "sharded" / "tag").glob(f"zero_pp_rank_{rank}_*_model_states.pt")
+        torch.save({"module": {}, "more": slice(1)}, file)
+        try:
+            engine.load_checkpoint(str(directory / "sharded"), tag="tag")
+        except pickle.UnpicklingError as error:
+            found["refused"] = str(error)
+    found["forced_after"] = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     found["written"] = sorted(path.name for path in (directory / "universal" / "tag" / "zero").iterdir())
     return found
 
@@ -57,6 +70,11 @@ def _touched(directory: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(run_on_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_on_ranks(RANKS, _touched, tmp_path_factory.mktemp("internals"))
+
+
+def test_reading_tensors_only__takes_what_deepspeed_writes_and_no_other_class(found: dict[str, Any]) -> None:
+    assert found["read"] and found["forced"] == "1" and found["forced_after"] is None
+    assert "slice" in found["refused"]
 
 
 def test_compatible_ops__leave_out_the_shared_memory_op(found: dict[str, Any]) -> None:
