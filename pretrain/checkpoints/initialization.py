@@ -36,7 +36,7 @@ from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan
 from pretrain.errors import RequestError, RunFailed, nearest
-from pretrain.record.run_dir import BACKBONE
+from pretrain.record.run_dir import BACKBONE, RunDir
 
 __all__ = ["Start", "Weights", "checked", "checked_plan", "find_training_state", "find_weights", "starting_point"]
 
@@ -145,7 +145,7 @@ def checked(recipe: Recipe, run_dir: Path) -> Recipe:
         with _named("resume_from", recipe.resume_from):
             found = find_training_state(recipe.resume_from, Path(recipe.storage))
             _check_state(found, recipe)
-        recipe = replace(recipe, resume_from=found.location)
+        recipe = replace(recipe, resume_from=_lasting(found, Path(recipe.storage)))
     elif recipe.init_from is not None:
         with _named("init_from", recipe.init_from):
             _check_architecture(find_weights(recipe.init_from, Path(recipe.storage)).backbone, recipe)
@@ -167,11 +167,18 @@ def checked_plan(plan: Plan, run_dir: Path) -> Plan:
 
 
 def _pinned(reference: str, storage: Path) -> str:
-    """A reference that means tomorrow what `reference` means now."""
+    """A reference that means tomorrow what `reference` means now, also after the storage was moved."""
     if reference.startswith(TIMM) or reference.endswith(".safetensors"):
         return reference
     found = references.locate(reference, storage)
-    return references.registered_version(reference, storage) if found is None else found.location
+    return references.registered_version(reference, storage) if found is None else _lasting(found, storage)
+
+
+def _lasting(found: Published, storage: Path) -> str:
+    """How a recipe names a published checkpoint: one of a run in `storage` by the run, others by their place."""
+    run = RunDir(Path(found.location).parents[1]) if found.storage.directory(found.name) else None
+    in_storage = run is not None and run.is_run and run.path.parent.absolute() == storage.absolute()
+    return f"runs:/{run.run_id}/{found.step}" if run is not None and in_storage else found.location
 
 
 def _check_state(found: Published, recipe: Recipe) -> None:

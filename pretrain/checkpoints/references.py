@@ -42,7 +42,7 @@ from pretrain.errors import RequestError, RunFailed, listed, nearest
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RunDir, runs_in
 from pretrain.record.scores import best_steps
-from pretrain.tracking.client import MODEL_NAME, connect, default_uri, verdict
+from pretrain.tracking.client import MODEL_NAME, artifact_uri, connect, default_uri, verdict
 from pretrain.tracking.cursor import Cursor
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ if TYPE_CHECKING:
 __all__ = ["best_step", "load_backbone", "locate", "pull", "registered_version", "resolve"]
 
 REGISTERED = re.compile(
-    rf"(?P<scheme>models:/)?(?P<name>{MODEL_NAME})(?:@(?P<alias>[A-Za-z][A-Za-z0-9_\-]*)|(?(scheme)/(?P<version>[1-9][0-9]*)|(?!)))?"
+    rf"(?P<scheme>models:/)?(?P<name>{MODEL_NAME})(?:@(?P<alias>[A-Za-z][A-Za-z0-9_\-]*)|(?(scheme)/(?P<version>[1-9][0-9]{{0,17}})|(?!)))?"
 )
-RUN = re.compile(rf"runs:/(?P<run>{MODEL_NAME})(?:/(?P<step>[0-9]+|best|last))?")
+RUN = re.compile(rf"runs:/(?P<run>{MODEL_NAME})(?:/(?P<step>[0-9]{{1,18}}|best|last))?")
 MLFLOW_RUN_ID = re.compile(r"[0-9a-f]{32}")
 FORMS = "a directory or URI, NAME@ALIAS, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID[/STEP]"
 
@@ -100,9 +100,9 @@ def pull(
         _refuse_occupied(Path(dest))
     uri = tracking_uri or default_uri(storage)
     with _reachable(uri):
-        client = connect(uri)
+        client = connect(uri, create=False)
         version = _find(client, wanted)
-    return _fetch(version, Path(dest) if dest else Path(f"{wanted.name}-v{version.version}"), uri, full)
+    return _fetch(version, Path(dest) if dest else Path(f"{wanted.name}-v{version.version}"), uri, full, Path(storage))
 
 
 def resolve(reference: str | Path, storage: Path = Path("runs"), *, tracking_uri: str | None = None) -> Path:
@@ -163,7 +163,7 @@ def registered_version(reference: str, storage: Path) -> str:
     """
     uri = default_uri(storage)
     with _reachable(uri):
-        version = _find(connect(uri), _parse_registered(reference))
+        version = _find(connect(uri, create=False), _parse_registered(reference))
     return f"models:/{version.name}/{version.version}"
 
 
@@ -226,10 +226,10 @@ def _find(client: MlflowClient, wanted: Registered) -> ModelVersion:
         ) from None
 
 
-def _fetch(version: ModelVersion, dest: Path, uri: str, full: bool) -> Path:
+def _fetch(version: ModelVersion, dest: Path, uri: str, full: bool, storage: Path) -> Path:
     """Make `dest` a copy of a registered checkpoint."""
     _refuse_occupied(dest)
-    recorded = version.tags.get("checkpoint_path", "")
+    recorded = _published_as(version, storage) or version.tags.get("checkpoint_path", "")
 
     def fill(into: Path) -> None:
         if full:
@@ -245,7 +245,7 @@ def _from_registry(reference: str, uri: str) -> Path:
     if match := RUN.fullmatch(reference):
         return _registered_by(match["run"], match["step"] or "last", uri)
     with _reachable(uri):
-        version = _find(connect(uri), _parse_registered(reference))
+        version = _find(connect(uri, create=False), _parse_registered(reference))
     return _cached(version, uri)
 
 
@@ -267,9 +267,18 @@ def _download(version: ModelVersion, into: Path, uri: str) -> None:
     with _reachable(uri):
         from mlflow.artifacts import download_artifacts
 
+        source = artifact_uri(str(version.source), uri)
         # The names are ours, not the server's: nothing it says can lead out of `into`.
         for name in EXPORTED_FILES:
-            download_artifacts(artifact_uri=f"{version.source}/{name}", dst_path=str(into), tracking_uri=uri)
+            download_artifacts(artifact_uri=f"{source}/{name}", dst_path=str(into), tracking_uri=uri)
+
+
+def _published_as(version: ModelVersion, storage: Path) -> str | None:
+    """Where the run that registered a version has its checkpoint, if it is in `storage`: that may have been moved."""
+    run_id, step = version.tags.get("run_id", ""), version.tags.get("step", "")
+    if not re.fullmatch(MODEL_NAME, run_id):  # of a server: it must not lead out of the storage
+        return None
+    return next((found.location for found in published(storage / run_id) if str(found.step) == step), None)
 
 
 def _copy_recorded(recorded: str, into: Path) -> None:
@@ -329,7 +338,7 @@ def _step_of(run_dir: Path, step: str, resumable: bool) -> Published:
 def _registered_by(mlflow_run_id: str, step: str, uri: str) -> Path:
     """A checkpoint of a run that is not on this machine."""
     with _reachable(uri):
-        client = connect(uri)
+        client = connect(uri, create=False)
         found = {
             int(v.tags["step"]): v
             for v in client.search_model_versions(f"run_id='{mlflow_run_id}'")

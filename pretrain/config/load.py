@@ -8,6 +8,7 @@ fraction of a second.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,7 @@ _RESUMABLE = (
     "train.keep_last",
     "train.keep_best",
     "data.train",
+    "data.mixture[N].shards",
     "data.loader_workers",
     "data.prefetch_batches",
     "data.max_corrupt_fraction",
@@ -73,6 +75,10 @@ _RESUMABLE = (
     "cluster.address",
     "cluster.cpus_per_worker",
     "cluster.gpus_per_worker",
+    "evaluation.data.NAME",
+)
+_RESUMABLE_KEYS = re.compile(
+    "|".join(re.escape(key).replace("N\\]", r"\d+\]").replace("NAME", r"[^.]+") for key in _RESUMABLE)
 )
 
 
@@ -172,13 +178,18 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
     """The plan of a run that goes on, with what may change about it changed.
 
     With another number of workers the global batch stays; unless the overrides say how it is divided, the micro-batch
-    stays too where that works out, else one micro-batch per worker is taken.
+    stays too where that works out, else one micro-batch per worker is taken. The storage is the directory that the run
+    lies in now, wherever it was when the run began.
+
+    Args:
+        path: The recipe in the directory of the run.
+        overrides: `key=value` texts.
 
     Raises:
         RequestError: a setting may not change any more, or the result does not work out.
     """
     pairs = dict(text.partition("=")[::2] for text in overrides)
-    forbidden = [key for key in pairs if key not in _RESUMABLE]
+    forbidden = [key for key in pairs if not _RESUMABLE_KEYS.fullmatch(key)]
     if forbidden:
         allowed = f"a resume may change {', '.join(_RESUMABLE)}"
         raise RequestError(*(f"{key}={pairs[key]}: fixed when the run began; {allowed}" for key in forbidden))
@@ -197,6 +208,7 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
             are_whole = are_whole and share > 0 and isinstance(total, int) and total % share == 0
         if len(open_keys) == 2:
             derived = ["train.accumulation=null", *([] if are_whole else ["train.micro_batch_size=null"])]
+    content["storage"] = str(path.absolute().parents[1])
     return _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True)
 
 

@@ -12,13 +12,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
+import sqlite3
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from urllib.parse import unquote
 
 from data_pipelines.files import sha256
 from evaluation.protocol import Metric, best
 from pretrain.errors import RequestError
+from pretrain.record.lock import hold, holder
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RECIPE
 
 if TYPE_CHECKING:
@@ -26,12 +32,25 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
-__all__ = ["MODEL_NAME", "MlflowRun", "Point", "Version", "checked_model_name", "connect", "default_uri", "verdict"]
+__all__ = [
+    "MODEL_NAME",
+    "MlflowRun",
+    "Point",
+    "Version",
+    "artifact_uri",
+    "checked_model_name",
+    "connect",
+    "default_database",
+    "default_uri",
+    "verdict",
+]
 
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._\- ]{0,126}"  # also a good name for a directory
 RUN_ID_TAG = "pretrain.run_id"
 MAX_POINTS = 1000  # metrics per request: about 0.2 s for a server
 MAX_PARAMS = 100
+DATABASE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"  # in a storage
+MAX_WAIT_S = 300.0  # for another process that makes the database; it takes seconds
 MAX_VALUE = 500  # characters of a parameter; MLflow cuts longer ones silently, the recipe artifact has them in full
 
 
@@ -53,7 +72,23 @@ class Version(NamedTuple):
 
 def default_uri(storage: Path) -> str:
     """$MLFLOW_TRACKING_URI, else an SQLite file in `storage`, which needs no server."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or default_database(storage)
+
+
+def default_database(storage: Path) -> str:
+    """The SQLite file in `storage`."""
+    return _sqlite(Path(storage).resolve() / DATABASE)
+
+
+def artifact_uri(location: str, uri: str) -> str:
+    """Where artifacts are that the server at `uri` says to be at `location`.
+
+    MLflow records absolute places. A storage that was moved since has them beside its database.
+    """
+    place, _, rest = location.rpartition(f"/{ARTIFACTS}/")
+    if place and (database := _database(uri)) and (database.resolve().parent / ARTIFACTS / unquote(rest)).exists():
+        return f"{_artifacts_beside(database)}/{rest}"
+    return location
 
 
 def checked_model_name(name: str) -> str:
@@ -69,18 +104,27 @@ def checked_model_name(name: str) -> str:
     return name
 
 
-def connect(uri: str) -> MlflowClient:
+def connect(uri: str, *, create: bool = True) -> MlflowClient:
     """A client that fails within seconds instead of minutes. Importing MLflow takes about 3 CPU-seconds.
 
     The environment variables concern the whole process; those the user has set stay as they are.
+
+    Args:
+        uri: Server or database.
+        create: Make a database in a file that is not there yet.
+
+    Raises:
+        RequestError: There is no such file, and none is to be made.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if database := _database(uri):
-        database.parent.mkdir(parents=True, exist_ok=True)
+    if (database := _database(uri)) and not database.exists():
+        if not create:
+            raise RequestError(f"{database}: no such MLflow database; name the directory of the runs with --storage")
+        _make(database)
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -120,6 +164,8 @@ class MlflowRun:
 
         A run that was deleted in MLflow is not replaced: that error is "denied" (`verdict`).
         """
+        if database := _database(uri):
+            _follow_move(database)
         experiment_id = _experiment_id(client, uri, experiment)
         if known is not None:
             try:
@@ -270,13 +316,77 @@ def _experiment_id(client: MlflowClient, uri: str, experiment: str) -> str:
     if (found := client.get_experiment_by_name(experiment)) is not None:
         return str(found.experiment_id)
     database = _database(uri)
-    location = (database.resolve().parent / "mlflow-artifacts").as_uri() if database else None
+    location = _artifacts_beside(database) if database else None
     return str(client.create_experiment(experiment, artifact_location=location))
 
 
 def _database(uri: str) -> Path | None:
     """The file of an `sqlite:///` URI."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+
+
+def _sqlite(database: Path) -> str:
+    """The URI of a file, where SQLAlchemy would take a percent sign and a question mark for its own."""
+    return "sqlite:///" + str(database).replace("%", "%25").replace("?", "%3F")
+
+
+def _artifacts_beside(database: Path) -> str:
+    return (database.resolve().parent / ARTIFACTS).as_uri()
+
+
+def _make(database: Path) -> None:
+    """An empty database, which appears whole: MLflow's migrations run aside, and in one process at a time.
+
+    Two that migrate the same file at once, or one that is killed half-way, would leave it broken for good.
+    """
+    database.parent.mkdir(parents=True, exist_ok=True)
+    guard, deadline = database.with_name(f".{database.name}.lock"), time.monotonic() + MAX_WAIT_S
+    while (lock := hold(guard)) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{database}: process {holder(guard)} is still making it, see {guard}")
+        time.sleep(0.1)
+    with lock:
+        if database.exists():
+            return
+        prefix = f".{database.name}.new-"
+        for left_over in database.parent.iterdir():
+            if left_over.name.startswith(prefix):
+                left_over.unlink()
+        fresh = database.with_name(f"{prefix}{secrets.token_hex(4)}")
+        from mlflow import MlflowClient
+
+        MlflowClient(tracking_uri=_sqlite(fresh)).search_experiments(max_results=1)
+        fresh.rename(database)
+
+
+def _follow_move(database: Path) -> None:
+    """Have MLflow write and find artifacts beside its database, if that was moved together with them."""
+    here = _artifacts_beside(database)
+    with closing(sqlite3.connect(database, timeout=30)) as connection, connection:
+        known = [place for (place,) in connection.execute("SELECT DISTINCT artifact_location FROM experiments")]
+        for old in known:
+            if old is None or old == here or not old.endswith(f"/{ARTIFACTS}"):
+                continue
+            if not (database.resolve().parent / ARTIFACTS).is_dir():
+                continue  # only the database was moved, or it is a copy
+            for table, column in _PLACES:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                    (here, len(old) + 1, old, len(old) + 1, f"{old}/"),
+                )
+
+
+# Where MLflow's database holds absolute places of artifacts.
+_PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 
 
 def _name(text: str) -> str:

@@ -16,10 +16,11 @@ from typing import Literal
 
 from data_pipelines.files import write_atomically
 
-__all__ = ["Cursor", "Status"]
+__all__ = ["BESIDE", "Cursor", "Status"]
 
 log = logging.getLogger(__name__)
 
+BESIDE = "sqlite:///../mlflow.db"  # seen from the directory of the run, so that it stays true when a storage is moved
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -28,7 +29,7 @@ class Cursor:
     """What the file says.
 
     Attributes:
-        uri: Tracking server, without password and query.
+        uri: Tracking server, without password and query; `BESIDE` for the database of the run's own storage.
         created_ms: When the run was first tracked, Unix milliseconds.
         journal_offset, evaluations_offset: Bytes of the two files that have arrived.
         last_step: Highest step sent, per metric name.

@@ -56,8 +56,15 @@ from pretrain.record.journal import Journal, Line, read_events, read_lines
 from pretrain.record.lock import hold, holder
 from pretrain.record.run_dir import RECIPE, RunDir
 from pretrain.record.scores import selected
-from pretrain.tracking.client import MlflowRun, Point, checked_model_name, connect, verdict
-from pretrain.tracking.cursor import Cursor, Status
+from pretrain.tracking.client import (
+    MlflowRun,
+    Point,
+    checked_model_name,
+    connect,
+    default_database,
+    verdict,
+)
+from pretrain.tracking.cursor import BESIDE, Cursor, Status
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -121,7 +128,7 @@ class Tracker:
         self._recipe_yaml = recipe_yaml
         self._params = params
         asked = Cursor(
-            uri=redact(uri),
+            uri=BESIDE if uri == default_database(self.run.path.parent) else redact(uri),
             experiment=experiment,
             model_name=checked_model_name(model_name),
             select=select,
@@ -417,7 +424,9 @@ def sync(run_dir: Path, exported: Exported, *, uri: str | None = None, deadline_
     recipe_yaml = run.recipe.read_text()
     tracker = Tracker(
         run.path,
-        uri=uri or os.environ.get("MLFLOW_TRACKING_URI") or cursor.uri,
+        uri=uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or (default_database(run.path.parent) if cursor.uri == BESIDE else cursor.uri),
         experiment=cursor.experiment,
         recipe_yaml=recipe_yaml,
         params=written_stages(yaml.safe_load(recipe_yaml))[-1],

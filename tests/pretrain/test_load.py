@@ -190,6 +190,20 @@ def test_load_for_resume__global_batch_stays(
     assert train.global_batch_size == 32
 
 
+def test_load_for_resume__follows_a_moved_storage_and_moved_data(minimal: str, shards: Path, tmp_path: Path) -> None:
+    """It went on in the storage that the recipe had recorded, and made it again."""
+    run = tmp_path / "moved" / "small-1"
+    run.mkdir(parents=True)
+    settings = ["storage=old", "evaluation.data.a=shards", "evaluation.tasks=[{protocol: knn, data: a}]"]
+    (run / "recipe.yaml").write_text(to_yaml(load_recipe(minimal, settings)))
+    shards.rename(tmp_path / "elsewhere")
+    plan = load_for_resume(run / "recipe.yaml", ["data.train=elsewhere", "evaluation.data.a=elsewhere"])
+    assert plan.recipe.storage == str(tmp_path / "moved")
+    assert plan.recipe.data.train == plan.recipe.evaluation.data["a"] == str(tmp_path / "elsewhere")
+    with pytest.raises(RequestError, match=r"evaluation\.tasks=\[\]: fixed when the run began"):
+        load_for_resume(run / "recipe.yaml", ["evaluation.tasks=[]"])
+
+
 def test_load_recipe__base_lr_is_per_256_samples(minimal: str) -> None:
     assert load_recipe(minimal).peak_lr == 1e-3
     overrides = ["optimizer.lr=null", "optimizer.base_lr=1e-3", "train.global_batch_size=512"]

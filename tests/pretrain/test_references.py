@@ -92,6 +92,36 @@ def test_pull__full_brings_the_training_state(run_dir: Path, tmp_path: Path) -> 
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("name", ["archive #2", "a%20b"])
+def test_pull__a_moved_storage_is_the_one_that_was_named(run_dir: Path, tmp_path: Path, name: str) -> None:
+    """MLflow holds absolute places of artifacts, and a version the absolute place of its whole checkpoint."""
+    moved = run_dir.parent.rename(tmp_path / name)
+    assert step_of(pull("tiny@best", tmp_path / "b", storage=moved)) == 10
+    assert (pull("tiny@best", tmp_path / "full", storage=moved, full=True) / "training_state" / "rank0.pt").is_file()
+    assert step_of(resolve("models:/tiny/2", moved)) == 20
+    assert not run_dir.parent.exists()
+
+
+def test_bind__a_moved_database_goes_on_with_the_artifacts_beside_it(
+    run_dir: Path, tmp_path: Path, make_checkpoint: MakeCheckpoint
+) -> None:
+    moved = run_dir.parent.rename(tmp_path / "moved")
+    uri = f"sqlite:///{moved}/mlflow.db"
+    run = MlflowRun.bind(connect(uri), uri, "pretrain", RUN_ID, 0, None)
+    run.describe("name: tiny\n", {}, {})
+    run.register(make_checkpoint(moved / RUN_ID, 30), 30, "tiny", {"run_id": RUN_ID})
+    assert not run_dir.parent.exists(), "the old place is made again"
+    version = connect(uri).get_model_version("tiny", "1")
+    assert version.source.startswith((moved / "mlflow-artifacts").as_uri())
+    assert step_of(pull("models:/tiny/3", tmp_path / "c", storage=moved)) == 30
+
+
+def test_pull__a_storage_without_a_database_stays_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"mlflow\.db: no such MLflow database"):
+        pull("tiny", tmp_path / "x", storage=tmp_path / "none")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_pull__default_destination_names_the_version(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ from pretrain.record.events import (
 )
 from pretrain.record.journal import Journal, read_events
 from pretrain.tracking import sync as sync_module
-from pretrain.tracking.client import connect, default_uri
+from pretrain.tracking.client import connect, default_database, default_uri
 from pretrain.tracking.sync import Tracker, sync
 
 SELECT = "linear/photos/top1"
@@ -344,6 +344,46 @@ def test_sync__ends_a_run_whose_driver_was_killed(run: Run, mlflow_uri: str) -> 
         (run.dir / "mlflow.json").write_text(json.dumps(content))
         assert sync(run.dir, copies.exported, uri=mlflow_uri)
         assert connect(mlflow_uri).get_run(cursor(run)["mlflow_run_id"]).info.status == status
+
+
+def test_tracker__a_moved_storage_is_no_new_server(
+    run: Run, mlflow_uri: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """The cursor said where the database was, so everything was sent again, and `sync` made the old place again."""
+    run.publish(make_checkpoint, 10)
+    run.send(mlflow_uri)
+    sent = cursor(run)
+    moved = run.dir.parent.rename(tmp_path / "moved")
+    from mlflow.tracking._tracking_service import utils
+
+    utils._artifact_repos_cache.clear()  # as in a process that begins after the move
+    assert str(tmp_path) not in (moved / run.dir.name / "mlflow.json").read_text()
+    assert sync(moved / run.dir.name, copies.exported)
+    again = json.loads((moved / run.dir.name / "mlflow.json").read_text())
+    assert again == sent
+    assert not run.dir.parent.exists()
+
+
+def test_connect__several_processes_meet_a_new_storage(tmp_path: Path) -> None:
+    """Each ran MLflow's migrations on the same file, which broke it for good."""
+    uri = default_database(tmp_path / "new %20 ?")
+    (tmp_path / "new %20 ?").mkdir()
+    (tmp_path / "new %20 ?" / ".mlflow.db.new-dead").write_bytes(b"of a process that was killed while it made one")
+    code = (
+        "import sys; from pretrain.tracking.client import MlflowRun, connect; "
+        "print(MlflowRun.bind(connect(sys.argv[1]), sys.argv[1], 'pretrain', sys.argv[2], 0, None).mlflow_run_id)"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, uri, f"run-{i}"], stdout=subprocess.PIPE, text=True)
+        for i in range(3)
+    ]
+    ids = {process.communicate(timeout=240)[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    client = connect(uri)
+    experiment = client.get_experiment_by_name("pretrain")
+    assert experiment is not None
+    assert {found.info.run_id for found in client.search_runs([experiment.experiment_id])} == ids
+    assert sorted(path.name for path in (tmp_path / "new %20 ?").iterdir()) == [".mlflow.db.lock", "mlflow.db"]
 
 
 def test_sync__refuses_what_is_no_run(tmp_path: Path) -> None:
