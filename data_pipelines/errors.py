@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["CorruptSampleError", "DataError", "nearest", "suggest"]
+__all__ = ["CorruptSampleError", "DataError", "MissingFieldError", "nearest", "suggest"]
 
 
 class DataError(ValueError):
@@ -14,6 +14,14 @@ class DataError(ValueError):
 
 class CorruptSampleError(DataError):
     """One sample is damaged (its bytes changed, or do not decode) while the shard around it is readable."""
+
+
+class MissingFieldError(DataError):
+    """Not every sample has one of the fields `wanted`."""
+
+    def __init__(self, message: str, wanted: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.wanted = tuple(wanted)
 
 
 def suggest(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:

@@ -3,22 +3,39 @@
 A `dataset.json` written by `pack` names the kinds; for shards of other origin the name of the field decides. Kinds that
 need code to be read (pickles) are known by name and never opened. Nothing heavy is imported.
 
+A picture may lie under `jpg` in one sample and under `png` in the next, as photos are collected: these are names of one
+field (`picture_names`), which all samples have under one of them (`shared_names`). Codecs are chosen by content.
+
 Not here: the value of a field (`fields`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-__all__ = ["ARRAY_KINDS", "FIELD_KINDS", "field_kind", "has_channels", "is_never_read", "kind_of_field"]
+__all__ = [
+    "ARRAY_KINDS",
+    "FIELD_KINDS",
+    "cut_names",
+    "field_kind",
+    "has_channels",
+    "is_never_read",
+    "kind_of_field",
+    "picture_names",
+    "shared_names",
+    "under_shared_names",
+]
 
 FIELD_KINDS = ("image", "label", "json", "text", "mask", "depth", "array", "points", "volume")
 ARRAY_KINDS = ("array", "points", "volume")
 
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+_CUT = re.compile(r"[0-9]+\.(?:.*\.)?(?:jpg|jpeg|png|webp)")
 _NEVER_READ = frozenset({"pickle", "pkl", "pt", "pth", "pyd"})  # reading one of these runs code
 _KIND_OF_EXTENSION = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image"),
+    **dict.fromkeys(_IMAGES, "image"),
     **dict.fromkeys(("npy", "npz"), "array"),
     "cls": "label",
     "json": "json",
@@ -57,6 +74,47 @@ def kind_of_field(field: str, declared: Any) -> str | None:
         return None
     kind = declared.get(field) if isinstance(declared, Mapping) else None
     return kind if kind in FIELD_KINDS else field_kind(field)
+
+
+def picture_names(name: str) -> tuple[str, ...]:
+    """The names of the field that holds the same picture: of `left.png` left.jpg, left.jpeg, left.png, left.webp.
+
+    Empty for what is no picture, such as `seg.png`.
+    """
+    if field_kind(name) != "image":
+        return ()
+    prefix = name[: name.rfind(".") + 1]
+    return tuple(f"{prefix}{extension}" for extension in _IMAGES)
+
+
+def shared_names(sets: Iterable[frozenset[str]]) -> frozenset[str]:
+    """Names under which each of several samples, shards or data sets has a field.
+
+    Where all have a picture, each under one name and not all under the same, the first of these names stands for it;
+    `under_shared_names` puts it there.
+    """
+    distinct = set(sets)
+    common = frozenset.intersection(*distinct) if distinct else frozenset[str]()
+    shared = set(common)
+    for names in {picture_names(name) for one in distinct for name in one - common} - {()}:
+        if common.isdisjoint(names) and all(len(one.intersection(names)) == 1 for one in distinct):
+            shared.add(next(name for name in names if any(name in one for one in distinct)))
+    return frozenset(shared)
+
+
+def under_shared_names(sample: dict[str, Any], fields: Collection[str]) -> dict[str, Any]:
+    """The sample with its pictures under the names that `fields` has for them; changed in place."""
+    for name in fields:
+        if name not in sample:
+            found = next((other for other in picture_names(name) if other in sample), None)
+            if found is not None:
+                sample[name] = sample.pop(found)
+    return sample
+
+
+def cut_names(fields: Iterable[str]) -> list[str]:
+    """Fields such as `0.jpg` and `25.jpg`, which the names cat.0.jpg and img_0.25.jpg give: a key ends at a dot."""
+    return sorted(name for name in fields if _CUT.fullmatch(name))
 
 
 def has_channels(kind: str, shape: tuple[int, ...]) -> bool:

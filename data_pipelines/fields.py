@@ -6,6 +6,7 @@ Not here: of which kind a field is (`field_kinds`), how its bytes are decoded (`
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from data_pipelines.decode import Photo, chosen_decoder, decode_array, decode_ar
 from data_pipelines.errors import DataError
 from data_pipelines.field_kinds import ARRAY_KINDS
 
-__all__ = ["decode_field"]
+__all__ = ["decode_field", "label_mix_up"]
 
 _NPY_MAGIC = b"\x93NUMPY"
 
@@ -32,6 +33,23 @@ def decode_field(kind: str, data: bytes) -> Any:
         DataError: the bytes are not what the kind says; names what they are.
     """
     return _DECODERS[kind](data)
+
+
+def label_mix_up(label: int | None, described: Any, classes: Sequence[str] | None) -> str | None:
+    """What is wrong when a sample is labelled by an index into other classes than those of its data set.
+
+    Args:
+        label: class index of the sample.
+        described: its `json` field; packing writes the name of the class into it as `class_name`.
+        classes: names in index order.
+    """
+    name = described.get("class_name") if isinstance(described, dict) else None
+    if label is None or not classes or name not in classes or classes.index(name) == label:
+        return None
+    return (
+        f"class {label}, but its class_name {name!r} is class {classes.index(name)} of dataset.json: packed with other "
+        "classes; pack the splits together, or each with the same --classes"
+    )
 
 
 def _decode_image(data: bytes) -> npt.NDArray[np.uint8]:

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.decode import IMAGE_FIELDS, decode_label, decode_mask
+from data_pipelines.errors import DataError
+from data_pipelines.fields import decode_field, label_mix_up
 from data_pipelines.shards.dataset import Dataset, open_dataset
 from evaluation.keys import digest_of
 from evaluation.protocol import EvaluationError, Protocol
@@ -57,7 +59,7 @@ class EvaluationData:
             name=self.name,
             train=splits["train"],
             test=splits["test"],
-            num_classes=_num_classes(description, self.name),
+            classes=_classes(description, self.name),
             ignore_index=description.get("ignore_index", DEFAULT_IGNORE_INDEX),
             sequences=_sequences(description),
         )
@@ -75,9 +77,13 @@ class OpenedData:
     name: str
     train: Dataset
     test: Dataset
-    num_classes: int | None
+    classes: tuple[str, ...] | None  # in index order
     ignore_index: int | None
     sequences: dict[str, str]  # sample key -> sequence
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.classes is None else len(self.classes)
 
     @property
     def digest(self) -> str:
@@ -119,21 +125,31 @@ class LabelMaps:
         return labels, self._sequences.get(key)
 
 
-def class_label(sample: Mapping[str, Any], num_classes: int | None) -> int:
-    """Returns the class index of `sample`, checked against the number of classes when that is known."""
+def class_label(sample: Mapping[str, Any], classes: Sequence[str] | None) -> int:
+    """Returns the class index of `sample`, checked against the classes when these are known, also by its name."""
     label = decode_label(sample["cls"])
-    if label < 0 or (num_classes is not None and label >= num_classes):
-        raise EvaluationError(f"sample {sample['__key__']!r}: class {label} is outside 0..{(num_classes or 0) - 1}")
+    if label < 0 or (classes is not None and label >= len(classes)):
+        raise EvaluationError(f"sample {sample['__key__']!r}: class {label} is outside 0..{len(classes or ()) - 1}")
+    if problem := label_mix_up(label, _described(sample), classes):
+        raise EvaluationError(f"sample {sample['__key__']!r}: {problem}")
     return label
 
 
-def _num_classes(description: dict[str, Any], name: str) -> int | None:
+def _described(sample: Mapping[str, Any]) -> Any:
+    """The json field; None without one, or where it is no JSON, which is no matter of labels."""
+    try:
+        return decode_field("json", sample["json"]) if "json" in sample else None
+    except DataError:
+        return None
+
+
+def _classes(description: dict[str, Any], name: str) -> tuple[str, ...] | None:
     classes = description.get("classes")
     if classes is None:
         return None
     if not isinstance(classes, list) or not classes:
         raise EvaluationError(f"evaluation data {name!r}: `classes` in dataset.json must be a list of names")
-    return len(classes)
+    return tuple(map(str, classes))
 
 
 def _sequences(description: dict[str, Any]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from backbones.io import BACKBONE_FILE, load_backbone, weights_digest
 from evaluation import registry
 from evaluation.data import EvaluationData
-from evaluation.extraction.forward import splits_of, write_features
+from evaluation.extraction.forward import num_test_in_train, splits_of, write_features
 from evaluation.extraction.recipe import Size, extraction_of, feature_recipe
 from evaluation.features import ArrayWriter, FeatureCache
 from evaluation.keys import digest_of
@@ -98,6 +98,7 @@ def evaluate(
                 **({"image_size": recipe["size"]} if "size" in recipe else {}),
                 "num_train": opened.train.num_samples,
                 "num_test": opened.test.num_samples,
+                "num_test_in_train": num_test_in_train(arrays),
                 "seed": seed,
                 "features_cached": not were_made,
                 "seconds_features": round(extracted - started, 3),

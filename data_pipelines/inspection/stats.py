@@ -8,7 +8,6 @@ Not here: which samples are damaged and where (`verify`), how the numbers of a f
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.content import COMPARED, content_hash
 from data_pipelines.errors import CorruptSampleError, DataError
 from data_pipelines.field_kinds import kind_of_field
 from data_pipelines.inspection.tallies import ArrayTally, ImageTally, LabelTally, MaskTally, balance, spread
@@ -28,7 +28,6 @@ __all__ = ["FieldStats", "Stats", "stats"]
 Tally = ImageTally | LabelTally | MaskTally | ArrayTally
 
 _SAMPLES_PER_REPORT = 64  # to the progress bar
-_COMPARED = ("image", "points", "volume", "array", "depth", "mask")  # samples with equal bytes in it are copies
 
 
 @dataclass(frozen=True)
@@ -180,9 +179,8 @@ def _count_sample(sample: Mapping[str, bytes], declared: Any, counted: _Shard) -
     for name, data in sample.items():
         kind = kind_of_field(name, declared)
         counted.sizes.setdefault(name, []).append(len(data))
-        if kind in _COMPARED:
-            content = hashlib.blake2b(data, digest_size=8).digest()
-            counted.contents.setdefault(name, []).append(int.from_bytes(content, "little"))
+        if kind in COMPARED:
+            counted.contents.setdefault(name, []).append(content_hash(data))
         if kind not in (None, "json", "text"):
             tally = counted.tallies.get(name) or _new_tally(str(kind))
             try:
@@ -206,7 +204,7 @@ def _summarise(dataset: Dataset, counted: _Shard) -> Stats:
     kinds = {name: kind_of_field(name, declared) for name in sorted(counted.sizes)}
     class_names = list(map(str, classes)) if isinstance(classes, list) else []
     fields = {name: _field_stats(kind, name, counted, len(class_names)) for name, kind in kinds.items()}
-    compared = min(counted.contents, key=lambda name: _COMPARED.index(str(kinds[name])), default=None)
+    compared = min(counted.contents, key=lambda name: COMPARED.index(str(kinds[name])), default=None)
     contents = np.array(counted.contents[compared], np.uint64) if compared else np.zeros(0, np.uint64)
     return Stats(
         shards=len(dataset.shards),

@@ -1,9 +1,10 @@
 """Is a data set whole? Every shard is read completely and every damage is named, the last ones too.
 
 Of each shard: that it is there, its bytes, SHA-256 and number of samples against `dataset.json`, the structure of the
-tar (`tar_walk`), the CRC-32 of every sample against the sidecar index, and whether every member decodes as what its
-field says. `dataset.json` of other people counts as far as it lists shards with `file` or `name`, `bytes`, `samples`
-and `sha256`. Nothing is unpickled: fields named like pickles are counted and never read.
+tar (`tar_walk`), the CRC-32 of every sample against the sidecar index, whether every member decodes as what its field
+says, whether labels are classes that there are, and whether every sample has a picture where others have. A
+`dataset.json` of other people counts as far as it lists shards with `file` or `name`, `bytes`, `samples` and `sha256`.
+Nothing is unpickled: fields named like pickles are counted and never read.
 
 Not here: the same checks at run time, where the first damage of a sample ends the reading of it (`shards`, `stream`).
 """
@@ -13,22 +14,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from data_pipelines.content import compared_field, content_hash, copies_between
 from data_pipelines.errors import DataError
-from data_pipelines.field_kinds import is_never_read, kind_of_field
-from data_pipelines.fields import decode_field
+from data_pipelines.field_kinds import cut_names, is_never_read, kind_of_field
+from data_pipelines.fields import decode_field, label_mix_up
 from data_pipelines.shards.index import ShardIndex, sidecar
 from data_pipelines.shards.manifest import MANIFEST_NAME
 from data_pipelines.shards.source import expand_source
 from data_pipelines.shards.tar_walk import Damage, Member, walk
+from data_pipelines.split_names import split_of_tar
 from data_pipelines.storage.locations import PIPE, redact, scheme_of, sibling, split_location
 from data_pipelines.storage.stores import FetchOptions, Store
 from data_pipelines.worker_pool import Advance, run_jobs
@@ -69,6 +75,8 @@ class Report:
     fields: Counter[str] = field(default_factory=Counter)  # members per field
     unknown: frozenset[str] = frozenset()  # fields that are counted only: nothing says what they hold
     never_read: frozenset[str] = frozenset()  # fields named like pickles
+    num_pictured: int = 0  # samples with a picture
+    contents: dict[str, list[int]] = field(default_factory=dict)  # split, "" if unknown -> hash of each sample
 
     def add(self, other: Report) -> None:
         self.findings += other.findings
@@ -78,6 +86,9 @@ class Report:
         self.fields += other.fields
         self.unknown |= other.unknown
         self.never_read |= other.never_read
+        self.num_pictured += other.num_pictured
+        for split, contents in other.contents.items():
+            self.contents.setdefault(split, []).extend(contents)
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,9 @@ class _Folder:
     """What the `dataset.json` of a folder says about the shards beside it."""
 
     shards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by file name
+    splits: Mapping[str, str] = field(default_factory=dict)  # of each shard
     kinds: Any = None  # by field
-    num_classes: int | None = None
+    classes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,8 @@ def verify(
 
     Raises:
         DataError: the source itself is wrong (nothing found, not allowed). Damages of shards are findings.
+
+    Warns of what need not be wrong: copies of samples in several splits, names that look cut at a dot.
     """
     fetch = fetch or FetchOptions()
     store, report = Store(fetch), Report()
@@ -134,9 +148,27 @@ def verify(
         checked[number] = found
         if progress is not None:
             progress(len(checked), len(jobs))
-    for number in range(len(jobs)):
-        report.add(checked[number])
+    for number, job in enumerate(jobs):
+        found = checked[number]
+        others_have = any(other.num_pictured for other in checked.values())
+        if found.num_samples and not found.num_pictured and others_have and not found.findings:
+            problem = "no sample has a picture, though those of other shards have"
+            found.findings.append(Finding(redact(job.location), None, None, problem))
+        report.add(found)
+    _warn(report)
     return report
+
+
+def _warn(report: Report) -> None:
+    contents = {split: np.array(hashes, np.uint64) for split, hashes in report.contents.items() if split}
+    for copies in copies_between(contents):
+        warnings.warn(f"{copies}, the first is number {copies.first} of {copies.split}", stacklevel=3)
+    if cut := cut_names(report.fields):
+        warnings.warn(
+            f"fields {', '.join(cut[:5])} look like rests of names with dots: a key ends at the first dot, so "
+            "cat.0.jpg and cat.1.jpg are one sample; unless that is meant, write cat_0.jpg or pack a folder",
+            stacklevel=3,
+        )
 
 
 def _read_folder(shard: str, store: Store, report: Report) -> _Folder:
@@ -152,17 +184,23 @@ def _read_folder(shard: str, store: Store, report: Report) -> _Folder:
     if not isinstance(description, dict):  # other people's, who may write what they like
         return _Folder()
     classes = description.get("classes")
+    entries = {
+        str(entry.get("name", entry.get("file"))): (split, entry)
+        for split, entry in _entries(description.get("splits"))
+    }
     return _Folder(
-        shards={str(entry.get("name", entry.get("file"))): entry for entry in _entries(description.get("splits"))},
+        shards={name: entry for name, (_, entry) in entries.items()},
+        splits={name: split for name, (split, _) in entries.items()},
         kinds=description.get("fields"),
-        num_classes=len(classes) if isinstance(classes, list) else None,
+        classes=tuple(map(str, classes)) if isinstance(classes, list) else None,
     )
 
 
-def _entries(splits: Any) -> Iterator[dict[str, Any]]:
-    for split in splits.values() if isinstance(splits, dict) else ():
+def _entries(splits: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The shards that are listed, each with its split."""
+    for name, split in splits.items() if isinstance(splits, dict) else ():
         entries = split.get("shards") if isinstance(split, dict) else None
-        yield from (entry for entry in entries or () if isinstance(entry, dict))
+        yield from ((str(name), entry) for entry in entries or () if isinstance(entry, dict))
 
 
 def _missing_shards(
@@ -211,7 +249,7 @@ def _check(job: _Job, store: Store, file: BufferedReader, report: Report) -> Ite
     report.fields.update(member.field for member in members)
     yield from _check_manifest(file, expected, report)
     yield from _check_index(job.location, store, file, expected, report, damages)
-    yield from _check_members(job, file, members, report)
+    yield from _check_members(job, file, members, damages, report)
 
 
 def _check_manifest(file: BufferedReader, expected: Mapping[str, Any], report: Report) -> Iterator[Problem]:
@@ -257,23 +295,49 @@ def _check_index(
             yield index.key(sample), int(start), f"CRC-32 of {size} bytes is {actual:08x}, the index says {crc32:08x}"
 
 
-def _check_members(job: _Job, file: BufferedReader, members: Iterable[Member], report: Report) -> Iterator[Problem]:
-    """Decode every member of a known kind; labels must be classes that there are."""
+def _check_members(
+    job: _Job, file: BufferedReader, members: Sequence[Member], damages: Sequence[Damage], report: Report
+) -> Iterator[Problem]:
+    """Decode every member of a known kind; labels must be classes that there are.
+
+    Where most samples have a picture, all do. Where they say the name of their class (`class_name` in json), label and
+    name must be the same class.
+    """
     report.never_read = frozenset(filter(is_never_read, report.fields))
     kinds = {name: kind_of_field(name, job.folder.kinds) for name in report.fields}
     report.unknown = frozenset(name for name, kind in kinds.items() if kind is None) - report.never_read
-    if not job.decode:
-        return
+    samples = dict[str, list[Member]]()
     for member in members:
-        kind = kinds[member.field]
-        if kind is None:
-            continue
-        file.seek(member.begin)
-        try:
-            value = decode_field(kind, file.read(member.size))
-        except DataError as error:
-            yield member.key, member.offset, f"field {member.field} ({kind}): {error}"
-            continue
-        if kind == "label" and job.folder.num_classes and not 0 <= value < job.folder.num_classes:
-            allowed = f"0..{job.folder.num_classes - 1}, the classes of {MANIFEST_NAME}"
-            yield member.key, member.offset, f"field {member.field} (label): {value} is outside {allowed}"
+        samples.setdefault(member.key, []).append(member)
+    pictured = {member.key for member in members if kinds[member.field] == "image"}
+    report.num_pictured = len(pictured)
+    name = split_location(job.location)[1]
+    contents = report.contents.setdefault(job.folder.splits.get(name) or split_of_tar(name) or "", [])
+    needs_picture = 2 * len(pictured) > len(samples) and not damages
+    for key, fields in samples.items():
+        if needs_picture and key not in pictured:
+            has = ", ".join(member.field for member in fields)
+            yield key, fields[0].offset, f"has no picture, {len(pictured)} samples of the shard have; it has {has}"
+        compared = compared_field((member.field for member in fields), job.folder.kinds)
+        contents.append(0)
+        values = dict[str, Any]()
+        for member in fields:
+            kind = kinds[member.field]
+            if kind is None or not (job.decode or member.field == compared):
+                continue
+            file.seek(member.begin)
+            content = file.read(member.size)
+            if member.field == compared:
+                contents[-1] = content_hash(content)
+            if not job.decode:
+                continue
+            try:
+                value = values[member.field] = decode_field(kind, content)
+            except DataError as error:
+                yield key, member.offset, f"field {member.field} ({kind}): {error}"
+                continue
+            if kind == "label" and job.folder.classes and not 0 <= value < len(job.folder.classes):
+                allowed = f"0..{len(job.folder.classes) - 1}, the classes of {MANIFEST_NAME}"
+                yield key, member.offset, f"field {member.field} (label): {value} is outside {allowed}"
+        if problem := label_mix_up(values.get("cls"), values.get("json"), job.folder.classes):
+            yield key, fields[0].offset, problem

@@ -93,6 +93,8 @@ def convert(item: Item, conversion: Conversion) -> Sample:
     Raises:
         DataError: a file cannot be read or does not hold what it should; the message does not name the item.
     """
+    if item.problem is not None:
+        raise DataError(item.problem)
     sample = Sample(label=item.label)
     if conversion.family == "points":
         (piece,) = item.pieces

@@ -64,6 +64,7 @@ class Item(NamedTuple):
     label: int | None = None
     sequence: str | None = None
     split: str | None = None  # that the source puts it in
+    problem: str | None = None  # what is wrong with it, as far as listing can tell
 
 
 class Entry(NamedTuple):

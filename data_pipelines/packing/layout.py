@@ -19,13 +19,12 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 from data_pipelines.errors import DataError, suggest
+from data_pipelines.split_names import split_named
 
-__all__ = ["Place", "in_order", "number_classes", "places", "require_all_classes", "same_text", "split_of_tar"]
+__all__ = ["Place", "number_classes", "places", "require_all_classes", "same_text"]
 
-_SPLIT = re.compile(r"(?:(train)(?:ing)?|(val)(?:id(?:ation)?)?|(test)(?:ing)?|(dev))(?:[-_ ]?(?:set|\d+))?", re.I)
 _ALMOST = re.compile(r"(?:train|val|valid|test)[-_ ]?[A-Z0-9]", re.I)  # trainA, testB
 _DEEPEST = 3  # folders that are looked at for splits
-_SUFFIX_OF_TAR = re.compile(r"\.(tar|tar\.gz|tgz)$")
 _NAMED = 12  # classes that a message lists
 
 
@@ -39,18 +38,6 @@ class Place(NamedTuple):
 def same_text(text: str) -> str:
     """The form in which names are compared: accents composed, since old Macs and their zips write them apart."""
     return normalize("NFC", text)
-
-
-def split_named(name: str) -> str | None:
-    """`train`, `val`, `test` or `dev` for the usual names of these (`training`, `Val`, `test2017`), else None."""
-    found = _SPLIT.fullmatch(name)
-    return next(filter(None, found.groups())).lower() if found else None
-
-
-def in_order(splits: Collection[str]) -> list[str]:
-    """Splits as people list them: train, val, test, then the others."""
-    usual = ("train", "val", "test")
-    return sorted(splits, key=lambda split: (usual.index(split) if split in usual else len(usual), split))
 
 
 def places(paths: Sequence[str], owner: str, *, with_classes: bool = True, single_class: bool = False) -> list[Place]:
@@ -156,13 +143,6 @@ def require_all_classes(source: Path, classes: Collection[str]) -> None:
                 f"classes would have other indices; pack {here.parent} as a whole, or give "
                 f"--classes {_listed(everything)}"
             )
-
-
-def split_of_tar(name: str) -> str | None:
-    """The split that the name of a shard says: `train-000000.tar`, `imagenet-validation-01.tar.gz`."""
-    parts = re.split(r"[-_.]", _SUFFIX_OF_TAR.sub("", name))
-    found = {split for part in parts if (split := split_named(part))}
-    return found.pop() if len(found) == 1 else None
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -20,18 +20,22 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from data_pipelines.content import copies_between
 from data_pipelines.errors import DataError, suggest
 from data_pipelines.field_kinds import field_kind
 from data_pipelines.packing.conversion import Conversion, Encoding, parse_encoding
 from data_pipelines.packing.folder import PackFolder
 from data_pipelines.packing.inputs import FAMILIES, Listing, list_folder, suffix_of
-from data_pipelines.packing.layout import in_order, same_text
+from data_pipelines.packing.layout import same_text
 from data_pipelines.packing.lists import LIST_SUFFIXES, list_rows
 from data_pipelines.packing.plan import ShardPlan, plan_shards, without_duplicates
 from data_pipelines.packing.shard_writer import ShardJob, ShardRecord, finished_shard, sample_key, write_shard
 from data_pipelines.packing.tars import list_tars
 from data_pipelines.pixel_sums import PixelSums
 from data_pipelines.shards.manifest import ChannelStats, Manifest, Split, split_digest
+from data_pipelines.split_names import in_order
 from data_pipelines.worker_pool import run_jobs
 
 __all__ = ["KINDS", "pack"]
@@ -135,6 +139,7 @@ def pack(
         manifest = _describe(listing, plans, records, options, duplicates)
         folder.finish(manifest)
         _warn_of_rejected(records)
+        _warn_of_copies(plans, records, dedupe)
     return manifest
 
 
@@ -282,6 +287,18 @@ def _warn_of_rejected(records: Sequence[ShardRecord]) -> None:
     rejected = sum(len(record.rejected) for record in records)
     if rejected:
         warnings.warn(f"left out {rejected} damaged samples: {_first_rejected(records)}", stacklevel=3)
+
+
+def _warn_of_copies(plans: Sequence[ShardPlan], records: Sequence[ShardRecord], dedupe: bool) -> None:
+    """Samples of one split whose content is in another one, too: a score on it is too good."""
+    by_name = {record.name: record for record in records}
+    contents = {
+        split: np.array([value for p in plans if p.split == split for value in by_name[p.name].contents], np.uint64)
+        for split in dict.fromkeys(plan.split for plan in plans)
+    }
+    remedy = "" if dedupe else "; --dedupe leaves copies out"
+    for copies in copies_between(contents):
+        warnings.warn(f"{copies}, the first is number {copies.first} of {copies.split}{remedy}", stacklevel=3)
 
 
 def _first_rejected(records: Sequence[ShardRecord]) -> str:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 
+from data_pipelines.content import compared_field, content_hash
 from data_pipelines.errors import DataError
 from data_pipelines.files import sha256, write_atomically
 from data_pipelines.packing.conversion import Conversion, convert
@@ -53,6 +54,7 @@ class ShardRecord:
     class_counts: dict[int, int]
     sums: PixelSums
     rejected: tuple[tuple[str, str], ...]  # name of the item, what is wrong with it
+    contents: tuple[int, ...] = ()  # `content_hash` of each sample written, 0 where there is nothing to compare
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -67,6 +69,7 @@ class ShardRecord:
             class_counts={int(label): count for label, count in stored["class_counts"].items()},
             sums=PixelSums(**stored["sums"]),
             rejected=tuple((name, reason) for name, reason in stored["rejected"]),
+            contents=tuple(stored["contents"]),
         )
 
 
@@ -78,8 +81,8 @@ def sample_key(number: int) -> str:
 def write_shard(job: ShardJob, advance: Advance) -> ShardRecord:
     """Write tar, record and index, in this order, each under its name only when it is complete."""
     temporary, name = Path(f"{job.path}.tmp"), os.path.basename(job.path)
-    labels, sums, rejected = Counter[int](), PixelSums(), list[tuple[str, str]]()
-    _write_tar(temporary, job, advance, labels, sums, rejected)
+    labels, sums, rejected, contents = Counter[int](), PixelSums(), list[tuple[str, str]](), list[int]()
+    _write_tar(temporary, job, advance, labels, sums, rejected, contents)
     entry, index = None, None
     if len(rejected) < len(job.items):
         index = scan_shard(temporary, job.path)
@@ -88,7 +91,7 @@ def write_shard(job: ShardJob, advance: Advance) -> ShardRecord:
     else:
         temporary.unlink()
     fields = tuple(sorted(index.common_fields)) if index else ()
-    record = ShardRecord(name, entry, fields, dict(sorted(labels.items())), sums, tuple(rejected))
+    record = ShardRecord(name, entry, fields, dict(sorted(labels.items())), sums, tuple(rejected), tuple(contents))
     write_atomically(Path(job.record), record.to_bytes())
     if index is not None:
         write_atomically(Path(sidecar(job.path)), index.to_bytes())
@@ -111,7 +114,13 @@ def finished_shard(job: ShardJob) -> ShardRecord | None:
 
 
 def _write_tar(
-    path: Path, job: ShardJob, advance: Advance, labels: Counter[int], sums: PixelSums, rejected: list[tuple[str, str]]
+    path: Path,
+    job: ShardJob,
+    advance: Advance,
+    labels: Counter[int],
+    sums: PixelSums,
+    rejected: list[tuple[str, str]],
+    contents: list[int],
 ) -> None:
     with open(path, "wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -122,6 +131,8 @@ def _write_tar(
                     rejected.append((item.name, str(error)))
                 else:
                     _add_sample(tar, sample_key(number), sample.fields)
+                    compared = compared_field(sample.fields, None)
+                    contents.append(content_hash(sample.fields[compared]) if compared else 0)
                     sums.add(sample.sums)
                     if sample.label is not None:
                         labels[sample.label] += 1

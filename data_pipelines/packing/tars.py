@@ -12,17 +12,19 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.field_kinds import field_kind, is_never_read
+from data_pipelines.field_kinds import cut_names, field_kind, is_never_read, picture_names
 from data_pipelines.packing.inputs import FAMILIES, Item, Listing, Piece, suffix_of
-from data_pipelines.packing.layout import split_of_tar
 from data_pipelines.shards.index import ShardIndex, scan_shard
 from data_pipelines.shards.manifest import MANIFEST_NAME
+from data_pipelines.split_names import split_of_tar
 
 __all__ = ["list_tars"]
 
@@ -60,6 +62,7 @@ def list_tars(source: Path, unpacked: Callable[[], Path], classes: Sequence[str]
             folder_of_copies = folder_of_copies or unpacked()
             plain = _unpack(tar, folder_of_copies)
         _list_tar(listing, tar.name, plain.absolute(), scan_shard(plain, str(tar)), splits[tar.name])
+    _unify_pictures(listing)
     _describe(listing, described, classes)
     return listing
 
@@ -101,6 +104,40 @@ def _list_tar(listing: Listing, name: str, plain: Path, index: ShardIndex, split
         if pieces:
             ordered = tuple(piece for _, piece in sorted(pieces))  # images first: what de-duplication compares
             listing.items.append(Item(f"{name}/{index.key(sample)}", ordered, split=split))
+
+
+def _unify_pictures(listing: Listing) -> None:
+    """Give pictures of several formats the name of the most frequent one.
+
+    Where most samples have a picture, one without counts as damaged.
+    """
+    names = Counter(piece.field for item in listing.items for piece in item.pieces)
+    pictures = {name: picture_names(name) for name in names if picture_names(name)}
+    usual = {formats: max(formats, key=lambda name: names[name]) for formats in pictures.values()}
+    num_pictured = sum(any(piece.field in pictures for piece in item.pieces) for item in listing.items)
+    needs_picture = 2 * num_pictured > len(listing.items)
+    for number, item in enumerate(listing.items):
+        formats = Counter(pictures[piece.field] for piece in item.pieces if piece.field in pictures)
+        renamed = [
+            piece._replace(field=usual[pictures[piece.field]])
+            if formats.get(pictures.get(piece.field, ())) == 1  # two formats in one sample are two fields
+            else piece
+            for piece in item.pieces
+        ]
+        problem = (
+            None if formats or not needs_picture else f"has no picture as other samples have, only {_fields(item)}"
+        )
+        listing.items[number] = item._replace(pieces=tuple(renamed), problem=problem)
+    if cut := cut_names(names):
+        warnings.warn(
+            f"{listing.root}: fields {', '.join(cut[:5])} look like rests of names with dots: a key ends at the first "
+            "dot, so cat.0.jpg and cat.1.jpg are one sample; unless that is meant, unpack the tar and pack the folder",
+            stacklevel=2,
+        )
+
+
+def _fields(item: Item) -> str:
+    return ", ".join(piece.field for piece in item.pieces)
 
 
 def _unpack(tar: Path, folder: Path) -> Path:

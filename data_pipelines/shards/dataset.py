@@ -22,7 +22,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import CorruptSampleError, DataError, suggest
+from data_pipelines.errors import CorruptSampleError, DataError, MissingFieldError, suggest
+from data_pipelines.field_kinds import cut_names, picture_names, shared_names, under_shared_names
 from data_pipelines.order import SampleOrder
 from data_pipelines.shards.index import ShardIndex, load_index
 from data_pipelines.shards.manifest import MANIFEST_NAME, Manifests, split_digest
@@ -34,6 +35,8 @@ __all__ = ["Dataset", "Shard", "first_field", "locate", "open_dataset"]
 
 INDEX_BYTES = 256 << 20  # of open indices per process, most of them pages that processes share; 6 million samples
 _INDEX_OVERHEAD = 8 << 10  # what an open index costs besides its arrays
+_SEARCHED_SHARDS = 64  # for a sample that lacks a field
+_CUT_REMEDY = ": a key ends at the first dot of a name, so cat.0.jpg and cat.1.jpg are one sample; write cat_0.jpg"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ def open_dataset(
     manifests = Manifests(store)
     shards: list[Shard] = []
     opened: dict[int, ShardIndex] = {}
-    fields: frozenset[str] | None = None
+    fields: set[frozenset[str]] = set()
     num_samples = 0
     for number, location in enumerate(expand_source(source, allow_pipe=fetch.allow_pipe, manifests=manifests)):
         manifest = manifests.of(location)
@@ -90,11 +93,11 @@ def open_dataset(
             shard = Shard(location, index.num_samples, index.num_bytes, index.digest)
             has = index.common_fields
         shards.append(shard)
-        fields = has if fields is None else fields & has
+        fields.add(has)
         num_samples += shard.num_samples
         if limit is not None and num_samples >= limit:
             break
-    return Dataset(shards, fields or frozenset(), store, opened=opened, limit=limit)
+    return Dataset(shards, shared_names(fields), store, opened=opened, limit=limit)
 
 
 class Dataset:
@@ -104,7 +107,8 @@ class Dataset:
         shards: the tar files, sorted by location.
         num_samples: in all shards together, or the `limit` below it.
         counts: samples used of each shard.
-        fields: names that every sample has, such as `jpg`, `cls`, `seg.png`.
+        fields: names that every sample has, such as `jpg`, `cls`, `seg.png`; pictures of several formats have one name,
+            see `shared_names`.
     """
 
     def __init__(
@@ -166,7 +170,8 @@ class Dataset:
                 f"{self.where(sample_id)}: bytes {start}..{start + size} have CRC-32 {found:08x}, expected {crc32:08x}"
                 ": the shard changed or is damaged; copy it again or remove its index"
             )
-        return index.cut(row, content)
+        sample = index.cut(row, content)
+        return sample if self.fields <= sample.keys() else under_shared_names(sample, self.fields)
 
     def prefetch(self, sample_ids: Iterable[int]) -> None:
         """Have the bytes of remote samples fetched together before they are read one by one."""
@@ -194,7 +199,21 @@ class Dataset:
         Raises:
             DataError: there is none; names what there is.
         """
-        return first_field(candidates, self.fields, redact(split_location(self.shards[0].location)[0]))
+        try:
+            return first_field(candidates, self.fields, redact(split_location(self.shards[0].location)[0]))
+        except MissingFieldError as error:
+            raise DataError(f"{error}{self.first_without(candidates)}") from None
+
+    def first_without(self, names: Sequence[str]) -> str:
+        """The end of a message: the first sample of the first shards that has none of these fields, and what it has."""
+        for number, shard in enumerate(self.shards[:_SEARCHED_SHARDS]):
+            index = self._indices[number]
+            sample = index.first_without(names)
+            if sample is not None:
+                has = sorted(index.field_ranges(sample))
+                where = f"; shard {redact(shard.location)}, sample {index.key(sample)!r} has {', '.join(has)}"
+                return where + (_CUT_REMEDY if cut_names(has) else "")
+        return ""
 
     def close(self) -> None:
         """Close the shard files; the next read opens what it needs again."""
@@ -222,9 +241,10 @@ def first_field(candidates: Sequence[str], fields: frozenset[str], owner: str) -
     for name in candidates:
         if name in fields:
             return name
-    raise DataError(
+    raise MissingFieldError(
         f"{owner}: no field {' or '.join(candidates)} in every sample; "
-        f"every sample has {', '.join(sorted(fields)) or 'none'}{suggest(candidates[0], fields)}"
+        f"every sample has {', '.join(sorted(fields)) or 'none'}{suggest(candidates[0], fields)}",
+        candidates,
     )
 
 
@@ -274,7 +294,8 @@ class _OpenIndices:
                     f"shard {redact(shard.location)}: {what} of its index is {found}, expected {expected} (dataset.json"
                     ", or when it was opened first); copy the shard, its index and dataset.json together again"
                 )
-        if lacking := sorted(self._fields - index.common_fields):
+        has = index.common_fields
+        if lacking := [name for name in sorted(self._fields - has) if has.isdisjoint(picture_names(name))]:
             raise DataError(
                 f"shard {redact(shard.location)}: not every sample has {', '.join(lacking)}, which its dataset.json "
                 "lists as fields; pack the data again"

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.errors import DataError
+from data_pipelines.field_kinds import picture_names
 from data_pipelines.files import write_atomically
 from data_pipelines.shards.tar_walk import Damage, Member, walk
 from data_pipelines.storage.locations import PIPE, is_local, redact, scheme_of, split_location
@@ -129,9 +130,21 @@ class ShardIndex:
 
     @cached_property
     def common_fields(self) -> frozenset[str]:
-        """Fields that every sample has."""
-        everywhere = (self.rows["fields"][:, :, 0] != _ABSENT).all(axis=0)  # (F,)
-        return frozenset(name for name, present in zip(self.field_names, everywhere, strict=True) if present)
+        """Names under which every sample has a field, see `shared_names`."""
+        present = self.rows["fields"][:, :, 0] != _ABSENT  # (S, F)
+        common = {name for name, everywhere in zip(self.field_names, present.all(axis=0), strict=True) if everywhere}
+        for names in {picture_names(name) for name in self.field_names} - {()}:
+            found = [name for name in names if name in self.field_names]
+            columns = [self.field_names.index(name) for name in found]
+            if common.isdisjoint(found) and (present[:, columns].sum(axis=1) == 1).all():
+                common.add(found[0])
+        return frozenset(common)
+
+    def first_without(self, names: Sequence[str]) -> int | None:
+        """The first sample that has none of these fields."""
+        columns = [column for column, name in enumerate(self.field_names) if name in names]
+        lacking = (self.rows["fields"][:, columns, 0] == _ABSENT).all(axis=1)  # (S,)
+        return int(lacking.argmax()) if lacking.any() else None
 
     @cached_property
     def digest(self) -> str:

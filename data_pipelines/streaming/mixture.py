@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines.errors import DataError
+from data_pipelines.field_kinds import shared_names, under_shared_names
 from data_pipelines.order import Ids, SampleOrder, key
 from data_pipelines.purposes import Purpose
 from data_pipelines.shards.dataset import Dataset, first_field, locate
@@ -70,7 +71,7 @@ class Mixture:
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
         self.pattern = pattern_of(_shares(self.parts))
-        self.fields = frozenset[str].intersection(*(part.dataset.fields for part in self.parts))
+        self.fields = shared_names(part.dataset.fields for part in self.parts)
         self._begins = [0, *accumulate(part.dataset.num_samples for part in self.parts)]
         self.num_samples = self._begins[-1]
 
@@ -88,7 +89,7 @@ class Mixture:
     def read(self, sample_id: int) -> dict[str, Any]:
         """The fields of one sample, see `Dataset.read`."""
         part, inside = self._locate(sample_id)
-        return part.dataset.read(inside)
+        return under_shared_names(part.dataset.read(inside), self.fields)
 
     def prefetch(self, sample_ids: Iterable[int]) -> None:
         """Have remote samples fetched together, see `Dataset.prefetch`."""
@@ -102,6 +103,10 @@ class Mixture:
         """Part, shard and key of a sample, as error messages name it."""
         part, inside = self._locate(sample_id)
         return f"{part.name}: {part.dataset.where(inside)}"
+
+    def first_without(self, names: Sequence[str]) -> str:
+        """The first sample that has none of these fields, see `Dataset.first_without`."""
+        return next((found for part in self.parts if (found := part.dataset.first_without(names))), "")
 
     def require_field(self, *candidates: str) -> str:
         """The first of `candidates` that every sample of every part has.

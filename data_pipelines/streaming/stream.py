@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from data_pipelines.errors import CorruptSampleError, DataError
+from data_pipelines.errors import CorruptSampleError, DataError, MissingFieldError
 from data_pipelines.order import ORDER_VERSION, Ids, key, rank_positions
 from data_pipelines.purposes import Purpose
 from data_pipelines.randomness import sample_seed
@@ -67,6 +67,8 @@ class Samples(Protocol):
     def prefetch(self, sample_ids: Sequence[int], /) -> None: ...
 
     def where(self, sample_id: int, /) -> str: ...
+
+    def first_without(self, names: Sequence[str], /) -> str: ...
 
     def sample_order(
         self, *, seed: int, block_size: int, window: int, num_streams: int
@@ -156,14 +158,17 @@ class Stream:
         if min(state.epoch, state.position) < 0:
             raise DataError(f"{state} is not allowed; epoch and position are from 0")
         self._slots = rank_positions(global_batch_size, world_size, rank, num_streams)  # (global_batch / world,)
-        maker = ViewMaker(
-            views,
-            dataset.fields,
-            decoder=decoder,
-            scaled=scaled_decoding,
-            resampler=resampler,
-            exif_rotation=exif_rotation,
-        )
+        try:
+            maker = ViewMaker(
+                views,
+                dataset.fields,
+                decoder=decoder,
+                scaled=scaled_decoding,
+                resampler=resampler,
+                exif_rotation=exif_rotation,
+            )
+        except MissingFieldError as error:
+            raise DataError(f"{error}{dataset.first_without(error.wanted)}") from None
         self._samples = _SampleViews(dataset, maker, seed, replaces=max_corrupt_fraction > 0)
         pixels = {"resampler": resampler, "scaled_decoding": scaled_decoding, "exif_rotation": exif_rotation}
         self._layout = layout | pixels

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 from data_pipelines.errors import CorruptSampleError, DataError
-from data_pipelines.field_kinds import is_never_read
+from data_pipelines.field_kinds import is_never_read, picture_names, under_shared_names
 from data_pipelines.storage.locations import PIPE, is_local, redact, scheme_of
 from data_pipelines.storage.stores import Store
 from data_pipelines.streaming.webdataset_internals import grouped_members, split_name
@@ -39,7 +39,8 @@ def read_samples(store: Store, location: str, fields: frozenset[str] | None) -> 
     Args:
         store: what the shard is read through.
         location: of the shard, a tar or a tar packed by gzip.
-        fields: names that every sample must have; None: take all that can be read without running code.
+        fields: names that every sample must have, a picture also in another format; None: take all that can be read
+            without running code.
 
     Yields:
         Bytes by field, `"__key__"` and `"__url__"` (the shard as messages name it); or what is wrong with the sample.
@@ -52,6 +53,9 @@ def read_samples(store: Store, location: str, fields: frozenset[str] | None) -> 
         tar = _WholeTar(file, name)
         try:
             for sample in grouped_members(cast(BinaryIO, tar), name, members.is_wanted):
+                if fields is not None:  # a picture of another format may have been read besides the wanted one
+                    sample = under_shared_names(sample, fields)
+                    sample = {name: sample[name] for name in sample if name in fields or name.startswith("__")}
                 lacking = (fields or frozenset()) - sample.keys()
                 yield _lacks(name, sample["__key__"], lacking) if lacking else sample
             tar.require_end()
@@ -72,7 +76,7 @@ class _Members:
     """Chooses the members of a shard that are read, and notes the samples of which it chose none."""
 
     def __init__(self, fields: frozenset[str] | None) -> None:
-        self._fields = fields
+        self._fields = fields and fields.union(*map(picture_names, fields))
         self._chosen: dict[str, bool] = {}  # samples so far -> whether any member is read
 
     def is_wanted(self, name: str) -> bool:

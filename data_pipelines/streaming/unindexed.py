@@ -195,6 +195,10 @@ class UnindexedSamples:
         """Shard and key of the sample that was read last."""
         return self._last
 
+    def first_without(self, names: Sequence[str]) -> str:
+        """What a message ends with: `fields` are those of the first sample."""
+        return f" (the first sample of shard {redact(self.shards[0])})"
+
     def prefetch(self, sample_ids: Sequence[int]) -> None:
         """Do nothing: shards are fetched ahead as they are read."""
 

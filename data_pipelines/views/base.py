@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.decode import decode_array
-from data_pipelines.errors import DataError, suggest
+from data_pipelines.errors import DataError, MissingFieldError, suggest
 from data_pipelines.randomness import ViewRandom
 from data_pipelines.specs import read_spec, require_name
 
@@ -151,15 +151,16 @@ class View(ABC):
         """The field that the view names, else the first of the candidates that every sample has.
 
         Raises:
-            DataError: not every sample has it; names what there is.
+            MissingFieldError: not every sample has it; names what there is.
         """
         wanted = candidates if own is None else (own,)
         for name in wanted:
             if name in fields:
                 return name
-        raise DataError(
+        raise MissingFieldError(
             f"view {self.name!r}: no field {' or '.join(wanted)} in every sample; every sample has "
-            f"{', '.join(sorted(fields)) or 'none'}{suggest(wanted[0], fields)}"
+            f"{', '.join(sorted(fields)) or 'none'}{suggest(wanted[0], fields)}",
+            wanted,
         )
 
     def require_suffix(self, field: str, readable: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ Legend: B batch, N patch tokens, D width, n samples.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from data_pipelines.content import content_hash
 from data_pipelines.errors import DataError
 from data_pipelines.shards.dataset import Dataset
 from evaluation.data import LabelMaps, OpenedData, class_label
@@ -33,7 +34,7 @@ from evaluation.protocol import EvaluationError
 if TYPE_CHECKING:  # timm takes seconds to import, and cached features need no backbone
     from backbones.encoder import Encoder
 
-__all__ = ["Dense", "Pooled", "splits_of", "write_features"]
+__all__ = ["Dense", "Pooled", "num_test_in_train", "splits_of", "write_features"]
 
 SPLITS = ("train", "test")
 
@@ -67,6 +68,8 @@ def write_features(
 ) -> None:
     """Runs the backbone over both splits and writes `SPLIT.cls`, `.patch_mean`, `.labels` or `SPLIT.patches`.
 
+    And `SPLIT.contents`, (n,) uint64, the `content_hash` of what the backbone was given.
+
     Raises:
         EvaluationError: features are not finite, or a label is outside the classes; names the sample.
         DataError: a sample cannot be read or decoded; names it.
@@ -74,7 +77,8 @@ def write_features(
     backbone = backbone.to(device).eval()
     for split in SPLITS:
         dataset = getattr(data, split)
-        batches = _batches(dataset, extraction, recipe, data.num_classes, batch_size)
+        contents = writer.create(f"{split}.contents", (dataset.num_samples,), np.uint64)
+        batches = _batches(dataset, extraction, recipe, data.classes, batch_size, contents)
         if recipe["tokens"] == "pooled":
             _write_pooled(writer, split, dataset, backbone, batches, device)
         else:
@@ -103,6 +107,12 @@ def splits_of(
         for split in SPLITS
     ]
     return dense[0], dense[1], data.num_classes
+
+
+def num_test_in_train(arrays: Mapping[str, npt.NDArray[Any]]) -> int | None:
+    """How many test samples have the content of a train sample; None for features of an older version."""
+    names = [f"{split}.contents" for split in SPLITS]
+    return int(np.isin(arrays[names[1]], arrays[names[0]]).sum()) if all(name in arrays for name in names) else None
 
 
 def _pooled(arrays: Mapping[str, npt.NDArray[Any]], split: str) -> Pooled:
@@ -176,11 +186,16 @@ def _check_finite(features: Tensor, dataset: Dataset, rows: slice) -> None:
 
 
 def _batches(
-    dataset: Dataset, extraction: Extraction, recipe: Mapping[str, Any], num_classes: int | None, batch_size: int
+    dataset: Dataset,
+    extraction: Extraction,
+    recipe: Mapping[str, Any],
+    classes: Sequence[str] | None,
+    batch_size: int,
+    contents: npt.NDArray[np.uint64],
 ) -> Iterator[tuple[slice, Any, Tensor]]:
     """Yields (rows, inputs, class labels) in sample order, one batch decoded ahead by as many threads as torch may use.
 
-    Labels are 0 where the features go to a dense head, which reads its own.
+    Labels are 0 where the features go to a dense head, which reads its own. The hashes of the samples go to `contents`.
     """
     field = dataset.require_field(*extraction.inputs)
     reading = threading.Lock()  # the data set opens and closes shard files as it reads
@@ -188,8 +203,9 @@ def _batches(
     def load(sample_idx: int) -> tuple[Any, int]:
         with reading:
             sample = dataset.read(sample_idx)
+        contents[sample_idx] = content_hash(sample[field])
         try:
-            label = class_label(sample, num_classes) if recipe["tokens"] == "pooled" else 0
+            label = class_label(sample, classes) if recipe["tokens"] == "pooled" else 0
             return extraction.prepare(sample[field], recipe), label
         except (DataError, EvaluationError) as error:
             raise type(error)(f"{dataset.where(sample_idx)}: {error}") from error

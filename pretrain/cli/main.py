@@ -84,6 +84,10 @@ def evaluate(checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...],
         time = "known" if result.cached else f"{result.seconds:.1f} s"
         rows.append([result.protocol, result.data, metric.name, score, time])
     _print_table(("protocol", "data", "metric", "score", "time"), rows)
+    copies = {result.data: result.details for result in results if result.details.get("num_test_in_train")}
+    for name, known in copies.items():
+        said = f"{known['num_test_in_train']} of {known['num_test']} test samples of {name} are in its train split, too"
+        click.echo(f"warning: {said}; scores on them say little", err=True)
 
 
 @cli.command()

@@ -9,7 +9,8 @@ from unicodedata import normalize
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.packing.layout import Place, in_order, number_classes, places, require_all_classes, split_of_tar
+from data_pipelines.packing.layout import Place, number_classes, places, require_all_classes
+from data_pipelines.split_names import in_order, split_of_tar
 
 
 def said(*paths: str, **options: bool) -> list[tuple[str | None, str | None]]:

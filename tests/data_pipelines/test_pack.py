@@ -509,3 +509,30 @@ def test_pack__keeps_the_splits_of_folders_and_of_tars(tmp_path: Path) -> None:
 def test_pack__classes_are_distinct_names(tmp_path: Path, classes: tuple[str, ...], named: str) -> None:
     with pytest.raises(DataError, match=named):
         pack(tmp_path, tmp_path.parent / "dest", classes=classes)
+
+
+def test_pack__says_which_samples_of_a_split_are_in_another(pictures: WritePictures, tmp_path: Path) -> None:
+    source = pictures(6, "set/train")
+    (tmp_path / "set" / "test" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "test" / "dog").mkdir()
+    for number in (2, 4):
+        shutil.copy(source / "cat" / f"{number:03d}.png", tmp_path / "set" / "test" / "cat" / f"renamed-{number}.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "test" / "dog" / "own.png")
+    with pytest.warns(UserWarning, match="^2 samples of test have the content of some of train, the first is number"):
+        pack(tmp_path / "set", tmp_path / "packed", workers=1)
+
+
+def test_pack__tars_of_mixed_formats_give_one_field(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "mixed.tar", "w") as tar:
+        for number, suffix in enumerate(("jpg", "png", "jpeg", "jpg", "txt")):
+            content = io.BytesIO()
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(content, "PNG")
+            member = tarfile.TarInfo(f"{number}.{suffix}")
+            member.size = content.tell()
+            content.seek(0)
+            tar.addfile(member, content)
+    with pytest.raises(DataError, match=r"1 of 5 samples are damaged.*mixed\.tar/4: has no picture"):
+        pack(tmp_path / "mixed.tar", tmp_path / "strict", workers=1)
+    with pytest.warns(UserWarning, match="left out 1 damaged samples"):
+        manifest = pack(tmp_path / "mixed.tar", tmp_path / "packed", max_bad=0.3, workers=1)
+    assert manifest.fields == {"jpg": "image", "json": "json"}

@@ -345,6 +345,30 @@ def test_stream__needs_an_image_field(tmp_path: Path, write_tar: Write) -> None:
         stream(dataset)
 
 
+def test_stream__reads_pictures_of_mixed_formats(tmp_path: Path, write_tar: Write) -> None:
+    """Inside one shard, in one format per shard, and in one per part of a mixture: the pixels of each picture."""
+    members = [(f"{n}.{('jpg', 'png', 'JPEG')[n % 3]}", _picture(10 * n)) for n in range(6)]
+    within = open_dataset(write_tar(tmp_path / "within.tar", members))
+    for number, (name, picture) in enumerate(members):
+        write_tar(tmp_path / f"shard-{number}.tar", [(name, picture)])
+    apart = open_dataset(tmp_path / "shard-*.tar")
+    parts = [Part(str(n), open_dataset(tmp_path / f"shard-{n}.tar"), repeat=1) for n in range(6)]
+    for dataset in (within, apart, Mixture(parts)):
+        assert dataset.fields == {"jpg"}
+        (batch,) = itertools.islice(stream(dataset, global_batch_size=6, micro_batch_size=6), 1)
+        values = dict(zip(batch["sample_id"].tolist(), batch["image"][:, 0, 0, 0].tolist(), strict=True))
+        assert values == {n: 10 * n for n in range(6)}
+
+
+def test_stream__names_the_sample_without_a_picture(tmp_path: Path, write_tar: Write) -> None:
+    write_tar(tmp_path / "a.tar", [("1.jpg", _picture(1)), ("1.cls", b"1"), ("2.cls", b"2"), ("3.png", _picture(3))])
+    with pytest.raises(DataError, match=r"no field jpg .* every sample has none; shard .*a\.tar, sample '2' has cls$"):
+        stream(open_dataset(tmp_path / "a.tar"))
+    write_tar(tmp_path / "b.tar", [(f"cat.{n}.jpg", _picture(n)) for n in range(3)])
+    with pytest.raises(DataError, match=r"sample 'cat' has 0\.jpg, 1\.jpg, 2\.jpg: a key ends at the first dot"):
+        stream(open_dataset(tmp_path / "b.tar"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -102,3 +102,22 @@ def test_list_tars__given_classes_may_only_go_on_from_the_stated_ones(tmp_path: 
     assert list_tars(tar, lambda: tmp_path, ("cat", "dog", "elk")).classes == ("cat", "dog", "elk")
     with pytest.raises(DataError, match=r"indices into the classes cat,dog of its dataset\.json; begin with these"):
         list_tars(tar, lambda: tmp_path, ("dog", "cat"))
+
+
+def test_list_tars__pictures_of_mixed_formats_share_a_field(tmp_path: Path, write_tar: WriteTar) -> None:
+    names = ("0.jpg", "1.png", "2.jpeg", "3.png", "4.cls", "5.png", "5.jpg")
+    listing = listed(write_tar(tmp_path / "set.tar", [(name, b"x") for name in names]))
+    assert [[piece.field for piece in item.pieces] for item in listing.items] == [
+        *([["png"]] * 4),
+        ["cls"],
+        ["jpg", "png"],
+    ]
+    assert [item.problem for item in listing.items if item.problem] == [
+        "has no picture as other samples have, only cls"
+    ]
+
+
+def test_list_tars__warns_of_names_with_dots(tmp_path: Path, write_tar: WriteTar) -> None:
+    tar = write_tar(tmp_path / "set.tar", [(f"cat.{number}.jpg", b"x") for number in range(3)])
+    with pytest.warns(UserWarning, match=r"fields 0\.jpg, 1\.jpg, 2\.jpg look like rests of names with dots"):
+        listed(tar)

@@ -328,3 +328,13 @@ def test_stream__sets_that_hold_nothing(tmp_path: Path, write_tar: Write, shards
     write_tar(tmp_path / "tiny.tar", [])
     with pytest.raises(DataError, match=r"no sample in 2 passes over 1 shards"):
         labels(one, 1)
+
+
+def test_stream__pictures_of_mixed_formats(tmp_path: Path, write_tar: Write) -> None:
+    found = [
+        (name.replace("png", ("png", "jpg", "JPEG")[n // 2 % 3]), data)
+        for n, (name, data) in enumerate(members(range(6)))
+    ]
+    write_tar(tmp_path / "mixed.tar", [*found, ("00005.webp.txt", b"of another kind")])
+    one = stream(tmp_path / "mixed.tar", max_corrupt_fraction=0.0)
+    assert set(labels(one, 6)) == set(range(6))

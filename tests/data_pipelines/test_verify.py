@@ -414,3 +414,37 @@ def test_verify__real_masks_and_damage(shared_data: Path, tmp_path: Path) -> Non
     digest, *decoded = verify(shard).findings
     assert digest.problem.startswith("SHA-256 is ")
     assert [(finding.key, finding.offset) for finding in decoded] == [(key, member.offset)]
+
+
+def test_verify__samples_without_a_picture_are_named(tmp_path: Path, write_tar: WriteTar) -> None:
+    write_tar(tmp_path / "a.tar", [("1.jpg", png(1)), ("2.cls", b"2"), ("3.png", png(3))])
+    write_tar(tmp_path / "b.tar", [("4.cls", b"1")])
+    first, second = verify(tmp_path).findings
+    assert (first.key, first.problem) == ("2", "has no picture, 2 samples of the shard have; it has cls")
+    assert second.shard.endswith("b.tar") and "no sample has a picture" in second.problem
+
+
+def test_verify__labels_of_other_classes_are_found_by_name(tmp_path: Path, write_tar: WriteTar) -> None:
+    """Shards of `val` packed by itself, put beside those of `train`: fox is 1 there and 2 here."""
+    members = [("1.png", png(1)), ("1.cls", b"1"), ("1.json", b'{"class_name":"fox"}')]
+    write_tar(tmp_path / "val-000000.tar", members)
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["cat", "dog", "fox"]}))
+    (finding,) = verify(tmp_path).findings
+    assert finding.key == "1" and finding.problem.startswith(
+        "class 1, but its class_name 'fox' is class 2 of dataset.json"
+    )
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["cat", "fox"]}))
+    assert verify(tmp_path).findings == []
+
+
+def test_verify__warns_of_copies_and_of_names_with_dots(tmp_path: Path, write_tar: WriteTar) -> None:
+    write_tar(tmp_path / "train-0.tar", [("1.png", png(1)), ("2.png", png(2))])
+    write_tar(tmp_path / "test-0.tar", [("3.png", png(3)), ("4.png", png(2))])
+    for decode in (True, False):
+        with pytest.warns(
+            UserWarning, match="^1 sample of test has the content of one of train, the first is number 1"
+        ):
+            assert verify(tmp_path, decode=decode).findings == []
+    dotted = write_tar(tmp_path / "names.tar", [("cat.0.jpg", png(1)), ("cat.1.jpg", png(2))])
+    with pytest.warns(UserWarning, match=r"fields 0\.jpg, 1\.jpg look like rests of names with dots"):
+        assert verify(dotted).findings == []

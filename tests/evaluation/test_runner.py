@@ -16,6 +16,7 @@ import torch
 
 from backbones.images.vit import ViTBackbone
 from data_pipelines.errors import DataError
+from data_pipelines.shards.dataset import open_dataset
 from evaluation import EvaluationData, EvaluationError, EvaluationResult, evaluate
 from evaluation.registry import PROTOCOLS
 
@@ -239,6 +240,28 @@ def test_evaluate__wrong_requests_say_what_is_wrong(
         (colours.root / "dataset.json").write_text(json.dumps({"classes": change["classes"]}))
     with pytest.raises((EvaluationError, DataError), match=message):
         evaluate(checkpoint(), protocol, data, store=tmp_path, image_size=change.get("image_size"))
+
+
+def test_evaluate__counts_test_samples_that_are_in_train(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData, write_shards: Callable[..., None]
+) -> None:
+    train, test = (open_dataset(colours.root / f"{split}-000000.tar") for split in ("train", "test"))
+    mixed = [*(test.read(n) for n in range(9)), *(train.read(n) for n in (3, 4, 5))]
+    weights = checkpoint()
+    assert evaluate(weights, "knn", colours, store=tmp_path).details["num_test_in_train"] == 0
+    write_shards(colours.root, "test", [{name: sample[name] for name in ("png", "cls")} for sample in mixed])
+    assert evaluate(weights, "knn", colours, store=tmp_path).details["num_test_in_train"] == 3
+
+
+def test_evaluate__labels_of_other_classes_are_refused_by_name(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData, write_shards: Callable[..., None]
+) -> None:
+    """Test shards packed without green, so that their blue is class 1, put beside train shards."""
+    sample = open_dataset(colours.root / "test-000000.tar").read(2)
+    mixed = [{"png": sample["png"], "cls": b"1", "json": b'{"class_name": "blue"}'}]
+    write_shards(colours.root, "test", mixed)
+    with pytest.raises(EvaluationError, match=r"test0000.*class 1, but its class_name 'blue' is class 2"):
+        evaluate(checkpoint(), "knn", colours, store=tmp_path)
 
 
 def test_evaluate__dense_labels_need_classes(tmp_path: Path, checkpoint: Make, halves: EvaluationData) -> None:

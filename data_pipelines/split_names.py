@@ -1,0 +1,33 @@
+"""Splits by name: of folders and of shards.
+
+Not here: what folders say together (`packing.layout`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+__all__ = ["in_order", "split_named", "split_of_tar"]
+
+_SPLIT = re.compile(r"(?:(train)(?:ing)?|(val)(?:id(?:ation)?)?|(test)(?:ing)?|(dev))(?:[-_ ]?(?:set|\d+))?", re.I)
+_SUFFIX_OF_TAR = re.compile(r"\.(tar|tar\.gz|tgz)$")
+
+
+def split_named(name: str) -> str | None:
+    """`train`, `val`, `test` or `dev` for the usual names of these (`training`, `Val`, `test2017`), else None."""
+    found = _SPLIT.fullmatch(name)
+    return next(filter(None, found.groups())).lower() if found else None
+
+
+def split_of_tar(name: str) -> str | None:
+    """The split that the name of a shard says: `train-000000.tar`, `imagenet-validation-01.tar.gz`."""
+    parts = re.split(r"[-_.]", _SUFFIX_OF_TAR.sub("", name))
+    found = {split for part in parts if (split := split_named(part))}
+    return found.pop() if len(found) == 1 else None
+
+
+def in_order(splits: Collection[str]) -> list[str]:
+    """Splits as people list them: train, val, test, then the others."""
+    usual = ("train", "val", "test")
+    return sorted(splits, key=lambda split: (usual.index(split) if split in usual else len(usual), split))
