@@ -183,7 +183,7 @@ def _header(file: Path, data: bytes) -> tuple[dict[str, Any], int]:
     try:
         header = json.loads(data[8:start])
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise BackboneError(f"{file}: not a safetensors file (unreadable header)") from error
     if start + max(ends, default=0) != len(data):
         raise BackboneError(f"{file}: {len(data)} bytes long, its header says {start + max(ends, default=0)}; damaged")
@@ -193,7 +193,7 @@ def _header(file: Path, data: bytes) -> tuple[dict[str, Any], int]:
 def _spec(file: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(header["__metadata__"][_METADATA_KEY])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise BackboneError(f"{file}: no {_METADATA_KEY!r} in its header, so the architecture is unknown") from error
 
 
@@ -203,7 +203,7 @@ def _verify(file: Path, data: bytes) -> None:
         return
     try:
         recorded = json.loads(record.read_text(encoding="utf-8"))["files"][file.name]["sha256"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BackboneError(f"{record}: no sha256 for {file.name}, so it cannot be trusted") from error
     actual = hashlib.sha256(data).hexdigest()
     if actual != recorded:

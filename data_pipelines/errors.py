@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["CorruptSampleError", "DataError", "MissingFieldError", "nearest", "suggest"]
+__all__ = ["CorruptSampleError", "DataError", "MissingFieldError", "TooLargeError", "nearest", "suggest"]
 
 
 class DataError(ValueError):
@@ -22,6 +22,10 @@ class MissingFieldError(DataError):
     def __init__(self, message: str, wanted: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.wanted = tuple(wanted)
+
+
+class TooLargeError(DataError):
+    """A small file, such as an index, is larger than it can be; it was not read."""
 
 
 def suggest(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:

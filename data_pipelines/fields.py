@@ -5,7 +5,6 @@ Not here: of which kind a field is (`field_kinds`), how its bytes are decoded (`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from data_pipelines.decode import Photo, chosen_decoder, decode_array, decode_arrays, decode_label, decode_mask
 from data_pipelines.errors import DataError
 from data_pipelines.field_kinds import ARRAY_KINDS
+from data_pipelines.parsing import parse_json
 
 __all__ = ["decode_field", "label_mix_up"]
 
@@ -74,8 +74,8 @@ def _decode_depth(data: bytes) -> npt.NDArray[Any]:
 
 def _decode_json(data: bytes) -> Any:
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return parse_json(data)
+    except ValueError as error:
         raise DataError(f"not valid JSON: {error}") from None
 
 

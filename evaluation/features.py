@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipelines import files
+from data_pipelines.parsing import parse_json
 from evaluation.lease import compute_once
 from evaluation.protocol import EvaluationError
 
@@ -100,7 +101,7 @@ class FeatureCache:
         """The arrays of a complete and undamaged entry, else None."""
         entry = self._root / key
         try:
-            meta = json.loads((entry / "meta.json").read_text())
+            meta = parse_json((entry / "meta.json").read_text())
             if meta["format"] != FORMAT:
                 return None
             stamps = {name: _Stamp(**stamp) for name, stamp in meta["arrays"].items()}

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from data_pipelines.parsing import parse_json
+
 __all__ = ["compute_once"]
 
 HEARTBEAT_S = 5.0
@@ -94,7 +96,7 @@ def _create(path: Path, token: str) -> bool:
 def _owner(path: Path) -> dict[str, str | int] | None:
     """The owner written in the lease; None when it is gone or not (yet) fully written."""
     try:
-        owner = json.loads(path.read_text())
+        owner = parse_json(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
     return owner if isinstance(owner, dict) else None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.files import write_atomically
+from data_pipelines.parsing import parse_json
 from evaluation.lease import compute_once
 from evaluation.protocol import EvaluationError, Metric
 
@@ -61,7 +62,7 @@ class EvaluationResult:
     @classmethod
     def from_json(cls, text: str) -> EvaluationResult:
         """Inverse of `to_json`; `ValueError` when `text` is something else."""
-        fields = json.loads(text)
+        fields = parse_json(text)
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
             raise ValueError(f"not an evaluation result of format {FORMAT}")
         try:

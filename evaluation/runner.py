@@ -8,7 +8,6 @@ cache; only then is the backbone loaded and run. When to evaluate what, and wher
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from backbones.io import BACKBONE_FILE, load_backbone, weights_digest
+from data_pipelines.parsing import parse_json
 from evaluation import registry
 from evaluation.data import EvaluationData
 from evaluation.extraction.forward import num_test_in_train, splits_of, write_features
@@ -122,5 +122,5 @@ def _architecture(checkpoint: Path) -> Mapping[str, Any]:
     """What the weights file says about the backbone."""
     path = Path(checkpoint)
     with safe_open(path / BACKBONE_FILE if path.is_dir() else path, framework="pt") as file:
-        architecture: dict[str, Any] = json.loads(file.metadata()["pretrain.backbone"])
+        architecture: dict[str, Any] = parse_json(file.metadata()["pretrain.backbone"])
     return architecture

@@ -7,7 +7,6 @@ Not here: the protocols (`evaluation`), starting evaluations and pruning (`pretr
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipelines.parsing import parse_json
 from evaluation.protocol import Metric, ranked
 from evaluation.registry import describe
 from pretrain.config.schema import EvaluationTask, Recipe
@@ -176,7 +176,7 @@ def _places(storage: Path) -> list[Place]:
         if path.stem in of_runs:
             continue
         try:
-            record = json.loads(path.read_text())
+            record = parse_json(path.read_text())
             protocol, data, metrics = record["protocol"], record["data"], record["metrics"]
             reported = describe(protocol, metrics, record.get("described", ()))
             found.append(_place(protocol, data, reported, metrics, "(by hand)", None))

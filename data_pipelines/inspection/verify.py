@@ -12,7 +12,6 @@ Not here: the same checks at run time, where the first damage of a sample ends t
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 import zlib
@@ -30,8 +29,9 @@ from data_pipelines.content import compared_field, content_hash, copies_between
 from data_pipelines.errors import DataError
 from data_pipelines.field_kinds import cut_names, is_never_read, kind_of_field
 from data_pipelines.fields import decode_field, label_mix_up
-from data_pipelines.shards.index import ShardIndex, sidecar
-from data_pipelines.shards.manifest import MANIFEST_NAME
+from data_pipelines.parsing import parse_json
+from data_pipelines.shards.index import ShardIndex, read_sidecar
+from data_pipelines.shards.manifest import MANIFEST_BYTES, MANIFEST_NAME
 from data_pipelines.shards.source import expand_source
 from data_pipelines.shards.tar_walk import Damage, Member, walk
 from data_pipelines.split_names import split_of_tar
@@ -173,11 +173,11 @@ def _warn(report: Report) -> None:
 
 def _read_folder(shard: str, store: Store, report: Report) -> _Folder:
     location = sibling(shard, MANIFEST_NAME)
-    content = None if location is None else store.read_file(location)
+    content = None if location is None else store.read_file(location, MANIFEST_BYTES)
     if location is None or content is None:
         return _Folder()
     try:
-        description = json.loads(content)
+        description = parse_json(content)
     except ValueError as error:
         report.findings.append(Finding(redact(location), None, None, f"not valid: {error}"))
         return _Folder()
@@ -274,7 +274,7 @@ def _check_index(
     damages: Sequence[Damage],
 ) -> Iterator[Problem]:
     """CRC-32 of every sample against the sidecar index, if there is one."""
-    content = None if scheme_of(location) == PIPE else store.read_file(sidecar(location))
+    content = None if scheme_of(location) == PIPE else read_sidecar(location, store, report.num_bytes)
     if content is None:
         return
     sizes = dict.fromkeys((report.num_bytes, expected.get("bytes", report.num_bytes)))

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from data_pipelines.errors import DataError
 from data_pipelines.files import write_atomically
+from data_pipelines.parsing import parse_json
 from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 
 __all__ = ["PackFolder"]
@@ -107,7 +108,7 @@ class PackFolder:
             self._request.unlink(missing_ok=True)  # a kill just before the end leaves it
             return manifest
         if self._request.exists():
-            self._require_same(json.loads(self._request.read_bytes()), request, self._request, newest)
+            self._require_same(parse_json(self._request.read_bytes()), request, self._request, newest)
         elif strange := next(self._dest.glob("*.tar*"), None):
             raise DataError(f"{self._dest} holds {strange.name}, which no packing left there; choose an empty folder")
         return None

@@ -25,6 +25,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.files import sha256, write_atomically
 from data_pipelines.packing.conversion import Conversion, convert
 from data_pipelines.packing.inputs import Item
+from data_pipelines.parsing import parse_json
 from data_pipelines.pixel_sums import PixelSums
 from data_pipelines.shards.index import ShardIndex, scan_shard, sidecar
 from data_pipelines.shards.manifest import ShardEntry
@@ -61,7 +62,7 @@ class ShardRecord:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> ShardRecord:
-        stored = json.loads(content)
+        stored = parse_json(content)
         return cls(
             name=stored["name"],
             entry=stored["entry"] and ShardEntry(**stored["entry"]),

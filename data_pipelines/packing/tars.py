@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import re
 import shutil
 import warnings
@@ -22,6 +21,7 @@ from typing import Any
 from data_pipelines.errors import DataError
 from data_pipelines.field_kinds import cut_names, field_kind, is_never_read, picture_names
 from data_pipelines.packing.inputs import FAMILIES, Item, Listing, Piece, suffix_of
+from data_pipelines.parsing import parse_json
 from data_pipelines.shards.index import ShardIndex, scan_shard
 from data_pipelines.shards.manifest import MANIFEST_NAME
 from data_pipelines.split_names import split_of_tar
@@ -156,7 +156,7 @@ def _description(folder: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return _mapping(json.loads(path.read_bytes()))
+        return _mapping(parse_json(path.read_bytes()))
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
 

@@ -10,7 +10,6 @@ Not here: where bytes come from (`stores`), in which order samples are read (`or
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 import zlib
 from bisect import bisect_right
@@ -25,8 +24,9 @@ from typing import Any
 from data_pipelines.errors import CorruptSampleError, DataError, MissingFieldError, suggest
 from data_pipelines.field_kinds import cut_names, picture_names, shared_names, under_shared_names
 from data_pipelines.order import SampleOrder
+from data_pipelines.parsing import parse_json
 from data_pipelines.shards.index import ShardIndex, load_index
-from data_pipelines.shards.manifest import MANIFEST_NAME, Manifests, split_digest
+from data_pipelines.shards.manifest import MANIFEST_BYTES, MANIFEST_NAME, Manifests, split_digest
 from data_pipelines.shards.source import expand_source
 from data_pipelines.storage.locations import is_local, redact, sibling, split_location
 from data_pipelines.storage.stores import FetchOptions, Store
@@ -145,8 +145,8 @@ class Dataset:
     def description(self) -> dict[str, Any]:
         """`dataset.json` beside the first shard, whoever wrote it; `{}` if there is none, or no JSON object in it."""
         described = sibling(self.shards[0].location, MANIFEST_NAME)
-        content = self._store.read_file(described) if described else None
-        description = json.loads(content) if content else {}  # `open_dataset` saw that it is JSON
+        content = self._store.read_file(described, MANIFEST_BYTES) if described else None
+        description = parse_json(content) if content else {}  # `open_dataset` saw that it is JSON
         return description if isinstance(description, dict) else {}
 
     def __len__(self) -> int:

@@ -29,16 +29,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, TooLargeError
 from data_pipelines.field_kinds import picture_names
 from data_pipelines.files import write_atomically
+from data_pipelines.parsing import parse_json
 from data_pipelines.shards.tar_walk import Damage, Member, walk
 from data_pipelines.storage.locations import PIPE, is_local, redact, scheme_of, split_location
 from data_pipelines.storage.stores import Store
 
-__all__ = ["ShardIndex", "load_index", "scan_shard", "sidecar"]
+__all__ = ["ShardIndex", "load_index", "read_sidecar", "scan_shard", "sidecar"]
 
 INDEX_FORMAT = "pretrain-index/1"
+_HEADER_BYTES = 1 << 20  # the most that an index may take before its arrays
+_LARGEST = 256 << 20  # the most that is fetched of one, whatever size a shard is said to have: 4 million samples
 _ABSENT = 0xFFFFFFFF  # begin and end of a field that a sample lacks
 
 
@@ -185,11 +188,13 @@ class ShardIndex:
         try:
             content = source if isinstance(source, bytes) else _mapped(source)
             (header_size,) = struct.unpack_from("<Q", content)
-            header = json.loads(content[8 : 8 + header_size])
+            if header_size > _HEADER_BYTES:
+                return None
+            header = parse_json(content[8 : 8 + header_size])
             facts = header["__metadata__"]
             if facts["format"] != INDEX_FORMAT or int(facts["num_bytes"]) != num_bytes:
                 return None
-            names = tuple(map(str, json.loads(facts["fields"])))
+            names = tuple(map(str, parse_json(facts["fields"])))
             samples, keys = (_tensor(content, 8 + header_size, header[name]) for name in ("samples", "keys"))
             index = cls(num_bytes, names, samples.view(_row_type(len(names))), keys)
         except (OSError, ValueError, KeyError, TypeError, struct.error):
@@ -224,6 +229,18 @@ def sidecar(shard: str) -> str:
     return f"{folder}/{name}.index{query}"
 
 
+def read_sidecar(location: str, store: Store, num_bytes: int) -> bytes | None:
+    """The file beside a shard of `num_bytes`; None if there is none, empty if it is too large to be its index.
+
+    A member takes at least 512 bytes of a tar, and at most 32 bytes and its name of an index. (An index that is larger
+    all the same, because only few samples have each of a hundred fields, is made anew by a scan.)
+    """
+    try:
+        return store.read_file(sidecar(location), min(num_bytes, _LARGEST) + _HEADER_BYTES)
+    except TooLargeError:
+        return b""
+
+
 def load_index(location: str, store: Store, *, num_bytes: int | None = None, digest: str = "") -> ShardIndex:
     """The index of a shard: its sidecar, else the cached one, else a new scan (of the whole shard) that is then cached.
 
@@ -250,7 +267,7 @@ def load_index(location: str, store: Store, *, num_bytes: int | None = None, dig
     index = index or ShardIndex.open(cached, size)
     if index is not None:
         return index
-    if not local and scheme_of(location) != PIPE and (content := store.read_file(sidecar(location))):
+    if not local and scheme_of(location) != PIPE and (content := read_sidecar(location, store, size)):
         index = ShardIndex.open(content, size)
     index = index or scan_shard(store.local_copy(location), redact(location))
     try:

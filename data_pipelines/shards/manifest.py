@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.errors import DataError
+from data_pipelines.parsing import parse_json
 from data_pipelines.storage.locations import redact, sibling, split_location
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMAT",
+    "MANIFEST_BYTES",
     "MANIFEST_NAME",
     "ChannelStats",
     "Manifest",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "dataset.json"
+MANIFEST_BYTES = 64 << 20  # the most that is read of one: 200,000 shards, or the keys of two million frames in order
 FORMAT = "pretrain-dataset/1"
 
 
@@ -114,7 +117,7 @@ def read_manifest(content: bytes | Mapping[str, Any]) -> Manifest | None:
     """
     if isinstance(content, bytes):
         try:
-            content = json.loads(content)
+            content = parse_json(content)
         except ValueError as error:
             raise DataError(f"{MANIFEST_NAME} is not valid JSON: {error}") from None
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
@@ -143,7 +146,7 @@ class Manifests:
         folder = split_location(location)[0]
         if folder not in self._read:
             described = sibling(location, MANIFEST_NAME)
-            content = self.store.read_file(described) if described else None
+            content = self.store.read_file(described, MANIFEST_BYTES) if described else None
             try:
                 self._read[folder] = read_manifest(content) if content else None
             except DataError as error:

@@ -80,8 +80,8 @@ class RemoteShards:
             raise _too_short(location, begin, size, begin + len(content))
         return content
 
-    def read_file(self, location: str) -> bytes | None:
-        return None if scheme_of(location) == PIPE else self._remote.content(location)
+    def read_file(self, location: str, limit: int) -> bytes | None:
+        return None if scheme_of(location) == PIPE else self._remote.content(location, limit)
 
     def glob(self, pattern: str) -> list[str]:
         return self._remote.glob(pattern)

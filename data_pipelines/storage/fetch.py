@@ -47,9 +47,13 @@ class Remote:
         """
         return self._persist(location, lambda link: link.facts(location))
 
-    def content(self, location: str) -> bytes | None:
-        """A small file whole; None if it is absent, or may not be read."""
-        return self._persist(location, lambda link: link.content(location))
+    def content(self, location: str, limit: int) -> bytes | None:
+        """A small file whole; None if it is absent, or may not be read.
+
+        Raises:
+            TooLargeError: it has more than `limit` bytes; what memory held of it never was more.
+        """
+        return self._persist(location, lambda link: link.content(location, limit))
 
     def glob(self, pattern: str) -> list[str]:
         """Locations that match, sorted."""

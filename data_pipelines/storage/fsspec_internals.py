@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 __all__ = [
     "answer_of_s3",
-    "content_of",
     "http_session",
     "info_of",
     "matches_of",
@@ -51,11 +50,6 @@ async def http_session(filesystem: Any) -> Any:
 async def info_of(filesystem: Any, path: str) -> dict[str, Any]:
     """What the store says about an object, not what it said earlier."""
     return dict(await filesystem._info(path, refresh=True))
-
-
-async def content_of(filesystem: Any, path: str) -> bytes:
-    """A whole object."""
-    return bytes(await filesystem._cat_file(path))
 
 
 async def matches_of(filesystem: Any, pattern: str) -> list[str]:

@@ -22,7 +22,6 @@ from data_pipelines.errors import DataError
 from data_pipelines.storage.failures import Failure, RangesIgnored, is_absent, status_failure
 from data_pipelines.storage.fsspec_internals import (
     answer_of_s3,
-    content_of,
     http_session,
     info_of,
     matches_of,
@@ -31,7 +30,7 @@ from data_pipelines.storage.fsspec_internals import (
     without_retries,
 )
 from data_pipelines.storage.locations import redact
-from data_pipelines.storage.request import Facts, FetchOptions
+from data_pipelines.storage.request import Facts, FetchOptions, too_large
 
 __all__ = ["BucketLink", "HttpLink"]
 
@@ -79,17 +78,23 @@ class HttpLink:
         if end is not None and position < end:
             raise Failure(f"the answer ended at byte {position}, expected {end}")
 
-    async def content(self, location: str) -> bytes | None:
+    async def content(self, location: str, limit: int) -> bytes | None:
         async with self._get(location, None) as response:
             if response.content_type == "text/html":  # a page that says "not found" without the status
                 return None
             if is_absent(status_failure(response.status, "", {})):
                 return None
             _reject(response, location)
-            body = await response.read()
+            if (response.content_length or 0) > limit:
+                raise too_large(location, limit)
+            body = bytearray()
+            async for piece in response.content.iter_any():
+                body += piece
+                if len(body) > limit:
+                    raise too_large(location, limit)
             if response.content_length not in (None, len(body)):
                 raise Failure(f"the answer has {len(body)} bytes, announced were {response.content_length}")
-            return body
+            return bytes(body)
 
     async def glob(self, pattern: str) -> list[str]:
         raise DataError(f"{redact(pattern)}: a web server cannot be listed; name the shards")
@@ -206,9 +211,15 @@ class BucketLink:
         except FileNotFoundError:
             raise _replaced(f"its generation was {version}") from None
 
-    async def content(self, location: str) -> bytes | None:
+    async def content(self, location: str, limit: int) -> bytes | None:
+        body = bytearray()
         try:
-            return await content_of(self.filesystem, path_in(self.filesystem, location))
+            facts = await self.facts(location)
+            assert facts.size is not None  # object stores always tell the size
+            if facts.size > limit:
+                raise too_large(location, limit)
+            await self.copy(location, 0, facts.size, facts, body.extend, whole=True)
+            return bytes(body)
         except Exception as error:
             if is_absent(error):
                 return None

@@ -11,9 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, TooLargeError
+from data_pipelines.storage.locations import redact
 
-__all__ = ["Facts", "FetchOptions", "Link"]
+__all__ = ["Facts", "FetchOptions", "Link", "too_large"]
+
+
+def too_large(location: str, limit: int) -> TooLargeError:
+    """For a file of which `limit` bytes are the most that would be read."""
+    return TooLargeError(
+        f"{redact(location)}: has more than {limit} bytes, which such a file cannot have; it is not read"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,6 @@ class Link(Protocol):
         self, location: str, begin: int, end: int | None, facts: Facts, write: Callable[[bytes], None], *, whole: bool
     ) -> None: ...
 
-    async def content(self, location: str) -> bytes | None: ...
+    async def content(self, location: str, limit: int) -> bytes | None: ...
 
     async def glob(self, pattern: str) -> list[str]: ...

@@ -20,7 +20,7 @@ from typing import Any
 from data_pipelines.errors import DataError
 from data_pipelines.storage.blocks import RemoteShards
 from data_pipelines.storage.locations import is_local
-from data_pipelines.storage.request import FetchOptions
+from data_pipelines.storage.request import FetchOptions, too_large
 
 __all__ = ["FetchOptions", "Store"]
 
@@ -75,14 +75,22 @@ class Store:
             )
         return content
 
-    def read_file(self, location: str) -> bytes | None:
-        """A small file whole (an index, a manifest), not cached; None if there is none, or none that may be read."""
+    def read_file(self, location: str, limit: int) -> bytes | None:
+        """A small file whole (an index, a manifest), not cached; None if there is none, or none that may be read.
+
+        Raises:
+            TooLargeError: it has more than `limit` bytes.
+        """
         if not is_local(location):
-            return self._remote.read_file(location)
+            return self._remote.read_file(location, limit)
         try:
-            return Path(location).read_bytes()
+            with open(location, "rb") as file:
+                content = file.read(limit + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        if len(content) > limit:
+            raise too_large(location, limit)
+        return content
 
     def local_copy(self, location: str) -> Path:
         """A local file with the bytes of `location`; a fetched one stays at least until the next call."""

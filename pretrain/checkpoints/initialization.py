@@ -20,7 +20,6 @@ mean something else tomorrow by what they mean now, `find_weights` and `find_tra
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from typing import Any, Literal
 
 from backbones.registry import IMAGE
 from data_pipelines.files import sha256
+from data_pipelines.parsing import parse_json
 from pretrain.checkpoints import references
 from pretrain.checkpoints.store import CheckpointError, Published, latest, read_manifest
 from pretrain.config.optimizer_facts import RESHARDABLE
@@ -243,8 +243,8 @@ def _spec_in(file: Path) -> Mapping[str, Any]:
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         try:
-            header = json.loads(opened.read(min(length, file.stat().st_size)))
-            return dict(json.loads(header["__metadata__"]["pretrain.backbone"]))
+            header = parse_json(opened.read(min(length, file.stat().st_size)))
+            return dict(parse_json(header["__metadata__"]["pretrain.backbone"]))
         except (ValueError, KeyError, TypeError):
             return {}
 

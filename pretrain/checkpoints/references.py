@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from data_pipelines.storage.locations import redact
 from pretrain.checkpoints import copies
 from pretrain.checkpoints.storage import open_storage
@@ -38,6 +36,7 @@ from pretrain.checkpoints.store import (
     published_at,
     verify,
 )
+from pretrain.config.values import parse_yaml
 from pretrain.errors import RequestError, RunFailed, listed, nearest
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RunDir, runs_in
@@ -182,7 +181,7 @@ def load_backbone(reference: str | Path, *, storage: Path = Path("runs"), tracki
 def best_step(run_dir: Path) -> int | None:
     """The best published step by the recipe's `evaluation.select`; None if none has a score of it yet."""
     run = RunDir(run_dir)
-    select = yaml.safe_load(run.recipe.read_text())["evaluation"]["select"]
+    select = parse_yaml(run.recipe.read_text())["evaluation"]["select"]
     on_disk = {found.step for found in published(run_dir)}
     order = best_steps(select, read_events(run.evaluations)[0])
     return next((step for step in order if step in on_disk), None)

@@ -27,7 +27,13 @@ from typing import Any
 from data_pipelines.files import write_atomically
 from pretrain.record.run_dir import MANIFEST
 
-__all__ = ["CheckpointStorage", "FsspecStorage", "LocalStorage", "open_storage"]
+__all__ = ["CheckpointError", "CheckpointStorage", "FsspecStorage", "LocalStorage", "open_storage"]
+
+SMALL_FILE_BYTES = 64 << 20  # the most that `read` takes into memory: manifests and recipes have kilobytes
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is damaged, incomplete or does not fit."""
 
 
 class CheckpointStorage(ABC):
@@ -59,6 +65,7 @@ class CheckpointStorage(ABC):
 
         Raises:
             FileNotFoundError: There is none. So for `copy`.
+            CheckpointError: It is not small.
         """
 
     @abstractmethod
@@ -195,6 +202,9 @@ class FsspecStorage(CheckpointStorage):
 
     def read(self, name: str) -> bytes:
         filesystem, root = self._opened
+        size = filesystem.info(f"{root}/{name}")["size"] or 0
+        if size > SMALL_FILE_BYTES:
+            raise CheckpointError(f"{self.location(name)}: has {size} bytes, expected at most {SMALL_FILE_BYTES}")
         content: bytes = filesystem.cat_file(f"{root}/{name}")
         return content
 

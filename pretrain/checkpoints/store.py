@@ -33,7 +33,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipelines.files import sha256, write_atomically
-from pretrain.checkpoints.storage import CheckpointStorage, LocalStorage, open_storage
+from data_pipelines.parsing import parse_json
+from pretrain.checkpoints.storage import CheckpointError, CheckpointStorage, LocalStorage, open_storage
 from pretrain.record.run_dir import BACKBONE, MANIFEST, RECIPE
 from pretrain.version import __version__
 
@@ -64,10 +65,6 @@ REMOVED = "training_state.removed"
 REMEDY = "delete this checkpoint to resume from the one before"
 _ELSEWHERE = "stored_at.txt"  # in the run's checkpoints/: the URI of the storage that holds them instead
 _NAME = re.compile(r"step-(\d{8})")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, incomplete or does not fit."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +247,8 @@ def parse_manifest(content: bytes, origin: str) -> dict[str, Any]:
         CheckpointError: It is not JSON, of a format this version does not know, or lists names outside a checkpoint.
     """
     try:
-        manifest = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        manifest = parse_json(content)
+    except ValueError as error:
         raise CheckpointError(f"{origin}: not valid JSON ({error})") from None
     found = manifest.get("format") if isinstance(manifest, dict) else "?"
     if found != FORMAT:

@@ -18,7 +18,11 @@ from typing import Any, ClassVar
 
 import yaml
 
+from data_pipelines.parsing import MAX_DEPTH
+
 __all__ = ["Typed", "first_line", "parse_yaml", "typed"]
+
+_MAX_VALUES = 100_000  # of a document; the longest recipe has a thousand
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML document: dicts, lists, texts, numbers, booleans, None.
 
     Raises:
-        yaml.YAMLError: It is not YAML, names a key twice, or asks for another type by a tag.
+        yaml.YAMLError: It is not YAML, names a key twice, asks for another type by a tag, or has more levels or values
+            than any recipe.
     """
     return yaml.load(text, _Loader)
 
@@ -68,13 +73,40 @@ def first_line(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Knows the tags and plain scalars named at the top of this file, and no others."""
+    """Knows the tags and plain scalars named at the top of this file, and no others.
+
+    Depth and size are counted while the document is read, level by level, so that none can end the process. What an
+    alias stands for counts each time: a few lines of aliases can stand for a document of any depth and size.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     yaml_constructors: ClassVar[dict[str | None, Any]] = {
         tag: yaml.SafeLoader.yaml_constructors[tag]
         for tag in (*(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "float", "str")), None)
     }
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._measured: dict[yaml.Node, tuple[int, int]] = {}  # (levels, values) of a node with all below it
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        self._depth += 1
+        _require_small(self._depth, 1, event.start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if not isinstance(event, yaml.AliasEvent):
+            below = [] if isinstance(node, yaml.ScalarNode) else node.value
+            parts = [part for pair in below for part in pair] if isinstance(node, yaml.MappingNode) else below
+            levels, values = zip((0, 0), *(self._measured[part] for part in parts), strict=True)
+            self._measured[node] = 1 + max(levels), 1 + sum(values)
+            _require_small(*self._measured[node], event.start_mark)
+        elif node not in self._measured:
+            raise yaml.composer.ComposerError(
+                None, None, f"*{event.anchor} stands for a value that holds it", event.start_mark
+            )
+        return node
 
     def construct_unique(self, node: yaml.MappingNode) -> dict[Hashable, Any]:
         """A mapping that names no key twice; `<<` merges as in YAML 1.1."""
@@ -96,6 +128,17 @@ class _Loader(yaml.SafeLoader):
             return int(text)
         except ValueError:  # more digits than Python converts: whoever wants a number refuses the text
             return text
+
+
+def _require_small(levels: int, values: int, mark: yaml.Mark) -> None:
+    """
+    Raises:
+        yaml.YAMLError: Part of a document has more levels or values.
+    """
+    if levels > MAX_DEPTH:
+        raise yaml.composer.ComposerError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
+    if values > _MAX_VALUES:
+        raise yaml.composer.ComposerError(None, None, f"stands for more than {_MAX_VALUES} values", mark)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_unique)

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from data_pipelines.parsing import parse_json
 from pretrain.record.events import DamagedEvent, Event, from_json
 
 __all__ = ["Journal", "Line", "read_events", "read_lines"]
@@ -113,8 +114,8 @@ class Line:
             DamagedEvent: It is not a JSON object (a line torn by a kill or a full disk), or not a whole event.
         """
         try:
-            record = json.loads(self.raw, object_hook=_restore)
-        except (ValueError, TypeError, RecursionError):
+            record = parse_json(self.raw, object_hook=_restore)
+        except (ValueError, TypeError):
             record = None
         if not isinstance(record, dict):
             raise DamagedEvent("not a JSON object")

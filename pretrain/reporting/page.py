@@ -17,13 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from data_pipelines.files import write_atomically
 from evaluation.protocol import FRACTION, Metric, format_value
 from pretrain.checkpoints.references import best_step
 from pretrain.checkpoints.store import CheckpointError, published
 from pretrain.config.stages import written_stages
+from pretrain.config.values import parse_yaml
 from pretrain.errors import RequestError
 from pretrain.record.events import (
     Evaluated,
@@ -97,7 +96,7 @@ def write_report(run_dir: Path) -> Path:
 
 def _contents(run: RunDir) -> dict[str, Any]:
     recipe_yaml = run.recipe.read_text(encoding="utf-8")
-    stages = written_stages(yaml.safe_load(recipe_yaml))
+    stages = written_stages(parse_yaml(recipe_yaml))
     recipe = stages[-1]
     events, _ = read_events(run.journal)
     evaluations, _ = read_events(run.evaluations)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipelines.files import write_atomically
+from data_pipelines.parsing import parse_json
 
 __all__ = ["BESIDE", "Cursor", "Status"]
 
@@ -71,7 +72,7 @@ class Cursor:
     def load(cls, path: Path) -> Cursor | None:
         """The cursor at `path`; None if there is none or it is damaged (sending everything again is harmless)."""
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**parse_json(path.read_text()))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:

@@ -34,10 +34,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import yaml
-
 from data_pipelines.storage.locations import redact
 from pretrain.config.stages import written_stages
+from pretrain.config.values import parse_yaml
 from pretrain.errors import RequestError
 from pretrain.record.events import (
     CheckpointPublished,
@@ -429,7 +428,7 @@ def sync(run_dir: Path, exported: Exported, *, uri: str | None = None, deadline_
         or (default_database(run.path.parent) if cursor.uri == BESIDE else cursor.uri),
         experiment=cursor.experiment,
         recipe_yaml=recipe_yaml,
-        params=written_stages(yaml.safe_load(recipe_yaml))[-1],
+        params=written_stages(parse_yaml(recipe_yaml))[-1],
         tags=cursor.tags,
         model_name=cursor.model_name,
         select=cursor.select,

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from backbones.io import initialize_from, save_backbone
 from data_pipelines.files import sha256
+from data_pipelines.parsing import parse_json
 from data_pipelines.streaming.stream import Stream, StreamState
 from objectives.base import Objective
 from objectives.errors import ObjectiveError
@@ -431,7 +432,7 @@ def _load_objective(objective: Objective, state_dir: Path) -> None:
     objective.load_extra_state(state)
     file = state_dir / REFERENCES
     try:
-        objective.load_references(json.loads(file.read_text()) if file.is_file() else {})
+        objective.load_references(parse_json(file.read_text()) if file.is_file() else {})
     except ObjectiveError as error:
         raise store.CheckpointError(f"{state_dir}: {error}") from error
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, TooLargeError
 from data_pipelines.shards.dataset import open_dataset
-from data_pipelines.shards.index import load_index
+from data_pipelines.shards.index import load_index, scan_shard
+from data_pipelines.shards.manifest import MANIFEST_BYTES
 from data_pipelines.shards.source import expand_source
 from data_pipelines.storage.stores import FetchOptions, Store
 
@@ -221,14 +222,49 @@ def test_read__replaced_shard_is_an_error(server: FaultServer, store: Store) -> 
 
 
 def test_read_file__absent_forbidden_or_a_login_page_is_none(server: FaultServer, store: Store) -> None:
-    assert store.read_file(f"{server.root}/train-000000.tar.index") is None
+    assert store.read_file(f"{server.root}/train-000000.tar.index", 9) is None
     server.faults = iter((status(403), html_page, status(500), None))
-    assert store.read_file(server.url) is None
-    assert store.read_file(server.url) is None
-    assert store.read_file(server.url) == CONTENT
+    assert store.read_file(server.url, 1 << 20) is None
+    assert store.read_file(server.url, 1 << 20) is None
+    assert store.read_file(server.url, 1 << 20) == CONTENT
     server.faults = repeat(status(503))
     with pytest.raises(DataError, match=r"HTTP 503 Service Unavailable; gave up after 3 attempts"):
-        store.read_file(server.url)
+        store.read_file(server.url, 1 << 20)
+
+
+def endless(handler: Handler, body: bytes, begin: int, end: int) -> None:
+    """Sends zeros without saying how many, for as long as somebody listens."""
+    handler.send_response(200)
+    handler.send_header("Connection", "close")
+    handler.end_headers()
+    handler.close_connection = True
+    for _ in range(1 << 10):
+        handler.wfile.write(bytes(1 << 20))
+    handler.server.log.append(("everything was sent", None))
+
+
+def announced(handler: Handler, body: bytes, begin: int, end: int) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(3 << 30))
+    handler.end_headers()
+
+
+@pytest.mark.parametrize("fault", [endless, announced])
+def test_read_file__what_is_larger_than_it_can_be_is_not_read(
+    server: FaultServer, store: Store, options: Callable[..., FetchOptions], demo_data: Path, fault: Fault
+) -> None:
+    """3 GiB for an index or a `dataset.json`: an index is made anew, a `dataset.json` is named."""
+    server.faults = iter([fault, fault])
+    with pytest.raises(TooLargeError, match=r"tar: has more than 1048576 bytes, which such a file cannot have"):
+        store.read_file(server.url, 1 << 20)
+    (shard, *_) = sorted((demo_data / "grocery").glob("test-*.tar"))
+    server.files = {"/a.tar": shard.read_bytes(), "/a.tar.index": b"", "/dataset.json": b"{}"}
+    size = shard.stat().st_size
+    assert load_index(f"{server.root}/a.tar", store, num_bytes=size).num_samples == scan_shard(shard).num_samples
+    server.faults = iter([fault])
+    with pytest.raises(DataError, match=rf"/dataset.json: has more than {MANIFEST_BYTES} bytes"):
+        expand_source(f"{server.root}/", store=store)
+    assert ("everything was sent", None) not in server.log
 
 
 def test_messages__show_neither_user_nor_query(server: FaultServer, store: Store) -> None:

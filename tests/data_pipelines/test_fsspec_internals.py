@@ -15,7 +15,7 @@ from data_pipelines.storage.fsspec_internals import answer_of_s3, part_of_gcs, p
 
 NAMES = {
     "http": ("loop", "set_session", "_strip_protocol"),
-    "s3": ("loop", "retries", "split_path", "_call_s3", "_cat_file", "_glob", "_info", "_strip_protocol"),
+    "s3": ("loop", "retries", "split_path", "_call_s3", "_glob", "_info", "_strip_protocol"),
     "gcs": ("loop", "_cat_file", "_glob", "_info", "_strip_protocol"),
 }
 PACKAGES = {"http": "aiohttp", "s3": "s3fs", "gcs": "gcsfs"}

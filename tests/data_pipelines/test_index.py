@@ -263,7 +263,7 @@ class RemoteStore(Store):
         self.asked.append(f"size {location}")
         return self.local_copy(location).stat().st_size
 
-    def read_file(self, location: str) -> bytes | None:
+    def read_file(self, location: str, limit: int) -> bytes | None:
         self.asked.append(f"file {location}")
         path = self.local_copy(location)
         return path.read_bytes() if path.exists() else None

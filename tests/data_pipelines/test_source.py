@@ -127,7 +127,7 @@ class Listing:
     def __init__(self, manifest: object = None) -> None:
         self.manifest, self.asked = manifest, []  # type: object, list[str]
 
-    def read_file(self, location: str) -> bytes | None:
+    def read_file(self, location: str, limit: int) -> bytes | None:
         self.asked.append(location)
         return None if self.manifest is None else json.dumps(self.manifest).encode()
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from fsspec.registry import _registry
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, TooLargeError
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.shards.source import expand_source
 from data_pipelines.storage.locations import redact, sibling
@@ -44,8 +44,10 @@ def test_local__ranges_sizes_and_absent_files(tmp_path: Path) -> None:
     assert store.size(str(file)) == len(CONTENT)
     assert store.read(str(file), 7, 100) == CONTENT[7:107]
     assert store.local_copy(str(file)) == file
-    assert store.read_file(str(file)) == CONTENT
-    assert store.read_file(str(tmp_path / "b.index")) is None
+    assert store.read_file(str(file), len(CONTENT)) == CONTENT
+    with pytest.raises(TooLargeError, match=rf"{file}: has more than {len(CONTENT) - 1} bytes"):
+        store.read_file(str(file), len(CONTENT) - 1)
+    assert store.read_file(str(tmp_path / "b.index"), 9) is None
     assert store.prefetch([(str(file), 0, 10)]) is None
     with pytest.raises(DataError, match=rf"{file}: needs bytes 200100\.\.200200, the file ends at 200123; it was cut"):
         store.read(str(file), 200_100, 100)
@@ -77,7 +79,7 @@ def test_local__more_files_than_descriptors_are_kept_open(tmp_path: Path) -> Non
         assert store.read(str(tmp_path / f"{number}.tar"), 0, 1) == str(number)[:1].encode()
     assert len(os.listdir("/proc/self/fd")) <= before + 256
     store.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_local__threads_read_more_files_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +102,7 @@ def test_local__threads_read_more_files_than_are_kept_open(tmp_path: Path, monke
         sys.setswitchinterval(interval)
     assert len(os.listdir("/proc/self/fd")) <= before + 2
     store.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_location__neither_path_nor_url(tmp_path: Path) -> None:
@@ -190,7 +192,7 @@ def test_pipe__runs_once_and_is_kept(tmp_path: Path, options: Callable[..., Fetc
     store = Store(allowed)
     assert store.size(command) == shard.stat().st_size
     assert store.read(command, 512, 100) == shard.read_bytes()[512:612]
-    assert store.read_file(command) is None
+    assert store.read_file(command, 9) is None
     store.close()
     piped, local = open_dataset([command], fetch=allowed), open_dataset(shard)
     assert (piped.digest, piped.num_samples, piped.read(3)) == (local.digest, local.num_samples, local.read(3))
@@ -258,7 +260,10 @@ def test_s3__blocks_and_whole_shards(s3: Any, options: Callable[..., FetchOption
         store.prefetch([("s3://data/a.tar", 2 * BLOCK, 2 * BLOCK + 1)])
         assert store.read("s3://data/a.tar", 4 * BLOCK, 123) == CONTENT[4 * BLOCK :]
         assert store.local_copy("s3://data/a.tar").read_bytes() == CONTENT
-        assert store.read_file("s3://data/a.tar.index") is None
+        assert store.read_file("s3://data/a.tar.index", 9) is None
+        assert store.read_file("s3://data/a.tar", len(CONTENT)) == CONTENT
+        with pytest.raises(TooLargeError, match=f"s3://data/a.tar: has more than {len(CONTENT) - 1} bytes"):
+            store.read_file("s3://data/a.tar", len(CONTENT) - 1)
         store.close()
 
 
@@ -345,6 +350,8 @@ def test_gs__reads_of_one_generation(monkeypatch: pytest.MonkeyPatch, options: C
     assert store.size("gs://b/a.tar") == len(CONTENT)
     assert store.read("gcs://b/a.tar", BLOCK, 9) == CONTENT[BLOCK : BLOCK + 9]
     assert asked == [("b/a.tar", BLOCK, 2 * BLOCK, {"generation": "7"})]
+    with pytest.raises(TooLargeError, match=r"gs://b/a.tar: has more than 9 bytes"):
+        store.read_file("gs://b/a.tar", 9)
     with pytest.raises(DataError, match=r"gs://b/a.tar at offset 100000: the shard was replaced .*generation was 7"):
         store.read("gs://b/a.tar", 2 * BLOCK, 9)
     store.close()

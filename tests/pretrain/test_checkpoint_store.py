@@ -15,6 +15,7 @@ import pytest
 
 from pretrain.checkpoints import copies
 from pretrain.checkpoints import store as checkpoint
+from pretrain.checkpoints.storage import FsspecStorage
 
 STORAGES = ("local", "file", "memory")
 
@@ -305,3 +306,12 @@ def test_parse_manifest__what_was_changed_is_one_line(change: dict[str, Any]) ->
         checkpoint.parse_manifest(json.dumps({**good, **change}).encode(), "here")
     with pytest.raises(checkpoint.CheckpointError, match=r"^here: not valid JSON"):
         checkpoint.parse_manifest(b"[" * 100_000, "here")
+
+
+def test_storage_read__a_small_file_of_a_remote_storage_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = FsspecStorage("memory://bounded")
+    storage.mark("step-00000001/checkpoint.json", bytes(100))
+    assert storage.read("step-00000001/checkpoint.json") == bytes(100)
+    monkeypatch.setattr("pretrain.checkpoints.storage.SMALL_FILE_BYTES", 99)
+    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint\.json: has 100 bytes, expected at most 99"):
+        storage.read("step-00000001/checkpoint.json")

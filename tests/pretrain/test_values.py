@@ -128,3 +128,31 @@ def test_parse_yaml__values(text: str, value: object) -> None:
 def test_parse_yaml__refuses(text: str) -> None:
     with pytest.raises(yaml.YAMLError):
         parse_yaml(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[" * 100_000, "nested deeper than 64 levels"),
+        ("{a: " * 100_000, "nested deeper than 64 levels"),
+        ("- " * 100_000 + "x", "nested deeper than 64 levels"),
+        ("? " * 100_000 + "x", "nested deeper than 64 levels"),
+        ("\n".join(" " * level + "a:" for level in range(1000)), "nested deeper than 64 levels"),
+        ("a0: &a0 [x]\n" + "\n".join(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 99)), "nested deeper than 64 levels"),
+        ("a0: &a0 [x]\n" + "\n".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]" for n in range(1, 30)), "stands for more"),
+        ("a: &a [*a]", "stands for a value that holds it"),
+        ("&a {b: {c: *a}}", "stands for a value that holds it"),
+    ],
+    ids=["lists", "mappings", "dashes", "keys", "blocks", "aliases", "multiplied", "itself", "itself below"],
+)
+def test_parse_yaml__depth_and_size_are_bounded(text: str, problem: str) -> None:
+    """Also where aliases make them: a recipe of 30 lines is no document of 10^28 values."""
+    with pytest.raises(yaml.YAMLError, match=problem):
+        parse_yaml(text)
+
+
+def test_parse_yaml__aliases_stand_for_values() -> None:
+    once = {"x": [1, 2]}
+    assert parse_yaml("a: &a {x: [1, 2]}\nb: {<<: *a, y: *a}") == {"a": once, "b": {**once, "y": once}}
+    deep = "[" * 63 + "1" + "]" * 63
+    assert str(parse_yaml(deep)) == deep
