@@ -88,7 +88,8 @@ def chosen_decoder(name: str) -> str:
 class Photo:
     """An encoded photo: its size is read at once, its pixels are decoded when they are first asked for.
 
-    Alpha is dropped, grey and palette images are spread to three channels.
+    Grey and palette images are spread to three channels. Transparent parts are seen on white, as documents and web
+    pages show them: the colors that a file keeps below them are arbitrary, and nobody has ever seen them.
 
     Args:
         data: a JPEG, PNG or WebP.
@@ -97,6 +98,7 @@ class Photo:
 
     Attributes:
         width, height: of the picture as it comes out, not reduced.
+        is_transparent: whether a pixel is not opaque; known when the pixels are.
 
     Raises:
         DataError: another format, broken, too large, or of more than 8 bits (which RGB would clip); at once or when
@@ -104,7 +106,7 @@ class Photo:
     """
 
     def __init__(self, data: bytes, decoder: str = "pil", *, exif_rotation: bool = True) -> None:
-        self._data, self._factor = data, 1
+        self._data, self._factor, self.is_transparent = data, 1, False
         self._file: Image.Image | None = None  # what PIL will decode
         self._orientation = orientation(data) if exif_rotation else 1
         is_jpeg = picture_format(data) == "JPEG"
@@ -162,7 +164,12 @@ class Photo:
         image = _open(self._data, _IMAGE_FORMATS) if self._file is None else self._file
         if factor > 1:  # the largest power of two by which both sides shrink to no less than what is asked for
             image.draft(None, (max(1, width // factor), max(1, height // factor)))
-        return _rgb(_loaded(image, self._data))
+        image = _loaded(image, self._data)
+        if image.has_transparency_data and not image.mode.startswith(("I", "F")):
+            layer = image.convert("RGBA")
+            self.is_transparent = bool((np.asarray(layer.getchannel("A")) < 255).any())
+            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        return _rgb(image)
 
     def _fits(self, factor: int) -> bool:
         """Whether it may be decoded at 1 / factor of its size."""

@@ -70,6 +70,7 @@ class Sample:
     fields: dict[str, bytes] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)  # what goes into the `json` field
     label: int | None = None
+    is_transparent: bool = False  # whether a picture of it is, in part
     sums: PixelSums = field(default_factory=PixelSums)
 
 
@@ -162,6 +163,7 @@ def _add_image(sample: Sample, name: str, data: bytes, conversion: Conversion) -
     photo.reduce_to_limit(min(target))
     image = _resized(photo.image, target)
     sample.sums.add_image(image)
+    sample.is_transparent |= photo.is_transparent
     if conversion.encoding is not None:
         name = f"{name[: name.rfind('.') + 1]}{conversion.encoding.extension}"  # left.jpg -> left.webp
         data = _encode(image, conversion.encoding)

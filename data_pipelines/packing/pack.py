@@ -140,6 +140,8 @@ def pack(
         folder.finish(manifest)
         _warn_of_rejected(records)
         _warn_of_copies(plans, records, dedupe)
+        if transparent := sum(record.num_transparent for record in records):
+            warnings.warn(f"{transparent} samples have transparent pictures; these are seen on white", stacklevel=2)
     return manifest
 
 

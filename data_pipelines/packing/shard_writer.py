@@ -16,14 +16,14 @@ import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
 
 from data_pipelines.content import compared_field, content_hash
 from data_pipelines.errors import DataError
 from data_pipelines.files import sha256, write_atomically
-from data_pipelines.packing.conversion import Conversion, convert
+from data_pipelines.packing.conversion import Conversion, Sample, convert
 from data_pipelines.packing.inputs import Item
 from data_pipelines.parsing import parse_json
 from data_pipelines.pixel_sums import PixelSums
@@ -55,7 +55,8 @@ class ShardRecord:
     class_counts: dict[int, int]
     sums: PixelSums
     rejected: tuple[tuple[str, str], ...]  # name of the item, what is wrong with it
-    contents: tuple[int, ...] = ()  # `content_hash` of each sample written, 0 where there is nothing to compare
+    contents: tuple[int, ...]  # `content_hash` of each sample written, 0 where there is nothing to compare
+    num_transparent: int  # samples with a picture that is not opaque
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -71,7 +72,27 @@ class ShardRecord:
             sums=PixelSums(**stored["sums"]),
             rejected=tuple((name, reason) for name, reason in stored["rejected"]),
             contents=tuple(stored["contents"]),
+            num_transparent=int(stored["num_transparent"]),
         )
+
+
+@dataclass
+class _Seen:
+    """What was seen in the samples of a shard while it was written."""
+
+    labels: Counter[int] = field(default_factory=Counter)
+    sums: PixelSums = field(default_factory=PixelSums)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    contents: list[int] = field(default_factory=list)
+    num_transparent: int = 0
+
+    def add(self, sample: Sample) -> None:
+        compared = compared_field(sample.fields, None)
+        self.contents.append(content_hash(sample.fields[compared]) if compared else 0)
+        self.sums.add(sample.sums)
+        self.num_transparent += sample.is_transparent
+        if sample.label is not None:
+            self.labels[sample.label] += 1
 
 
 def sample_key(number: int) -> str:
@@ -82,17 +103,26 @@ def sample_key(number: int) -> str:
 def write_shard(job: ShardJob, advance: Advance) -> ShardRecord:
     """Write tar, record and index, in this order, each under its name only when it is complete."""
     temporary, name = Path(f"{job.path}.tmp"), os.path.basename(job.path)
-    labels, sums, rejected, contents = Counter[int](), PixelSums(), list[tuple[str, str]](), list[int]()
-    _write_tar(temporary, job, advance, labels, sums, rejected, contents)
+    seen = _Seen()
+    _write_tar(temporary, job, advance, seen)
     entry, index = None, None
-    if len(rejected) < len(job.items):
+    if len(seen.rejected) < len(job.items):
         index = scan_shard(temporary, job.path)
         entry = ShardEntry(name, index.num_samples, index.num_bytes, sha256(temporary), index.digest)
         os.replace(temporary, job.path)
     else:
         temporary.unlink()
     fields = tuple(sorted(index.common_fields)) if index else ()
-    record = ShardRecord(name, entry, fields, dict(sorted(labels.items())), sums, tuple(rejected), tuple(contents))
+    record = ShardRecord(
+        name=name,
+        entry=entry,
+        fields=fields,
+        class_counts=dict(sorted(seen.labels.items())),
+        sums=seen.sums,
+        rejected=tuple(seen.rejected),
+        contents=tuple(seen.contents),
+        num_transparent=seen.num_transparent,
+    )
     write_atomically(Path(job.record), record.to_bytes())
     if index is not None:
         write_atomically(Path(sidecar(job.path)), index.to_bytes())
@@ -114,29 +144,17 @@ def finished_shard(job: ShardJob) -> ShardRecord | None:
     return None
 
 
-def _write_tar(
-    path: Path,
-    job: ShardJob,
-    advance: Advance,
-    labels: Counter[int],
-    sums: PixelSums,
-    rejected: list[tuple[str, str]],
-    contents: list[int],
-) -> None:
+def _write_tar(path: Path, job: ShardJob, advance: Advance, seen: _Seen) -> None:
     with open(path, "wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for number, item in enumerate(job.items, start=job.first):
                 try:
                     sample = convert(item, job.conversion)
                 except DataError as error:
-                    rejected.append((item.name, str(error)))
+                    seen.rejected.append((item.name, str(error)))
                 else:
                     _add_sample(tar, sample_key(number), sample.fields)
-                    compared = compared_field(sample.fields, None)
-                    contents.append(content_hash(sample.fields[compared]) if compared else 0)
-                    sums.add(sample.sums)
-                    if sample.label is not None:
-                        labels[sample.label] += 1
+                    seen.add(sample)
                 advance(1)
         file.flush()
         os.fsync(file.fileno())

@@ -7,6 +7,7 @@ import pickle
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_decode_image__lossless_pixels_survive(pixels: np.ndarray) -> None:
 def test_decode_image__grey_palette_and_alpha_become_rgb(pixels: np.ndarray) -> None:
     grey = decode_image(encoded(pixels[..., 0]))
     assert np.array_equal(grey, np.repeat(pixels[..., :1], 3, axis=2))
-    assert np.array_equal(decode_image(encoded(np.dstack([pixels, pixels[..., :1]]))), pixels)
+    assert np.array_equal(decode_image(encoded(np.dstack([pixels, np.full_like(pixels[..., :1], 255)]))), pixels)
     assert decode_image(encoded(pixels, mode="P")).shape == (7, 11, 3)
     assert decode_image(encoded(pixels, "JPEG")).shape == decode_image(encoded(pixels, "WEBP")).shape == (7, 11, 3)
 
@@ -301,3 +302,38 @@ def test_decode_array__claimed_size_is_not_allocated() -> None:
     huge = npy(np.zeros(4, np.uint8)).replace(b"(4,), }                 ", b"(99999999999999999,), } ", 1)
     with pytest.raises(DataError, match=r"needs 99999999999999999 bytes, there are 4"):
         decode_array(huge)
+
+
+def test_photo__transparent_parts_are_seen_on_white() -> None:
+    """Below alpha 0 lies pure magenta, which nobody has ever seen; palettes, grey and colors as alpha likewise."""
+    rgba = Image.new("RGBA", (8, 8), (255, 0, 255, 0))
+    rgba.paste((128, 128, 128, 255), (2, 2, 6, 6))
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255, 0, 255, 128, 128, 128])
+    palette.paste(1, (2, 2, 6, 6))
+    grey = Image.new("LA", (8, 8), (255, 0))
+    grey.paste((128, 255), (2, 2, 6, 6))
+    keyed = rgba.convert("RGB")
+    files = [
+        encoded_as(rgba, "PNG"),
+        encoded_as(rgba, "WEBP", lossless=True, exact=True),
+        encoded_as(palette, "PNG", transparency=bytes([0, 255])),
+        encoded_as(grey, "PNG"),
+        encoded_as(keyed, "PNG", transparency=(255, 0, 255)),
+    ]
+    expected = np.full((8, 8, 3), 255, np.uint8)
+    expected[2:6, 2:6] = 128
+    for data in files:
+        photo = Photo(data)
+        np.testing.assert_array_equal(photo.pixels, expected)
+        assert photo.is_transparent
+    half = decode_image(encoded_as(Image.new("RGBA", (1, 1), (0, 0, 0, 127)), "PNG"))
+    assert abs(int(half[0, 0, 0]) - 128) <= 1
+    opaque = Photo(encoded_as(Image.new("RGBA", (2, 2), (10, 20, 30, 255)), "PNG"))
+    assert opaque.pixels[0, 0].tolist() == [10, 20, 30] and not opaque.is_transparent
+
+
+def encoded_as(image: Image.Image, form: str, **options: Any) -> bytes:
+    content = io.BytesIO()
+    image.save(content, form, **options)
+    return content.getvalue()

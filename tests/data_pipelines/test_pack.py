@@ -536,3 +536,12 @@ def test_pack__tars_of_mixed_formats_give_one_field(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="left out 1 damaged samples"):
         manifest = pack(tmp_path / "mixed.tar", tmp_path / "packed", max_bad=0.3, workers=1)
     assert manifest.fields == {"jpg": "image", "json": "json"}
+
+
+def test_pack__says_once_that_pictures_are_transparent(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for number, alpha in enumerate((0, 200, 255)):
+        Image.new("RGBA", (8, 8), (255, 0, 255, alpha)).save(tmp_path / "set" / f"{number}.png")
+    with pytest.warns(UserWarning, match="^2 samples have transparent pictures; these are seen on white$"):
+        manifest = pack(tmp_path / "set", tmp_path / "packed", workers=1)
+    assert manifest.stats is not None and manifest.stats.mean[1] == pytest.approx((255 + 55 + 0) / 3 / 255, abs=2e-3)
