@@ -111,10 +111,17 @@ class LabelMaps:
         return int(self._dataset.num_samples)
 
     def read(self, sample_idx: int) -> tuple[npt.NDArray[np.int64], str | None]:
-        """Returns the label map (H, W), `IGNORED` where ignored, and the sequence of the sample, if it has one."""
+        """Returns the label map (H, W), `IGNORED` where ignored, and the sequence of the sample, if it has one.
+
+        Raises:
+            EvaluationError, DataError: it does not decode, or has a value that is no class; names the sample.
+        """
         sample = self._dataset.read(sample_idx)
         key = str(sample["__key__"])
-        labels = decode_mask(sample["seg.png"]).astype(np.int64)
+        try:
+            labels = decode_mask(sample["seg.png"]).astype(np.int64)
+        except DataError as error:
+            raise DataError(f"{self._dataset.where(sample_idx)}, field seg.png: {error}") from None
         if self._ignore_index is not None:
             labels[labels == self._ignore_index] = IGNORED
         if labels.max() >= self.num_classes:

@@ -18,7 +18,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,9 @@ from data_pipelines.field_kinds import cut_names, is_never_read, kind_of_field
 from data_pipelines.fields import decode_field, label_mix_up
 from data_pipelines.parsing import parse_json
 from data_pipelines.shards.index import ShardIndex, read_sidecar
-from data_pipelines.shards.manifest import MANIFEST_BYTES, MANIFEST_NAME
-from data_pipelines.shards.source import expand_source
-from data_pipelines.shards.tar_walk import Damage, Member, walk
+from data_pipelines.shards.manifest import MANIFEST_BYTES, MANIFEST_NAME, listed_shards
+from data_pipelines.shards.source import expand_source, missing_shards
+from data_pipelines.shards.tar_walk import Damage, LeftOut, Member, walk
 from data_pipelines.split_names import split_of_tar
 from data_pipelines.storage.locations import PIPE, redact, scheme_of, sibling, split_location
 from data_pipelines.storage.stores import FetchOptions, Store
@@ -77,6 +76,7 @@ class Report:
     never_read: frozenset[str] = frozenset()  # fields named like pickles
     num_pictured: int = 0  # samples with a picture
     contents: dict[str, list[int]] = field(default_factory=dict)  # split, "" if unknown -> hash of each sample
+    left_out: list[str] = field(default_factory=list)  # names of members that are hidden or not called KEY.FIELD
 
     def add(self, other: Report) -> None:
         self.findings += other.findings
@@ -89,6 +89,7 @@ class Report:
         self.num_pictured += other.num_pictured
         for split, contents in other.contents.items():
             self.contents.setdefault(split, []).extend(contents)
+        self.left_out += other.left_out
 
 
 @dataclass(frozen=True)
@@ -134,14 +135,15 @@ def verify(
     """
     fetch = fetch or FetchOptions()
     store, report = Store(fetch), Report()
-    locations = expand_source(source, allow_pipe=fetch.allow_pipe, store=store)
+    locations = expand_source(source, allow_pipe=fetch.allow_pipe, store=store, allow_missing=True)
     folders: dict[str, _Folder] = {}
     for location in locations:
         place = split_location(location)[0]
         if place not in folders:
             folders[place] = _read_folder(location, store, report)
-            report.findings += _missing_shards(place, folders[place], source, locations)
     store.close()
+    said = f"missing, though {MANIFEST_NAME} lists it"
+    report.findings += [Finding(location, None, None, said) for location in missing_shards(source)]
     jobs = [_Job(n, place, folders[split_location(place)[0]], decode, fetch) for n, place in enumerate(locations)]
     checked = {}
     for number, found in run_jobs(_check_shard, jobs, workers, lambda _: None):
@@ -184,35 +186,13 @@ def _read_folder(shard: str, store: Store, report: Report) -> _Folder:
     if not isinstance(description, dict):  # other people's, who may write what they like
         return _Folder()
     classes = description.get("classes")
-    entries = {
-        str(entry.get("name", entry.get("file"))): (split, entry)
-        for split, entry in _entries(description.get("splits"))
-    }
+    entries = listed_shards(description)
     return _Folder(
         shards={name: entry for name, (_, entry) in entries.items()},
         splits={name: split for name, (split, _) in entries.items()},
         kinds=description.get("fields"),
         classes=tuple(map(str, classes)) if isinstance(classes, list) else None,
     )
-
-
-def _entries(splits: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The shards that are listed, each with its split."""
-    for name, split in splits.items() if isinstance(splits, dict) else ():
-        entries = split.get("shards") if isinstance(split, dict) else None
-        yield from ((str(name), entry) for entry in entries or () if isinstance(entry, dict))
-
-
-def _missing_shards(
-    place: str, folder: _Folder, source: str | Path | Sequence[str | Path], locations: Sequence[str]
-) -> Iterator[Finding]:
-    """Shards that `dataset.json` lists and that a local directory or glob of the source would have matched."""
-    parts = [Path(part).absolute() for part in ([source] if isinstance(source, str | Path) else source)]
-    patterns = [f"{part}/*" if part.is_dir() else str(part) for part in parts]
-    for name in folder.shards:
-        location = f"{place}/{name}"
-        if location not in locations and any(fnmatch(location, pattern) for pattern in patterns):
-            yield Finding(location, None, None, f"missing, though {MANIFEST_NAME} lists it")
 
 
 def _check_shard(job: _Job, advance: Advance) -> tuple[int, Report]:
@@ -242,6 +222,8 @@ def _check(job: _Job, store: Store, file: BufferedReader, report: Report) -> Ite
     for found in walk(file, report.num_bytes):
         if isinstance(found, Member):
             members.append(found)
+        elif isinstance(found, LeftOut):
+            report.left_out.append(found.name)
         else:
             damages.append(found)
     yield from ((damage.key, damage.offset, damage.problem) for damage in damages)

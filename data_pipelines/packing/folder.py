@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from data_pipelines.errors import DataError
 from data_pipelines.files import write_atomically
+from data_pipelines.hidden import is_hidden
 from data_pipelines.parsing import parse_json
 from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 
@@ -109,7 +110,7 @@ class PackFolder:
             return manifest
         if self._request.exists():
             self._require_same(parse_json(self._request.read_bytes()), request, self._request, newest)
-        elif strange := next(self._dest.glob("*.tar*"), None):
+        elif strange := next((path for path in self._dest.glob("*.tar*") if not is_hidden(path.name)), None):
             raise DataError(f"{self._dest} holds {strange.name}, which no packing left there; choose an empty folder")
         return None
 

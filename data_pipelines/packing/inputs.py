@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from data_pipelines.decode import decode_arrays
 from data_pipelines.errors import DataError
+from data_pipelines.hidden import is_hidden
 from data_pipelines.packing.layout import number_classes, places, require_all_classes, same_text
 
 __all__ = [
@@ -171,7 +172,7 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Itera
     if here in above:
         raise DataError(f"folder {folder} is a symbolic link to a folder above it; remove the link")
     with os.scandir(folder) as found:
-        inside = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        inside = sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda entry: entry.name)
     for entry in inside:
         if entry.is_dir():
             yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", above | {here})
@@ -191,14 +192,27 @@ def _family(source: Path, entries: list[Entry]) -> str:
     family = max(FAMILIES, key=votes.__getitem__)
     arrays = [entry.path for entry in entries if suffix_of(entry.path) in (".npy", ".npz")]
     if family == "points" and len(arrays) == votes[family]:
-        return _family_of_arrays(source / arrays[0])
+        return _family_of_arrays([source / path for path in arrays])
     return family
 
 
-def _family_of_arrays(path: Path) -> str:
-    """A cloud is a table, a volume is a block."""
-    dimensions = [array.ndim for array in decode_arrays(path.read_bytes()).values()]
-    return "points" if max(dimensions, default=0) == 2 else "volumes"
+def _family_of_arrays(paths: list[Path]) -> str:
+    """A cloud is a table, a volume is a block; the first file that can be read tells, whatever is damaged before it.
+
+    Raises:
+        DataError: none can be read.
+    """
+    problem = ""
+    for path in paths:
+        try:
+            dimensions = [array.ndim for array in decode_arrays(path.read_bytes()).values()]
+        except DataError as error:
+            problem = problem or f"{path}: {error}"
+        except OSError as error:
+            problem = problem or f"{path}: cannot be read: {error.strerror or error}"
+        else:
+            return "points" if max(dimensions, default=0) == 2 else "volumes"
+    raise DataError(f"none of {len(paths)} arrays can be read, so nothing says what they are; the first: {problem}")
 
 
 def _is_inside(folder: Path | None, path: Path) -> bool:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 from data_pipelines.errors import DataError, suggest
+from data_pipelines.hidden import is_hidden
 from data_pipelines.split_names import split_named
 
 __all__ = ["Place", "number_classes", "places", "require_all_classes", "same_text"]
@@ -135,7 +136,7 @@ def require_all_classes(source: Path, classes: Collection[str]) -> None:
     for beside in sorted(here.parent.iterdir()):
         if beside == here or not beside.is_dir() or split_named(beside.name) is None:
             continue
-        theirs = {same_text(entry.name) for entry in beside.iterdir() if entry.is_dir() and entry.name[0] != "."}
+        theirs = {same_text(entry.name) for entry in beside.iterdir() if entry.is_dir() and not is_hidden(entry.name)}
         if len(theirs) > 1 and (missing := sorted(theirs.difference(classes))):
             everything = sorted(theirs.union(classes))
             raise DataError(

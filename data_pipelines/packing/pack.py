@@ -25,6 +25,7 @@ import numpy as np
 from data_pipelines.content import copies_between
 from data_pipelines.errors import DataError, suggest
 from data_pipelines.field_kinds import field_kind
+from data_pipelines.hidden import is_hidden
 from data_pipelines.packing.conversion import Conversion, Encoding, parse_encoding
 from data_pipelines.packing.folder import PackFolder
 from data_pipelines.packing.inputs import FAMILIES, Listing, list_folder, suffix_of
@@ -208,7 +209,7 @@ def _list(
         )
     tars = FAMILIES["tars"]
     if source.is_dir():
-        holds_tars = any(suffix_of(entry.name) in tars for entry in source.iterdir())
+        holds_tars = any(suffix_of(entry.name) in tars and not is_hidden(entry.name) for entry in source.iterdir())
         if kind == "tars" or (kind == "auto" and holds_tars):
             return list_tars(source, unpacked, classes)
         if kind != "list":

@@ -20,10 +20,12 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from data_pipelines.field_kinds import cut_names, field_kind, is_never_read, picture_names
+from data_pipelines.hidden import is_hidden
 from data_pipelines.packing.inputs import FAMILIES, Item, Listing, Piece, suffix_of
 from data_pipelines.parsing import parse_json
 from data_pipelines.shards.index import ShardIndex, scan_shard
-from data_pipelines.shards.manifest import MANIFEST_NAME
+from data_pipelines.shards.manifest import MANIFEST_NAME, listed_shards
+from data_pipelines.shards.source import require_all
 from data_pipelines.split_names import split_of_tar
 
 __all__ = ["list_tars"]
@@ -45,9 +47,11 @@ def list_tars(source: Path, unpacked: Callable[[], Path], classes: Sequence[str]
             say a split; `classes` are others than those stated.
     """
     folder = source if source.is_dir() else source.parent
-    tars = sorted(path for path in folder.iterdir() if suffix_of(path.name) in FAMILIES["tars"])
-    if not source.is_dir():
-        tars = [source]
+    tars = [source]
+    if source.is_dir():
+        require_all(source)
+        found = sorted(path for path in folder.iterdir() if suffix_of(path.name) in FAMILIES["tars"])
+        tars = [path for path in found if not is_hidden(path.name)]
     if not tars:
         raise DataError(f"no file with suffix {' '.join(FAMILIES['tars'])} in {source}")
     listing = Listing(source.resolve().name.partition(".")[0], "tars", str(folder))
@@ -69,12 +73,7 @@ def list_tars(source: Path, unpacked: Callable[[], Path], classes: Sequence[str]
 
 def _splits(source: Path, names: Sequence[str], described: Mapping[str, Any]) -> dict[str, str | None]:
     """The split of each tar; none where no tar but those of `train` says one."""
-    listed = {
-        str(shard.get("name", shard.get("file"))): str(split)
-        for split, content in _mapping(described.get("splits")).items()
-        for shard in _mapping(content).get("shards") or ()
-        if isinstance(shard, Mapping)
-    }
+    listed = {name: split for name, (split, _) in listed_shards(described).items()}
     splits = {name: listed.get(name) or split_of_tar(name) for name in names}
     splits = {name: split if split and _SPLIT_NAME.fullmatch(split) else None for name, split in splits.items()}
     says_none = [name for name, split in splits.items() if split is None]

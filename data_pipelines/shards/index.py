@@ -33,7 +33,7 @@ from data_pipelines.errors import DataError, TooLargeError
 from data_pipelines.field_kinds import picture_names
 from data_pipelines.files import write_atomically
 from data_pipelines.parsing import parse_json
-from data_pipelines.shards.tar_walk import Damage, Member, walk
+from data_pipelines.shards.tar_walk import Damage, LeftOut, Member, walk
 from data_pipelines.storage.locations import PIPE, is_local, redact, scheme_of, split_location
 from data_pipelines.storage.stores import Store
 
@@ -42,6 +42,10 @@ __all__ = ["ShardIndex", "load_index", "read_sidecar", "scan_shard", "sidecar"]
 INDEX_FORMAT = "pretrain-index/1"
 _HEADER_BYTES = 1 << 20  # the most that an index may take before its arrays
 _LARGEST = 256 << 20  # the most that is fetched of one, whatever size a shard is said to have: 4 million samples
+_LEFT_OUT = (  # of all shards the same text, so that it is said once
+    "left out members of shards that are hidden (._000.jpg, .DS_Store) or have no KEY.FIELD name (README); "
+    "`pretrain data verify` counts them"
+)
 _ABSENT = 0xFFFFFFFF  # begin and end of a field that a sample lacks
 
 
@@ -298,6 +302,9 @@ def scan_shard(path: Path, name: str | None = None) -> ShardIndex:
                 if isinstance(found, Damage):
                     sample = "" if found.key is None else f", sample {found.key!r}"
                     raise DataError(f"shard {shard}{sample} at offset {found.offset}: {found.problem}")
+                if isinstance(found, LeftOut):
+                    warnings.warn(_LEFT_OUT, stacklevel=2)
+                    continue
                 samples.setdefault(found.key, []).append(found)
             ranges = [(members[0].offset, members[-1].end) for members in samples.values()]
             crcs = [zlib.crc32(os.pread(file.fileno(), end - start, start)) for start, end in ranges]

@@ -34,6 +34,7 @@ __all__ = [
     "Manifests",
     "ShardEntry",
     "Split",
+    "listed_shards",
     "read_manifest",
     "split_digest",
 ]
@@ -107,6 +108,21 @@ class Manifest:
 def split_digest(index_digests: Iterable[str]) -> str:
     """SHA-256 that identifies the samples of some shards in order, wherever they lie (as `Dataset.digest`)."""
     return hashlib.sha256("".join(index_digests).encode()).hexdigest()
+
+
+def listed_shards(content: Any) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """The shards that a parsed `dataset.json` lists, by file name: the split and what is said of it.
+
+    Ours or whoever's has `splits`: of other origin an entry counts as far as it has `name` or `file`, and `bytes`,
+    `samples` and `sha256` if it likes.
+    """
+    splits = content.get("splits") if isinstance(content, Mapping) else None
+    return {
+        str(entry.get("name", entry.get("file"))): (str(name), entry)
+        for name, split in (splits.items() if isinstance(splits, Mapping) else ())
+        for entry in ((split.get("shards") if isinstance(split, Mapping) else None) or ())
+        if isinstance(entry, Mapping)
+    }
 
 
 def read_manifest(content: bytes | Mapping[str, Any]) -> Manifest | None:

@@ -3,7 +3,8 @@
 A cut or damaged tar often reads back as a shorter one without any error (`tarfile`, like webdataset, stops silently at
 a bad header), so `walk` demands a clean end of archive and adjacent, complete, unrepeated samples. Behind a damage it
 looks for the next block that is a valid header and goes on there. `index.scan_shard` stops at the first damage, because
-a damaged shard must not be trained on; `verify` names them all. Bytes of members are not read here.
+a damaged shard must not be trained on; `verify` names them all. Members that are no field of any sample (hidden ones, a
+README) are left out, wherever they lie. Bytes of members are not read here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 
-__all__ = ["Damage", "Member", "walk"]
+from data_pipelines.hidden import is_hidden
+
+__all__ = ["Damage", "LeftOut", "Member", "walk"]
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 2048 * _BLOCK
@@ -45,7 +48,14 @@ class Damage:
     problem: str  # and what to do about it
 
 
-def walk(file: BufferedReader, num_bytes: int) -> Iterator[Member | Damage]:
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A member that belongs to no sample: it is hidden, or its name is not KEY.FIELD."""
+
+    name: str
+
+
+def walk(file: BufferedReader, num_bytes: int) -> Iterator[Member | Damage | LeftOut]:
     """The members of a tar in order, and its damages between them; never raises on damaged content.
 
     Args:
@@ -64,8 +74,9 @@ def walk(file: BufferedReader, num_bytes: int) -> Iterator[Member | Damage]:
                 problem = f"member {last!r} needs the bytes up to {end}, the file ends at {num_bytes}: cut"
                 yield Damage(_key(last), info.offset, f"{problem}; copy it again")
                 return
-            if not info.isdir():
-                yield samples.add(info)
+            if info.isdir():
+                continue
+            yield LeftOut(info.name) if is_hidden(info.name) or _key(info.name) is None else samples.add(info)
         clean = _ends_here(file, at, num_bytes)
         if not clean:
             following = _next_header(file, at, num_bytes)
@@ -88,11 +99,9 @@ class _Samples:
 
     def add(self, info: tarfile.TarInfo) -> Member | Damage:
         self.is_empty = False
-        key, said = _key(info.name), f"member {info.name!r}"
+        key, said = str(_key(info.name)), f"member {info.name!r}"
         if not info.isreg() or info.issparse():
             return Damage(key, info.offset, f"{said} is a link or special file; shards hold regular files only")
-        if key is None:
-            return Damage(None, info.offset, f"{said} has no KEY.FIELD name; rename or remove it")
         if not _is_text(info.name):
             return Damage(None, info.offset, f"{said} has a name that is not UTF-8; rename it")
         if key != self._current:

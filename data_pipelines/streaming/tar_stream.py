@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, cast
 
 from data_pipelines.errors import CorruptSampleError, DataError
 from data_pipelines.field_kinds import is_never_read, picture_names, under_shared_names
+from data_pipelines.hidden import is_hidden
 from data_pipelines.storage.locations import PIPE, is_local, redact, scheme_of
 from data_pipelines.storage.stores import Store
 from data_pipelines.streaming.webdataset_internals import grouped_members, split_name
@@ -81,7 +82,7 @@ class _Members:
 
     def is_wanted(self, name: str) -> bool:
         sample_key, field = split_name(name)
-        if sample_key is None or field is None:
+        if sample_key is None or field is None or is_hidden(name):
             return False
         field = field.lower()
         wanted = not is_never_read(field) and (self._fields is None or field in self._fields)

@@ -160,7 +160,7 @@ def verify(sources: tuple[str, ...], no_decode: bool, workers: int | None) -> No
     pretrain data verify shards/
     pretrain data verify 's3://bucket/set/train-{000000..000099}.tar' --workers 8 --no-decode
     """
-    _check_sources(sources)
+    _check_sources(sources, allow_missing=True)  # a finding here, not a wrong request
     from data_pipelines.inspection.verify import verify
 
     began = time.monotonic()
@@ -174,6 +174,11 @@ def verify(sources: tuple[str, ...], no_decode: bool, workers: int | None) -> No
     notes = [
         *([f"not decoded: {', '.join(sorted(report.unknown))}"] if report.unknown and not no_decode else []),
         *([f"never read (pickles): {', '.join(sorted(report.never_read))}"] if report.never_read else []),
+        *(
+            [f"{len(report.left_out)} hidden or nameless members: {report.left_out[0]!r} ..."]
+            if report.left_out
+            else []
+        ),
     ]
     click.echo(
         f"{len(report.findings) or 'no'} finding{'s' * (len(report.findings) != 1)} in {report.num_shards} shards, "
@@ -289,10 +294,10 @@ def _require_inputs(src: str, masks: str | None) -> None:
         raise RequestError(*mistakes)
 
 
-def _check_sources(sources: tuple[str, ...]) -> None:
+def _check_sources(sources: tuple[str, ...], *, allow_missing: bool = False) -> None:
     from data_pipelines.shards.source import check_source
 
-    check_source(sources)
+    check_source(sources, allow_missing=allow_missing)
 
 
 def _check_show(ids: tuple[int, ...], first: int | None, output: str | None) -> None:

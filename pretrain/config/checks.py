@@ -125,6 +125,10 @@ def evaluation_data_problem(directory: str | Path) -> str | None:
     absent = [pattern for pattern in _SPLITS if not any(folder.glob(pattern))]
     if absent:
         return f"no {' and no '.join(absent)} in it; evaluation data has shards {' and '.join(_SPLITS)}"
+    try:
+        check_source([folder / pattern for pattern in _SPLITS])
+    except DataError as error:
+        return str(error)
     return None
 
 

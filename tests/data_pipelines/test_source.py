@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.shards.source import check_source, expand_source
+from data_pipelines.shards.source import check_source, expand_source, missing_shards
 
 
 @pytest.fixture
@@ -218,3 +218,90 @@ def test_source__imports_nothing_heavy() -> None:
     heavy = ("torch", "numpy", "PIL", "fsspec", "asyncio")
     code = f"import sys, data_pipelines.shards.source; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["[2024] photos", "a{b}c", "photos: 2024", "what?", "100%25 #2", "~photos", "*"])
+def test_expand_source__folders_that_exist_are_no_patterns(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"train-00000{number}.tar").touch()
+    (tmp_path / "2 photos").mkdir()  # what the pattern [2024] would match
+    (tmp_path / "2 photos" / "train-000009.tar").touch()
+    both = [str(folder / "train-000000.tar"), str(folder / "train-000001.tar")]
+    monkeypatch.chdir(tmp_path)
+    for beginning in (name, str(folder), f"file://{folder}"):
+        for end in ("", "/train-*.tar", "/train-{000000..000001}.tar", "/{train,train}-00000[01].tar"):
+            if "{train" in end:
+                with pytest.raises(DataError, match="named twice"):
+                    expand_source(beginning + end)
+            else:
+                assert list(expand_source(beginning + end)) == both
+                check_source(beginning + end)
+        with pytest.raises(DataError, match=r"no such shard: .*train-000002.tar; did you mean 'train-00000"):
+            check_source(f"{beginning}/train-000002.tar")
+
+
+def test_expand_source__braces_may_lead_into_such_folders(tmp_path: Path) -> None:
+    for name in ("[a]", "[b]"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.tar").touch()
+    assert expand_source(f"{tmp_path}/{{[a],[b]}}/*.tar") == (f"{tmp_path}/[a]/0.tar", f"{tmp_path}/[b]/0.tar")
+
+
+def test_expand_source__of_any_length(tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / f"train-{number:06d}.tar").touch()
+    braces = "train-{" + ",".join(f"{number:06d}" for number in range(60)) + "}.tar"
+    assert len(braces) > 400 and len(expand_source(f"{tmp_path}/{braces}")) == 60
+    for source in (f"{tmp_path}/{'x' * 300}.tar", f"{tmp_path}/{'x' * 300}*.tar", f"{'y' * 5000}/a.tar", "a\0b.tar"):
+        with pytest.raises(DataError, match=r"no such shard|no \.tar shard matches"):
+            expand_source(source)
+    with pytest.raises(DataError, match="names more than 1000000 shards"):
+        expand_source(f"{tmp_path}/{{0..99999999999}}*.tar")
+
+
+def test_expand_source__shards_that_are_listed_but_gone_are_counted_and_named(tmp_path: Path) -> None:
+    listed = [f"{split}-00000{number}.tar" for split in ("train", "test") for number in range(4)]
+    for name in listed:
+        (tmp_path / name).touch()
+    (tmp_path / "dataset.json").write_text(json.dumps(manifest(*listed)))
+    assert names(tmp_path) == sorted(listed)
+    gone = listed[:3]
+    for name in gone:
+        (tmp_path / name).unlink()
+    for source in (tmp_path, f"{tmp_path}/train-*.tar", f"{tmp_path}/{{train,test}}-*.tar", f"file://{tmp_path}"):
+        for ask in (expand_source, check_source):
+            with pytest.raises(
+                DataError, match=r"3 of the [48] shards that .*/dataset.json lists are missing: train-0"
+            ):
+                ask(source)
+    (tmp_path / listed[3]).unlink()
+    with pytest.raises(DataError, match=r"4 of the 4 shards .* missing: train-.*-000002.tar and 1 more; copy them ag"):
+        expand_source(f"{tmp_path}/train-*.tar")
+    assert (
+        len(expand_source(f"{tmp_path}/test-*.tar"))
+        == len(expand_source(f"{tmp_path}/test-{{000000..000003}}.tar"))
+        == 4
+    )
+    assert missing_shards([f"{tmp_path}/train-*.tar"]) == [str(tmp_path / name) for name in listed[:4]]
+
+
+def test_expand_source__of_other_peoples_description_counts_what_it_lists(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").touch()
+    for content in ({"splits": {"train": {"shards": [{"file": "b.tar"}]}}}, [1], {"splits": [2]}, {"splits": {"x": 3}}):
+        (tmp_path / "dataset.json").write_text(json.dumps(content))
+        assert missing_shards(tmp_path) == ([f"{tmp_path}/b.tar"] if "b.tar" in str(content) else [])
+    (tmp_path / "dataset.json").write_text("no JSON")
+    assert names(tmp_path) == ["a.tar"]
+
+
+def test_expand_source__hidden_files_are_no_shards_and_that_is_said(folder: Path) -> None:
+    before = names(folder)
+    (folder / "._train-000000.tar").touch()
+    with pytest.warns(UserWarning, match=r"left out hidden files of .*, such as \._train-000000\.tar"):
+        assert names(folder) == before
+    assert names(folder / "*.tar") == before
+    assert names(folder / "._train-000000.tar") == ["._train-000000.tar"]  # what is named is meant

@@ -19,6 +19,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.shards.dataset import open_dataset
 from evaluation import EvaluationData, EvaluationError, EvaluationResult, evaluate
 from evaluation.registry import PROTOCOLS
+from pretrain.config.checks import evaluation_data_problem
 
 Make = Callable[..., Path]
 
@@ -297,3 +298,20 @@ def test_evaluate__demo_photos_and_chairs(tmp_path: Path, checkpoint: Make, demo
     assert linear.details["selection"] == "5-fold"
     chair = evaluate(weights, "segmentation", EvaluationData("chair", demo_data / "chair"), store=tmp_path)
     assert chair.metrics["miou_position_prior"] > 0.45 and chair.details["num_test"] == 60
+
+
+def test_evaluation_data__is_where_its_folder_is_and_whole(demo_data: Path, tmp_path: Path) -> None:
+    """Never in another folder that its name matches as a pattern, and with every shard that is listed."""
+    folder = tmp_path / "[2024] {chairs}"
+    shutil.copytree(demo_data / "chair", folder)
+    data = EvaluationData("chair", folder)
+    assert (
+        data.open(PROTOCOLS["segmentation"]).digest
+        == EvaluationData("x", demo_data / "chair").open(PROTOCOLS["segmentation"]).digest
+    )
+    listed = sorted(folder.glob("train-*.tar"))
+    assert len(listed) > 1
+    listed[0].unlink()
+    with pytest.raises(DataError, match=rf"1 of the {len(listed)} shards that .* lists are missing: {listed[0].name}"):
+        data.open(PROTOCOLS["segmentation"])
+    assert "lists are missing" in str(evaluation_data_problem(folder))

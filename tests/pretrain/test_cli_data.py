@@ -246,3 +246,19 @@ def test_pack__a_worker_that_died_is_1_with_one_line(
     assert lines == ["error: a worker process ended early: killed for want of memory"]
     code, out, _ = run("pack", "photos", "shards", "--workers", "1")  # the same command goes on
     assert code == 0 and out.startswith("packed train 20 samples")
+
+
+def test_data__a_shard_that_is_listed_but_gone_is_named_by_every_command(run: Run, tmp_path: Path) -> None:
+    photos, shards = tmp_path / "photos", tmp_path / "[2024] set"
+    photos.mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(photos / f"{number}.png")
+    assert run("pack", str(photos), str(shards), "--shard-samples", "1", "--workers", "1")[0] == 0
+    assert run("stats", f"{shards}/train-*.tar", "--workers", "1")[0] == 0
+    (shards / "train-000001.tar").unlink()
+    said = f"1 of the 3 shards that {shards}/dataset.json lists are missing: train-000001.tar; copy them again"
+    for arguments in (["stats", str(shards)], ["show", f"{shards}/*.tar"], ["pack", str(shards), "again"]):
+        code, out, lines = run(*arguments)
+        assert (code, out, len(lines)) == (2, "", 1) and said in lines[0]
+    code, out, _ = run("verify", str(shards), "--workers", "1")
+    assert code == 1 and "train-000001.tar: missing, though dataset.json lists it" in out
