@@ -22,7 +22,9 @@ from data_pipelines.errors import DataError
 from data_pipelines.files import write_atomically
 from data_pipelines.hidden import is_hidden
 from data_pipelines.parsing import parse_json
+from data_pipelines.shards.index import load_index
 from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data_pipelines.storage.stores import Store
 
 __all__ = ["PackFolder"]
 
@@ -148,3 +150,5 @@ class PackFolder:
             path = self._dest / name
             if not path.is_file() or path.stat().st_size != shard.bytes:
                 raise DataError(f"{path} is missing or cut, though {MANIFEST_NAME} lists it; remove {self._dest}")
+            if load_index(str(path), Store(), num_bytes=shard.bytes).digest != shard.index_digest:
+                raise DataError(f"{path} is not what {MANIFEST_NAME} lists; it was changed since; remove {self._dest}")

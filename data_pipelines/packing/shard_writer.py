@@ -27,7 +27,7 @@ from data_pipelines.packing.conversion import Conversion, Sample, convert
 from data_pipelines.packing.inputs import Item
 from data_pipelines.parsing import parse_json
 from data_pipelines.pixel_sums import PixelSums
-from data_pipelines.shards.index import ShardIndex, scan_shard, sidecar
+from data_pipelines.shards.index import ShardIndex, is_newer, scan_shard, sidecar
 from data_pipelines.shards.manifest import ShardEntry
 from data_pipelines.worker_pool import Advance
 
@@ -137,8 +137,10 @@ def finished_shard(job: ShardJob) -> ShardRecord | None:
         return None
     if record.entry is None:
         return record
-    with suppress(OSError):
+    with suppress(OSError, DataError):
         index = ShardIndex.open(Path(sidecar(job.path)), os.stat(job.path).st_size)
+        if is_newer(job.path, sidecar(job.path)):  # changed since, or the two were copied: written again
+            return None
         if index is not None and index.digest == record.entry.index_digest:
             return record
     return None

@@ -10,6 +10,7 @@ Not here: where bytes come from (`stores`), in which order samples are read (`or
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import zlib
 from bisect import bisect_right
@@ -25,7 +26,7 @@ from data_pipelines.errors import CorruptSampleError, DataError, MissingFieldErr
 from data_pipelines.field_kinds import cut_names, picture_names, shared_names, under_shared_names
 from data_pipelines.order import SampleOrder
 from data_pipelines.parsing import parse_json
-from data_pipelines.shards.index import ShardIndex, load_index
+from data_pipelines.shards.index import ShardIndex, is_newer, load_index, sidecar
 from data_pipelines.shards.manifest import MANIFEST_BYTES, MANIFEST_NAME, Manifests, split_digest
 from data_pipelines.shards.source import expand_source
 from data_pipelines.storage.locations import is_local, redact, sibling, split_location
@@ -135,7 +136,12 @@ class Dataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 that identifies names, order and content (by CRC) of the samples, wherever the shards lie."""
+        """SHA-256 that identifies names, order and content (by CRC) of the samples, wherever the shards lie.
+
+        Raises:
+            DataError: a local shard is gone, or was changed since it was indexed.
+        """
+        self._indices.require_unchanged()
         digest = split_digest(shard.index_digest for shard in self.shards)
         if not self._is_cut:
             return digest
@@ -260,7 +266,6 @@ class _OpenIndices:
         self._shards, self._fields, self._store = shards, fields, store
         self._opened: OrderedDict[int, ShardIndex] = OrderedDict()  # least recently used first
         self._num_bytes = 0
-        self._checked: set[int] = set()  # shards whose index was seen to be the expected one
         self._lock = threading.Lock()  # of opening and closing; what is open is read without
         for number, index in opened.items():
             self._keep(number, index)
@@ -278,13 +283,22 @@ class _OpenIndices:
     def _open(self, number: int) -> ShardIndex:
         shard = self._shards[number]
         index = load_index(shard.location, self._store, num_bytes=shard.num_bytes, digest=shard.index_digest)
-        if number not in self._checked:
-            self._require_expected(shard, index)
-            self._checked.add(number)
+        self._require_expected(shard, index)
         return index
 
+    def require_unchanged(self) -> None:
+        """Look at size and time of the local shards that are not open, and open those that may have been changed."""
+        for number, shard in enumerate(self._shards):
+            if number in self._opened or not is_local(shard.location):
+                continue
+            known = (sidecar(shard.location), str(sibling(shard.location, MANIFEST_NAME)))
+            written = next(filter(os.path.exists, known), None)
+            has_size = self._store.size(shard.location) == shard.num_bytes
+            if written is None or not has_size or is_newer(shard.location, written):
+                _ = self[number]
+
     def _require_expected(self, shard: Shard, index: ShardIndex) -> None:
-        """Once per shard: a stale sidecar must not decide what is trained on."""
+        """A stale sidecar, or a shard that was changed since, must not decide what is trained on."""
         for what, found, expected in (
             ("samples", index.num_samples, shard.num_samples),
             ("index_digest", index.digest, shard.index_digest),

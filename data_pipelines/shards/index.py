@@ -37,7 +37,7 @@ from data_pipelines.shards.tar_walk import Damage, LeftOut, Member, walk
 from data_pipelines.storage.locations import PIPE, is_local, redact, scheme_of, split_location
 from data_pipelines.storage.stores import Store
 
-__all__ = ["ShardIndex", "load_index", "read_sidecar", "scan_shard", "sidecar"]
+__all__ = ["ShardIndex", "is_newer", "load_index", "read_sidecar", "scan_shard", "sidecar"]
 
 INDEX_FORMAT = "pretrain-index/1"
 _HEADER_BYTES = 1 << 20  # the most that an index may take before its arrays
@@ -248,6 +248,9 @@ def read_sidecar(location: str, store: Store, num_bytes: int) -> bytes | None:
 def load_index(location: str, store: Store, *, num_bytes: int | None = None, digest: str = "") -> ShardIndex:
     """The index of a shard: its sidecar, else the cached one, else a new scan (of the whole shard) that is then cached.
 
+    A local shard that is newer than its sidecar is scanned, and both must agree: copying may turn times around, but a
+    shard that was changed in place is not what its index describes.
+
     Args:
         location: absolute path or URL.
         store: where bytes come from.
@@ -255,7 +258,7 @@ def load_index(location: str, store: Store, *, num_bytes: int | None = None, dig
         digest: of the index where it is listed, so that a remote shard that was replaced is not taken for the old one.
 
     Raises:
-        DataError: the shard is missing, does not have `num_bytes`, or is damaged.
+        DataError: the shard is missing, does not have `num_bytes`, is damaged, or was changed since it was indexed.
     """
     local = is_local(location)
     size = store.size(location) if local or num_bytes is None else num_bytes
@@ -267,11 +270,34 @@ def load_index(location: str, store: Store, *, num_bytes: int | None = None, dig
     version = os.stat(location).st_mtime_ns if local else digest
     identity = hashlib.sha256(f"{location}\n{size}\n{version}".encode()).hexdigest()
     cached = _cache_folder() / f"{identity}.index"
-    index = ShardIndex.open(Path(sidecar(location)), size) if local else None
-    index = index or ShardIndex.open(cached, size)
-    if index is not None:
-        return index
-    if not local and scheme_of(location) != PIPE and (content := read_sidecar(location, store, size)):
+    beside = ShardIndex.open(Path(sidecar(location)), size) if local else None
+    if beside is not None and not is_newer(location, sidecar(location)):
+        return beside
+    index = ShardIndex.open(cached, size) or _made(location, store, size, cached)
+    if beside is not None and beside.digest != index.digest:
+        raise DataError(
+            f"shard {location} was changed after the index beside it was written, and holds something else now; copy "
+            f"both again, or remove {sidecar(location)} to read the shard as it is"
+        )
+    return index
+
+
+def is_newer(path: str, other: str) -> bool:
+    """Whether a local file was changed after another one.
+
+    Raises:
+        DataError: one of them cannot be looked at.
+    """
+    try:
+        return os.stat(path).st_mtime_ns > os.stat(other).st_mtime_ns
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
+
+
+def _made(location: str, store: Store, size: int, cached: Path) -> ShardIndex:
+    """The index beside a remote shard, or that of a scan; written to the cache."""
+    index = None
+    if not is_local(location) and scheme_of(location) != PIPE and (content := read_sidecar(location, store, size)):
         index = ShardIndex.open(content, size)
     index = index or scan_shard(store.local_copy(location), redact(location))
     try:

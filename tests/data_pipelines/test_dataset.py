@@ -20,7 +20,7 @@ from data_pipelines.errors import CorruptSampleError, DataError
 from data_pipelines.shards import dataset as shards_module
 from data_pipelines.shards.dataset import Dataset, Shard, locate, open_dataset
 from data_pipelines.shards.index import scan_shard, sidecar
-from data_pipelines.shards.manifest import FORMAT
+from data_pipelines.shards.manifest import FORMAT, split_digest
 
 Tiny = Callable[[Sequence[int]], Dataset]
 
@@ -92,11 +92,62 @@ def test_dataset_read__flipped_byte_is_a_crc_error(tiny_dataset: Tiny) -> None:
 def test_dataset_read__flipped_byte_is_found_through_a_sidecar(tiny_dataset: Tiny) -> None:
     path = tiny_dataset([2]).shards[0].path
     scan_shard(path).save(Path(sidecar(str(path))))
+    status = path.stat()
     content = bytearray(path.read_bytes())
     content[600] ^= 1
     path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as bits rot: without a new time
     with pytest.raises(DataError, match="CRC-32"):
         open_dataset(path).read(0)
+
+
+def change(path: Path) -> None:
+    """Another byte in the first member, later than the index was written."""
+    content = bytearray(path.read_bytes())
+    content[600] ^= 1
+    path.write_bytes(content)
+    later = path.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+
+
+def test_dataset__shard_changed_beside_its_index_is_noticed(tiny_dataset: Tiny) -> None:
+    path = tiny_dataset([2]).shards[0].path
+    scan_shard(path).save(Path(sidecar(str(path))))
+    change(path)
+    with pytest.raises(DataError, match="was changed after the index beside it was written, and holds something else"):
+        open_dataset(path)
+
+
+def test_dataset__times_that_copying_turned_around_cost_a_scan(
+    tiny_dataset: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_dataset([2]).shards[0].path
+    index = scan_shard(path)
+    index.save(Path(sidecar(str(path))))
+    later = path.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+    assert open_dataset(path).digest == split_digest([index.digest])
+    monkeypatch.setattr("data_pipelines.shards.index.scan_shard", lambda *_: pytest.fail("scanned again"))
+    assert open_dataset(path).read(1)["cls"] == b"1"
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_dataset_digest__looks_at_listed_shards(tiny_dataset: Tiny, with_index: bool) -> None:
+    """A digest by which results are known is not taken from `dataset.json` when a shard is newer or of another size."""
+    dataset = tiny_dataset([2, 3])
+    write_manifest(dataset)
+    first, second = (shard.path for shard in dataset.shards)
+    if with_index:
+        for path in (first, second):
+            scan_shard(path).save(Path(sidecar(str(path))))
+    assert open_dataset(first.parent).digest == dataset.digest
+    change(second)
+    said = "was changed after the index" if with_index else "index_digest of its index is"
+    with pytest.raises(DataError, match=said):
+        _ = open_dataset(first.parent).digest
+    os.truncate(first, first.stat().st_size - 512)
+    with pytest.raises(DataError, match=r"dataset\.json, or when it was opened first"):
+        _ = open_dataset(first.parent).digest
 
 
 def test_dataset_read__cut_or_gone_after_indexing(tiny_dataset: Tiny) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from backbones.images.vit import ViTBackbone
 from data_pipelines.errors import DataError
 from data_pipelines.shards.dataset import open_dataset
+from data_pipelines.shards.index import scan_shard, sidecar
 from evaluation import EvaluationData, EvaluationError, EvaluationResult, evaluate
 from evaluation.registry import PROTOCOLS
 from pretrain.config.checks import evaluation_data_problem
@@ -252,6 +254,22 @@ def test_evaluate__counts_test_samples_that_are_in_train(
     assert evaluate(weights, "knn", colours, store=tmp_path).details["num_test_in_train"] == 0
     write_shards(colours.root, "test", [{name: sample[name] for name in ("png", "cls")} for sample in mixed])
     assert evaluate(weights, "knn", colours, store=tmp_path).details["num_test_in_train"] == 3
+
+
+def test_evaluate__a_shard_that_was_changed_in_place_is_not_known(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData
+) -> None:
+    weights, shard = checkpoint(), colours.root / "test-000000.tar"
+    Path(sidecar(str(shard))).write_bytes(scan_shard(shard).to_bytes())
+    assert not evaluate(weights, "knn", colours, store=tmp_path).cached
+    assert evaluate(weights, "knn", colours, store=tmp_path).cached
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1
+    shard.write_bytes(content)
+    later = shard.stat().st_mtime_ns + 10**9
+    os.utime(shard, ns=(later, later))
+    with pytest.raises(DataError, match="was changed after the index beside it was written"):
+        evaluate(weights, "knn", colours, store=tmp_path)
 
 
 def test_evaluate__labels_of_other_classes_are_refused_by_name(
