@@ -13,7 +13,6 @@ Not here: DeepSpeed (`pretrain.training.engine`), data (`pretrain.training.input
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -252,7 +251,9 @@ def main() -> None:
     from pretrain.checkpoints.initialization import checked_plan
     from pretrain.config.load import load_plan
     from pretrain.reporting.terminal import Terminal
+    from pretrain.screen import escape_diagnostics, say
 
+    escape_diagnostics()
     parser = argparse.ArgumentParser(prog="torchrun ... -m pretrain.worker", description=main.__doc__)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -261,7 +262,8 @@ def main() -> None:
     try:
         plan = checked_plan(load_plan(arguments.recipe, arguments.overrides), arguments.run_dir)
     except RequestError as error:
-        print("\n".join(f"error: {mistake}" for mistake in error.mistakes), file=sys.stderr)
+        for mistake in error.mistakes:
+            say(f"error: {mistake}", err=True)
         raise SystemExit(2) from None
 
     def listener(event: Event) -> None:

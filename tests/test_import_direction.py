@@ -35,7 +35,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("extract", ""),
     ),
     "pretrain": (
-        ("errors", "version"),
+        ("errors", "version", "screen"),
         ("record", "config"),
         ("tracking",),
         ("checkpoints",),

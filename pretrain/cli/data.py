@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from pretrain.errors import RequestError, RunFailed
+from pretrain.screen import escaping_console, say
 
 __all__ = ["data"]
 
@@ -137,13 +138,13 @@ def pack(
 
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     samples = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
-    click.echo(
+    say(
         f"packed {samples} samples into {len(shards)} shards, {readable_bytes(sum(shard.bytes for shard in shards))}, "
         f"in {time.monotonic() - began:.1f} s; {manifest.duplicates or 0} duplicates and {manifest.rejected or 0} "
         "broken ones left out"
     )
-    click.echo(f"took SRC as {manifest.options.get('kind')}, {_said_classes(manifest.classes)}")
-    click.echo(f"next: pretrain data verify {dest}")
+    say(f"took SRC as {manifest.options.get('kind')}, {_said_classes(manifest.classes)}")
+    say(f"next: pretrain data verify {dest}")
 
 
 @data.command()
@@ -167,7 +168,7 @@ def verify(sources: tuple[str, ...], no_decode: bool, workers: int | None) -> No
     with _progress("verifying") as progress:
         report = verify(sources, decode=not no_decode, workers=workers or _cores(), progress=progress)
     for finding in report.findings:
-        click.echo(str(finding))
+        say(str(finding))
     from data_pipelines.inspection.stats_text import readable_bytes
 
     fields = ", ".join(f"{name} {count}" for name, count in sorted(report.fields.items()))
@@ -180,7 +181,7 @@ def verify(sources: tuple[str, ...], no_decode: bool, workers: int | None) -> No
             else []
         ),
     ]
-    click.echo(
+    say(
         f"{len(report.findings) or 'no'} finding{'s' * (len(report.findings) != 1)} in {report.num_shards} shards, "
         f"{report.num_samples} samples, {readable_bytes(report.num_bytes)} ({'; '.join([fields, *notes])}), "
         f"{time.monotonic() - began:.1f} s"
@@ -207,7 +208,9 @@ def stats(sources: tuple[str, ...], limit: int | None, as_json: bool, workers: i
 
     with _progress("counting") as progress:
         found = stats(sources, limit=limit, workers=workers or _cores(), progress=progress)
-    click.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(stats_lines(found)))
+    as_text = json.dumps(found.to_dict(), indent=1).replace("\x7f", "\\u007f").splitlines() if as_json else None
+    for line in as_text or stats_lines(found):
+        say(line)
 
 
 @data.command()
@@ -240,11 +243,12 @@ def show(
     dataset.prefetch(chosen)
     if output is None:
         for sample_id in chosen:
-            click.echo("\n".join(describe(dataset, sample_id, field)))
+            for line in describe(dataset, sample_id, field):
+                say(line)
         return
     sheet = contact_sheet(dataset, chosen, size, field)
     sheet.save(output)
-    click.echo(f"{len(chosen)} of {dataset.num_samples} samples are in {output} ({sheet.width} x {sheet.height})")
+    say(f"{len(chosen)} of {dataset.num_samples} samples are in {output} ({sheet.width} x {sheet.height})")
 
 
 def _said_classes(classes: Sequence[str] | None) -> str:
@@ -323,7 +327,7 @@ def _plain_warnings() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if issubclass(category, UserWarning):
-                click.echo(f"warning: {' '.join(str(message).split())}", err=True)
+                say(f"warning: {' '.join(str(message).split())}", err=True)
             else:
                 shown_otherwise(message, category, *place, **more)
 
@@ -338,14 +342,13 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     Raises:
         RunFailed: a worker process died of the work inside.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from data_pipelines.worker_pool import WorkerDied
 
-    console = Console(stderr=True)
-    columns = TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    screen = escaping_console(stderr=True)
+    columns = TextColumn(what, markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         try:
             yield lambda done, total: bar.update(task, completed=done, total=total)

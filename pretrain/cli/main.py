@@ -19,6 +19,7 @@ from evaluation.protocol import format_value
 from pretrain.cli.data import data
 from pretrain.errors import RequestError, RunFailed, nearest
 from pretrain.record.run_dir import BACKBONE, find_run
+from pretrain.screen import escape_diagnostics, escaping_console, say
 from pretrain.version import __version__
 
 __all__ = ["cli", "main"]
@@ -87,7 +88,7 @@ def evaluate(checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...],
     copies = {result.data: result.details for result in results if result.details.get("num_test_in_train")}
     for name, known in copies.items():
         said = f"{known['num_test_in_train']} of {known['num_test']} test samples of {name} are in its train split, too"
-        click.echo(f"warning: {said}; scores on them say little", err=True)
+        say(f"warning: {said}; scores on them say little", err=True)
 
 
 @cli.command()
@@ -104,7 +105,7 @@ def leaderboard(protocol: str | None, data: str | None, storage: str) -> None:
     _check_filter("data", data, {place.data for place in everything})
     chosen = [place for place in everything if protocol in (None, place.protocol) and data in (None, place.data)]
     if not chosen:
-        click.echo(f"no evaluation in {Path(storage).absolute()} yet")
+        say(f"no evaluation in {Path(storage).absolute()} yet")
         return
     rows = []
     for place in chosen:
@@ -123,7 +124,7 @@ def pull(name: str, dest: str | None, full: bool, storage: str) -> None:
     """Fetch a registered checkpoint to DEST (default: ./NAME-vVERSION), verified; an existing DEST is refused."""
     from pretrain.checkpoints.references import pull
 
-    click.echo(f"{name} is in {pull(name, Path(dest) if dest else None, storage=Path(storage), full=full)}")
+    say(f"{name} is in {pull(name, Path(dest) if dest else None, storage=Path(storage), full=full)}")
 
 
 @cli.command()
@@ -134,7 +135,7 @@ def report(run_id: str, storage: str) -> None:
     run_dir = find_run(run_id, Path(storage))
     from pretrain.reporting.page import write_report
 
-    click.echo(write_report(run_dir.path))
+    say(str(write_report(run_dir.path)))
 
 
 @cli.command()
@@ -144,11 +145,12 @@ def recipes(name: str | None) -> None:
     from pretrain.config.load import recipe_description, recipe_names, recipe_path
 
     if name is not None:
-        click.echo(recipe_path(name).read_text(encoding="utf-8"), nl=False)
+        for line in recipe_path(name).read_text(encoding="utf-8").splitlines():
+            say(line)
         return
     width = max(map(len, recipe_names()))
     for known in recipe_names():
-        click.echo(f"{known:<{width}}  {recipe_description(known)}")
+        say(f"{known:<{width}}  {recipe_description(known)}")
 
 
 cli.add_command(data)
@@ -156,6 +158,7 @@ cli.add_command(data)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    escape_diagnostics()
     try:
         code = cli.main(arguments, prog_name="pretrain", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -194,7 +197,7 @@ def _mistakes_of_other_packages() -> tuple[type[Exception], ...]:
 
 def _complain(lines: Iterable[str]) -> None:
     for line in lines:
-        click.echo(f"error: {line}", err=True)
+        say(f"error: {line}", err=True)
 
 
 def _save_traceback() -> str:
@@ -250,10 +253,9 @@ def _check_filter(option: str, name: str | None, known: set[str]) -> None:
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*header, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    escaping_console().print(table)

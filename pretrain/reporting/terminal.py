@@ -28,6 +28,7 @@ from pretrain.record.events import (
     Startup,
     Warned,
 )
+from pretrain.screen import escaping_console, printable
 
 __all__ = ["Terminal"]
 
@@ -48,14 +49,14 @@ class Terminal:
     """
 
     def __init__(self, plan: Plan, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = console or escaping_console(sys.stdout, soft_wrap=True)
         self._total = plan.total_steps
         self._select = plan.recipe.evaluation.select
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -73,7 +74,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """One line above the bar."""
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
 
     def show(self, event: Event) -> None:
         """Show one event; kinds that say nothing to a person are passed over."""

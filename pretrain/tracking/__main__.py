@@ -8,13 +8,16 @@ from pathlib import Path
 
 from pretrain.checkpoints.copies import exported
 from pretrain.errors import RequestError
+from pretrain.screen import escape_diagnostics, say
 from pretrain.tracking.sync import sync
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
+escape_diagnostics()
 if len(sys.argv) != 2:
     sys.exit("usage: python -m pretrain.tracking RUN_DIR")
 try:
     sys.exit(0 if sync(Path(sys.argv[1]), exported) else 1)
 except RequestError as mistake:
-    print(mistake, file=sys.stderr)
+    for line in mistake.mistakes:
+        say(line, err=True)
     sys.exit(2)
