@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 
-__all__ = ["in_order", "split_named", "split_of_tar"]
+__all__ = ["held_out", "in_order", "split_named", "split_of_tar"]
 
 _SPLIT = re.compile(r"(?:(train)(?:ing)?|(val)(?:id(?:ation)?)?|(test)(?:ing)?|(dev))(?:[-_ ]?(?:set|\d+))?", re.I)
 _SUFFIX_OF_TAR = re.compile(r"\.(tar|tar\.gz|tgz)$")
@@ -25,6 +26,11 @@ def split_of_tar(name: str) -> str | None:
     parts = re.split(r"[-_.]", _SUFFIX_OF_TAR.sub("", name))
     found = {split for part in parts if (split := split_named(part))}
     return found.pop() if len(found) == 1 else None
+
+
+def held_out(folder: Path) -> str:
+    """What is tested on in a folder of shards: `test`, or `val` where a data set has no other, as image folders do."""
+    return "val" if any(folder.glob("val-*.tar")) and not any(folder.glob("test-*.tar")) else "test"
 
 
 def in_order(splits: Collection[str]) -> list[str]:

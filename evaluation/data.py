@@ -1,4 +1,4 @@
-"""Labelled evaluation data: a directory with `train-*.tar`, `test-*.tar` and `dataset.json`.
+"""Labelled evaluation data: a directory with `train-*.tar`, `test-*.tar` (else `val-*.tar`) and `dataset.json`.
 
 `dataset.json` gives `classes` (names in index order), `ignore_index` for dense labels and optionally
 `splits.train.sequences` (sequence name -> sample keys), which keeps frames of one video on one side of every selection
@@ -19,6 +19,7 @@ from data_pipelines.decode import IMAGE_FIELDS, decode_label, decode_mask
 from data_pipelines.errors import DataError
 from data_pipelines.fields import decode_field, label_mix_up
 from data_pipelines.shards.dataset import Dataset, open_dataset
+from data_pipelines.split_names import held_out
 from evaluation.keys import digest_of
 from evaluation.protocol import EvaluationError, Protocol
 
@@ -48,10 +49,10 @@ class EvaluationData:
         if not root.is_dir():
             raise EvaluationError(f"evaluation data {self.name!r}: no directory {root}")
         splits = {}
-        for split in ("train", "test"):
-            if not any(root.glob(f"{split}-*.tar")):
-                raise EvaluationError(f"evaluation data {self.name!r}: no {split}-*.tar in {root}")
-            splits[split] = dataset = open_dataset(str(root / f"{split}-*.tar"))
+        for split, prefix in (("train", "train"), ("test", held_out(root))):
+            if not any(root.glob(f"{prefix}-*.tar")):
+                raise EvaluationError(f"evaluation data {self.name!r}: no {prefix}-*.tar in {root}")
+            splits[split] = dataset = open_dataset(str(root / f"{prefix}-*.tar"))
             dataset.require_field(*inputs)
             dataset.require_field(spec.label)
         description = splits["train"].description

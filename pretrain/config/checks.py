@@ -19,6 +19,7 @@ from backbones.images.config import ImageConfig
 from backbones.images.timm_names import model_names
 from data_pipelines.errors import DataError
 from data_pipelines.shards.source import check_source
+from data_pipelines.split_names import held_out
 from data_pipelines.storage.locations import redact, scheme_of
 from evaluation import registry as evaluations
 from pretrain.config.mistakes import Mistakes
@@ -29,7 +30,6 @@ from pretrain.errors import nearest
 __all__ = ["absolute_reference", "evaluation_data_problem", "nearest_file", "resolve"]
 
 _PACKAGE = Path(__file__).parents[1]
-_SPLITS = ("train-*.tar", "test-*.tar")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MODEL_SIZES = re.compile(r"_patch(\d+)(?:_[a-z]\w*?)?_(\d+)(?:_|\.|$)")
 
@@ -122,11 +122,14 @@ def evaluation_data_problem(directory: str | Path) -> str | None:
     folder = Path(directory)
     if not folder.is_dir():
         return f"no such directory{nearest_file(folder)}"
-    absent = [pattern for pattern in _SPLITS if not any(folder.glob(pattern))]
+    patterns = ("train-*.tar", f"{held_out(folder)}-*.tar")
+    absent = [pattern for pattern in patterns if not any(folder.glob(pattern))]
     if absent:
-        return f"no {' and no '.join(absent)} in it; evaluation data has shards {' and '.join(_SPLITS)}"
+        return (
+            f"no {' and no '.join(absent)} in it; evaluation data has shards train-*.tar and test-*.tar (or val-*.tar)"
+        )
     try:
-        check_source([folder / pattern for pattern in _SPLITS])
+        check_source([folder / pattern for pattern in patterns])
     except DataError as error:
         return str(error)
     return None

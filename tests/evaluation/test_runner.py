@@ -256,6 +256,15 @@ def test_evaluate__counts_test_samples_that_are_in_train(
     assert evaluate(weights, "knn", colours, store=tmp_path).details["num_test_in_train"] == 3
 
 
+def test_evaluate__val_is_tested_on_where_there_is_no_test(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData
+) -> None:
+    weights = checkpoint()
+    before = evaluate(weights, "knn", colours, store=tmp_path)
+    (colours.root / "test-000000.tar").rename(colours.root / "val-000000.tar")
+    assert evaluate(weights, "knn", colours, store=tmp_path).metrics == before.metrics
+
+
 def test_evaluate__a_shard_that_was_changed_in_place_is_not_known(
     tmp_path: Path, checkpoint: Make, colours: EvaluationData
 ) -> None:
