@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-__all__ = ["held_out", "in_order", "split_named", "split_of_tar"]
+__all__ = ["held_out", "in_order", "split_and_rest", "split_named", "split_of_tar"]
 
 _SPLIT = re.compile(r"(?:(train)(?:ing)?|(val)(?:id(?:ation)?)?|(test)(?:ing)?|(dev))(?:[-_ ]?(?:set|\d+))?", re.I)
 _SUFFIX_OF_TAR = re.compile(r"\.(tar|tar\.gz|tgz)$")
@@ -23,9 +23,17 @@ def split_named(name: str) -> str | None:
 
 def split_of_tar(name: str) -> str | None:
     """The split that the name of a shard says: `train-000000.tar`, `imagenet-validation-01.tar.gz`."""
-    parts = re.split(r"[-_.]", _SUFFIX_OF_TAR.sub("", name))
+    split, _ = split_and_rest(_SUFFIX_OF_TAR.sub("", name))
+    return split
+
+
+def split_and_rest(name: str) -> tuple[str | None, str]:
+    """The split that a part of a name says, and the other parts: `photos_val` is (`val`, `photos`)."""
+    parts = re.split(r"[-_. ]", name)
     found = {split for part in parts if (split := split_named(part))}
-    return found.pop() if len(found) == 1 else None
+    if len(found) != 1:
+        return None, name
+    return found.pop(), " ".join(part for part in parts if not split_named(part))
 
 
 def held_out(folder: Path) -> str:

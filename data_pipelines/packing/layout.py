@@ -20,7 +20,7 @@ from unicodedata import normalize
 
 from data_pipelines.errors import DataError, suggest
 from data_pipelines.hidden import is_hidden
-from data_pipelines.split_names import split_named
+from data_pipelines.split_names import split_and_rest, split_named
 
 __all__ = ["Place", "number_classes", "places", "require_all_classes", "same_text"]
 
@@ -53,7 +53,14 @@ def places(paths: Sequence[str], owner: str, *, with_classes: bool = True, singl
     Raises:
         DataError: some folders look like splits and others beside them do not, or only some splits have classes.
     """
-    folders = [tuple(map(same_text, path.split("/")[:-1])) for path in paths]
+    names = [path.rpartition("/")[0] for path in paths]
+    distinct = sorted(set(names))  # ten million files lie in few folders
+    folders = [tuple(map(same_text, name.split("/"))) if name else () for name in distinct]
+    found = dict(zip(distinct, _places(folders, owner, with_classes, single_class), strict=True))
+    return [found[name] for name in names]
+
+
+def _places(folders: Sequence[tuple[str, ...]], owner: str, with_classes: bool, single_class: bool) -> list[Place]:
     level = next((n for n in range(_DEEPEST) if all(len(f) > n and split_named(f[n]) for f in folders)), None)
     splits: list[str | None] = [None] * len(folders)
     if level is None:
@@ -131,18 +138,20 @@ def require_all_classes(source: Path, classes: Collection[str]) -> None:
         DataError: it lacks one, so its indices would differ from theirs.
     """
     here = source.resolve()
-    if split_named(here.name) is None:
+    split, rest = split_and_rest(here.name)
+    if split is None:
         return
     for beside in sorted(here.parent.iterdir()):
-        if beside == here or not beside.is_dir() or split_named(beside.name) is None:
+        other, other_rest = split_and_rest(beside.name)
+        if other in (None, split) or other_rest != rest or not beside.is_dir():
             continue
         theirs = {same_text(entry.name) for entry in beside.iterdir() if entry.is_dir() and not is_hidden(entry.name)}
         if len(theirs) > 1 and (missing := sorted(theirs.difference(classes))):
-            everything = sorted(theirs.union(classes))
+            everything = _listed(sorted(theirs.union(classes)))
+            whole = "" if rest else f"pack {here.parent} as a whole, or "
             raise DataError(
                 f"{source} has no folder {missing[0]!r}, which {beside.name} beside it has: packed by itself, its "
-                f"classes would have other indices; pack {here.parent} as a whole, or give "
-                f"--classes {_listed(everything)}"
+                f"classes would have other indices; {whole}give --classes {everything}"
             )
 
 

@@ -72,7 +72,8 @@ def split_of(item: Item, splits: Sequence[tuple[str, float | None]]) -> str:
 def without_duplicates(listing: Listing, workers: int) -> list[Item]:
     """Of the items with the same content (of their first file, by SHA-256), keep the first in the order of names.
 
-    Only files that have the size of another are read.
+    Of copies in several splits of the source, one outside `train` is kept: what is tested on stays as it came. Only
+    files that have the size of another are read.
     """
     sizes = Counter(item.pieces[0].size for item in listing.items)
     alike = [item.pieces[0] for item in listing.items if sizes[item.pieces[0].size] > 1]
@@ -82,14 +83,12 @@ def without_duplicates(listing: Listing, workers: int) -> list[Item]:
     ]
     digests = dict[int, list[bytes]](run_jobs(_digests, jobs, workers, lambda done: None))
     in_order = (digest for number in sorted(digests) for digest in digests[number])
-    kept, seen = list[Item](), set[bytes]()
-    for item in listing.items:
-        digest = next(in_order) if sizes[item.pieces[0].size] > 1 else b""
-        if digest not in seen:
-            kept.append(item)
-        if digest:
-            seen.add(digest)
-    return kept
+    contents = [next(in_order) if sizes[item.pieces[0].size] > 1 else b"" for item in listing.items]
+    chosen = dict[bytes, int]()  # the item that is kept of each content
+    for number in sorted(range(len(contents)), key=lambda number: listing.items[number].split == "train"):
+        chosen.setdefault(contents[number], number)
+    pairs = zip(listing.items, contents, strict=True)
+    return [item for number, (item, content) in enumerate(pairs) if not content or chosen[content] == number]
 
 
 def _digests(job: tuple[int, str, Sequence[Piece]], advance: Advance) -> tuple[int, list[bytes]]:

@@ -11,15 +11,18 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pretrain.errors import RequestError, RunFailed
 from pretrain.screen import escaping_console, say
+
+if TYPE_CHECKING:
+    from data_pipelines.shards.manifest import Manifest
 
 __all__ = ["data"]
 
@@ -143,7 +146,8 @@ def pack(
         f"in {time.monotonic() - began:.1f} s; {manifest.duplicates or 0} duplicates and {manifest.rejected or 0} "
         "broken ones left out"
     )
-    say(f"took SRC as {manifest.options.get('kind')}, {_said_classes(manifest.classes)}")
+    fields = ", ".join(sorted(manifest.fields))
+    say(f"took SRC as {manifest.options.get('kind')} (each sample has {fields}), {_said_classes(manifest)}")
     say(f"next: pretrain data verify {dest}")
 
 
@@ -251,11 +255,11 @@ def show(
     say(f"{len(chosen)} of {dataset.num_samples} samples are in {output} ({sheet.width} x {sheet.height})")
 
 
-def _said_classes(classes: Sequence[str] | None) -> str:
+def _said_classes(manifest: Manifest) -> str:
     """`3 classes: cat 0, dog 1, fox 2`, of many the first and the last."""
-    if classes is None:
-        return "no names of classes"
-    named = [f"{name} {index}" for index, name in enumerate(classes)]
+    if manifest.classes is None:
+        return "classes without names" if "label" in manifest.fields.values() else "no classes"
+    named = [f"{name} {index}" for index, name in enumerate(manifest.classes)]
     shown = named if len(named) <= _SHOWN_CLASSES else [*named[: _SHOWN_CLASSES - 2], "...", named[-1]]
     return f"{len(named)} class{'es' * (len(named) != 1)}: {', '.join(shown)}"
 

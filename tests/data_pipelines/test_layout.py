@@ -85,6 +85,11 @@ def test_require_all_classes__a_split_by_itself_has_those_of_the_splits_beside_i
     require_all_classes(tmp_path / "other", ("elk",))
     with pytest.raises(DataError, match=r"val has no folder 'dog', which train beside it has.*--classes cat,dog,fox$"):
         require_all_classes(tmp_path / "val", ("cat", "fox"))
+    for name in ("pets_train/cat", "pets_train/dog", "pets-val/dog", "birds_val/tit"):
+        (tmp_path / name).mkdir(parents=True)
+    require_all_classes(tmp_path / "birds_val", ("tit",))
+    with pytest.raises(DataError, match=r"pets-val has no folder 'cat'.*other indices; give --classes cat,dog$"):
+        require_all_classes(tmp_path / "pets-val", ("dog",))
 
 
 @pytest.mark.parametrize(

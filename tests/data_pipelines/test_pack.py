@@ -522,6 +522,14 @@ def test_pack__says_which_samples_of_a_split_are_in_another(pictures: WritePictu
         pack(tmp_path / "set", tmp_path / "packed", workers=1)
 
 
+def test_pack__of_copies_in_several_splits_the_one_that_is_tested_on_stays(
+    pictures: WritePictures, tmp_path: Path
+) -> None:
+    pictures(4, "set/train"), pictures(2, "set/val")  # the same two pictures are in both
+    manifest = pack(tmp_path / "set", tmp_path / "packed", dedupe=True, workers=1)
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 2, "val": 2}
+
+
 def test_pack__tars_of_mixed_formats_give_one_field(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "mixed.tar", "w") as tar:
         for number, suffix in enumerate(("jpg", "png", "jpeg", "jpg", "txt")):

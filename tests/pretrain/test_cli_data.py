@@ -187,7 +187,7 @@ def test_pack__to_verify_stats_and_show(run: Run, tmp_path: Path) -> None:
         f"packed train {sizes['train']}, test {sizes['test']} samples"
     )
     assert "; 1 duplicates and 0 broken ones left out" in packed
-    assert took == "took SRC as images, 2 classes: ant 0, bee 1"
+    assert took == "took SRC as images (each sample has cls, json, png), 2 classes: ant 0, bee 1"
     assert following == "next: pretrain data verify shards"
 
     code, out, _ = run("verify", "shards", "--workers", "1")
