@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["CorruptSampleError", "DataError", "MissingFieldError", "TooLargeError", "nearest", "suggest"]
+__all__ = ["CorruptSampleError", "DataError", "LoaderError", "MissingFieldError", "TooLargeError", "nearest", "suggest"]
 
 
 class DataError(ValueError):
     """The data, or what was said about it, is wrong; the message is one line that names the file and the remedy."""
+
+
+class LoaderError(RuntimeError):
+    """A loader process died or hangs, or a batch was lost on its way from one; one line with a remedy."""
 
 
 class CorruptSampleError(DataError):

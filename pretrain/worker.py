@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data_pipelines.errors import DataError, LoaderError
+from data_pipelines.streaming.loader_processes import naming_losses
 from data_pipelines.streaming.stream import Stream, StreamState
 from objectives.base import Objective, Progress
 from pretrain.checkpoints import store
@@ -87,6 +89,8 @@ def train(
         ValueError: World size and recipe disagree, or a stage does not fit what it begins with.
         FloatingPointError: Too many steps were not finite, or the run collapsed and `train.stop_on_collapse` is set.
         CheckpointError: The newest checkpoint is damaged or does not fit this run.
+        DataError: Data cannot be read, or too many samples are damaged.
+        LoaderError: A loader process died or hangs.
     """
     clock = StartupClock(launched, placed)
     device = pick_device(plan.recipe.train.device)
@@ -156,7 +160,8 @@ def train_stage(
     take = partial(state.take, run.path, stage, engine, stream, origin=state.origin(start, found, initialized))
     if index == 0 and not found and recipe.evaluation.baseline and not store.published(run.path):
         emit(CheckpointPublished(step=0, path=run.relative(take(0, training_state=False))))
-    run_steps(process, stage, engine, stream, found.step if found else stage.first_step, take)
+    with naming_losses():  # of loader processes, which may die while a step is under way
+        run_steps(process, stage, engine, stream, found.step if found else stage.first_step, take)
     handed.clear()
     if index + 1 < len(plan.stages) and plan.stages[index + 1].init_from == index:
         handed.update(weights_of(engine))
@@ -271,8 +276,12 @@ def main() -> None:
         if isinstance(event, CheckpointPublished):
             store.prune(arguments.run_dir, keep_last=plan.recipe.train.keep_last)
 
-    with Terminal(plan) as terminal:
-        train(plan, arguments.run_dir, listener=listener)
+    try:
+        with Terminal(plan) as terminal:
+            train(plan, arguments.run_dir, listener=listener)
+    except (DataError, LoaderError) as error:
+        say(f"error: {error}", err=True)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from data_pipelines.errors import CorruptSampleError, DataError, MissingFieldError
 from data_pipelines.order import ORDER_VERSION, Ids, key, rank_positions
 from data_pipelines.purposes import Purpose
 from data_pipelines.randomness import sample_seed
+from data_pipelines.streaming.loader_processes import loaded, share
 from data_pipelines.views.base import View
 from data_pipelines.views.maker import ViewMaker
 from data_pipelines.views.photometric import finish
@@ -104,6 +105,7 @@ class Stream:
         resampler: what scales crops, see `ViewMaker`.
         exif_rotation: turn pictures as their EXIF orientation says, see `ViewMaker`.
         pin_memory: yield page-locked tensors, which copy to a GPU beside its work.
+        loader_timeout_s: how long to wait for a micro-batch of the loader processes before they are given up.
 
     Attributes:
         num_corrupt: samples replaced so far, of those yielded.
@@ -111,7 +113,8 @@ class Stream:
 
     Raises:
         DataError: an argument is not allowed, or the data lack what a view wants. While iterating: a shard cannot be
-            read, or too many samples are damaged (names shard and key).
+            read, too many samples are damaged (names shard and key), or `/dev/shm` is too small.
+        LoaderError: while iterating: a loader process died or hangs.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class Stream:
         resampler: str = "pil",
         exif_rotation: bool = True,
         pin_memory: bool = False,
+        loader_timeout_s: float = 600.0,
     ) -> None:
         for name, value, least in (
             ("global_batch_size", global_batch_size, 1),
@@ -143,6 +147,7 @@ class Stream:
             ("world_size", world_size, 1),
             ("num_workers", num_workers, 0),
             ("prefetch_batches", prefetch_batches, 1),
+            ("loader_timeout_s", loader_timeout_s, 1),
         ):
             if value < least:
                 raise DataError(f"{name}={value} is not allowed; it is at least {least}")
@@ -177,6 +182,7 @@ class Stream:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.micro_batches_per_step = global_batch_size // (world_size * micro_batch_size)
         self.num_workers, self.prefetch_batches, self.pin_memory = num_workers, prefetch_batches, pin_memory
+        self.loader_timeout_s = loader_timeout_s
         self.max_corrupt_fraction, self.num_corrupt = max_corrupt_fraction, 0
         self._share = dataset.num_samples / world_size  # samples of an epoch that this rank sees
 
@@ -190,9 +196,10 @@ class Stream:
             collate_fn=_as_is,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # else the loader draws a number from the global generator of the training
+            timeout=self.loader_timeout_s if self.num_workers else 0,
         )
         num_seen = 0
-        for made in loader:
+        for made in loaded(loader):
             if isinstance(made, DataError):
                 raise made
             num_seen += self.micro_batch_size
@@ -277,7 +284,10 @@ class _SampleViews(TorchDataset[_Made]):
     def __getitems__(self, request: Request) -> _Made | DataError:
         """A data error is returned, not raised, since the loader would wrap its one line in a traceback."""
         try:
-            return self._micro_batch(request)
+            made = self._micro_batch(request)
+            if get_worker_info() is not None:
+                share(made.batch)
+            return made
         except DataError as error:
             return error
 

@@ -87,6 +87,11 @@ class DataConfig:
     )
     loader_workers: int = setting("decoding processes per training worker; 0: in the worker itself", 1, range=(0, 256))
     prefetch_batches: int = setting("micro-batches each decoding process prepares ahead", 2, range=(1, 1024))
+    loader_timeout_s: float = setting(
+        "seconds to wait for a micro-batch of the decoding processes before they are given up",
+        600.0,
+        range=(1.0, 86400.0),
+    )
     block_size: int = setting("neighbouring samples that are read together", 256, range=(1, None))
     window: int = setting("blocks that are mixed with each other", 16, range=(1, None))
     num_streams: int = setting("independent sequences the samples are dealt to", 8, range=(1, None))

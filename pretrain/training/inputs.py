@@ -41,6 +41,7 @@ def build_stream(
         state=state,
         num_workers=recipe.data.loader_workers,
         prefetch_batches=recipe.data.prefetch_batches,
+        loader_timeout_s=recipe.data.loader_timeout_s,
         block_size=recipe.data.block_size,
         window=recipe.data.window,
         num_streams=recipe.data.num_streams,

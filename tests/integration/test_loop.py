@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -168,3 +170,20 @@ def test_torchrun__two_processes(recipe: Path, tmp_path: Path) -> None:
     assert "step 4/4  loss" in done.stdout
     manifest = json.loads((tmp_path / "run/checkpoints/step-00000004/checkpoint.json").read_text())
     assert (manifest["world_size"], manifest["zero_stage"], manifest["samples_seen"]) == (2, 2, 128)
+
+
+def test_loop__ends_with_one_line_when_a_loader_process_is_killed(
+    launch: Launch, wait_for: Callable[..., None]
+) -> None:
+    """As by a kernel that is short of memory; whatever the training process does at that moment."""
+    long_run = ("train.workers=1", "train.steps=100000", "train.checkpoint_every=100000")
+    loop = launch("orphaned", *long_run, ranks=1)
+    journal = loop.run_dir / "journal.jsonl"
+    wait_for(lambda: journal.exists() and '"metrics"' in journal.read_text(), 60, loop.log)
+    pid = loop.processes[0].pid
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    assert loop.exit_codes() == [1]
+    log = loop.log.read_text()
+    assert "Traceback" not in log
+    assert [line for line in log.splitlines() if line.startswith("error: a loader process was lost (DataLoader worker")]
