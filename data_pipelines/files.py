@@ -7,7 +7,26 @@ import os
 from pathlib import Path
 from uuid import uuid4
 
-__all__ = ["sha256", "write_atomically"]
+from data_pipelines.errors import DataError
+
+__all__ = ["cache_root", "expanded", "sha256", "write_atomically"]
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with a leading `~` or `~NAME` replaced by that home directory, where there is one; else as it is."""
+    return Path(os.path.expanduser(path))
+
+
+def cache_root() -> Path:
+    """Where what can be fetched or made again is kept: $PRETRAIN_CACHE, by default `~/.cache/pretrain`.
+
+    Raises:
+        DataError: Neither is known: the user of this process has no home directory.
+    """
+    root = expanded(os.environ.get("PRETRAIN_CACHE") or "~/.cache/pretrain")
+    if str(root).startswith("~"):
+        raise DataError("this user has no home directory; set PRETRAIN_CACHE to a folder for what is fetched")
+    return root
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RequestError", "RunFailed", "listed", "nearest"]
+__all__ = ["RequestError", "RunFailed", "listed", "nearest", "said_by_system", "shortened"]
 
 
 class RequestError(Exception):
@@ -55,6 +55,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
         last = name.rsplit(".", 1)[-1]
         close = [key for key in candidates if key.rsplit(".", 1)[-1] == last][:1]
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def shortened(text: str, longest: int) -> str:
+    """`text`, or the beginning and the end of one with more than `longest` characters."""
+    if len(text) <= longest:
+        return text
+    end = longest // 3
+    return f"{text[: longest - end - 5]} ... {text[-end:]}"
+
+
+def said_by_system(error: OSError) -> str:
+    """What the operating system says, with the file it is about first."""
+    file = f"{error.filename}: " if error.filename is not None else ""
+    return f"{file}{error.strerror or error}"
 
 
 def listed(items: Iterable[Any], limit: int = 20) -> str:

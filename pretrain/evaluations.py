@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING
 
 from data_pipelines.parsing import parse_json
 from evaluation.protocol import Metric, ranked
-from evaluation.registry import describe
 from pretrain.config.schema import EvaluationTask, Recipe
 from pretrain.config.stages import Plan
 from pretrain.errors import RequestError
-from pretrain.record.events import Evaluated
+from pretrain.record.events import Evaluated, from_json
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RECIPE, runs_in
 from pretrain.record.scores import best_steps
@@ -168,7 +167,12 @@ def _places(storage: Path) -> list[Place]:
     """Newest runs first, then what was evaluated by hand."""
     found, of_runs = [], set()
     for run in reversed(runs_in(storage)):
-        for event in read_events(run.evaluations)[0]:
+        try:
+            events, _ = read_events(run.evaluations)
+        except OSError as error:
+            log.warning("%s: not readable, passed over (%s)", run.evaluations, error.strerror)
+            continue
+        for event in events:
             if isinstance(event, Evaluated):
                 of_runs.add(event.key)
                 found.append(_place(event.protocol, event.data, event.reported, event.metrics, run.run_id, event.step))
@@ -177,11 +181,13 @@ def _places(storage: Path) -> list[Place]:
             continue
         try:
             record = parse_json(path.read_text())
-            protocol, data, metrics = record["protocol"], record["data"], record["metrics"]
-            reported = describe(protocol, metrics, record.get("described", ()))
-            found.append(_place(protocol, data, reported, metrics, "(by hand)", None))
-        except (ValueError, KeyError, TypeError) as error:
+            scored = from_json({"seconds": 0.0, "cached": True, **record, "kind": Evaluated.kind, "time": 0, "step": 0})
+            if not isinstance(scored, Evaluated):
+                raise ValueError("without metrics")
+        except (ValueError, TypeError, OSError) as error:
             log.warning("%s: not an evaluation, passed over (%s: %s)", path, type(error).__name__, error)
+            continue
+        found.append(_place(scored.protocol, scored.data, scored.reported, scored.metrics, "(by hand)", None))
     return found
 
 

@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from data_pipelines.errors import DataError, TooLargeError
 from data_pipelines.field_kinds import picture_names
-from data_pipelines.files import write_atomically
+from data_pipelines.files import cache_root, write_atomically
 from data_pipelines.parsing import parse_json
 from data_pipelines.shards.tar_walk import Damage, LeftOut, Member, walk
 from data_pipelines.storage.locations import PIPE, is_local, redact, scheme_of, split_location
@@ -269,11 +269,12 @@ def load_index(location: str, store: Store, *, num_bytes: int | None = None, dig
         )
     version = os.stat(location).st_mtime_ns if local else digest
     identity = hashlib.sha256(f"{location}\n{size}\n{version}".encode()).hexdigest()
-    cached = _cache_folder() / f"{identity}.index"
     beside = ShardIndex.open(Path(sidecar(location)), size) if local else None
     if beside is not None and not is_newer(location, sidecar(location)):
         return beside
-    index = ShardIndex.open(cached, size) or _made(location, store, size, cached)
+    cached = _cached(identity)
+    index = ShardIndex.open(cached, size) if cached is not None else None
+    index = index or _made(location, store, size, cached)
     if beside is not None and beside.digest != index.digest:
         raise DataError(
             f"shard {location} was changed after the index beside it was written, and holds something else now; copy "
@@ -294,12 +295,14 @@ def is_newer(path: str, other: str) -> bool:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
-def _made(location: str, store: Store, size: int, cached: Path) -> ShardIndex:
+def _made(location: str, store: Store, size: int, cached: Path | None) -> ShardIndex:
     """The index beside a remote shard, or that of a scan; written to the cache."""
     index = None
     if not is_local(location) and scheme_of(location) != PIPE and (content := read_sidecar(location, store, size)):
         index = ShardIndex.open(content, size)
     index = index or scan_shard(store.local_copy(location), redact(location))
+    if cached is None:
+        return index
     try:
         index.save(cached)
     except OSError as error:  # a read-only home costs a scan per process, no more
@@ -307,9 +310,13 @@ def _made(location: str, store: Store, size: int, cached: Path) -> ShardIndex:
     return index
 
 
-def _cache_folder() -> Path:
-    root = os.environ.get("PRETRAIN_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "pretrain") / "index"
+def _cached(identity: str) -> Path | None:
+    """Where an index is kept that does not lie beside its shard; None, with a warning, where there is no such place."""
+    try:
+        return cache_root() / "index" / f"{identity}.index"
+    except DataError as error:
+        warnings.warn(f"cannot keep shard indices: {error}", stacklevel=2)
+        return None
 
 
 def scan_shard(path: Path, name: str | None = None) -> ShardIndex:

@@ -25,7 +25,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from data_pipelines.errors import DataError, suggest
 from data_pipelines.hidden import is_hidden
@@ -176,7 +176,7 @@ def _expand_one(pattern: str, allow_pipe: bool, manifests: Manifests | None, suf
             )
         _bound(pattern)
         return list(_expand_braces(pattern, _NUMBERS))
-    if scheme not in _SCHEMES or not urlsplit(pattern).netloc:
+    if scheme not in _SCHEMES or not _split(pattern).netloc:
         # The rest of the text may carry credentials, so the message repeats the scheme only.
         raise DataError(
             f"data source with scheme {scheme!r} is not supported; allowed are local paths and "
@@ -186,15 +186,22 @@ def _expand_one(pattern: str, allow_pipe: bool, manifests: Manifests | None, suf
     return [shard for url in _expand_braces(pattern) for shard in _expand_url(url, scheme, manifests, suffixes)]
 
 
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:  # a bracket without an IPv6 address, say
+        raise DataError(f"data source {redact(url)} is no URL: {error}") from None
+
+
 # Remote.
 
 
 def _expand_url(url: str, scheme: str, manifests: Manifests | None, suffixes: Suffixes) -> list[str]:
     """Shards of one URL without braces; of a directory or a glob, none if `manifests` and their store are not given."""
     listable = scheme in OBJECT_STORES
-    if listable and "@" in urlsplit(url).netloc:
+    if listable and "@" in _split(url).netloc:
         raise DataError(f"{redact(url)}: credentials do not belong into a {scheme}:// URL; set them in the environment")
-    path = url.partition("://")[2] if listable else urlsplit(url).path
+    path = url.partition("://")[2] if listable else _split(url).path
     if "{" in path or "}" in path:
         raise DataError(f"cannot read the braces of {redact(url)}; write {{000..012}} or {{a,b}}")
     if glob.has_magic(path):

@@ -5,13 +5,13 @@ Not here: what goes wrong (`failures`), making requests (`links`), repeating the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipelines.errors import DataError, TooLargeError
+from data_pipelines.files import cache_root, expanded
 from data_pipelines.storage.locations import redact
 
 __all__ = ["Facts", "FetchOptions", "Link", "too_large"]
@@ -50,9 +50,8 @@ class FetchOptions:
     @property
     def folder(self) -> Path:
         if self.cache_dir:
-            return Path(self.cache_dir).expanduser()
-        root = os.environ.get("PRETRAIN_CACHE")
-        return (Path(root).expanduser() if root else Path.home() / ".cache" / "pretrain") / "shards"
+            return expanded(self.cache_dir)
+        return cache_root() / "shards"
 
 
 @dataclass(frozen=True)

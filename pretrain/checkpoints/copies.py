@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from data_pipelines.files import cache_root
 from pretrain.checkpoints.storage import CheckpointStorage
 from pretrain.checkpoints.store import (
     TRAINING_STATE,
@@ -112,7 +113,7 @@ def cached(digest: str, fill: Callable[[Path], None], *, training_state: bool = 
     Raises:
         CheckpointError: What was fetched is not that checkpoint.
     """
-    root = Path(os.environ.get("PRETRAIN_CACHE") or Path.home() / ".cache" / "pretrain") / "checkpoints"
+    root = cache_root() / "checkpoints"
     copy = root / (f"{digest[:32]}-full" if training_state else digest[:32])
     try:
         verify(copy, digest=digest)
@@ -120,6 +121,10 @@ def cached(digest: str, fill: Callable[[Path], None], *, training_state: bool = 
             return copy
     except (FileNotFoundError, CheckpointError):  # never fetched, or damaged since
         shutil.rmtree(copy, ignore_errors=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{root}: {error.strerror}; set PRETRAIN_CACHE to a folder with room") from None
     fresh = assemble(root / f"{copy.name}.{os.getpid()}", fill, digest)
     try:
         fresh.rename(copy)

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from yaml import YAMLError
+
 from data_pipelines.storage.locations import redact
 from pretrain.checkpoints import copies
 from pretrain.checkpoints.storage import open_storage
@@ -36,7 +38,8 @@ from pretrain.checkpoints.store import (
     published_at,
     verify,
 )
-from pretrain.config.values import parse_yaml
+from pretrain.config.stages import written_stages
+from pretrain.config.values import first_line, parse_yaml
 from pretrain.errors import RequestError, RunFailed, listed, nearest
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RunDir, runs_in
@@ -179,9 +182,16 @@ def load_backbone(reference: str | Path, *, storage: Path = Path("runs"), tracki
 
 
 def best_step(run_dir: Path) -> int | None:
-    """The best published step by the recipe's `evaluation.select`; None if none has a score of it yet."""
+    """The best published step by the recipe's `evaluation.select`; None if none has a score of it yet.
+
+    Raises:
+        RequestError: The recipe is damaged.
+    """
     run = RunDir(run_dir)
-    select = parse_yaml(run.recipe.read_text())["evaluation"]["select"]
+    try:
+        select = written_stages(parse_yaml(run.recipe.read_text(encoding="utf-8")))[-1]["evaluation"]["select"]
+    except (ValueError, LookupError, TypeError, YAMLError) as error:
+        raise RequestError(f"{run.recipe}: damaged, it does not say evaluation.select: {first_line(error)}") from None
     on_disk = {found.step for found in published(run_dir)}
     order = best_steps(select, read_events(run.evaluations)[0])
     return next((step for step in order if step in on_disk), None)

@@ -296,7 +296,7 @@ def _require_inputs(src: str, masks: str | None) -> None:
     mistakes = [
         f"{name} {path}: no such file or directory{nearest_file(Path(path))}"
         for name, path in given.items()
-        if not Path(path).expanduser().exists()
+        if not os.path.exists(os.path.expanduser(path))
     ]
     if mistakes:
         raise RequestError(*mistakes)

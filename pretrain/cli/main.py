@@ -7,6 +7,7 @@ torch, Ray, MLflow or DeepSpeed. The work itself is in `pretrain.driver`, `pretr
 
 from __future__ import annotations
 
+import errno
 import tempfile
 import traceback
 from collections.abc import Iterable, Sequence
@@ -17,12 +18,15 @@ import click
 
 from evaluation.protocol import format_value
 from pretrain.cli.data import data
-from pretrain.errors import RequestError, RunFailed, nearest
+from pretrain.errors import RequestError, RunFailed, nearest, said_by_system, shortened
 from pretrain.record.run_dir import BACKBONE, find_run
-from pretrain.screen import escape_diagnostics, escaping_console, say
+from pretrain.screen import escape_diagnostics, escaping_console, printable, say
 from pretrain.version import __version__
 
 __all__ = ["cli", "main"]
+
+MOST_MISTAKES = 6  # that are shown of one request
+LONGEST_LINE = 400  # characters
 
 _storage = click.option("--storage", metavar="DIR", default="runs", show_default=True, help="Directory of the runs.")
 
@@ -177,10 +181,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         _complain([error.message, *([f"the log is {error.log}"] if error.log else [])])
         return 1
+    except OSError as error:  # of the disk, or of a name that no file can have
+        _complain([said_by_system(error)])
+        return 2 if error.errno == errno.ENAMETOOLONG else 1
     except Exception as error:
         if isinstance(error, _mistakes_of_other_packages()):
             _complain([str(error)])
             return 2
+        from pretrain.checkpoints.store import CheckpointError
+
+        if isinstance(error, CheckpointError):
+            _complain([str(error)])
+            return 1
         first_line = (str(error).splitlines() or [""])[0]
         _complain([f"{type(error).__name__}: {first_line}", f"the traceback is in {_save_traceback()}"])
         return 1
@@ -196,8 +208,12 @@ def _mistakes_of_other_packages() -> tuple[type[Exception], ...]:
 
 
 def _complain(lines: Iterable[str]) -> None:
-    for line in lines:
-        say(f"error: {line}", err=True)
+    """One line per mistake on standard error: the first ones, and how many more there are."""
+    mistakes = list(lines)
+    for line in mistakes[:MOST_MISTAKES]:
+        say(f"error: {shortened(printable(line), LONGEST_LINE - len('error: '))}", err=True)
+    if len(mistakes) > MOST_MISTAKES:
+        say(f"error: and {len(mistakes) - MOST_MISTAKES} more mistakes", err=True)
 
 
 def _save_traceback() -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from backbones.images.config import ImageConfig
 from backbones.images.timm_names import model_names
 from data_pipelines.errors import DataError
+from data_pipelines.files import expanded
 from data_pipelines.shards.source import check_source
 from data_pipelines.split_names import held_out
 from data_pipelines.storage.locations import redact, scheme_of
@@ -94,7 +95,7 @@ def absolute(path: str | None) -> Any:
         return path
     if path.startswith("package:"):
         return str(_PACKAGE / path.removeprefix("package:"))
-    return os.path.abspath(Path(path).expanduser())
+    return os.path.abspath(expanded(path))
 
 
 def absolute_reference(reference: str | None) -> str | None:
@@ -104,7 +105,7 @@ def absolute_reference(reference: str | None) -> str | None:
     if reference.startswith("timm:"):
         name, at, file = reference.partition("@")
         return f"{name}@{absolute(file)}" if at else reference
-    is_path = "/" in reference or reference.endswith(".safetensors") or Path(reference).expanduser().exists()
+    is_path = "/" in reference or reference.endswith(".safetensors") or os.path.exists(expanded(reference))
     return str(absolute(reference)) if is_path else reference
 
 
@@ -345,9 +346,17 @@ def _checked_storage(storage: str, mistakes: Mistakes) -> str:
     if mistakes.sound("storage"):
         if "://" in storage:
             mistakes.add("storage", storage, "expected a local directory (remote stores are not supported yet)")
-        elif Path(absolute(storage)).is_file():
-            mistakes.add("storage", storage, "is a file; expected a directory")
+        elif problem := _place_problem(Path(absolute(storage))):
+            mistakes.add("storage", storage, problem)
     return str(absolute(storage))
+
+
+def _place_problem(folder: Path) -> str | None:
+    """Why no directory can be made or used there."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        return "is a file; expected a directory" if there == folder else f"{there} is no directory"
+    return None if os.access(there, os.W_OK) else f"{there} is not writable; name another directory"
 
 
 def _check_checkpoint_storage(uri: str | None, mistakes: Mistakes) -> None:

@@ -8,6 +8,7 @@ fraction of a second.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
+from data_pipelines.files import expanded
 from pretrain.config import checks
 from pretrain.config.layers import resolved
 from pretrain.config.mistakes import Mistakes, shown
@@ -96,8 +98,8 @@ def recipe_path(name_or_path: str | Path) -> Path:
     text = str(name_or_path)
     if text in recipe_names():
         return _RECIPES / f"{text}.yaml"
-    path = Path(text).expanduser()
-    if path.is_file():
+    path = expanded(text)
+    if os.path.isfile(path):  # unlike `Path.is_file`, also of names that no file can have
         return path.absolute()
     if "/" in text or path.suffix in (".yaml", ".yml"):
         raise RequestError(f"recipe {text}: no such file{checks.nearest_file(path)}")
@@ -191,8 +193,15 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
     pairs = dict(text.partition("=")[::2] for text in overrides)
     forbidden = [key for key in pairs if not _RESUMABLE_KEYS.fullmatch(key)]
     if forbidden:
-        allowed = f"a resume may change {', '.join(_RESUMABLE)}"
-        raise RequestError(*(f"{key}={pairs[key]}: fixed when the run began; {allowed}" for key in forbidden))
+        mistakes = [
+            f"{shown(key)}={shown(pairs[key])}: fixed when the run began{nearest(key, _RESUMABLE)}" for key in forbidden
+        ]
+        sections: dict[str, list[str]] = {}
+        for key in _RESUMABLE:
+            section, _, name = key.partition(".")
+            sections.setdefault(section, []).append(name)
+        allowed = "; ".join(f"{section}: {', '.join(names)}" for section, names in sections.items())
+        raise RequestError(*mistakes, f"a resume may change {allowed}")
     content = _read_yaml(path)
     open_keys = {"train.micro_batch_size", "train.accumulation"} - set(pairs)
     derived = [f"{key}=null" for key in open_keys] if len(open_keys) == 1 else []

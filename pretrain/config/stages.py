@@ -163,14 +163,20 @@ def plan_yaml(plan: Plan) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(shared | {"stages": stages}))
 
 
-def written_stages(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+def written_stages(content: Any) -> list[dict[str, Any]]:
     """The stages of a recipe that a run has written, each with all its settings; without `stages:` the one there is.
 
-    For who only reads what was written: nothing is checked.
+    For who only reads what was written: no setting is checked.
+
+    Raises:
+        ValueError: It has not the shape of a recipe.
     """
+    stages = content.get("stages") if isinstance(content, Mapping) else None
+    if not isinstance(content, Mapping) or not all(isinstance(stage, Mapping) for stage in _listed(stages)):
+        raise ValueError("not a mapping of settings")
     shared = {key: value for key, value in content.items() if key != "stages"}
     found = []
-    for stage in content.get("stages") or [{}]:
+    for stage in _listed(stages) or [{}]:
         whole = dict(shared)
         for key, value in stage.items():
             if key in _SECTIONS and isinstance(value, Mapping) and isinstance(shared.get(key), Mapping):
@@ -179,6 +185,10 @@ def written_stages(content: Mapping[str, Any]) -> list[dict[str, Any]]:
                 whole[key] = value if key != "name" else shared.get("name")
         found.append(whole | ({"stage": stage["name"]} if "name" in stage else {}))
     return found
+
+
+def _listed(stages: Any) -> list[Any]:
+    return stages if isinstance(stages, list) else [] if stages is None else [stages]
 
 
 _DIFFERS = object()

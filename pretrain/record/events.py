@@ -12,7 +12,6 @@ Not here: the file (`pretrain.record.journal`), where it lies (`pretrain.record.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -41,6 +40,7 @@ __all__ = [
     "from_json",
 ]
 
+LAST_TIME = 1e11  # Unix seconds; later ones are damage that no calendar can show
 OLD_KINDS = {"pictures": "visualizations"}
 OLD_METRICS = {"images_per_s": "samples_per_s"}
 
@@ -341,7 +341,7 @@ def from_json(record: Mapping[str, Any]) -> Event | None:
         return None
     if event is Metrics and isinstance(values := record.get("values"), Mapping):
         record = {**record, "values": {OLD_METRICS.get(name, name): value for name, value in values.items()}}
-    if isinstance(when := record.get("time"), float) and not math.isfinite(when):
+    if isinstance(when := record.get("time"), float | int) and not 0 <= when < LAST_TIME:
         raise DamagedEvent(f"{kind}: 'time' is {when}, expected Unix seconds")
     given = {}
     for part, hint in _parts(event):

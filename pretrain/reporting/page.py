@@ -9,21 +9,25 @@ Not here: comparing runs (`pretrain leaderboard`), the curves of a live run (MLf
 from __future__ import annotations
 
 import base64
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from yaml import YAMLError
 
 from data_pipelines.files import write_atomically
 from evaluation.protocol import FRACTION, Metric, format_value
 from pretrain.checkpoints.references import best_step
 from pretrain.checkpoints.store import CheckpointError, published
 from pretrain.config.stages import written_stages
-from pretrain.config.values import parse_yaml
-from pretrain.errors import RequestError
+from pretrain.config.values import first_line, parse_yaml
+from pretrain.errors import RequestError, said_by_system
 from pretrain.record.events import (
     Evaluated,
     EvaluationFailed,
@@ -41,8 +45,11 @@ from pretrain.record.run_dir import RECIPE, RunDir
 
 __all__ = ["write_report"]
 
+log = logging.getLogger(__name__)
+
 TEMPLATES, TEMPLATE = Path(__file__).parent / "templates", "page.html"
 MAX_IMAGES = 6
+UNKNOWN = "?"
 CI_SUFFIXES = ("_ci_low", "_ci_high")
 
 
@@ -95,19 +102,17 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _contents(run: RunDir) -> dict[str, Any]:
-    recipe_yaml = run.recipe.read_text(encoding="utf-8")
-    stages = written_stages(parse_yaml(recipe_yaml))
+    recipe_yaml, stages, damaged = _recipe(run)
     recipe = stages[-1]
-    events, _ = read_events(run.journal)
-    evaluations, _ = read_events(run.evaluations)
+    events, evaluations = _events(run.journal), _events(run.evaluations)
     training = _by_step(events)
     tasks = _tasks(evaluations)
     return {
         "run_id": run.run_id,
-        "recipe": recipe,
+        "description": recipe.get("description") or "",
         "recipe_yaml": recipe_yaml,
         "status": _status(events),
-        "error": next((event.error for event in reversed(events) if isinstance(event, Failed)), ""),
+        "error": next((event.error for event in reversed(events) if isinstance(event, Failed)), "") or damaged,
         "facts": _facts(stages, events, training),
         "tiles": _tiles(training, tasks),
         "diverged": next((s for s, v in training.items() if not math.isfinite(v.get("loss", 0.0))), None),
@@ -123,6 +128,25 @@ def _contents(run: RunDir) -> dict[str, Any]:
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
+
+
+def _recipe(run: RunDir) -> tuple[str, list[dict[str, Any]], str]:
+    """The recipe of a run, as it stands there and by stages, and what is wrong with it: the page does without it."""
+    text = ""
+    try:
+        text = run.recipe.read_text(encoding="utf-8")
+        stages = written_stages(parse_yaml(text))
+    except (OSError, ValueError, YAMLError) as error:
+        return text, [{}], f"{run.recipe} is damaged: {first_line(error)}"
+    return text, stages, ""
+
+
+def _events(path: Path) -> list[Event]:
+    try:
+        return read_events(path)[0]
+    except OSError as error:
+        log.warning("%s", said_by_system(error))
+        return []
 
 
 def _by_step(events: Iterable[Event]) -> dict[int, Mapping[str, float]]:
@@ -169,7 +193,11 @@ def _versions(run: RunDir) -> dict[str, str]:
 
 def _visualizations(run: RunDir, events: Iterable[Event]) -> list[tuple[int, str]]:
     """(step, PNG data URI) of the first, the last and some images between."""
-    paths = {event.step: run.path / event.path for event in events if isinstance(event, Visualizations)}
+    paths = {}
+    for event in events:
+        if isinstance(event, Visualizations):
+            with suppress(ValueError):  # it names a file of another place
+                paths[event.step] = run.inside(event.path)
     steps = [step for step in sorted(paths) if paths[step].is_file()]
     if len(steps) > MAX_IMAGES:
         steps = [steps[round(i * (len(steps) - 1) / (MAX_IMAGES - 1))] for i in range(MAX_IMAGES)]
@@ -183,19 +211,22 @@ def _facts(
     stages: Sequence[dict[str, Any]], events: Sequence[Event], training: Mapping[int, Mapping[str, float]]
 ) -> list[tuple[str, str]]:
     """What the run is, for the head of the page; of several stages the last, and their names."""
-    recipe, train = stages[-1], stages[-1]["train"]
-    total = sum(stage["train"]["steps"] for stage in stages)
+    recipe = stages[-1]
+    steps = [_of(stage, "train.steps") for stage in stages]
+    total = sum(number for number in steps if isinstance(number, int))
+    size, workers, zero_stage = (_of(recipe, f"train.{key}") for key in ("global_batch_size", "workers", "zero_stage"))
     facts = [
-        ("objective", str(recipe["objective"]["name"])),
-        ("backbone", str(recipe["backbone"]["name"])),
-        ("data", recipe["data"]["train"] or ", ".join(part["name"] for part in recipe["data"]["mixture"])),
-        ("steps", f"{max(training, default=0)} of {total}"),
-        ("batch", f"{train['global_batch_size']} samples, {train['workers']} workers, ZeRO {train['zero_stage']}"),
-        ("precision", str(train["precision"])),
-        ("seed", str(train["seed"])),
+        ("objective", str(_of(recipe, "objective.name"))),
+        ("backbone", str(_of(recipe, "backbone.name"))),
+        ("data", _data(recipe)),
+        ("steps", f"{max(training, default=0)} of {total or UNKNOWN}"),
+        ("batch", f"{size} samples, {workers} workers, ZeRO {zero_stage}"),
+        ("precision", str(_of(recipe, "train.precision"))),
+        ("seed", str(_of(recipe, "train.seed"))),
     ]
     if len(stages) > 1:
-        facts.append(("stages", ", ".join(f"{stage['stage']} ({stage['train']['steps']} steps)" for stage in stages)))
+        names = [_of(stage, "stage") for stage in stages]
+        facts.append(("stages", ", ".join(f"{name} ({n} steps)" for name, n in zip(names, steps, strict=True))))
     if events:
         began, ended = events[0].time, events[-1].time
         facts.append(("started", time.strftime("%Y-%m-%d %H:%M", time.localtime(began))))
@@ -205,6 +236,23 @@ def _facts(
     warnings = [event for event in events if isinstance(event, Warned)]
     facts += [("warning", f"step {warning.step}: {warning.text}") for warning in warnings[-8:]]
     return facts
+
+
+def _of(recipe: Mapping[str, Any], key: str) -> Any:
+    """A setting of a recipe that a run has written; `UNKNOWN` where the recipe is damaged."""
+    node: Any = recipe
+    for name in key.split("."):
+        if not isinstance(node, Mapping) or name not in node:
+            return UNKNOWN
+        node = node[name]
+    return node
+
+
+def _data(recipe: Mapping[str, Any]) -> str:
+    source, mixture = _of(recipe, "data.train"), _of(recipe, "data.mixture")
+    if source is not None or not isinstance(mixture, list):
+        return str(source)
+    return ", ".join(str(_of(part, "name")) for part in mixture)
 
 
 def _tiles(training: Mapping[int, Mapping[str, float]], tasks: Sequence[Task]) -> list[tuple[str, str, str]]:
@@ -274,7 +322,10 @@ def _rows(run: RunDir, tasks: Sequence[Task], start: str) -> list[dict[str, Any]
     """One row per checkpoint that was published or evaluated: step, remarks, and a score, an error or None per task."""
     on_disk = {found.step for found in published(run.path)}
     evaluated = {step for task in tasks for step in (*task.scores, *task.errors)}
-    best = best_step(run.path)
+    try:
+        best = best_step(run.path)
+    except (RequestError, OSError):  # the recipe is damaged, which the page says
+        best = None
     rows = []
     for step in sorted(on_disk | evaluated):
         remarks = [start] if step == 0 else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -392,3 +393,27 @@ def test_shard_index__save_leaves_no_temporary_file(shard: Path, tmp_path: Path)
 def test_shard_index__golden_digest(shard: Path) -> None:
     """Of the first published form of the index; runs and evaluations are recorded under it."""
     assert scan_shard(shard).digest == "e9ca2ef1d93e5b264530ba51e44479982d5465e23752d80b1af26fff5158ad3e"
+
+
+def test_load_index__needs_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user of a container may have no home; where the index lies beside the shard no cache is needed at all."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("PRETRAIN_CACHE", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        member = tarfile.TarInfo("x.txt")
+        member.size = 1
+        tar.addfile(member, io.BytesIO(b"x"))
+    with pytest.warns(UserWarning, match="no home directory; set PRETRAIN_CACHE"):
+        found = load_index(str(shard), Store())
+    found.save(Path(sidecar(str(shard))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_index(str(shard), Store()).keys == found.keys
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "a.tar.index"}

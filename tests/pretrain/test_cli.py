@@ -92,6 +92,29 @@ def test_main__wrong_request_is_2_with_one_line_per_mistake(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_main__first_six_mistakes_and_a_count(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "demo", *(f"train.step{i}={i}" for i in range(9)), "name=" + "y/" * 900]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[2].strip() for line in lines[:6]] == [f"train.step{i}={i}" for i in range(6)]
+    assert lines[6:] == ["error: and 4 more mistakes"]
+
+
+def test_main__a_long_line_is_cut_in_its_middle(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "x/" * 500 + "end.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) == 400 and " ... " in line and line.endswith("x/x/x")
+
+
+def test_main__what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run-1"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("a: b")
+    (run / "report.html").mkdir()
+    assert main(["report", "run-1", "--storage", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {run}/report.html") and line.endswith("Is a directory")
+
+
 def test_main__nothing_asked_for_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "Usage: pretrain" in capsys.readouterr().err

@@ -119,8 +119,16 @@ def test_leaderboard__what_is_damaged_costs_only_itself(tmp_path: Path, caplog: 
         "torn": '{"protocol": "kn',
         "list": "[]",
         "half": '{"protocol": "knn", "data": "photos"}',
+        "word": '{"protocol": "knn", "data": "photos", "metrics": {"top1": "x"}, "key": "k"}',
     }.items():
         (by_hand / f"{name}.json").write_text(content)
+    (by_hand / "folder.json").mkdir()
+    (by_hand / "loop.json").symlink_to("loop.json")
+    for name in ("no-file", "no-access"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").touch()
+    (tmp_path / "no-file" / "evaluations.jsonl").mkdir()
+    (tmp_path / "no-access" / "evaluations.jsonl").symlink_to("evaluations.jsonl")
     assert [(place.run, place.score) for place in leaderboard(tmp_path)] == [("a", 0.5)] * 2
-    for name in ("evaluations.jsonl", "torn.json", "list.json", "half.json"):
+    for name in ("evaluations.jsonl", "torn", "list", "half", "word", "folder", "loop", "no-file"):
         assert name in caplog.text

@@ -196,8 +196,10 @@ def test_load_recipe__mistake_in_a_mixture(recipe: Path, mixture: str, line: str
 def test_load_for_resume__refuses_what_would_change_the_run(recipe: Path) -> None:
     with pytest.raises(RequestError) as refused:
         load_for_resume(recipe, ["train.seed=3", "train.workers=1", "optimizer.lr=1"])
-    assert [line.partition(": ")[0] for line in refused.value.mistakes] == ["train.seed=3", "optimizer.lr=1"]
-    assert "fixed when the run began; a resume may change train.workers, " in refused.value.mistakes[0]
+    first, second, allowed = refused.value.mistakes
+    assert (first.partition(": ")[0], second.partition(": ")[0]) == ("train.seed=3", "optimizer.lr=1")
+    assert "fixed when the run began" in first
+    assert "a resume may change train: workers, micro_batch_size" in allowed and len(allowed) < 400
 
 
 def test_load_recipe__unknown_model_names_the_nearest(recipe: Path) -> None:

@@ -183,6 +183,25 @@ def test_write_report__refuses_what_is_no_run(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "recipe", ["a: [", "", "- x", "stages: 3", "train: {steps: x}\nstages: [{}, {name: b}]", "\xff", None]
+)
+def test_write_report__a_damaged_recipe_costs_only_what_it_says(storage: Path, recipe: str | None) -> None:
+    run_dir = storage / "damaged"
+    run_dir.mkdir()
+    if recipe is None:
+        recipe = "a" * 5000 + ": " + "[" * 5000
+    (run_dir / "recipe.yaml").write_text(recipe, encoding="latin-1")
+    (run_dir / "journal.jsonl").write_text(
+        '{"time": 1e300, "kind": "finished", "step": 20}\n'
+        '{"time": 1, "kind": "visualizations", "step": 20, "path": "/etc/passwd"}\n'
+        '{"time": 1, "kind": "metrics", "step": 20, "values": {"loss": 0.25}}\n'
+    )
+    page = Page(write_report(run_dir))
+    assert "<b>0.25</b>" in page.text and "20 of ?" in page.text
+    assert "data:image/png;base64,cm9vd" not in page.text, "a file of another place is in the page"
+
+
 def test_write_report__damaged_lines_cost_nothing_but_themselves(storage: Path) -> None:
     """Neither a line that lacks a field nor one of a newer version takes the page down."""
     run_dir = storage / "damaged"
