@@ -11,6 +11,7 @@ that one split lacks moves no other.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -141,18 +142,26 @@ def require_all_classes(source: Path, classes: Collection[str]) -> None:
     split, rest = split_and_rest(here.name)
     if split is None:
         return
-    for beside in sorted(here.parent.iterdir()):
-        other, other_rest = split_and_rest(beside.name)
-        if other in (None, split) or other_rest != rest or not beside.is_dir():
+    for beside in _folders_in(here.parent):
+        other, other_rest = split_and_rest(beside)
+        if other in (None, split) or other_rest != rest:
             continue
-        theirs = {same_text(entry.name) for entry in beside.iterdir() if entry.is_dir() and not is_hidden(entry.name)}
+        theirs = set(map(same_text, _folders_in(here.parent / beside)))
         if len(theirs) > 1 and (missing := sorted(theirs.difference(classes))):
             everything = _listed(sorted(theirs.union(classes)))
             whole = "" if rest else f"pack {here.parent} as a whole, or "
             raise DataError(
-                f"{source} has no folder {missing[0]!r}, which {beside.name} beside it has: packed by itself, its "
+                f"{source} has no folder {missing[0]!r}, which {beside} beside it has: packed by itself, its "
                 f"classes would have other indices; {whole}give --classes {everything}"
             )
+
+
+def _folders_in(folder: Path) -> list[str]:
+    """Names of the folders in one, if it may be read; hidden ones are left out."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
 
 
 def _listed(names: Sequence[str]) -> str:
