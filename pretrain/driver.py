@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.connect import AlreadyConnected
 from data_pipelines.files import write_atomically
+from data_pipelines.storage.locations import redact, redacted
 from pretrain.checkpoints import copies, store
 from pretrain.checkpoints.initialization import checked_plan
 from pretrain.config.load import load_for_resume, load_plan
@@ -304,7 +305,7 @@ class _Driver:
             uri=default_uri(Path(self.recipe.storage)),
             experiment=self.recipe.tracking.experiment,
             recipe_yaml=plan_yaml(self.plan),
-            params=asdict(self.recipe),
+            params=redacted(asdict(self.recipe)),
             tags=tags,
             model_name=self.recipe.tracking.model_name or self.recipe.name,
             select=self.recipe.evaluation.select,
@@ -312,7 +313,7 @@ class _Driver:
         )
 
     def _record_failure(self, error: BaseException) -> None:
-        self.run_dir.driver_log.write_text(f"{error}\n")
+        self.run_dir.driver_log.write_text(redact(f"{error}\n", marked=True))
         with Journal(self.run_dir.journal) as journal:
             journal.write(Failed(error=_last_line(error)))
 

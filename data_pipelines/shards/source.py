@@ -31,6 +31,7 @@ from data_pipelines.errors import DataError, suggest
 from data_pipelines.hidden import is_hidden
 from data_pipelines.parsing import parse_json
 from data_pipelines.shards.manifest import MANIFEST_NAME, Manifests, listed_shards
+from data_pipelines.storage.credentials import whole_url
 from data_pipelines.storage.locations import HTTP, OBJECT_STORES, PIPE, redact, scheme_of, sibling, split_location
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def _join(
 def _expand_one(pattern: str, allow_pipe: bool, manifests: Manifests | None, suffixes: Suffixes) -> list[str]:
     if not pattern.strip():
         raise DataError("an empty string is not a data source; give a directory, a glob or a .tar shard")
+    pattern = whole_url(pattern)
     path = _local_path(pattern)
     if path is not None:
         return _expand_local(path, suffixes)

@@ -34,6 +34,7 @@ from typing import Any
 
 from data_pipelines.files import sha256, write_atomically
 from data_pipelines.parsing import parse_json
+from data_pipelines.storage.locations import redacted
 from pretrain.checkpoints.storage import CheckpointError, CheckpointStorage, LocalStorage, open_storage
 from pretrain.record.run_dir import BACKBONE, MANIFEST, RECIPE
 from pretrain.version import __version__
@@ -233,7 +234,7 @@ def publish(
         "versions": {"pretrain": __version__, **{name: version(name) for name in ("torch", "deepspeed", "timm")}},
         TRAINING_STATE: any(name.startswith(f"{TRAINING_STATE}/") for name in files),
     }
-    storage.publish(_name(step), (json.dumps(complete, indent=1, sort_keys=True) + "\n").encode())
+    storage.publish(_name(step), (json.dumps(redacted(complete), indent=1, sort_keys=True) + "\n").encode())
     return Published(step, storage, _name(step))
 
 

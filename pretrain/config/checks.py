@@ -65,6 +65,11 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
     _check_zero_stage(draft.train, mistakes)
     _check_deepspeed(draft.deepspeed, mistakes)
     _check_checkpoint_storage(draft.checkpoints.storage, mistakes)
+    for key in ("init_from", "teacher_from", "resume_from"):
+        reference = getattr(draft, key)
+        if mistakes.sound(key) and reference and redact(reference) != reference:
+            problem = "user, password and query belong in the environment of the store's library, not in a recipe"
+            mistakes.add(key, redact(reference), problem)
     recipe = replace(
         draft,
         data=_with_absolute_paths(draft.data),
@@ -373,8 +378,8 @@ def _check_checkpoint_storage(uri: str | None, mistakes: Mistakes) -> None:
         problem = f"holds what one process writes, and no other sees it; {example}"
     elif scheme not in registry and scheme not in known_implementations:
         problem = f"fsspec knows no {scheme}://{nearest(scheme, known_implementations)}; {example}"
-    elif "@" in rest.partition("/")[0]:
-        problem = "user and password belong in the environment of the store's library, not in a recipe"
+    elif redact(uri) != uri:
+        problem = "user, password and query belong in the environment of the store's library, not in a recipe"
     if problem:
         mistakes.add("checkpoints.storage", redact(uri), problem)
 

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from data_pipelines.files import expanded
+from data_pipelines.storage.locations import redacted
 from pretrain.config import checks
 from pretrain.config.layers import resolved
 from pretrain.config.mistakes import Mistakes, shown
@@ -237,8 +238,8 @@ def _written(content: Mapping[str, Any], stage: Mapping[str, Any], path: Path, k
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+    """The recipe as YAML that `load_recipe` reads back to an equal recipe, but for credentials in URLs."""
+    return OmegaConf.to_yaml(OmegaConf.create(redacted(OmegaConf.to_container(OmegaConf.structured(recipe)))))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

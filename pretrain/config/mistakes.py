@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from data_pipelines.storage.locations import redact
 from pretrain.errors import RequestError
 
 __all__ = ["COMMAND_LINE", "Mistakes", "shown"]
@@ -15,9 +16,9 @@ COMMAND_LINE = "command line"
 
 
 def shown(value: Any) -> str:
-    """A value as a user would write it in YAML, shortened."""
+    """A value as a user would write it in YAML, shortened, without credentials in its URLs."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    text = " ".join(text.split())
+    text = redact(" ".join(text.split()), marked=True)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

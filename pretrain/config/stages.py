@@ -28,6 +28,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from data_pipelines.storage.locations import redacted
 from pretrain.config.schema import Recipe
 
 __all__ = ["FIXED", "STAGE_KEYS", "Plan", "Stage", "in_order", "plan_yaml"]
@@ -141,9 +142,12 @@ def in_order(named: Sequence[tuple[str, Recipe, Mapping[str, Any]]]) -> Plan:
 
 
 def plan_yaml(plan: Plan) -> str:
-    """The plan as YAML that `load_plan` reads back to an equal one: what all stages share, then the differences."""
+    """The plan as YAML: what all stages share, then the differences.
+
+    `load_plan` reads it back to an equal one, but for credentials in URLs, which are not stored.
+    """
     whole = [OmegaConf.to_container(OmegaConf.structured(stage.recipe)) for stage in plan.stages]
-    contents: list[dict[str, Any]] = [{str(key): value for key, value in content.items()} for content in whole]  # type: ignore[union-attr]
+    contents: list[dict[str, Any]] = [redacted(content) for content in whole]
     if len(contents) == 1 and not plan.stages[0].name:
         return OmegaConf.to_yaml(OmegaConf.create(contents[0]))
     shared = {key: _shared(key, [content[key] for content in contents]) for key in contents[0]}

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from data_pipelines.parsing import parse_json
+from data_pipelines.storage.locations import redacted
 from pretrain.record.events import DamagedEvent, Event, from_json
 
 __all__ = ["Journal", "Line", "read_events", "read_lines"]
@@ -58,9 +59,10 @@ class Journal:
     def write(self, event: Event) -> None:
         """Append one event.
 
-        Its values may be anything JSON knows, paths, and scalars with `.item()` (NumPy; torch: a device sync).
+        Credentials in its URLs are left out. Its values may be anything JSON knows, paths, and scalars with `.item()`
+        (NumPy; torch: a device sync).
         """
-        line = json.dumps(_plain(event.to_json()), allow_nan=False) + "\n"
+        line = json.dumps(redacted(_plain(event.to_json())), allow_nan=False) + "\n"
         data = line.encode()
         if self._torn:
             data = b"\n" + data

@@ -19,7 +19,8 @@ from fsspec.registry import _registry
 from data_pipelines.errors import DataError, TooLargeError
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.shards.source import expand_source
-from data_pipelines.storage.locations import redact, sibling
+from data_pipelines.storage.credentials import whole_url
+from data_pipelines.storage.locations import redact, redacted, sibling
 from data_pipelines.storage.stores import FetchOptions, Store
 
 BLOCK = 50_000
@@ -157,10 +158,53 @@ def test_fetch_options__folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("postgresql+psycopg://me:p/w@host:5432/db?password=x&sslkey=/k", "postgresql+psycopg://host:5432/db"),
         ("sqlite:////a/b@c/mlflow.db", "sqlite:////a/b@c/mlflow.db"),
         ("gs://bucket/a.tar?token=x;y&z", "gs://bucket/a.tar"),
+        ("https://h/a.tar?a=1&sig='x'y&b=2#f", "https://h/a.tar"),
+        ("cannot get 'https://h/a.tar?sig=x', 'http://h/b?k=2'", "cannot get 'https://h/a.tar', 'http://h/b'"),
+        ("postgresql://me:p@a/b@db.corp", "postgresql://db.corp"),
+        ("postgresql://me:p@a/b@db:5432", "postgresql://db:5432"),
     ],
 )
 def test_redact__no_user_and_no_query(text: str, shown: str) -> None:
     assert redact(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "stored"),
+    [
+        ("https://me:p@s/s@host:8080/a-{0..9}.tar?sig=x&x=1", "https://***@host:8080/a-{0..9}.tar?***"),
+        ("HTTPS://token@host/a.tar", "HTTPS://***@host/a.tar"),
+        ("s3://data/train-?.tar", "s3://data/train-?.tar"),
+        ("s3://data/a.tar?versionId=1", "s3://data/a.tar?***"),
+        ("pipe:curl -s https://me:pw@h/a.tar?t=1", "pipe:curl -s https://***@h/a.tar?***"),
+        ("/local/a?b@c.tar", "/local/a?b@c.tar"),
+    ],
+)
+def test_redact__what_is_stored_says_where_something_is_left_out(text: str, stored: str) -> None:
+    assert redact(text, marked=True) == redact(stored, marked=True) == stored
+    assert redacted({"a": [text, 3], "b": (None, text)}) == {"a": [stored, 3], "b": (None, stored)}
+
+
+def test_whole_url__takes_from_the_environment_what_was_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stored = "https://***@host/d/a.tar?***"
+    for name in ("PRETRAIN_URLS", "PRETRAIN_URLS_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert whole_url("https://host/d/a.tar?x=1") == "https://host/d/a.tar?x=1"
+    with pytest.raises(
+        DataError, match=r"^https://\*\*\*@host/d/a.tar\?\*\*\*: credentials are not stored; put the whole"
+    ):
+        whole_url(stored)
+    monkeypatch.setenv("PRETRAIN_URLS", "https://me:p@s/s@host/d/b.tar?s=1 https://me:p@s/s@host/d/a.tar?s=1")
+    assert whole_url(stored) == "https://me:p@s/s@host/d/a.tar?s=1"
+    monkeypatch.setenv("PRETRAIN_URLS_FILE", str(tmp_path / "urls"))
+    with pytest.raises(DataError, match=r"PRETRAIN_URLS_FILE=.*urls: cannot be read \(No such file"):
+        whole_url(stored)
+    (tmp_path / "urls").write_text("https://me:pw@host/d/\n")
+    assert whole_url("https://***@host/d/c/x-{0..9}.tar") == "https://me:pw@host/d/c/x-{0..9}.tar"
+    (tmp_path / "urls").write_text("https://me:pw@host/d/a.tar?s=2\n")
+    with pytest.raises(DataError, match="stands for several URLs"):
+        whole_url(stored)
 
 
 def test_redact__commands_are_told_apart_without_their_arguments() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -227,7 +228,7 @@ def test_load_plan__a_stage_may_start_from_a_reference(tmp_path: Path) -> None:
         ("runs", "expected a URI such as s3://BUCKET/PREFIX"),
         ("s33://bucket", "fsspec knows no s33://; did you mean 's3'?"),
         ("memory://x", "holds what one process writes"),
-        ("s3://user:secret@bucket/x", "user and password belong in the environment"),
+        ("s3://user:secret@bucket/x", "user, password and query belong in the environment"),
     ],
 )
 def test_load_recipe__checkpoint_storage_is_checked(uri: str, says: str) -> None:
@@ -235,6 +236,15 @@ def test_load_recipe__checkpoint_storage_is_checked(uri: str, says: str) -> None
         load_recipe("demo", [f"checkpoints.storage={uri}"])
     assert says in str(refused.value) and "secret" not in str(refused.value)
     assert load_recipe("demo", ["checkpoints.storage=s3://bucket/x"]).checkpoints.storage == "s3://bucket/x"
+
+
+@pytest.mark.parametrize("key", ["init_from", "teacher_from", "resume_from"])
+@pytest.mark.parametrize("uri", ["s3://me:pass@word@bucket/x", "https://host/x.safetensors?signature=secret"])
+def test_references__credentials_in_them_are_refused_and_not_repeated(key: str, uri: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        load_recipe("demo", [f"{key}={uri}"])
+    (line,) = [line for line in refused.value.mistakes if "belong in the environment" in line]
+    assert line.startswith(f"command line: {key}=") and not {"me", "word", "secret"} & set(re.findall(r"\w+", line))
 
 
 def test_checked__imports_nothing_heavy(tmp_path: Path) -> None:
