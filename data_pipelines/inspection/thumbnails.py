@@ -126,6 +126,7 @@ def _scatter(points: npt.NDArray[np.float64], size: int) -> Pixels:
     canvas = np.full((size, size, 3), 16, np.uint8)
     if len(points) == 0:
         return canvas
+    points = points / max(float(np.abs(points).max()), 1e-12)  # the largest numbers have no difference and no length
     points = points - (points.min(axis=0) + points.max(axis=0)) / 2
     points = points / max(float(np.linalg.norm(points, axis=1).max()), 1e-12)
     x, y, z = points.T

@@ -236,7 +236,11 @@ def _encoding_of(data: bytes) -> Encoding:
 def _encode(image: Image.Image, encoding: Encoding) -> bytes:
     picture = BytesIO()
     options: Mapping[str, Any] = {} if encoding.quality is None else {"quality": encoding.quality}
-    image.save(picture, encoding.format, **options)
+    try:
+        image.save(picture, encoding.format, **options)
+    except (OSError, ValueError) as error:  # more pixels than the format can hold
+        size = f"{image.width} x {image.height}"
+        raise DataError(f"{size} pixels cannot be written as {encoding.format}: {error}; give a --size") from None
     return picture.getvalue()
 
 

@@ -166,7 +166,7 @@ def _ply_columns(names: list[str]) -> list[int]:
 
 def _rows(lines: list[str], count: int, columns: Sequence[int]) -> npt.NDArray[Any]:
     """The first `count` lines as a table of the chosen columns."""
-    rows = list(islice((line for line in lines if line.strip()), count))
+    rows = list(islice((line for line in lines if line.strip()), min(count, len(lines))))
     if len(rows) < count:
         raise DataError(f"file is cut: {count} vertices announced, {len(rows)} lines there")
     return _table(rows, columns)

@@ -87,7 +87,7 @@ class ViewMaker:
         for number, (view, reading) in enumerate(self._plan):
             with _naming(reading.field):
                 if reading not in contents:
-                    contents[reading] = reading.decode(sample[reading.field], self._decoding)
+                    contents[reading] = _decoded(reading, sample[reading.field], self._decoding)
                 drawn[view.name] = view.draw(contents[reading], ViewRandom(key(number, base=seed)), drawn)
         entries: dict[str, Tensor] = {}
         for number, (view, reading) in enumerate(self._plan):
@@ -113,6 +113,23 @@ class ViewMaker:
                 )
             batch[name] = torch.stack(parts, self._stack_dim[name.split(".")[0]])
         return batch
+
+
+def _decoded(reading: Reading, data: bytes, decoding: Decoding) -> Any:
+    """The content of a field.
+
+    Raises:
+        DataError: the bytes do not decode, whatever the decoder (it may be a plug-in's) raised.
+    """
+    try:
+        return reading.decode(data, decoding)
+    except DataError:
+        raise
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), "")
+        raise DataError(
+            f"{type(reading).__name__} cannot decode {len(data)} bytes: {type(error).__name__}: {said}"
+        ) from error
 
 
 @contextmanager

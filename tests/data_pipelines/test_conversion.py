@@ -206,3 +206,8 @@ def test_convert__photos_above_the_limit_of_pixels_are_decoded_smaller(
     assert decode_image(sample.fields["jpg"]).shape == (64, 96, 3)
     with pytest.raises(DataError, match=r"exceeds the limit of 20000 pixels; set PRETRAIN_MAX_PIXELS=240000"):
         converted(tmp_path, {"jpg": large})
+
+
+def test_convert__what_a_format_cannot_hold_is_one_rejected_item(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"20000 x 2 pixels cannot be written as WEBP: .*; give a --size"):
+        converted(tmp_path, {"jpg": encoded(np.zeros((2, 20000, 3), np.uint8))}, encoding=Encoding("WEBP", 80))

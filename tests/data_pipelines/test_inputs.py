@@ -104,6 +104,16 @@ def test_list_folder__auto_tells_clouds_from_volumes_by_shape(
     assert listed(tmp_path).family == family
 
 
+def test_list_folder__a_damaged_array_does_not_tell_what_the_others_are(tmp_path: Path) -> None:
+    (tmp_path / "0.npy").write_bytes(b"cut")
+    with pytest.raises(
+        DataError, match=r"none of 1 arrays can be read.*; the first: .*0\.npy: cannot decode array of 3"
+    ):
+        listed(tmp_path)
+    np.save(tmp_path / "1.npy", np.zeros((4, 5, 6), np.float32))
+    assert listed(tmp_path).family == "volumes"  # packing then names the damaged one, or leaves it out by max_bad
+
+
 def test_list_folder__empty_or_of_another_kind_is_an_error(touch: Touch, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"nothing to pack in .*empty: there is no file in it"):

@@ -104,6 +104,7 @@ def test_read_points__arrays_become_float32() -> None:
         (b"OFF\n3 1 0\n0 0 0\n1 1 1\n", ".off", "cut: 3 vertices announced, 2 lines there"),
         (b"OFF\n1 0 0\n0 zero 0\n", ".off", "not a table of numbers"),
         (b"OFF\n99999999999999 0 0\n0 0 0\n", ".off", "cut"),
+        (b"OFF\n99999999999999999999999999 0 0\n0 0 0\n", ".off", "cut"),
         (b"1 2\n3 4\n", ".txt", r"shape \(2, 2\).* is no cloud"),
         (b"1 2 3\n4 5\n", ".txt", "not a table of numbers"),
         (b"\n# nothing\n", ".txt", "holds no points"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,8 @@ class WaveReading(Reading):
     def decode(self, data: bytes, decoding: Decoding) -> np.ndarray:
         if len(data) % 2:
             raise DataError(f"{len(data)} bytes are no 16 bit samples")
+        if data == b"flac":
+            raise LookupError("no frame\nin this file")  # as libraries do, of any type
         return np.frombuffer(data, "<i2")
 
 
@@ -81,9 +84,9 @@ def sounds(tmp_path: Path, write_tar: Write) -> Dataset:
     return open_dataset(tmp_path)
 
 
-def stream_of(dataset: Dataset, specs: Sequence[dict[str, Any]], num_workers: int = 0) -> Stream:
+def stream_of(dataset: Dataset, specs: Sequence[dict[str, Any]], num_workers: int = 0, **settings: Any) -> Stream:
     sizes = {"global_batch_size": 4, "micro_batch_size": 4, "rank": 0, "world_size": 1, "num_streams": 1}
-    return Stream(dataset, views_from(specs), seed=3, num_workers=num_workers, **sizes)
+    return Stream(dataset, views_from(specs), seed=3, num_workers=num_workers, **sizes, **settings)
 
 
 @pytest.mark.usefixtures("_wave")
@@ -138,6 +141,19 @@ def test_register__a_damaged_sample_of_a_new_kind_is_named(tmp_path: Path, write
     write_tar(tmp_path / "sound-000000.tar", [(f"{number}.pcm", b"odd") for number in range(4)])
     with pytest.raises(DataError, match=r"sample '\d', field pcm: 3 bytes are no 16 bit samples; data.max_corrupt"):
         next(iter(stream_of(open_dataset(tmp_path), [{"kind": "wave", "name": "a"}])))
+
+
+@pytest.mark.usefixtures("_wave")
+def test_register__whatever_a_decoder_raises_is_a_damaged_sample(tmp_path: Path, write_tar: Write) -> None:
+    sound = np.zeros(40, "<i2").tobytes()
+    write_tar(tmp_path / "sound-000000.tar", [(f"{n}.pcm", b"flac" if n == 2 else sound) for n in range(8)])
+    dataset, views = open_dataset(tmp_path), [{"kind": "wave", "name": "a"}]
+    said = r"sample '2', field pcm: WaveReading cannot decode 4 bytes: LookupError: no frame; data.max_corrupt_fraction"
+    with pytest.raises(DataError, match=said):
+        list(islice(stream_of(dataset, views), 4))
+    replaced = stream_of(dataset, views, max_corrupt_fraction=0.4)
+    list(islice(replaced, 2))
+    assert replaced.num_corrupt == 1
 
 
 @pytest.mark.usefixtures("_wave")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -104,9 +105,10 @@ def test_contact_sheet__damaged_samples_have_a_place(dataset: Dataset) -> None:
     """One that does not decode, one whose bytes are not those of the index."""
     shard = Path(dataset.shards[0].location)
     scan_shard(shard).save(Path(sidecar(str(shard))))
-    content = bytearray(shard.read_bytes())
+    content, written = bytearray(shard.read_bytes()), shard.stat().st_mtime_ns
     content[512] ^= 1
     shard.write_bytes(content)
+    os.utime(shard, ns=(written, written))  # as a disk that rots does
     damaged = open_dataset(shard)
     pixels = np.array(contact_sheet(damaged, [0, 1, 2], SIZE))
     assert pixels.shape == np.array(contact_sheet(dataset, [2, 2, 2], SIZE)).shape
@@ -196,6 +198,11 @@ def test_thumbnail__near_points_are_brighter() -> None:
 )
 def test_thumbnail__numbers_are_no_pictures(kind: str, array: np.ndarray) -> None:
     assert thumbnail(kind, npy(array), SIZE) is None
+
+
+def test_thumbnail__points_beyond_all_bounds_are_left_out() -> None:
+    far = np.array([[1e308, -1e308, 0], [-1e308, 1e308, 0], [0, 0, 0]])
+    assert thumbnail("points", npy(far), SIZE) is not None
 
 
 @pytest.mark.parametrize("name", ["camvid", "cifar10", "points_psb", "volumes_hippocampus"])
