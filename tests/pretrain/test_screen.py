@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evaluation.results import EvaluationResult
 from pretrain.screen import escaping_console, printable
 
 ROOT = Path(__file__).parents[2]
@@ -94,8 +95,8 @@ def test_commands__text_of_others_is_not_obeyed(tmp_path: Path) -> None:
     (folder / "dataset.json").write_text(json.dumps({"classes": [f"class{HOSTILE}"]}))
     results = tmp_path / "runs/evaluations"
     results.mkdir(parents=True)
-    result = {"protocol": "knn", "data": f"data{HOSTILE}[/b]", "metrics": {"top1": 0.5}}
-    (results / "x.json").write_text(json.dumps(result))
+    result = EvaluationResult("x", "knn", 1, f"data{HOSTILE}[/b]", "d", "w", {"top1": 0.5}, {}, 1.0)
+    (results / "x.json").write_text(result.to_json())
 
     ours, theirs = pty.openpty()
     environment = {**os.environ, "HOME": str(tmp_path), "TERM": "xterm", "COLUMNS": "4000", "PYTHONPATH": str(ROOT)}
