@@ -31,6 +31,7 @@ from pretrain.errors import nearest
 __all__ = ["absolute_reference", "evaluation_data_problem", "nearest_file", "resolve"]
 
 _PACKAGE = Path(__file__).parents[1]
+_HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MODEL_SIZES = re.compile(r"_patch(\d+)(?:_[a-z]\w*?)?_(\d+)(?:_|\.|$)")
 
@@ -65,6 +66,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
     _check_zero_stage(draft.train, mistakes)
     _check_deepspeed(draft.deepspeed, mistakes)
     _check_checkpoint_storage(draft.checkpoints.storage, mistakes)
+    _check_address(draft.cluster.address, mistakes)
     for key in ("init_from", "teacher_from", "resume_from"):
         reference = getattr(draft, key)
         if mistakes.sound(key) and reference and redact(reference) != reference:
@@ -382,6 +384,16 @@ def _check_checkpoint_storage(uri: str | None, mistakes: Mistakes) -> None:
         problem = "user, password and query belong in the environment of the store's library, not in a recipe"
     if problem:
         mistakes.add("checkpoints.storage", redact(uri), problem)
+
+
+def _check_address(address: str | None, mistakes: Mistakes) -> None:
+    if address is None or not mistakes.sound("cluster.address") or address == "auto":
+        return
+    _, _, place = address.rpartition("ray://")
+    host, _, port = place.rpartition(":")
+    if not (host and _HOST.fullmatch(host) and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+        problem = "is no address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto"
+        mistakes.add("cluster.address", redact(address), problem)
 
 
 def _check_evaluation_data(evaluation: EvaluationConfig, mistakes: Mistakes) -> None:

@@ -6,8 +6,10 @@ Which settings there are depends on two names, the objective's and the kind of b
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
@@ -25,6 +27,28 @@ from pretrain.errors import nearest
 
 __all__ = ["resolved"]
 
+# What settings are called elsewhere, by the last part of a key that is not one of ours.
+HABITS = {
+    **dict.fromkeys(("gpus", "num_gpus", "n_gpus", "devices", "gpus_per_node"), "cluster.gpus_per_worker"),
+    **dict.fromkeys(("epochs", "num_epochs", "max_epochs", "n_epochs", "num_train_epochs"), "train.steps"),
+    **dict.fromkeys(("batch_size", "batch", "bs", "train_batch_size", "total_batch_size"), "train.global_batch_size"),
+    **dict.fromkeys(("batch_size_per_gpu", "per_device_train_batch_size"), "train.micro_batch_size"),
+    **dict.fromkeys(("grad_accum", "accum_iter", "gradient_accumulation_steps"), "train.accumulation"),
+    **dict.fromkeys(("lr", "learning_rate"), "optimizer.lr"),
+    **dict.fromkeys(("blr", "base_learning_rate"), "optimizer.base_lr"),
+    **dict.fromkeys(("wd", "weight_decay"), "optimizer.weight_decay"),
+    **dict.fromkeys(("warmup", "warmup_steps"), "optimizer.warmup_steps"),
+    **dict.fromkeys(("warmup_epochs",), "optimizer.warmup_steps"),
+    **dict.fromkeys(("max_steps", "num_steps", "iterations", "iters"), "train.steps"),
+    **dict.fromkeys(("save_every", "save_freq", "save_steps"), "train.checkpoint_every"),
+    **dict.fromkeys(("num_workers", "dataloader_num_workers"), "data.loader_workers"),
+    **dict.fromkeys(("nproc", "nproc_per_node", "world_size"), "train.workers"),
+    **dict.fromkeys(("img_size", "input_size", "image_size"), "backbone.image_size"),
+    **dict.fromkeys(("model", "arch", "encoder"), "backbone.name"),
+    **dict.fromkeys(("data_path", "data_dir", "dataset", "train_dir"), "data.train"),
+    **dict.fromkeys(("output_dir", "save_dir", "log_dir"), "storage"),
+    **dict.fromkeys(("fp16", "bf16", "amp", "dtype"), "train.precision"),
+}
 _INSIDE_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\}")
 
@@ -159,7 +183,7 @@ class _Layers:
         elif declared.partition(".")[0] in self._unknown:
             pass  # which settings exist is unknown; that the name which chooses them is wrong is reported already
         else:
-            self._mistakes.add(key, value, f"unknown setting{nearest(key, self._settings)}", origin=origin)
+            self._mistakes.add(key, value, f"unknown setting{self._meant(key)}", origin=origin)
 
     def draft(self, origin: str, how_to_set: str) -> Recipe:
         """The merged recipe. Where a mistake was found it holds a stand-in; `Mistakes.sound` tells."""
@@ -185,6 +209,22 @@ class _Layers:
             return
         for name, below in (value or {}).items():
             self.assign(f"{key}.{name}".removeprefix("."), below, origin)
+
+    def _meant(self, key: str) -> str:
+        """The hint for a setting that there is not: what other tools call it, or the closest name of its section."""
+        section, _, name = template(key).rpartition(".")
+        if (meant := HABITS.get(name)) and meant != template(key):
+            return f"; did you mean '{meant}'?"
+        if section == "objective" and (others := _objectives_with(name)):
+            return f"; it is a setting of {' and '.join(others)}"
+        same_name = [known for known in self._settings if known.rpartition(".")[2] == name]
+        if same_name:
+            return f"; did you mean '{same_name[0]}'?"
+        inside = {known.rpartition(".")[2]: known for known in self._settings if known.rpartition(".")[0] == section}
+        close = difflib.get_close_matches(name, inside, n=1, cutoff=0.6)
+        if close:
+            return f"; did you mean '{inside[close[0]]}'?"
+        return "" if inside else nearest(key, self._settings)
 
     def _absent_item(self, key: str) -> str | None:
         """The mistake of an index behind the end of a list; None when all indices in `key` exist."""
@@ -274,6 +314,15 @@ class _Layers:
             if name not in self._settings:
                 return f"unknown setting in ${{{name}}}{nearest(name, self._settings)}"
         return f"what it refers to is not {self._settings[template(key)].expectation}"
+
+
+def _objectives_with(name: str) -> list[str]:
+    """The objectives of this package that have a setting of that name."""
+    return [
+        known
+        for known in objectives.built_in_names()
+        if name in [field.name for field in fields(objectives.config_class(known))]
+    ]
 
 
 def _unlock(node: Any) -> None:

@@ -327,3 +327,45 @@ def test_load_recipe__unknown_recipe(recipe: Path, name: str, line: str) -> None
 def test_load_recipe__broken_file(recipe: Path, text: str, line: str) -> None:
     recipe.write_text(text)
     assert line in mistakes(recipe)[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("train.gpus", "cluster.gpus_per_worker"),
+        ("gpus", "cluster.gpus_per_worker"),
+        ("batch_size", "train.global_batch_size"),
+        ("data.batch_size", "train.global_batch_size"),
+        ("lr", "optimizer.lr"),
+        ("train.lr", "optimizer.lr"),
+        ("train.learning_rate", "optimizer.lr"),
+        ("optimizer.weight_dcay", "optimizer.weight_decay"),
+        ("train.weight_decay", "optimizer.weight_decay"),
+        ("num_workers", "data.loader_workers"),
+        ("steps", "train.steps"),
+        ("objective.mask_rati", "objective.mask_ratio"),
+    ],
+)
+def test_load_recipe__what_other_tools_call_a_setting(recipe: Path, key: str, hint: str) -> None:
+    assert mistakes(recipe, f"{key}=1") == (f"command line: {key}=1: unknown setting; did you mean '{hint}'?",)
+
+
+def test_load_recipe__a_setting_of_another_objective_and_one_of_none(recipe: Path) -> None:
+    """`grey_p` was taken for the closest name of any section."""
+    assert mistakes(recipe, "objective.center_momentum=1")[0].endswith(
+        "unknown setting; it is a setting of dino and selfpatch"
+    )
+    assert mistakes(recipe, "objective.grey_p=0.1")[0].endswith("objective.grey_p=0.1: unknown setting")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "ray://head-1.local:10001", "auto", "[::1]:6379"])
+def test_load_recipe__addresses(recipe: Path, address: str) -> None:
+    assert load_recipe(recipe, [f"cluster.address={address}"]).cluster.address == address
+
+
+@pytest.mark.parametrize(
+    "address", ["nowhere", "http://x:1", "x:0", "x:99999", "ray://x", ":1", "a b:1", "x:" + "9" * 5000]
+)
+def test_load_recipe__what_is_no_address(recipe: Path, address: str) -> None:
+    (line,) = mistakes(recipe, f"cluster.address={address}")
+    assert line.endswith("is no address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto")
