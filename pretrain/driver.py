@@ -85,9 +85,12 @@ def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = ()) -> RunResult
     run_id = f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dir = RunDir(Path(plan.recipe.storage) / run_id)
     plan = checked_plan(plan, run_dir.path)
+    from pretrain.training.preflight import look_ahead  # imports torch
+
+    size = look_ahead(plan)
     run_dir.path.mkdir(parents=True)
     try:
-        return _Driver(plan, run_dir, launched).drive()
+        return _Driver(plan, run_dir, launched, size).drive()
     except RequestError:
         if not run_dir.journal.exists():
             shutil.rmtree(
@@ -131,8 +134,9 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 class _Driver:
-    def __init__(self, plan: Plan, run_dir: RunDir, launched: float) -> None:
+    def __init__(self, plan: Plan, run_dir: RunDir, launched: float, size: str = "") -> None:
         self.plan, self.run_dir, self.launched = plan, run_dir, launched
+        self._size = size
         self.recipe = plan.recipe  # what is asked of it below is the same in all stages
         self.terminal = Terminal(plan)
         self.events: list[Event] = []
@@ -144,7 +148,8 @@ class _Driver:
         """Everything from connecting to Ray to the closing table."""
         self.run_dir.logs.mkdir(exist_ok=True)
         with _only_driver(self.run_dir), self.terminal, _ending_cleanly():
-            self.terminal.say(f"run {self.run_dir.run_id} in {self.run_dir.path}")
+            size = f"; {self._size}" if self._size else ""
+            self.terminal.say(f"run {self.run_dir.run_id} in {self.run_dir.path}{size}")
             self.scores = [event for event in read_events(self.run_dir.evaluations)[0] if isinstance(event, Evaluated)]
             self._write_recipe()
             tracker = self._tracker()

@@ -28,7 +28,7 @@ def test_run__fewer_gpus_than_workers_are_refused_and_leave_nothing(
         yield Cluster("head:6379", private=False, num_gpus=1.0, has_evaluation_slots=False)
 
     monkeypatch.setattr(cluster.connect, "connect", connect)
-    recipe = load_recipe("demo", [f"train.device={device}", "train.workers=2"])
+    recipe = load_recipe("demo", [f"train.device={device}", "train.workers=2", "cluster.address=head:6379"])
     with pytest.raises(RequestError) as caught:
         run(replace(recipe, storage=str(tmp_path)))
     (line,) = caught.value.mistakes
