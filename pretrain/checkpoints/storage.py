@@ -16,6 +16,7 @@ Not here: what a checkpoint consists of (`pretrain.checkpoints.store`).
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -190,7 +191,11 @@ class FsspecStorage(CheckpointStorage):
 
     def published(self) -> list[str]:
         filesystem, root = self._opened
-        return sorted(path.split("/")[-2] for path in filesystem.glob(f"{root}/*/{MANIFEST}"))
+        if not filesystem.exists(root):
+            return []
+        # Not by a glob, in which a `[` of the prefix would be a pattern.
+        names = (path.rstrip("/").rpartition("/")[2] for path in filesystem.ls(root, detail=False))
+        return sorted(name for name in names if not name.startswith(".") and self.exists(f"{name}/{MANIFEST}"))
 
     def exists(self, name: str) -> bool:
         filesystem, root = self._opened
@@ -231,7 +236,11 @@ class FsspecStorage(CheckpointStorage):
         if filesystem.isfile(f"{root}/{name}/{MANIFEST}"):
             filesystem.rm_file(f"{root}/{name}/{MANIFEST}")
         if filesystem.exists(f"{root}/{name}"):
-            filesystem.rm(f"{root}/{name}", recursive=True)
+            if glob.has_magic(root):  # which `rm` would take for a pattern
+                for path in filesystem.find(f"{root}/{name}"):
+                    filesystem.rm_file(path)
+            else:
+                filesystem.rm(f"{root}/{name}", recursive=True)
 
 
 def open_storage(location: str | Path) -> CheckpointStorage:

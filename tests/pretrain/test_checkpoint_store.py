@@ -17,7 +17,7 @@ from pretrain.checkpoints import copies
 from pretrain.checkpoints import store as checkpoint
 from pretrain.checkpoints.storage import FsspecStorage
 
-STORAGES = ("local", "file", "memory")
+STORAGES = ("local", "file", "memory", "memory, of an odd name")
 
 
 @pytest.fixture(params=STORAGES)
@@ -26,7 +26,8 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
     directory = tmp_path / "runs" / "r"
     directory.mkdir(parents=True)
-    uri = {"local": None, "file": f"file://{tmp_path}/store", "memory": f"memory://{tmp_path.name}"}[request.param]
+    uris = {"local": None, "file": f"file://{tmp_path}/[1] store", "memory": f"memory://{tmp_path.name}"}
+    uri = (uris | {"memory, of an odd name": f"memory://{tmp_path.name}[1]"})[request.param]
     checkpoint.place(directory, uri)
     yield directory
     fsspec.filesystem("memory").store.clear()
