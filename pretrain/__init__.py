@@ -11,7 +11,10 @@ Importing this package is cheap: a name below is imported when it is first used.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.version import __version__
@@ -30,6 +33,33 @@ _HOMES = {
     "resume": "pretrain.driver",
     "run": "pretrain.driver",
 }
+
+
+def _refuse_shadows() -> None:
+    """Name the file of a user that Python takes for one of our packages, since it comes first on the path.
+
+    Raises:
+        ImportError: There is one.
+        SystemExit: The same under `python -m`, where one line is enough.
+    """
+    root = Path(__file__).parents[1]
+    for package in ("backbones", "cluster", "data_pipelines", "evaluation", "objectives"):
+        loaded = sys.modules.get(package)
+        spec = find_spec(package) if loaded is None else loaded.__spec__
+        found = spec.origin if spec is not None else getattr(loaded, "__file__", None)
+        if found is None or Path(found).parent == root / package or not (root / package).is_dir():
+            continue
+        line = (
+            f"{found} is taken for the package {package!r} of pretrain, since its directory comes first on "
+            "the path; rename it, or start Python in another directory"
+        )
+        if sys.argv[:1] == ["-m"]:
+            sys.stderr.write(f"error: {line}\n")
+            sys.exit(2)
+        raise ImportError(line)
+
+
+_refuse_shadows()
 
 
 def __getattr__(name: str) -> Any:

@@ -50,10 +50,12 @@ def cli() -> None:
 @click.option("--address", metavar="URL", help="A running Ray; default: $RAY_ADDRESS, else a private local one.")
 def run(recipe: str, settings: tuple[str, ...], address: str | None) -> None:
     """Train RECIPE (a name or a YAML file), evaluate its checkpoints, record everything, print a summary."""
-    from pretrain.config.load import load_plan
+    from pretrain.config.load import load_plan, replaced_objective
 
     place = () if address is None else (f"cluster.address={address}",)
     plan = load_plan(recipe, (*settings, *place))
+    if note := replaced_objective(recipe, settings):
+        say(f"note: {note}", err=True)
     from pretrain.driver import run
 
     run(plan)

@@ -54,6 +54,7 @@ __all__ = [
     "recipe_description",
     "recipe_names",
     "recipe_path",
+    "replaced_objective",
     "to_yaml",
 ]
 
@@ -111,6 +112,30 @@ def recipe_path(name_or_path: str | Path) -> Path:
 def recipe_description(name: str) -> str:
     """The one-line description of a recipe of the package."""
     return str(_read_yaml(recipe_path(name)).get("description", ""))
+
+
+def replaced_objective(name_or_path: str | Path, overrides: Sequence[str] = ()) -> str | None:
+    """What to know when `objective.name=` on the command line replaces a recipe's own; None when it does not.
+
+    Args:
+        name_or_path, overrides: of a request that `load_plan` has accepted.
+    """
+    path = recipe_path(name_or_path)
+    written = _objective_of(_read_yaml(path))
+    named = [text.partition("=")[2] for text in overrides if text.partition("=")[0].strip() == "objective.name"]
+    if not named or named[-1] == written:
+        return None
+    made_for = [name for name in recipe_names() if _objective_of(_read_yaml(recipe_path(name))) == named[-1]]
+    better = f"; recipes made for {named[-1]}: {', '.join(made_for)}" if made_for else ""
+    return (
+        f"objective.name={named[-1]}: its settings are its defaults; all others stay those of {path.stem}, made for "
+        f"{written}, among them the learning rate, weight decay and batch size{better}"
+    )
+
+
+def _objective_of(content: Mapping[str, Any]) -> str | None:
+    objective = content.get("objective")
+    return objective.get("name") if isinstance(objective, Mapping) else None
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe:

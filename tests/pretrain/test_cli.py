@@ -144,6 +144,20 @@ def test_main__run_gets_the_resolved_recipe(run_stub: Callable[..., None]) -> No
     assert (recipe.name, recipe.train.steps, recipe.cluster.address) == ("demo", 200, "ray://head:1")
 
 
+def test_main__another_objective_on_a_recipe_says_what_stays(
+    run_stub: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_stub(lambda plan: None)
+    assert main(["run", "demo", "objective.name=dino"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "note: objective.name=dino: its settings are its defaults; all others stay those of demo, made"
+    )
+    assert "learning rate" in line and line.endswith("dino_cifar10, dino_photos, dino_vits16_imagenet")
+    assert main(["run", "demo", "objective.name=mae"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
