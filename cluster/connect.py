@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["EVALUATION_SLOT", "AlreadyConnected", "Cluster", "connect", "gpus_per_worker"]
+__all__ = ["EVALUATION_SLOT", "AlreadyConnected", "Cluster", "connect", "gpus_per_worker", "is_alive"]
 
 EVALUATION_SLOT = "evaluation_slot"  # custom Ray resource: bounds the evaluations that run beside the trainers
 OBJECT_STORE_BYTES = 200 * 2**20  # only functions, settings and small results travel through Ray; data does not
@@ -44,6 +44,7 @@ class Cluster:
 def _quiet_environment() -> None:
     """Settings that Ray reads at import or start-up; values that the user has set win."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a call after the end must not start another Ray
 
 
 @contextmanager
@@ -136,6 +137,13 @@ def _private_settings() -> Iterator[None]:
                 os.environ[name] = value
         ray_constants.ENABLE_RAY_CLUSTER = rewrites_addresses
         read_again()
+
+
+def is_alive(cluster: Cluster) -> bool:
+    """Whether there is a node that tasks can run on. Workers of a group outlive the raylet of a private instance."""
+    import ray
+
+    return any(node["Alive"] for node in ray.nodes())
 
 
 def gpus_per_worker(cluster: Cluster, device: str, num_workers: int) -> tuple[float, str | None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
+from pretrain.cli.main import console
 
-from pretrain.cli.main import main
-
-sys.exit(main())
+console()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -30,12 +31,21 @@ from pretrain.checkpoints.initialization import checked_plan
 from pretrain.config.load import load_for_resume, load_plan
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, plan_yaml
-from pretrain.errors import RequestError, RunFailed
+from pretrain.errors import RequestError, RunFailed, RunStopped
 from pretrain.evaluations import due, evaluate_task, retention
-from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Event, Failed, Metrics
+from pretrain.record.events import (
+    CheckpointPublished,
+    Evaluated,
+    EvaluationFailed,
+    Event,
+    Failed,
+    Metrics,
+    Start,
+    Stopped,
+)
 from pretrain.record.journal import Journal, read_events
 from pretrain.record.lock import hold, holder
-from pretrain.record.run_dir import RunDir, find_run
+from pretrain.record.run_dir import RunDir, find_run, resume_command, stopped_line
 from pretrain.reporting.summary import print_summary
 from pretrain.reporting.terminal import Terminal
 
@@ -48,6 +58,8 @@ if TYPE_CHECKING:
 __all__ = ["RunResult", "resume", "run", "train_worker"]
 
 POLL_S = 0.2
+ECHO_S = 1.0
+NODES_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -67,16 +79,21 @@ class RunResult:
     metrics: dict[str, float]
 
 
-def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = ()) -> RunResult:
+OnStart = Callable[[Path], None]
+
+
+def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = (), *, on_start: OnStart | None = None) -> RunResult:
     """Train, evaluate and record a new run.
 
     Args:
         recipe: A resolved recipe or plan of stages, or the name or file of one.
         overrides: `key=value` texts for a recipe given by name.
+        on_start: Called with the run's directory before anything is started.
 
     Raises:
         RequestError: The recipe is wrong.
         RunFailed: Training failed more often than `train.max_failures`.
+        RunStopped: SIGTERM or Ctrl-C ended it, after a checkpoint of the step that was at work.
     """
     if isinstance(recipe, str):
         recipe = load_plan(recipe, overrides)
@@ -90,7 +107,7 @@ def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = ()) -> RunResult
     size = look_ahead(plan)
     run_dir.path.mkdir(parents=True)
     try:
-        return _Driver(plan, run_dir, launched, size).drive()
+        return _Driver(plan, run_dir, launched, size).drive(on_start)
     except RequestError:
         if not run_dir.journal.exists():
             shutil.rmtree(
@@ -99,22 +116,29 @@ def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = ()) -> RunResult
         raise
 
 
-def resume(run_id: str, storage: str | os.PathLike[str] = "runs", overrides: Sequence[str] = ()) -> RunResult:
+def resume(
+    run_id: str,
+    storage: str | os.PathLike[str] = "runs",
+    overrides: Sequence[str] = (),
+    *,
+    on_start: OnStart | None = None,
+) -> RunResult:
     """Go on with a run from its newest complete checkpoint, with the recipe it was started with.
 
     Args:
         run_id: Name of the run.
         storage: Directory of the runs.
         overrides: `key=value` texts for what may change, such as `train.workers=1`; kept for later resumes.
+        on_start: Called with the run's directory before anything is started.
 
     Raises:
         RequestError: There is no such run, another process drives it, or an override is not allowed.
-        RunFailed: As for `run`.
+        RunFailed, RunStopped: As for `run`.
     """
     launched = time.time()
     run_dir = find_run(run_id, Path(storage).absolute())
     plan = load_for_resume(run_dir.recipe, overrides)
-    return _Driver(plan, run_dir, launched).drive()
+    return _Driver(plan, run_dir, launched).drive(on_start)
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -143,11 +167,16 @@ class _Driver:
         self.scores: list[Evaluated] = []
         self._offset = 0
         self._evaluation_device: str | None = "cpu"
+        self._is_training = False  # from the first event of the workers to their end
+        self._stop_asked: float | None = None  # when, by the monotonic clock
 
-    def drive(self) -> RunResult:
+    def drive(self, on_start: OnStart | None = None) -> RunResult:
         """Everything from connecting to Ray to the closing table."""
         self.run_dir.logs.mkdir(exist_ok=True)
-        with _only_driver(self.run_dir), self.terminal, _ending_cleanly():
+        with _only_driver(self.run_dir), self.terminal, _heard(self._on_signal) as listen_again:
+            if on_start is not None:
+                on_start(self.run_dir.path)
+            self.run_dir.stop_request.unlink(missing_ok=True)  # it was for the workers that it has stopped
             size = f"; {self._size}" if self._size else ""
             self.terminal.say(f"run {self.run_dir.run_id} in {self.run_dir.path}{size}")
             self.scores = [event for event in read_events(self.run_dir.evaluations)[0] if isinstance(event, Evaluated)]
@@ -156,6 +185,7 @@ class _Driver:
             status: Status | None = None
             try:
                 with self._cluster() as cluster:
+                    listen_again()  # Ray has put its own handler in place of ours
                     gpus = self._gpus_per_worker(cluster)
                     tracker.start()
                     status = "KILLED"
@@ -166,14 +196,14 @@ class _Driver:
                 raise
             except ConnectionError as error:
                 if status is not None:  # connected once: a lost cluster, not a wrong address
-                    message = f"lost the cluster; go on with: pretrain resume {self.run_dir.run_id}"
+                    message = f"lost the cluster; go on with: {resume_command(self.run_dir)}"
                     raise RunFailed(message, self.run_dir.logs) from error
                 address = self.recipe.cluster.address or os.environ.get("RAY_ADDRESS")
                 raise RequestError(f"cluster.address={address}: no Ray answers there ({_last_line(error)})") from None
             except AlreadyConnected as error:
                 raise RequestError(str(error)) from None
             except KeyboardInterrupt:
-                raise RunFailed(f"stopped; go on with: pretrain resume {self.run_dir.run_id}") from None
+                raise RunStopped(f"stopped at once; go on with: {resume_command(self.run_dir)}") from None
             finally:
                 if status is not None and not tracker.close(status):
                     self.terminal.say(f"MLflow has not received everything yet: {tracker.problem}")
@@ -195,6 +225,7 @@ class _Driver:
         )
 
     def _train_and_evaluate(self, cluster: Cluster, gpus_per_worker: float) -> None:
+        from cluster.connect import is_alive
         from cluster.tasks import TaskQueue, gpu_share
         from cluster.workers import WorkerGroup, run_workers
 
@@ -218,12 +249,21 @@ class _Driver:
         self._follow(queue, show=False)  # a resumed run: what happened before
         if not self._is_trained():
             training.start()
-        is_training = True
-        while is_training or queue.pending:
+        is_training, looked = True, time.monotonic()
+        while is_training or (queue.pending and self._stop_asked is None):
+            if time.monotonic() - looked > NODES_EVERY_S:
+                looked = time.monotonic()
+                if not is_alive(cluster):
+                    died = RunFailed(f"Ray has died; go on with: {resume_command(self.run_dir)}", self.run_dir.logs)
+                    self._record_failure(died)
+                    raise died
             is_training = training.is_alive()  # asked first: the events are read once more after its end
             self._follow(queue)
             self._collect(queue)
             time.sleep(POLL_S)
+            self._is_training = self._is_training and is_training
+        if self.events and isinstance(self.events[-1], Stopped):
+            raise RunStopped(stopped_line(self.run_dir, self.events[-1].step))
         if training.error is not None:
             self._record_failure(training.error)
             raise RunFailed(f"training failed: {_last_line(training.error)}", self.run_dir.logs)
@@ -234,6 +274,7 @@ class _Driver:
         self.events += new
         for event in new if show else ():
             self.terminal.show(event)
+            self._is_training = self._is_training or isinstance(event, Start)
         if any(isinstance(event, CheckpointPublished) for event in new) or not show:
             self._queue_evaluations(queue)
             self._prune(queue)
@@ -317,6 +358,21 @@ class _Driver:
             exported=copies.exported,
         )
 
+    def _on_signal(self) -> None:
+        """While steps are trained, let the workers end after the next one; in any other moment, or asked again, end.
+
+        Raises:
+            KeyboardInterrupt: To end at once.
+        """
+        now = time.monotonic()
+        if self._stop_asked is not None and now - self._stop_asked < ECHO_S:
+            return  # sent to the whole process group: it came directly and through the parent process
+        if self._stop_asked is not None or not self._is_training:
+            raise KeyboardInterrupt
+        self._stop_asked = now
+        self.run_dir.stop_request.touch()
+        self.terminal.say("stopping after the next step, with a checkpoint; again to end at once")
+
     def _record_failure(self, error: BaseException) -> None:
         self.run_dir.driver_log.write_text(redact(f"{error}\n", marked=True))
         with Journal(self.run_dir.journal) as journal:
@@ -361,22 +417,26 @@ def _only_driver(run_dir: RunDir) -> Iterator[None]:
 
 
 @contextmanager
-def _ending_cleanly() -> Iterator[None]:
-    """SIGTERM ends a run like Ctrl-C: Ray is taken down and the run can be resumed."""
-    import signal
+def _heard(act: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """SIGTERM and Ctrl-C call `act` until the end of the block; what is yielded makes it so again.
 
+    Only a main thread can hear signals; in another one they do what they did before.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
 
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
+    def listen() -> None:
+        for signum in before:
+            signal.signal(signum, lambda number, frame: act())
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    listen()
     try:
-        yield
+        yield listen
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _git_tags() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Errors that the command line turns into exit codes.
 
-`RequestError` is the caller's mistake (exit code 2); `RunFailed` is work that was accepted and failed (exit code 1).
+`RequestError` is the caller's mistake (exit code 2), `RunFailed` is work that was accepted and failed (exit code 1),
+`RunStopped` is work that was ended on request and can go on (exit code 75).
 Errors of the other packages (`data_pipelines.errors.DataError`, `backbones` errors) stay with their packages.
 """
 
@@ -11,7 +12,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RequestError", "RunFailed", "listed", "nearest", "said_by_system", "shortened"]
+__all__ = [
+    "EXIT_STOPPED",
+    "RequestError",
+    "RunFailed",
+    "RunStopped",
+    "listed",
+    "nearest",
+    "said_by_system",
+    "shortened",
+]
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run me again
 
 
 class RequestError(Exception):
@@ -45,6 +57,10 @@ class RunFailed(Exception):
 
     def __reduce__(self) -> tuple[type[RunFailed], tuple[str, Path | None]]:
         return type(self), (self.message, self.log)
+
+
+class RunStopped(Exception):
+    """Work that was ended on request and can go on (exit code 75); the message says where it stands and how."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -29,8 +29,8 @@ from objectives.base import Objective, Progress
 from pretrain.checkpoints import store
 from pretrain.checkpoints.initialization import Start
 from pretrain.config.stages import Plan, Stage
-from pretrain.errors import RequestError
-from pretrain.record.events import CheckpointPublished, Event, Finished, Metrics, Visualizations, Warned
+from pretrain.errors import EXIT_STOPPED, RequestError
+from pretrain.record.events import CheckpointPublished, Event, Finished, Metrics, Stopped, Visualizations, Warned
 from pretrain.record.events import Start as Started
 from pretrain.record.journal import Journal
 from pretrain.record.run_dir import RunDir
@@ -42,6 +42,7 @@ from pretrain.training.image_grid import write_image_grid
 from pretrain.training.inputs import SampleRecord, build_stream, num_corrupt, to_device
 from pretrain.training.model import build_objective
 from pretrain.training.schedules import learning_rate, weight_decay
+from pretrain.training.stopping import StopRequest, watched
 from pretrain.training.throughput import StartupClock, Throughput, peak_memory_mb
 
 __all__ = ["train"]
@@ -59,6 +60,7 @@ class Process:
         device: Of this rank.
         emit: Takes events; of other ranks than the first they go nowhere.
         clock: Runs until the first step is done.
+        stop: Whether this process was asked to stop.
     """
 
     plan: Plan
@@ -66,6 +68,7 @@ class Process:
     device: torch.device
     emit: Emit
     clock: StartupClock
+    stop: StopRequest
 
 
 def train(
@@ -75,8 +78,10 @@ def train(
     listener: Emit | None = None,
     launched: float | None = None,
     placed: float | None = None,
-) -> None:
+) -> bool:
     """Train to the last step of the last stage, from the newest complete checkpoint in `run_dir` if there is one.
+
+    SIGTERM or Ctrl-C to any rank, or the file `RunDir.stop_request`, ends it after the next step, with a checkpoint.
 
     Args:
         plan: Resolved recipe of each stage.
@@ -84,6 +89,9 @@ def train(
         listener: Gets each event on rank 0 as well.
         launched: Unix time at which the user asked for the run; the start-up event counts from there.
         placed: Unix time at which this process was ready to import this module.
+
+    Returns:
+        Whether all steps are done; False when it was stopped.
 
     Raises:
         ValueError: World size and recipe disagree, or a stage does not fit what it begins with.
@@ -102,7 +110,11 @@ def train(
     run = RunDir(run_dir)
     store.place(run_dir, plan.recipe.checkpoints.storage)
     start, found = state.find_start(run_dir, plan.stages[0].recipe)
-    with Journal(run.journal) if rank == 0 else nullcontext() as journal:
+    is_first = rank == 0
+    with (
+        Journal(run.journal) if is_first else nullcontext() as journal,
+        watched(run.stop_request if is_first else None) as stop,
+    ):
 
         def emit(event: Event) -> None:
             if journal is not None:
@@ -110,22 +122,29 @@ def train(
                 if listener is not None:
                     listener(event)
 
-        process = Process(plan, run, device, emit, clock)
+        process = Process(plan, run, device, emit, clock, stop)
         first = 0 if found is None else plan.index_at(found.step)
         handed: dict[str, torch.Tensor] = {}  # weights of the stage before
+        stopped: int | None = None
         for index in range(first, len(plan.stages)):
             if index > first:
                 start, found = state.stage_start(run_dir, plan, index), None
-            train_stage(process, index, start, found, handed)
-        emit(Finished(step=plan.total_steps))
+            stopped = train_stage(process, index, start, found, handed)
+            if stopped is not None:
+                break
+        if stopped is None or stopped == plan.total_steps:
+            emit(Finished(step=plan.total_steps))
+        else:
+            emit(Stopped(step=stopped))
     dist.barrier()  # all ranks: nobody leaves while rank 0 still publishes
     dist.destroy_process_group()
+    return stopped in (None, plan.total_steps)
 
 
 def train_stage(
     process: Process, index: int, start: Start, found: state.Snapshot | None, handed: dict[str, torch.Tensor]
-) -> None:
-    """One stage of the plan, to its last step.
+) -> int | None:
+    """One stage of the plan, to its last step or until it is stopped.
 
     Args:
         process: This one.
@@ -133,6 +152,9 @@ def train_stage(
         start: How it begins.
         found: The training state that it goes on from, if `start` says so.
         handed: Weights of the stage before, by name; replaced by those of this one when another follows.
+
+    Returns:
+        The step of the run after which it was stopped; None: it goes on.
     """
     plan, run, device, emit = process.plan, process.run, process.device, process.emit
     stage, recipe, rank = plan.stages[index], plan.stages[index].recipe, dist.get_rank()
@@ -161,19 +183,23 @@ def train_stage(
     if index == 0 and not found and recipe.evaluation.baseline and not store.published(run.path):
         emit(CheckpointPublished(step=0, path=run.relative(take(0, training_state=False))))
     with naming_losses():  # of loader processes, which may die while a step is under way
-        run_steps(process, stage, engine, stream, found.step if found else stage.first_step, take)
+        stopped = run_steps(process, stage, engine, stream, found.step if found else stage.first_step, take)
     handed.clear()
     if index + 1 < len(plan.stages) and plan.stages[index + 1].init_from == index:
         handed.update(weights_of(engine))
     engine.close()
+    return stopped
 
 
 def run_steps(
     process: Process, stage: Stage, engine: Engine, stream: Stream, first_step: int, take: Callable[[int], Path]
-) -> None:
+) -> int | None:
     """The steps of a stage from the run's step `first_step` on; `take(step)` publishes a checkpoint.
 
     Schedules and `Progress` count the stage's own steps; what is written down counts those of the run.
+
+    Returns:
+        The step of the run after which it was stopped, with a checkpoint; None: all were done.
     """
     recipe, run, emit, clock = stage.recipe, process.run, process.emit, process.clock
     total, accumulation = recipe.train.steps, recipe.train.accumulation or 1
@@ -196,7 +222,7 @@ def run_steps(
         progress = Progress(step, total, is_logged)
         rates = {"lr": rate.at(step), "weight_decay": decay.at(step)}
         engine.set_schedule(rates["lr"], rates["weight_decay"])
-        result = engine.step((on_device(batch) for batch in loaded), progress)
+        result = engine.step((on_device(batch) for batch in loaded), progress, stop=bool(process.stop))
         if not result.applied:
             health.skipped(done, result.bad_ranks)
 
@@ -217,9 +243,11 @@ def run_steps(
                 if dist.get_rank() == 0:
                     write_image_grid(run.visualizations(done), pictures)
                     emit(Visualizations(step=done, path=run.relative(run.visualizations(done))))
-            if _is_due(step + 1, total, recipe.train.checkpoint_every):
+            if result.stops or _is_due(step + 1, total, recipe.train.checkpoint_every):
                 emit(CheckpointPublished(step=done, path=run.relative(take(done))))
-    del batches  # ends the loader's processes
+        if result.stops:
+            return done
+    return None
 
 
 def _announce(process: Process, stage: Stage, objective: Objective, stream: Stream, step: int) -> None:
@@ -250,7 +278,10 @@ def _is_due(done: int, total: int, every: int | None) -> bool:
 
 
 def main() -> None:
-    """Entry point for torchrun: no Ray, no evaluations; checkpoints, event log and terminal lines as always."""
+    """Entry point for torchrun: no Ray, no evaluations; checkpoints, event log and terminal lines as always.
+
+    Exit code 75 says that it was stopped: the same command again goes on.
+    """
     import argparse
 
     from pretrain.checkpoints.initialization import checked_plan
@@ -276,12 +307,15 @@ def main() -> None:
         if isinstance(event, CheckpointPublished):
             store.prune(arguments.run_dir, keep_last=plan.recipe.train.keep_last)
 
+    if os.environ.get("RANK") == "0":
+        RunDir(arguments.run_dir).stop_request.unlink(missing_ok=True)  # it was for the run that it has stopped
     try:
         with Terminal(plan) as terminal:
-            train(plan, arguments.run_dir, listener=listener)
+            is_done = train(plan, arguments.run_dir, listener=listener)
     except (DataError, LoaderError) as error:
         say(f"error: {error}", err=True)
         raise SystemExit(1) from None
+    raise SystemExit(0 if is_done else EXIT_STOPPED)
 
 
 if __name__ == "__main__":

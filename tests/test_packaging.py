@@ -52,7 +52,7 @@ def test_wheel__holds_exactly_the_six_packages_and_their_data(wheel: zipfile.Zip
 @pytest.mark.slow
 def test_wheel__command_licence_and_size(wheel: zipfile.ZipFile) -> None:
     members = {name.split(".dist-info/")[1]: name for name in wheel.namelist() if ".dist-info/" in name}
-    assert "pretrain = pretrain.cli:main" in wheel.read(members["entry_points.txt"]).decode()
+    assert "pretrain = pretrain.cli:console" in wheel.read(members["entry_points.txt"]).decode()
     metadata = wheel.read(members["METADATA"]).decode()
     assert "License-Expression: Apache-2.0" in metadata and "Requires-Python: >=3.11" in metadata
     assert wheel.read(members["licenses/LICENSE"]) == (ROOT / "LICENSE").read_bytes()

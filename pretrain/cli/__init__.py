@@ -1,7 +1,7 @@
-"""The command line: `main` is the console script, `data` the commands below `pretrain data`."""
+"""The command line: `console` is the console script, `data` the commands below `pretrain data`."""
 
 from __future__ import annotations
 
-from pretrain.cli.main import main
+from pretrain.cli.main import console, main
 
-__all__ = ["main"]
+__all__ = ["console", "main"]

@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 the work failed, 2 the request was wrong (one line per mistake).
+"""The command line. Exit codes: 0 done, 1 the work failed, 2 the request was wrong (one line per mistake), 75 stopped.
 
 Requests are checked before anything heavy is imported: `--help`, `recipes` and every refused request answer without
 torch, Ray, MLflow or DeepSpeed. The work itself is in `pretrain.driver`, `pretrain.evaluations`,
@@ -8,17 +8,27 @@ torch, Ray, MLflow or DeepSpeed. The work itself is in `pretrain.driver`, `pretr
 from __future__ import annotations
 
 import errno
+import sys
 import tempfile
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from evaluation.protocol import format_value
 from pretrain.cli.data import data
-from pretrain.errors import RequestError, RunFailed, nearest, said_by_system, shortened
+from pretrain.cli.parent import Parent
+from pretrain.errors import (
+    EXIT_STOPPED,
+    RequestError,
+    RunFailed,
+    RunStopped,
+    nearest,
+    said_by_system,
+    shortened,
+)
 from pretrain.record.run_dir import BACKBONE, find_run
 from pretrain.screen import escape_diagnostics, escaping_console, printable, say
 from pretrain.version import __version__
@@ -48,7 +58,8 @@ def cli() -> None:
 @click.argument("recipe")
 @click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--address", metavar="URL", help="A running Ray; default: $RAY_ADDRESS, else a private local one.")
-def run(recipe: str, settings: tuple[str, ...], address: str | None) -> None:
+@click.pass_obj
+def run(parent: Parent, recipe: str, settings: tuple[str, ...], address: str | None) -> None:
     """Train RECIPE (a name or a YAML file), evaluate its checkpoints, record everything, print a summary."""
     from pretrain.config.load import load_plan, replaced_objective
 
@@ -56,21 +67,24 @@ def run(recipe: str, settings: tuple[str, ...], address: str | None) -> None:
     plan = load_plan(recipe, (*settings, *place))
     if note := replaced_objective(recipe, settings):
         say(f"note: {note}", err=True)
+    parent.watch()
     from pretrain.driver import run
 
-    run(plan)
+    run(plan, on_start=parent.begun)
 
 
 @cli.command()
 @click.argument("run_id")
 @click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)
 @_storage
-def resume(run_id: str, settings: tuple[str, ...], storage: str) -> None:
+@click.pass_obj
+def resume(parent: Parent, run_id: str, settings: tuple[str, ...], storage: str) -> None:
     """Go on with a run from its last complete checkpoint, on other workers if you say so (train.workers=1)."""
     find_run(run_id, Path(storage))  # refused before anything is imported
+    parent.watch()
     from pretrain.driver import resume
 
-    resume(run_id, storage, settings)
+    resume(run_id, storage, settings, on_start=parent.begun)
 
 
 @cli.command()
@@ -162,11 +176,19 @@ def recipes(name: str | None) -> None:
 cli.add_command(data)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def console() -> NoReturn:
+    """The command `pretrain` of a shell; runs are watched over by a parent process."""
+    parent = Parent(wanted=True)
+    code = main(parent=parent)
+    parent.ended()
+    sys.exit(code)
+
+
+def main(arguments: Sequence[str] | None = None, *, parent: Parent | None = None) -> int:
     """Run one command and return its exit code."""
     escape_diagnostics()
     try:
-        code = cli.main(arguments, prog_name="pretrain", standalone_mode=False)
+        code = cli.main(arguments, prog_name="pretrain", standalone_mode=False, obj=parent or Parent(wanted=False))
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -180,6 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RequestError as error:
         _complain(error.mistakes)
         return 2
+    except RunStopped as error:
+        say(str(error), err=True)
+        return EXIT_STOPPED
     except RunFailed as error:
         _complain([error.message, *([f"the log is {error.log}"] if error.log else [])])
         return 1

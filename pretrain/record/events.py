@@ -35,6 +35,7 @@ __all__ = [
     "StageBegan",
     "Start",
     "Startup",
+    "Stopped",
     "Visualizations",
     "Warned",
     "from_json",
@@ -232,6 +233,14 @@ class Finished(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stopped(Event):
+    """The workers ended on request, with a checkpoint of `step`; the run can go on."""
+
+    kind: ClassVar[str] = "stopped"
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Failed(Event):
     """Training gave up; `error` is one line."""
 
@@ -317,6 +326,7 @@ _KINDS: dict[str, type[Event]] = {
         Visualizations,
         Warned,
         Finished,
+        Stopped,
         Failed,
         Evaluated,
         Rejected,

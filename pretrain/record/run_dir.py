@@ -8,6 +8,7 @@
              visualizations/      by step
              samples/             which samples each rank took, if asked for
              logs/                output of the processes
+             stop                 a request to end after the next step
              report.html
 
 Not here: what the files mean (`pretrain.record.events`), what a checkpoint holds beside the names of its files.
@@ -15,12 +16,23 @@ Not here: what the files mean (`pretrain.record.events`), what a checkpoint hold
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.errors import RequestError, listed, nearest
 
-__all__ = ["BACKBONE", "EXPORTED_FILES", "MANIFEST", "RECIPE", "RunDir", "find_run", "runs_in"]
+__all__ = [
+    "BACKBONE",
+    "EXPORTED_FILES",
+    "MANIFEST",
+    "RECIPE",
+    "RunDir",
+    "find_run",
+    "resume_command",
+    "runs_in",
+    "stopped_line",
+]
 
 RECIPE = "recipe.yaml"  # of a run and of each of its checkpoints
 BACKBONE = "backbone.safetensors"
@@ -87,6 +99,11 @@ class RunDir:
     def driver_log(self) -> Path:
         return self.logs / "driver.log"
 
+    @property
+    def stop_request(self) -> Path:
+        """While it exists the workers end after their next step, with a checkpoint."""
+        return self.path / "stop"
+
     def worker_log(self, rank: int) -> Path:
         return self.logs / f"worker-{rank}.log"
 
@@ -130,3 +147,15 @@ def find_run(run_id: str, storage: Path) -> RunDir:
         hint = nearest(run_id, known) or f"; there are: {listed(known[-8:])}"
         raise RequestError(f"run {run_id}: not in {storage.absolute()}{hint}")
     return run
+
+
+def resume_command(run_dir: RunDir) -> str:
+    """What to type, in this directory, to go on with a run."""
+    storage = run_dir.path.parent
+    place = "" if storage == Path("runs").absolute() else f" --storage {shlex.quote(str(storage))}"
+    return f"pretrain resume {run_dir.run_id}{place}"
+
+
+def stopped_line(run_dir: RunDir, step: int) -> str:
+    """Where a run stands that was stopped on request, and how to go on."""
+    return f"stopped after step {step}, with a checkpoint; go on with: {resume_command(run_dir)}"

@@ -37,6 +37,7 @@ from pretrain.record.events import (
     Metrics,
     Resumed,
     Start,
+    Stopped,
     Visualizations,
     Warned,
 )
@@ -176,8 +177,8 @@ def _score(metrics: Mapping[str, float], metric: str) -> Score:
 
 
 def _status(events: Sequence[Event]) -> str:
-    ends = [event for event in events if isinstance(event, Start | Resumed | Finished | Failed)]
-    return ends[-1].kind if ends and isinstance(ends[-1], Finished | Failed) else "not finished"
+    ends = [event for event in events if isinstance(event, Start | Resumed | Finished | Stopped | Failed)]
+    return ends[-1].kind if ends and isinstance(ends[-1], Finished | Stopped | Failed) else "not finished"
 
 
 def _versions(run: RunDir) -> dict[str, str]:

@@ -26,6 +26,7 @@ from pretrain.record.events import (
     StageBegan,
     Start,
     Startup,
+    Stopped,
     Warned,
 )
 from pretrain.screen import escaping_console, printable
@@ -93,6 +94,8 @@ class Terminal:
                 self._show_metrics(event)
             case CheckpointPublished():
                 self.say(f"checkpoint at step {event.step}: {event.path}")
+            case Stopped():
+                self.say(f"stopped after step {event.step}")
             case Warned():
                 self.say(f"WARNING at step {event.step}: {event.text}")
             case Evaluated():

@@ -74,12 +74,14 @@ class StepResult(NamedTuple):
         applied: Whether weights have moved; the same on all ranks.
         bad_ranks: Of a step that was not applied, the ranks with a loss that is not finite; none when all losses are
             finite and only the gradient is not.
+        stops: Whether any rank was asked to stop; the same on all ranks.
     """
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor]
     applied: bool
     bad_ranks: tuple[int, ...] = ()
+    stops: bool = False
 
     def mean_over_ranks(self) -> dict[str, float]:
         """Loss and metrics, each the mean over all ranks. A collective, and a host sync."""
@@ -102,20 +104,30 @@ class _StepGuard:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._step = optimizer.step
         optimizer.step = self._guarded  # type: ignore[method-assign]
-        self._is_sound: torch.Tensor | None = None
-        self._drops: bool | None = None
+        self._flags: torch.Tensor | None = None
+        self._read: tuple[bool, bool] | None = None
 
-    def expect(self, is_sound: torch.Tensor) -> None:
-        """The next step counts if `is_sound` (a boolean scalar on the device, the same on all ranks) is true."""
-        self._is_sound, self._drops = is_sound, None
+    def expect(self, is_sound: torch.Tensor, stops: torch.Tensor) -> None:
+        """The next step counts if `is_sound`; both are boolean scalars on the device, the same on all ranks."""
+        self._flags, self._read = torch.stack([is_sound, stops]), None
 
     @property
     def drops(self) -> bool:
-        """Whether the step does nothing. A host sync, once per step."""
-        if self._drops is None:
-            assert self._is_sound is not None
-            self._drops = not bool(self._is_sound)
-        return self._drops
+        """Whether the step does nothing."""
+        return not self._on_host()[0]
+
+    @property
+    def stops(self) -> bool:
+        """Whether a rank was asked to stop, which travels along."""
+        return self._on_host()[1]
+
+    def _on_host(self) -> tuple[bool, bool]:
+        """A host sync, once per step."""
+        if self._read is None:
+            assert self._flags is not None
+            is_sound, stops = self._flags.tolist()
+            self._read = is_sound, stops
+        return self._read
 
     def _guarded(self, *arguments: Any, **options: Any) -> Any:
         return None if self.drops else self._step(*arguments, **options)
@@ -169,7 +181,9 @@ class Engine:
             group["lr"] = learning_rate * lr_scale
             group["weight_decay"] = weight_decay * wd_scale
 
-    def step(self, micro_batches: Iterable[dict[str, torch.Tensor]], progress: Progress) -> StepResult:
+    def step(
+        self, micro_batches: Iterable[dict[str, torch.Tensor]], progress: Progress, *, stop: bool = False
+    ) -> StepResult:
         """One optimizer step over the rank's micro-batches, with what the objective does after it.
 
         When a loss of any rank, or the gradient, is not finite, no rank changes weights, optimizer state, running
@@ -181,6 +195,7 @@ class Engine:
                 kept no longer than its backward pass, so an iterator that makes them on the device holds one at a time.
             progress: Where the run is. In a logged step, gradient norms (before clipping), of all and of each part,
                 are among the metrics; they cost a pass over the gradients.
+            stop: This rank was asked to stop; all ranks learn of it with the step's result, at no cost.
 
         Raises:
             ValueError: There are more or fewer micro-batches than `train.accumulation`.
@@ -193,12 +208,12 @@ class Engine:
             outputs.append(Output(output.loss.detach(), output.metrics))
             is_last = len(outputs) == self._accumulation
             if is_last:  # before the backward pass, which hides the collective
-                bad_losses = self._bad_losses(outputs)
+                bad_losses, stops = self._tell_all_ranks(outputs, stop)
             self._engine.backward(output.loss)  # divides by the number of micro-batches
             del batch, output
             if is_last:
                 norms = self._grad_norms() if progress.is_logged else {}
-                self._guard.expect((bad_losses.sum() == 0) & self._has_finite_gradient())
+                self._guard.expect((bad_losses.sum() == 0) & self._has_finite_gradient(), stops)
             self._engine.step()  # updates at the last micro-batch only
         if len(outputs) != self._accumulation:
             raise ValueError(f"{len(outputs)} micro-batches in a step, but train.accumulation={self._accumulation}")
@@ -212,15 +227,23 @@ class Engine:
                 deepspeed_internals.gather_persistent_parameters(self._engine)
         metrics = {name: _mean([output.metrics[name] for output in outputs]) for name in outputs[0].metrics}
         bad_ranks = () if applied else tuple(torch.nonzero(bad_losses).flatten().tolist())
-        return StepResult(_mean([output.loss for output in outputs]), metrics | norms, applied, bad_ranks)
+        loss = _mean([output.loss for output in outputs])
+        return StepResult(loss, metrics | norms, applied, bad_ranks, self._guard.stops)
 
     @torch.no_grad()
-    def _bad_losses(self, outputs: Sequence[Output]) -> torch.Tensor:
-        """Number of losses of each rank that are not finite: (ranks,) on the device of each. A collective."""
-        counts = torch.zeros(dist.get_world_size(), device=self.device)
+    def _tell_all_ranks(self, outputs: Sequence[Output], stop: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """What all ranks have to know of a step, in one small collective.
+
+        Returns:
+            Number of losses of each rank that are not finite, (ranks,), and whether any rank is to stop, a boolean
+            scalar; both on the device.
+        """
+        counts = torch.zeros(dist.get_world_size() + 1, device=self.device)
         counts[dist.get_rank()] = (~torch.stack([output.loss for output in outputs]).isfinite()).sum()
+        if stop:
+            counts[-1] = 1
         dist.all_reduce(counts)
-        return counts
+        return counts[:-1], counts[-1] > 0
 
     @torch.no_grad()
     def _has_finite_gradient(self) -> torch.Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.record.events import Evaluated, EvaluationFailed, Resumed, Start
+from pretrain.record.events import Evaluated, EvaluationFailed, Resumed, Start, Stopped
 from pretrain.record.journal import read_events
 
 pytestmark = pytest.mark.integration
@@ -63,17 +63,32 @@ def test_run__killed_worker_recovers_is_evaluated_and_pulled(
     _check_pulled(storage, tmp_path / "pulled")
 
 
-def test_resume__after_the_driver_was_killed(
+def test_resume__after_it_was_stopped_and_after_the_driver_was_killed(
     losses: Losses, wait_for: Callable[..., None], recipe: Path, tmp_path: Path
 ) -> None:
+    """SIGTERM to the process group, as schedulers do, loses nothing; SIGKILL costs the steps since a checkpoint."""
     storage, log = tmp_path / "storage", tmp_path / "run.log"
     with log.open("w") as file:
         command = [sys.executable, "-m", "pretrain", "run", str(recipe), f"storage={storage}"]
         command += ["train.steps=120", "train.checkpoint_every=40"]  # long enough not to end before the kill is noticed
-        run = subprocess.Popen(command, stdout=file, stderr=file)
+        run = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
         wait_for(lambda: bool(list(storage.glob("small-*/journal.jsonl"))), 240, log)
         (run_dir,) = storage.glob("small-*")
+        wait_for(lambda: max(losses(run_dir), default=0) >= 5, 240, log)
+        os.killpg(run.pid, signal.SIGTERM)
+        assert run.wait(120) == 75, log.read_text()[-3000:]
+    finally:
+        run.kill()
+    (stopped,) = [event.step for event in read_events(run_dir / "journal.jsonl")[0] if isinstance(event, Stopped)]
+    resume = f"pretrain resume {run_dir.name} --storage {storage}"
+    last = log.read_text().strip().splitlines()[-1]
+    assert last == f"stopped after step {stopped}, with a checkpoint; go on with: {resume}"
+    assert max(losses(run_dir)) == stopped
+
+    with log.open("w") as file:
+        run = subprocess.Popen([sys.executable, "-m", *resume.split()], stdout=file, stderr=file)
+    try:
         wait_for(lambda: max(losses(run_dir), default=0) >= 45, 240, log)
         descendants = psutil.Process(run.pid).children(recursive=True)
         descendants = [process for process in descendants if "Agent" not in process.name()]  # Ray's two linger a minute
@@ -83,13 +98,12 @@ def test_resume__after_the_driver_was_killed(
     _, alive = psutil.wait_procs(descendants, timeout=60)
     assert not alive  # Ray and the workers go with the driver
 
-    command = [sys.executable, "-m", "pretrain", "resume", run_dir.name, "--storage", str(storage)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "-m", *resume.split()], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"resumed at step (40|80): backbone tensors (\d+)/\2 equal", done.stdout), done.stdout
     assert sorted(losses(run_dir)) == list(range(1, 121))  # and steps trained twice had equal losses
     scores = [event for event in read_events(run_dir / "evaluations.jsonl")[0] if isinstance(event, Evaluated)]
-    assert {event.step for event in scores} == {0, 40, 80, 120}
+    assert {event.step for event in scores} == {0, stopped, 40, 80, 120}
 
 
 def _addresses_listened_on(pid: int) -> set[str]:

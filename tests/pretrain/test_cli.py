@@ -131,7 +131,7 @@ def test_main__recipes(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def run_stub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
     """Put a function in the place of the work behind `pretrain run`."""
-    return lambda function: monkeypatch.setattr(driver, "run", function)
+    return lambda function: monkeypatch.setattr(driver, "run", lambda plan, on_start: function(plan))
 
 
 def test_main__run_gets_the_resolved_recipe(run_stub: Callable[..., None]) -> None:

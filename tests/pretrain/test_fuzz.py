@@ -222,7 +222,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, migrated_database: Pa
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(driver._Driver, "drive", lambda self: None)
+    monkeypatch.setattr(driver._Driver, "drive", lambda self, on_start: None)
     monkeypatch.setattr(runner, "evaluate", refuse)
     for chart in ("line_chart", "score_chart"):  # a second each
         monkeypatch.setattr(charts, chart, lambda *given: "")

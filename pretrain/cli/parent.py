@@ -1,0 +1,146 @@
+"""A small parent process for a run. Libraries of Ray can end the process that drives it from C++, without a word of
+Python's: when a raylet or the head dies. Then the parent says what happened, on the terminal and in the event log.
+
+The command goes on in the child, a session of its own, so that a signal to the command's process group reaches the
+parent alone, not Ray's processes. The parent holds nothing but the checked request. It passes signals on, and it exits
+as the child does. Not here: what the child does with a signal (`pretrain.driver`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from pretrain.errors import EXIT_STOPPED
+from pretrain.record.events import Failed, Stopped
+from pretrain.record.journal import Journal, read_events
+from pretrain.record.run_dir import RunDir, resume_command, stopped_line
+from pretrain.screen import say
+
+__all__ = ["Parent"]
+
+ENDED = "ended"  # what the child says last
+POLL_S = 0.2
+STOPPING_S = 15.0  # from the workers' last checkpoint to the end of the child, Ray's included
+_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+class Parent:
+    """Of the process that runs a command, once it has called `watch`; until then nothing.
+
+    Args:
+        wanted: False leaves `watch` without effect, for who calls the command line from a program.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._pipe: int | None = None
+
+    def watch(self) -> None:
+        """Go on in a child process; the parent never returns. Call it before anything starts a thread."""
+        if not self._wanted:
+            return
+        reader, writer = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        child = os.fork()
+        if child:
+            os.close(writer)
+            os._exit(_wait(child, reader))
+        os.close(reader)
+        self._pipe = writer
+        os.setsid()
+        if sys.platform == "linux":  # who kills the command means the run
+            ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    def begun(self, run_dir: Path) -> None:
+        """Tell the parent which run it is that goes on."""
+        self._tell(str(run_dir))
+
+    def ended(self) -> None:
+        """Tell the parent that all has been said."""
+        self._tell(ENDED)
+
+    def _tell(self, line: str) -> None:
+        if self._pipe is not None:
+            os.write(self._pipe, f"{line}\n".encode())
+
+
+def _wait(child: int, reader: int) -> int:
+    """In the parent: the exit code of the child, or one of ours when the child was ended from outside Python."""
+
+    signals: list[int] = []
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        signals.append(signum)
+        os.kill(child, signum)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, pass_on)
+    os.set_blocking(reader, False)
+    told: list[str] = []
+    stopped_at: float | None = None
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        told += _read(reader).splitlines()
+        if ended:
+            break
+        if signals and stopped_at is None and _stopped(told) is not None:
+            stopped_at = time.monotonic()
+        if stopped_at is not None and time.monotonic() - stopped_at > STOPPING_S:  # it waits for a Ray that is gone
+            os.kill(child, signal.SIGKILL)
+        time.sleep(POLL_S)
+    _end_session(child)
+    code = os.waitstatus_to_exitcode(status)
+    return code if ENDED in told else _explain(told, code)
+
+
+def _explain(told: list[str], code: int) -> int:
+    """Say how a child ended that could not say it any more; the exit code of the command."""
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    what = f"the process that drives the run was ended from outside ({how}): a part of Ray has died, or memory ran out"
+    if not told:
+        say(f"error: {what}", err=True)
+        return 1
+    run_dir = RunDir(Path(told[0]))
+    if (step := _stopped(told)) is not None:
+        say(stopped_line(run_dir, step), err=True)
+        return EXIT_STOPPED
+    with Journal(run_dir.journal) as journal:
+        journal.write(Failed(error=what))
+    say(f"error: {what}; go on with: {resume_command(run_dir)}", err=True)
+    return 1
+
+
+def _stopped(told: list[str]) -> int | None:
+    """The step after which the workers of the run have stopped on request, if that is the last that happened."""
+    events = read_events(RunDir(Path(told[0])).journal)[0] if told else []
+    return events[-1].step if events and isinstance(events[-1], Stopped) else None
+
+
+def _read(reader: int) -> str:
+    """What was written since the last call."""
+    try:
+        return os.read(reader, 1 << 16).decode()
+    except BlockingIOError:
+        return ""
+
+
+def _end_session(leader: int) -> None:
+    """What the child leaves behind: processes of Ray, which notice by themselves within a minute that it has ended."""
+    import psutil  # type: ignore[import-untyped]
+
+    for pid in psutil.pids():
+        try:
+            if os.getsid(pid) == leader:
+                os.kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # ended meanwhile; or another user's, and so not ours
+            continue

@@ -1,0 +1,66 @@
+"""A run that is asked to stop publishes a checkpoint after the step at work, exits with 75 and goes on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.checkpoints import store
+from pretrain.record.events import Finished, Resumed, Stopped
+from pretrain.record.journal import read_events
+from pretrain.record.run_dir import RunDir
+
+pytestmark = pytest.mark.integration
+
+Launch = Callable[..., Any]
+Losses = Callable[[Path], dict[int, float]]
+RARELY = ("train.checkpoint_every=12", "evaluation.baseline=false")  # no checkpoint is due before the end
+
+
+def _ask_by_file(loop: Any) -> None:
+    RunDir(loop.run_dir).stop_request.touch()
+
+
+def _ask_by_signal(loop: Any) -> None:
+    os.kill(loop.processes[1].pid, signal.SIGTERM)  # one rank only
+
+
+def _ask_all(loop: Any) -> None:
+    for process in loop.processes:
+        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)  # an echo, not a second request
+
+
+@pytest.mark.parametrize("ask", [_ask_by_file, _ask_by_signal, _ask_all])
+def test_stop__all_ranks_end_after_the_same_step_and_nothing_is_lost(
+    ask: Callable[[Any], None], launch: Launch, losses: Losses, wait_for: Callable[..., None], whole: Path
+) -> None:
+    loop = launch("stopped", *RARELY)
+    wait_for(lambda: max(losses(loop.run_dir), default=0) >= 3, 240, loop.log)
+    ask(loop)
+    assert loop.exit_codes() == [75, 75]
+    event = read_events(loop.run_dir / "journal.jsonl")[0][-1]
+    assert isinstance(event, Stopped) and 3 <= event.step < 12
+    newest = store.latest(loop.run_dir)
+    assert newest is not None and newest.step == event.step
+
+    launch("stopped", *RARELY).wait()  # the request was for the run that it has stopped
+    assert losses(loop.run_dir) == losses(whole)
+    events = read_events(loop.run_dir / "journal.jsonl")[0]
+    assert [found.step for found in events if isinstance(found, Resumed)] == [event.step]
+    assert isinstance(events[-1], Finished)
+
+
+def test_stop__asked_before_the_last_step_ends_the_run_as_finished(launch: Launch) -> None:
+    """A request that comes too late changes nothing: what is done is done."""
+    loop = launch("late", "train.steps=1", "optimizer.warmup_steps=0")
+    loop.wait()
+    RunDir(loop.run_dir).stop_request.touch()
+    again = launch("late", "train.steps=1", "optimizer.warmup_steps=0")
+    again.wait()
+    assert isinstance(read_events(loop.run_dir / "journal.jsonl")[0][-1], Finished)

@@ -1,0 +1,106 @@
+"""The parent process of a run: it exits as its child does, and speaks for a child that could not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.record.events import Failed, Stopped
+from pretrain.record.journal import Journal, read_events
+from pretrain.record.run_dir import RunDir
+
+SCRIPT = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from pretrain.cli import parent as module
+module.STOPPING_S = 1.0
+parent = module.Parent(wanted=True)
+parent.watch()
+parent.begun(Path(sys.argv[1]))
+print("begun", os.getpid(), flush=True)
+{end}
+"""
+
+
+def _start(run_dir: Path, end: str) -> subprocess.Popen[str]:
+    run_dir.mkdir()
+    command = [sys.executable, "-c", SCRIPT.format(end=end), str(run_dir)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75])
+def test_parent__exits_as_the_child(code: int, tmp_path: Path) -> None:
+    process = _start(tmp_path / "run", f"parent.ended(); sys.exit({code})")
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (code, "")
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+        ("os.abort()", "SIGABRT"),
+        ("os._exit(1)", "exit code 1"),  # what Ray's C++ does when its raylet has died
+    ],
+)
+def test_parent__says_what_a_child_could_not(end: str, how: str, tmp_path: Path) -> None:
+    """In one line, in the event log too; and what the child had started is ended."""
+    sleeper = "left = subprocess.Popen(['sleep', '600']); print(left.pid, flush=True)"
+    process = _start(tmp_path / "run", f"{sleeper}; {end}")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = errors.splitlines()
+    assert line.startswith("error: ") and how in line
+    assert line.endswith(f"go on with: pretrain resume run --storage {tmp_path}")
+    (event,) = read_events(RunDir(tmp_path / "run").journal)[0]
+    assert isinstance(event, Failed) and how in event.error
+    assert _ends(int(output.split()[-1]))
+
+
+def _ends(pid: int) -> bool:
+    """Whether a process ends within a moment; whoever adopts it may not have asked for its exit code yet."""
+    status = Path(f"/proc/{pid}/status")
+    for _ in range(100):
+        if not status.exists() or "(zombie)" in status.read_text():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_parent__without_a_run_still_says_it(tmp_path: Path) -> None:
+    script = "from pretrain.cli.parent import Parent; import os; Parent(wanted=True).watch(); os.abort()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "SIGABRT" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_parent__passes_signals_on_and_ends_a_child_that_has_stopped_but_hangs(signum: int, tmp_path: Path) -> None:
+    heard = "signal.signal(signal.SIGTERM, lambda *_: None); signal.signal(signal.SIGINT, lambda *_: None)"
+    process = _start(tmp_path / "run", f"{heard}\nprint('ready', flush=True)\nwhile True: time.sleep(1)")
+    assert process.stdout is not None
+    child = int(process.stdout.readline().split()[1])
+    process.stdout.readline()
+    os.killpg(process.pid, signum)  # as a terminal and a scheduler do: the child is in another group
+    time.sleep(0.3)
+    assert process.poll() is None
+    with Journal(RunDir(tmp_path / "run").journal) as journal:
+        journal.write(Stopped(step=7))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert errors.startswith("stopped after step 7, with a checkpoint; go on with: pretrain resume run")
+    assert _ends(child)
+
+
+def test_parent__takes_the_child_with_it(tmp_path: Path) -> None:
+    process = _start(tmp_path / "run", "time.sleep(600)")
+    assert process.stdout is not None
+    child = int(process.stdout.readline().split()[1])
+    process.kill()
+    process.wait()
+    assert _ends(child)
