@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -140,9 +141,10 @@ def test_stats__damaged_samples_are_counted(folder: Path, write_tar: WriteTar) -
     """One sample with another byte than its index says, one whose image does not decode, one whose label does not."""
     shard = folder / "a.tar"
     scan_shard(shard).save(Path(sidecar(str(shard))))
-    content = bytearray(shard.read_bytes())
+    content, written = bytearray(shard.read_bytes()), shard.stat().st_mtime_ns
     content[512] = ord("1")
     shard.write_bytes(content)
+    os.utime(shard, ns=(written, written))  # as a disk that rots does
     write_tar(
         folder / "b.tar",
         [("x.cls", b"1"), ("x.png", b"no"), ("y.cls", b"?"), ("y.png", png(np.zeros((4, 4), np.uint8)))],
