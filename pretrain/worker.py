@@ -254,6 +254,7 @@ def _announce(process: Process, stage: Stage, objective: Objective, stream: Stre
     """Say what starts where, and what a user may not expect of these settings. A collective."""
     pids = [0] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())  # all ranks; rank 0 writes down which process is which rank
+    recipe, counted = stage.recipe, stage.recipe.data.unindexed == "index"
     start = Started(
         step=step,
         total_steps=process.plan.total_steps,
@@ -262,9 +263,9 @@ def _announce(process: Process, stage: Stage, objective: Objective, stream: Stre
         exact=stream.order_signature.get("exact", True),
         pids=tuple(pids),
         decoder=stream.decoder,
+        epochs=recipe.train.steps * recipe.train.global_batch_size / stream.dataset.num_samples if counted else 0.0,
     )
     process.emit(start)
-    recipe = stage.recipe
     if objective.compares_images and (recipe.train.accumulation or 1) > 1:
         text = (
             f"{recipe.objective.name} compares the images of a micro-batch: {recipe.train.accumulation} of them "

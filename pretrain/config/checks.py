@@ -58,6 +58,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
         mistakes: receives the mistakes; the result is only meaningful when it stays empty.
         check_files: also look whether the data is there.
     """
+    draft = _counted_in_steps(draft, mistakes)
     _check_names(draft, mistakes)
     if isinstance(draft.backbone, ImageConfig):  # of another kind, its own constructor knows what is right
         _check_image_encoder(draft.backbone, mistakes)
@@ -141,6 +142,35 @@ def evaluation_data_problem(directory: str | Path) -> str | None:
     except DataError as error:
         return str(error)
     return None
+
+
+def _counted_in_steps(draft: Recipe, mistakes: Mistakes) -> Recipe:
+    """With steps in the place of epochs; the data are opened for it, for they say how many samples an epoch has."""
+    counted = {
+        "train.epochs": (draft.train.epochs, "train.steps"),
+        "train.checkpoint_every_epochs": (draft.train.checkpoint_every_epochs, "train.checkpoint_every"),
+        "optimizer.warmup_epochs": (draft.optimizer.warmup_epochs, "optimizer.warmup_steps"),
+    }
+    asked = {key: steps for key, (value, steps) in counted.items() if value is not None and mistakes.sound(key)}
+    if not asked:
+        return draft
+    problem = None
+    if draft.data.unindexed == "stream":
+        problem = "data without an index have no number of samples; count in steps"
+    elif mistakes.sound("data", "train.global_batch_size"):
+        try:
+            from pretrain.config.data import in_steps
+
+            opened = replace(draft, data=_with_absolute_paths(draft.data))
+            if (opened.data.train is None) != (not opened.data.mixture):
+                return replace(in_steps(opened), data=draft.data)
+        except DataError as error:
+            problem = str(error)
+    for key, steps in asked.items():
+        mistakes.distrust(steps)
+        if problem is not None:
+            mistakes.add(key, counted[key][0], problem)
+    return draft
 
 
 def _check_names(draft: Recipe, mistakes: Mistakes) -> None:

@@ -30,7 +30,7 @@ __all__ = ["resolved"]
 # What settings are called elsewhere, by the last part of a key that is not one of ours.
 HABITS = {
     **dict.fromkeys(("gpus", "num_gpus", "n_gpus", "devices", "gpus_per_node"), "cluster.gpus_per_worker"),
-    **dict.fromkeys(("epochs", "num_epochs", "max_epochs", "n_epochs", "num_train_epochs"), "train.steps"),
+    **dict.fromkeys(("epochs", "num_epochs", "max_epochs", "n_epochs", "num_train_epochs"), "train.epochs"),
     **dict.fromkeys(("batch_size", "batch", "bs", "train_batch_size", "total_batch_size"), "train.global_batch_size"),
     **dict.fromkeys(("batch_size_per_gpu", "per_device_train_batch_size"), "train.micro_batch_size"),
     **dict.fromkeys(("grad_accum", "accum_iter", "gradient_accumulation_steps"), "train.accumulation"),
@@ -38,7 +38,7 @@ HABITS = {
     **dict.fromkeys(("blr", "base_learning_rate"), "optimizer.base_lr"),
     **dict.fromkeys(("wd", "weight_decay"), "optimizer.weight_decay"),
     **dict.fromkeys(("warmup", "warmup_steps"), "optimizer.warmup_steps"),
-    **dict.fromkeys(("warmup_epochs",), "optimizer.warmup_steps"),
+    **dict.fromkeys(("warmup_epochs",), "optimizer.warmup_epochs"),
     **dict.fromkeys(("max_steps", "num_steps", "iterations", "iters"), "train.steps"),
     **dict.fromkeys(("save_every", "save_freq", "save_steps"), "train.checkpoint_every"),
     **dict.fromkeys(("num_workers", "dataloader_num_workers"), "data.loader_workers"),
@@ -48,6 +48,12 @@ HABITS = {
     **dict.fromkeys(("data_path", "data_dir", "dataset", "train_dir"), "data.train"),
     **dict.fromkeys(("output_dir", "save_dir", "log_dir"), "storage"),
     **dict.fromkeys(("fp16", "bf16", "amp", "dtype"), "train.precision"),
+}
+# What may be counted in passes over the data, and what it is in steps.
+IN_EPOCHS = {
+    "train.epochs": "train.steps",
+    "train.checkpoint_every_epochs": "train.checkpoint_every",
+    "optimizer.warmup_epochs": "optimizer.warmup_steps",
 }
 _INSIDE_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\}")
@@ -187,6 +193,7 @@ class _Layers:
 
     def draft(self, origin: str, how_to_set: str) -> Recipe:
         """The merged recipe. Where a mistake was found it holds a stand-in; `Mistakes.sound` tells."""
+        self._settle_epochs()
         self._check_required(origin, how_to_set)
         self._check_references()
         for key, setting in self._concrete_settings():
@@ -213,11 +220,11 @@ class _Layers:
     def _meant(self, key: str) -> str:
         """The hint for a setting that there is not: what other tools call it, or the closest name of its section."""
         section, _, name = template(key).rpartition(".")
-        if (meant := HABITS.get(name)) and meant != template(key):
+        if (meant := HABITS.get(name)) in self._settings and meant != template(key):
             return f"; did you mean '{meant}'?"
         if section == "objective" and (others := _objectives_with(name)):
             return f"; it is a setting of {' and '.join(others)}"
-        same_name = [known for known in self._settings if known.rpartition(".")[2] == name]
+        same_name = [known for known in self._settings if known.rpartition(".")[2] == name and "[]" not in known]
         if same_name:
             return f"; did you mean '{same_name[0]}'?"
         inside = {known.rpartition(".")[2]: known for known in self._settings if known.rpartition(".")[0] == section}
@@ -292,6 +299,21 @@ class _Layers:
             outer, _, inner = name.partition("[]")
             for index in range(len(OmegaConf.select(self._cfg, outer))):
                 yield f"{outer}[{index}]{inner}", setting
+
+    def _settle_epochs(self) -> None:
+        """Of a count in steps and the same one in epochs, that of the later layer counts."""
+        for epochs, steps in IN_EPOCHS.items():
+            if OmegaConf.select(self._cfg, epochs) is None or not self._mistakes.sound(epochs):
+                continue
+            given = self._mistakes.is_given(steps) and OmegaConf.select(self._cfg, steps) is not None
+            if given and self._mistakes.origin(steps) == self._mistakes.origin(epochs):
+                problem = f"{steps} is given too and only one can count; leave one of them out"
+                self._mistakes.add(epochs, OmegaConf.select(self._cfg, epochs), problem)
+            elif given and self._mistakes.latest(steps, epochs) == steps:
+                OmegaConf.update(self._cfg, epochs, None)
+            else:  # until the data are counted, in `pretrain.config.checks`
+                self._mistakes.forget(steps)
+                OmegaConf.update(self._cfg, steps, 0 if steps == "optimizer.warmup_steps" else 1)
 
     def _check_required(self, origin: str, how_to_set: str) -> None:
         for key, setting in self._concrete_settings():

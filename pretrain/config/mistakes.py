@@ -76,6 +76,14 @@ class Mistakes:
         """True when the command line set exactly `key`."""
         return key in self._given and self._given[key][1] == COMMAND_LINE
 
+    def is_given(self, key: str) -> bool:
+        """True when a layer set exactly `key`."""
+        return key in self._given
+
+    def forget(self, key: str) -> None:
+        """What layers said of `key` does not count any more."""
+        self._given.pop(key, None)
+
     def latest(self, *keys: str) -> str:
         """The key among `keys` that was set last: the one to blame when they contradict each other."""
         return max(keys, key=lambda key: self._given[key][0] if key in self._given else -1)

@@ -134,6 +134,9 @@ class OptimizerConfig:
     )
     min_lr: float = setting("learning rate at the last step", 0.0, range=(0.0, None))
     warmup_steps: int = setting("steps of linear warm-up from 0", 0, range=(0, None))
+    warmup_epochs: float | None = setting(
+        "passes over the data of linear warm-up, instead of warmup_steps", None, range=(0.0, 1e6)
+    )
     weight_decay: float = setting("decoupled weight decay; default: MAE", 0.05, range=(0.0, None))
     weight_decay_end: float | None = setting("weight decay at the last step; null: constant", None, range=(0.0, None))
     betas: list[float] = setting("betas, or (the first) momentum; of MAE", [0.9, 0.95], range=(0.0, 1.0), length=2)
@@ -147,6 +150,7 @@ class TrainConfig:
     """How long, on how many workers, and in which batches: global = micro x accumulation x workers."""
 
     steps: int = setting("optimizer steps of the whole run", range=(1, None))
+    epochs: float | None = setting("passes over the data instead of steps; becomes steps", None, range=(1e-6, 1e6))
     global_batch_size: int = setting("samples per optimizer step over all workers", range=(1, None))
     micro_batch_size: int | None = setting("samples per forward pass; null: derived", None, range=(1, None))
     accumulation: int | None = setting("forward passes per optimizer step; null: derived", None, range=(1, None))
@@ -162,6 +166,9 @@ class TrainConfig:
     seed: int = setting("seed of weights, sample order, crops and masks", 0, range=(0, 2**31 - 1))
     log_every: int = setting("steps between two recorded metrics", 10, range=(1, None))
     checkpoint_every: int = setting("steps between two checkpoints; the last step always has one", range=(1, None))
+    checkpoint_every_epochs: float | None = setting(
+        "passes over the data between two checkpoints, instead of checkpoint_every", None, range=(1e-6, 1e6)
+    )
     keep_last: int = setting("newest checkpoints whose training state is kept; backbones all stay", 2, range=(1, None))
     keep_best: int = setting("best checkpoints by evaluation.select that keep theirs besides", 1, range=(0, None))
     max_failures: int = setting("restarts of the workers with no new checkpoint between them", 3, range=(0, None))

@@ -79,6 +79,7 @@ class Start(Event):
         exact: Whether a resumed run sees the samples that an unbroken one would.
         pids: Process of each rank.
         decoder: Of JPEGs.
+        epochs: Passes over the data that the steps of this stage are; 0 where nobody can say.
     """
 
     kind: ClassVar[str] = "start"
@@ -89,6 +90,7 @@ class Start(Event):
     exact: bool = True
     pids: tuple[int, ...] = ()
     decoder: str = ""
+    epochs: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

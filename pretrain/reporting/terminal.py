@@ -105,7 +105,8 @@ class Terminal:
 
     def _show_start(self, event: Start) -> None:
         place = f"{event.world_size} x {event.device}"
-        self.say(f"training on {place}, steps {event.step} to {event.total_steps}")
+        epochs = f", {event.epochs:.3g} epochs of the data" if event.epochs else ""
+        self.say(f"training on {place}, steps {event.step} to {event.total_steps}{epochs}")
         if self._task is None:
             self._task = self._bar.add_task("training", total=self._total, status="")
         self._bar.update(self._task, completed=event.step)

@@ -12,18 +12,16 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from data_pipelines.shards.dataset import Dataset, open_dataset
-from data_pipelines.storage.stores import FetchOptions
-from data_pipelines.streaming.mixture import Mixture, Part
 from data_pipelines.streaming.stream import Stream, StreamState
 from data_pipelines.streaming.unindexed import UnindexedStream
 from data_pipelines.views.photometric import PARAMS_SUFFIX
 from data_pipelines.views.specs import views_from
 from objectives.base import Objective
+from pretrain.config.data import fetch_options, open_data
 from pretrain.config.schema import DataConfig, Recipe
 from pretrain.record.run_dir import RunDir
 
-__all__ = ["SampleRecord", "build_stream", "fetch_options", "num_corrupt", "open_data", "to_device"]
+__all__ = ["SampleRecord", "build_stream", "num_corrupt", "to_device"]
 
 
 def build_stream(
@@ -60,22 +58,6 @@ def _stream_of(data: DataConfig) -> Callable[..., Stream]:
         return partial(Stream, open_data(data))
     assert data.train is not None  # checked by `pretrain.config.checks`
     return partial(UnindexedStream, data.train, fetch=fetch_options(data))
-
-
-def open_data(data: DataConfig) -> Dataset | Mixture:
-    """The recipe's data set, or its mixture of several."""
-    fetch = fetch_options(data)
-    if data.train is not None:
-        return open_dataset(data.train, fetch=fetch, limit=data.limit)
-    opened = ((part, open_dataset(part.shards, fetch=fetch, limit=part.limit)) for part in data.mixture)
-    return Mixture([Part(part.name, dataset, weight=part.weight, repeat=part.repeat) for part, dataset in opened])
-
-
-def fetch_options(data: DataConfig) -> FetchOptions:
-    """How remote shards are read and where they are kept."""
-    return FetchOptions(
-        cache_dir=data.cache_dir, cache_bytes=int(data.cache_gb * 1e9), mode=data.fetch, allow_pipe=data.allow_pipe
-    )
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -156,3 +156,34 @@ def test_parse_yaml__aliases_stand_for_values() -> None:
     assert parse_yaml("a: &a {x: [1, 2]}\nb: {<<: *a, y: *a}") == {"a": once, "b": {**once, "y": once}}
     deep = "[" * 63 + "1" + "]" * 63
     assert str(parse_yaml(deep)) == deep
+
+
+DEMO = [
+    "data.train=package:demo_data/grocery",
+    "train.global_batch_size=64",
+]  # 640 photos to train on: 10 steps an epoch
+
+
+def test_load_recipe__epochs_become_steps() -> None:
+    recipe = load_recipe("demo", [*DEMO, "data.limit=640", "train.epochs=2.5", "optimizer.warmup_epochs=0.5"])
+    assert (recipe.train.steps, recipe.train.epochs) == (25, None)
+    assert (recipe.optimizer.warmup_steps, recipe.optimizer.warmup_epochs) == (5, None)
+    recipe = load_recipe("demo", [*DEMO, "data.limit=640", "train.checkpoint_every_epochs=1", "train.epochs=9"])
+    assert (recipe.train.steps, recipe.train.checkpoint_every, recipe.train.pictures_every) == (90, 10, 10)
+
+
+def test_load_recipe__of_steps_and_epochs_the_later_layer_counts(minimal: Path) -> None:
+    minimal.write_text(MINIMAL.replace("steps: 100", "epochs: 3"))
+    assert load_recipe(minimal, ["train.steps=70"]).train.steps == 70
+    minimal.write_text(MINIMAL.replace("steps: 100", "epochs: 3, steps: 100"))
+    with pytest.raises(RequestError, match=r"small\.yaml: train\.epochs=3\.0: train\.steps is given too and only one"):
+        load_recipe(minimal)
+    with pytest.raises(RequestError, match=r"command line: train\.epochs=3\.0: train\.steps is given too"):
+        load_recipe("demo", ["train.steps=3", "train.epochs=3"])
+
+
+def test_load_recipe__epochs_of_data_that_are_not_there_are_one_line(minimal: Path) -> None:
+    with pytest.raises(RequestError) as caught:
+        load_recipe(minimal, ["train.epochs=3", "data.train=nowhere", "optimizer.warmup_steps=7"])
+    assert any("train.epochs=3.0: no such shard" in line for line in caught.value.mistakes)
+    assert not any("warmup" in line for line in caught.value.mistakes)
