@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,8 @@ import pytest
 
 from pretrain.record.events import Evaluated, EvaluationFailed, Resumed, Start, Stopped
 from pretrain.record.journal import read_events
+
+GROCERY = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery"
 
 pytestmark = pytest.mark.integration
 
@@ -135,8 +140,9 @@ def _check_pulled(storage: Path, destination: Path) -> None:
 def test_run__failed_evaluation_is_recorded_and_stops_nothing(recipe: Path, tmp_path: Path, losses: Losses) -> None:
     data = tmp_path / "unusable"
     data.mkdir()
-    for name in ("train-000000.tar", "test-000000.tar"):
-        (data / name).write_bytes(b"not a tar archive" * 100)
+    for split in ("train", "test"):
+        shutil.copyfile(GROCERY / f"{split}-000000.tar", data / f"{split}-000000.tar")
+        (data / f"{split}-000001.tar").write_bytes(b"not a tar archive" * 100)
     command = [sys.executable, "-m", "pretrain", "run", str(recipe), f"storage={tmp_path / 'storage'}", "train.steps=4"]
     command += ["train.workers=1", "train.checkpoint_every=4", f"evaluation.data.grocery={data}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
@@ -144,16 +150,23 @@ def test_run__failed_evaluation_is_recorded_and_stops_nothing(recipe: Path, tmp_
     (run_dir,) = (tmp_path / "storage").glob("small-*")
     events = read_events(run_dir / "evaluations.jsonl")[0]
     failed = [event for event in events if isinstance(event, EvaluationFailed)]
-    assert failed == events and failed and all("train-000000.tar" in event.error for event in failed)
+    assert failed == events and failed and all("train-000001.tar" in event.error for event in failed)
     assert sorted(losses(run_dir)) == [1, 2, 3, 4]
 
 
-def test_run__wrong_setting_is_not_retried(recipe: Path, tmp_path: Path) -> None:
-    """What only the model can tell (width 48 in 5 heads) ends the run at the first attempt, with one line."""
+def test_run__what_only_the_workers_can_tell_is_not_retried(recipe: Path, tmp_path: Path) -> None:
+    """The second shard has no pictures: that ends the run at the first attempt, with one line."""
+    data = tmp_path / "half"
+    data.mkdir()
+    shutil.copyfile(GROCERY / "train-000000.tar", data / "train-000000.tar")
+    with tarfile.open(data / "train-000001.tar", "w") as tar:
+        member = tarfile.TarInfo("z.txt")
+        member.size = 1
+        tar.addfile(member, io.BytesIO(b"z"))
     command = [sys.executable, "-m", "pretrain", "run", str(recipe), f"storage={tmp_path / 'storage'}"]
-    command += ["train.workers=1", "objective.decoder_heads=5"]
+    command += ["train.workers=1", f"data.train={data}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 1
-    assert "training failed: " in done.stderr and "heads" in done.stderr and "Traceback" not in done.stderr
+    assert "training failed: " in done.stderr and "no field" in done.stderr and "Traceback" not in done.stderr
     (worker_log,) = (tmp_path / "storage").glob("small-*/logs/worker-0.log")
     assert worker_log.read_text().count("Traceback") == 1
