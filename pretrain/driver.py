@@ -31,8 +31,9 @@ from pretrain.checkpoints.initialization import checked_plan
 from pretrain.config.load import load_for_resume, load_plan
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, plan_yaml
-from pretrain.errors import RequestError, RunFailed, RunStopped
+from pretrain.errors import RequestError, RunFailed, RunStopped, said_by_system
 from pretrain.evaluations import due, evaluate_task, retention
+from pretrain.record.disk import DiskFull, naming_disk
 from pretrain.record.events import (
     CheckpointPublished,
     Evaluated,
@@ -151,7 +152,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     from pretrain.worker import train
 
     try:
-        train(settings["plan"], run_dir.path, launched=settings["launched"], placed=placed)
+        with naming_disk(run_dir.path, "what belongs to the run"):
+            train(settings["plan"], run_dir.path, launched=settings["launched"], placed=placed)
     except BaseException:
         traceback.print_exc()  # into the log; the driver gets the exception as well
         raise
@@ -238,7 +240,7 @@ class _Driver:
             cpus_per_worker=self.recipe.cluster.cpus_per_worker,
             gpus_per_worker=gpus_per_worker,
             max_failures=self.recipe.train.max_failures,
-            fatal=(ValueError, ArithmeticError, store.CheckpointError),
+            fatal=(ValueError, ArithmeticError, DiskFull, store.CheckpointError),
         )
         arguments = {"plan": self.plan, "run_dir": str(self.run_dir.path), "launched": self.launched}
         training = _Background(
@@ -265,6 +267,7 @@ class _Driver:
         if self.events and isinstance(self.events[-1], Stopped):
             raise RunStopped(stopped_line(self.run_dir, self.events[-1].step))
         if training.error is not None:
+            store.discard_unpublished(self.run_dir.path)
             self._record_failure(training.error)
             raise RunFailed(f"training failed: {_last_line(training.error)}", self.run_dir.logs)
 
@@ -374,7 +377,10 @@ class _Driver:
         self.terminal.say("stopping after the next step, with a checkpoint; again to end at once")
 
     def _record_failure(self, error: BaseException) -> None:
-        self.run_dir.driver_log.write_text(redact(f"{error}\n", marked=True))
+        try:
+            self.run_dir.driver_log.write_text(redact(f"{error}\n", marked=True))
+        except OSError as problem:  # a full disk is what may have ended the run; the line that says so must not be lost
+            self.terminal.say(f"the log of the failure could not be written: {said_by_system(problem)}")
         with Journal(self.run_dir.journal) as journal:
             journal.write(Failed(error=_last_line(error)))
 

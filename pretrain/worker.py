@@ -30,6 +30,7 @@ from pretrain.checkpoints import store
 from pretrain.checkpoints.initialization import Start
 from pretrain.config.stages import Plan, Stage
 from pretrain.errors import EXIT_STOPPED, RequestError
+from pretrain.record.disk import DiskFull
 from pretrain.record.events import CheckpointPublished, Event, Finished, Metrics, Stopped, Visualizations, Warned
 from pretrain.record.events import Start as Started
 from pretrain.record.journal import Journal
@@ -313,7 +314,7 @@ def main() -> None:
     try:
         with Terminal(plan) as terminal:
             is_done = train(plan, arguments.run_dir, listener=listener)
-    except (DataError, LoaderError) as error:
+    except (DataError, DiskFull, LoaderError) as error:
         say(f"error: {error}", err=True)
         raise SystemExit(1) from None
     raise SystemExit(0 if is_done else EXIT_STOPPED)

@@ -206,6 +206,12 @@ def hand_over(storage: CheckpointStorage, step: int, staged: Path) -> dict[str, 
     return files
 
 
+def discard_unpublished(run_dir: Path) -> None:
+    """Remove what ranks that have ended had written of a checkpoint; a local storage keeps it beside the others."""
+    for path in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def publish(
     storage: CheckpointStorage, step: int, manifest: Mapping[str, Any], shares: Sequence[Mapping[str, Any]]
 ) -> Published:

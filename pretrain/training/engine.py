@@ -273,6 +273,13 @@ class Engine:
         """The whole float32 values of parameters; see `master_weights.read_weights`. A collective under ZeRO."""
         return read_weights(parameters, self.stage)
 
+    def state_bytes(self) -> int:
+        """About what `save` writes on this rank: weights, their float32 masters and two moments of each."""
+        numbers = sum(deepspeed_internals.full_shape(parameter).numel() for parameter in self.objective.parameters())
+        if self.stage == 0:
+            return 4 * 4 * numbers if dist.get_rank() == 0 else 0
+        return 4 * 4 * numbers // dist.get_world_size()
+
     @torch.no_grad()
     def backbone_weights(self) -> dict[str, torch.Tensor]:
         """The exported backbone in fp32 under its own names, on the CPU. A collective under ZeRO: all ranks

@@ -35,6 +35,7 @@ from pretrain.config.load import to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage
 from pretrain.errors import RequestError, RunFailed
+from pretrain.record.disk import DiskFull, naming_disk, require_room
 from pretrain.record.events import Initialized, Resumed
 from pretrain.record.run_dir import BACKBONE, MANIFEST, RECIPE
 from pretrain.training.engine import Engine
@@ -76,9 +77,36 @@ def take(
         step: Steps of the run that are done.
         training_state: False for the backbone alone (that of step 0, which nobody resumes from).
         origin: What the run started from, for `checkpoint.json`; None: from scratch.
+
+    Raises:
+        DiskFull: There is no room for it.
     """
+    what = f"the checkpoint of step {step}"
+    wanted = engine.state_bytes() if training_state else 0
+    neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))  # ranks that write to the same disk
+    try:
+        with naming_disk(run_dir, what, wanted):
+            own = store.stage(run_dir, step, dist.get_rank())
+            require_room(own, what, wanted * neighbors)
+            return _write(run_dir, own, stage, engine, stream, step, training_state=training_state, origin=origin)
+    except DiskFull:
+        store.discard_unpublished(run_dir)  # the run is over, and others need the room
+        raise
+
+
+def _write(
+    run_dir: Path,
+    own: Path,
+    stage: Stage,
+    engine: Engine,
+    stream: Stream,
+    step: int,
+    *,
+    training_state: bool,
+    origin: Mapping[str, Any] | None,
+) -> Path:
+    """Write this rank's share into its directory `own`, hand it over, and publish on rank 0. A collective."""
     recipe, rank, storage = stage.recipe, dist.get_rank(), store.storage_of(run_dir)
-    own = store.stage(run_dir, step, rank)
     state_dir = own / store.TRAINING_STATE
     if rank == 0:
         store.begin(storage, step)

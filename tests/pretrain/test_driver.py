@@ -49,7 +49,7 @@ def test_resume__reads_and_checks_the_recipe_once(
 
     monkeypatch.setattr(load, "parse_yaml", counting("read", load.parse_yaml))
     monkeypatch.setattr(checks, "resolve", counting("checked", checks.resolve))
-    monkeypatch.setattr(driver._Driver, "drive", lambda self: seen.append(self.recipe))
+    monkeypatch.setattr(driver._Driver, "drive", lambda self, on_start: seen.append(self.recipe))
     assert main(["resume", "demo-1", *settings, "--storage", str(run_dir.path.parent)]) == 0
     assert counts == {"read": 1, "checked": 1}
     (train,) = [recipe.train for recipe in seen]
