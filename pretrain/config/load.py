@@ -175,7 +175,7 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
         recipe = resolved([(content, origin)], common, mistakes, how_to_set, check_files=check_files)
         mistakes.raise_if_any()
         return Plan.single(recipe)
-    mistakes.raise_if_any()
+    of_list = mistakes.lines
     named: list[tuple[str, Recipe, Mapping[str, Any]]] = []
     lines: list[list[str]] = []
     for index, stage in enumerate(stages):
@@ -194,8 +194,8 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
             recipe = replace(recipe, resume_from=None, init_from=init_from)
         named.append((stage.name, recipe, stage.keys))
         lines.append(mistakes.lines)
-    if any(lines):
-        raise RequestError(*said_once(lines, [stage.name for stage in stages]))
+    if of_list or any(lines):
+        raise RequestError(*of_list, *said_once(lines, [stage.name for stage in stages]))
     plan = in_order(named)
     if problems := list(moments_that_do_not_fit(plan)):
         raise RequestError(*problems)

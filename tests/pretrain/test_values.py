@@ -187,3 +187,12 @@ def test_load_recipe__epochs_of_data_that_are_not_there_are_one_line(minimal: Pa
         load_recipe(minimal, ["train.epochs=3", "data.train=nowhere", "optimizer.warmup_steps=7"])
     assert any("train.epochs=3.0: no such shard" in line for line in caught.value.mistakes)
     assert not any("warmup" in line for line in caught.value.mistakes)
+
+
+def test_load_plan__mistakes_of_the_list_and_in_the_stages_are_told_at_once(minimal: Path) -> None:
+    minimal.write_text(MINIMAL + "stages: [{name: a}, {name: a, train: {steps: no}}]\n")
+    with pytest.raises(RequestError) as caught:
+        load_plan(minimal, ["stages[0].reset_optimizer=false", "data.train=nowhere", "stray"])
+    said = "\n".join(caught.value.mistakes)
+    for part in ("stray: expected key=value", "named twice", "no moments to carry over", "train.steps=no", "nowhere"):
+        assert part in said
