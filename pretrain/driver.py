@@ -28,7 +28,7 @@ from data_pipelines.files import write_atomically
 from data_pipelines.storage.locations import redact, redacted
 from pretrain.checkpoints import copies, store
 from pretrain.checkpoints.initialization import checked_plan
-from pretrain.config.load import load_for_resume, load_plan
+from pretrain.config.load import load_for_resume
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, plan_yaml
 from pretrain.errors import RequestError, RunFailed, RunStopped, said_by_system
@@ -97,7 +97,9 @@ def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = (), *, on_start:
         RunStopped: SIGTERM or Ctrl-C ended it, after a checkpoint of the step that was at work.
     """
     if isinstance(recipe, str):
-        recipe = load_plan(recipe, overrides)
+        from pretrain.photos import load
+
+        recipe = load(recipe, overrides)
     plan = Plan.single(recipe) if isinstance(recipe, Recipe) else recipe
     launched = time.time()
     run_id = f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

@@ -78,6 +78,7 @@ def evaluate(
     """
     from evaluation.registry import names
     from pretrain.checkpoints.references import resolve
+    from pretrain.config.load import in_storage
 
     root = Path(storage).absolute()
     path = resolve(str(checkpoint), root)
@@ -90,9 +91,11 @@ def evaluate(
             for protocol in protocols or _suitable_protocols(Path(directory))
         ]
     else:
-        settings = _recipe_of(path).evaluation
-        tasks = [task for task in settings.tasks if not protocols or task.protocol in protocols]
-        asked = [(task, Path(settings.data[task.data])) for task in tasks]
+        recipe = _recipe_of(path)
+        tasks = [task for task in recipe.evaluation.tasks if not protocols or task.protocol in protocols]
+        asked = [
+            (task, Path(in_storage(recipe.evaluation.data[task.data], recipe.storage, str(root)))) for task in tasks
+        ]
     if not asked:
         raise RequestError(f"{path}: its recipe has no such evaluation task; give --data NAME=DIRECTORY")
     return [_evaluate(path, task, directory, root) for task, directory in asked]

@@ -41,7 +41,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("checkpoints",),
         ("training", "evaluations"),
         ("reporting",),
-        ("worker",),
+        ("worker", "photos"),
         ("driver",),
         ("cli",),
         ("",),

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_pipelines.decode import decode_arrays
 from data_pipelines.errors import DataError
@@ -88,6 +88,7 @@ class Listing:
     ignore_index: int | None = None
     skipped: Counter[str] = field(default_factory=Counter)  # suffix or field -> files that are left out
     newest: tuple[int, str] = (0, "")  # modification time of the file changed last, and its path
+    _times: Any = field(default_factory=hashlib.sha256, repr=False)
 
     def digest(self) -> str:
         """SHA-256 over names, fields, sizes, labels, sequences and splits; independent of where the source lies."""
@@ -98,8 +99,13 @@ class Listing:
             sha.update(text.encode("utf-8", "surrogateescape"))
         return sha.hexdigest()
 
+    def state(self) -> str:
+        """As `digest`, and over the modification time of every file that was seen: who changes one changes this."""
+        return hashlib.sha256(f"{self.digest()} {self._times.hexdigest()}".encode()).hexdigest()
+
     def saw(self, path: str, modified_ns: int) -> None:
         self.newest = max(self.newest, (modified_ns, path))
+        self._times.update(f"{path}\0{modified_ns}\n".encode("utf-8", "surrogateescape"))
 
 
 def list_folder(source: Path, *, kind: str, masks: Path | None = None, classes: Sequence[str] | None = None) -> Listing:

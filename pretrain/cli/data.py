@@ -11,20 +11,21 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pretrain.errors import RequestError, RunFailed
-from pretrain.screen import escaping_console, say
+from pretrain.errors import RequestError
+from pretrain.reporting.progress import progress_of
+from pretrain.screen import say
 
 if TYPE_CHECKING:
     from data_pipelines.shards.manifest import Manifest
 
-__all__ = ["data"]
+__all__ = ["data", "plain_warnings"]
 
 KINDS = ("auto", "images", "pairs", "sequences", "points", "volumes", "list", "tars")
 _SHOWN_CLASSES = 12
@@ -48,7 +49,7 @@ def data() -> None:
     SOURCE is a directory, a glob 'shards/train-*.tar', a range 'shards/train-{000000..000009}.tar' or one .tar; local
     or on http(s), s3 or gs.
     """
-    click.get_current_context().with_resource(_plain_warnings())
+    click.get_current_context().with_resource(plain_warnings())
 
 
 @data.command()
@@ -117,7 +118,7 @@ def pack(
     from data_pipelines.packing.pack import pack
 
     began = time.monotonic()
-    with _progress("packing") as progress:
+    with progress_of("packing") as progress:
         manifest = pack(
             src,
             dest,
@@ -169,7 +170,7 @@ def verify(sources: tuple[str, ...], no_decode: bool, workers: int | None) -> No
     from data_pipelines.inspection.verify import verify
 
     began = time.monotonic()
-    with _progress("verifying") as progress:
+    with progress_of("verifying") as progress:
         report = verify(sources, decode=not no_decode, workers=workers or _cores(), progress=progress)
     for finding in report.findings:
         say(str(finding))
@@ -210,7 +211,7 @@ def stats(sources: tuple[str, ...], limit: int | None, as_json: bool, workers: i
     from data_pipelines.inspection.stats import stats
     from data_pipelines.inspection.stats_text import stats_lines
 
-    with _progress("counting") as progress:
+    with progress_of("counting") as progress:
         found = stats(sources, limit=limit, workers=workers or _cores(), progress=progress)
     as_text = json.dumps(found.to_dict(), indent=1).replace("\x7f", "\\u007f").splitlines() if as_json else None
     for line in as_text or stats_lines(found):
@@ -324,7 +325,7 @@ def _cores() -> int:
 
 
 @contextmanager
-def _plain_warnings() -> Iterator[None]:
+def plain_warnings() -> Iterator[None]:
     """What the work warns of is meant for the user: one line each, without the place in the source."""
     with warnings.catch_warnings():
         shown_otherwise = warnings.showwarning
@@ -337,24 +338,3 @@ def _plain_warnings() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, as long as that is a terminal; yields `update(done, total)`.
-
-    Raises:
-        RunFailed: a worker process died of the work inside.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from data_pipelines.worker_pool import WorkerDied
-
-    screen = escaping_console(stderr=True)
-    columns = TextColumn(what, markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        try:
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        except WorkerDied as error:
-            raise RunFailed(str(error)) from error

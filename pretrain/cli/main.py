@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from evaluation.protocol import format_value
-from pretrain.cli.data import data
+from pretrain.cli.data import data, plain_warnings
 from pretrain.cli.parent import Parent
 from pretrain.errors import (
     EXIT_STOPPED,
@@ -62,12 +62,17 @@ def cli() -> None:
 def run(parent: Parent, recipe: str, settings: tuple[str, ...], address: str | None) -> None:
     """Train RECIPE (a name or a YAML file), evaluate its checkpoints, record everything, print a summary."""
     from pretrain.config.load import load_plan, replaced_objective
+    from pretrain.photos import packed_plan, photo_folder
 
     place = () if address is None else (f"cluster.address={address}",)
-    plan = load_plan(recipe, (*settings, *place))
+    photos = photo_folder(recipe, settings)
+    plan = load_plan(recipe, (*settings, *place), check_files=photos is None)
     if note := replaced_objective(recipe, settings):
         say(f"note: {note}", err=True)
     parent.watch()
+    if photos is not None:
+        with plain_warnings():
+            plan = packed_plan(recipe, (*settings, *place), photos, plan)
     from pretrain.driver import run
 
     run(plan, on_start=parent.begun)

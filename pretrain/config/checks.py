@@ -58,7 +58,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
         mistakes: receives the mistakes; the result is only meaningful when it stays empty.
         check_files: also look whether the data is there.
     """
-    draft = _counted_in_steps(draft, mistakes)
+    draft = _counted_in_steps(draft, mistakes, check_files=check_files)
     _check_names(draft, mistakes)
     if isinstance(draft.backbone, ImageConfig):  # of another kind, its own constructor knows what is right
         _check_image_encoder(draft.backbone, mistakes)
@@ -144,8 +144,11 @@ def evaluation_data_problem(directory: str | Path) -> str | None:
     return None
 
 
-def _counted_in_steps(draft: Recipe, mistakes: Mistakes) -> Recipe:
-    """With steps in the place of epochs; the data are opened for it, for they say how many samples an epoch has."""
+def _counted_in_steps(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
+    """With steps in the place of epochs; the data are opened for it, for they say how many samples an epoch has.
+
+    Where files need not be there, their steps stay stand-ins.
+    """
     counted = {
         "train.epochs": (draft.train.epochs, "train.steps"),
         "train.checkpoint_every_epochs": (draft.train.checkpoint_every_epochs, "train.checkpoint_every"),
@@ -168,7 +171,7 @@ def _counted_in_steps(draft: Recipe, mistakes: Mistakes) -> Recipe:
             problem = str(error)
     for key, steps in asked.items():
         mistakes.distrust(steps)
-        if problem is not None:
+        if problem is not None and (check_files or draft.data.unindexed == "stream"):
             mistakes.add(key, counted[key][0], problem)
     return draft
 

@@ -25,6 +25,7 @@ from pretrain.config.layers import resolved
 from pretrain.config.mistakes import Mistakes, shown
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import (
+    REQUIRED,
     ClusterConfig,
     DataConfig,
     EvaluationConfig,
@@ -48,6 +49,8 @@ __all__ = [
     "Recipe",
     "TrackingConfig",
     "TrainConfig",
+    "data_root",
+    "in_storage",
     "load_for_resume",
     "load_plan",
     "load_recipe",
@@ -112,6 +115,29 @@ def recipe_path(name_or_path: str | Path) -> Path:
 def recipe_description(name: str) -> str:
     """The one-line description of a recipe of the package."""
     return str(_read_yaml(recipe_path(name)).get("description", ""))
+
+
+def data_root(name_or_path: str | Path, overrides: Sequence[str] = ()) -> str | None:
+    """`data.root` as it is written in a request, if the shards to train on are given by it.
+
+    Raises:
+        RequestError: there is no such recipe or file.
+    """
+    data = _read_yaml(recipe_path(name_or_path)).get("data")
+    given = {key.strip(): value for key, _, value in (text.partition("=") for text in overrides)}
+    if not isinstance(data, Mapping) or "${data.root}" not in str(data) or given.keys() & {"data.train", "data"}:
+        return None
+    root = given.get("data.root", data.get("root"))
+    return root if isinstance(root, str) and root != REQUIRED and "${" not in root else None
+
+
+def in_storage(path: str, recorded: str, storage: str) -> str:
+    """Where data lie now that a run has recorded: those in its storage have moved with it, if they are there."""
+    if not path.startswith(f"{recorded}/") or recorded == storage:
+        return path
+    inside = path.removeprefix(f"{recorded}/")
+    is_there = os.path.isdir(os.path.join(storage, os.path.dirname(inside) if "*" in inside else inside))
+    return os.path.join(storage, inside) if is_there else path
 
 
 def replaced_objective(name_or_path: str | Path, overrides: Sequence[str] = ()) -> str | None:
@@ -243,8 +269,19 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
             are_whole = are_whole and share > 0 and isinstance(total, int) and total % share == 0
         if len(open_keys) == 2:
             derived = ["train.accumulation=null", *([] if are_whole else ["train.micro_batch_size=null"])]
-    content["storage"] = str(path.absolute().parents[1])
+    recorded, content["storage"] = content.get("storage"), str(path.absolute().parents[1])
+    for section in {"data", "evaluation", "stages"} & content.keys():
+        content[section] = _following(content[section], str(recorded), content["storage"])
     return _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True)
+
+
+def _following(settings: Any, recorded: str, storage: str) -> Any:
+    """Settings with all paths in them as `in_storage` finds them."""
+    if isinstance(settings, dict):
+        return {key: _following(value, recorded, storage) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [_following(value, recorded, storage) for value in settings]
+    return in_storage(settings, recorded, storage) if isinstance(settings, str) else settings
 
 
 def _is_written_by_a_run(content: Mapping[str, Any]) -> bool:

@@ -1,0 +1,236 @@
+"""A plain folder of photos as the data of a run: `pretrain run RECIPE data.root=PHOTOS/`.
+
+The photos are packed into shards once, in the storage of the runs, and trained on from there; a later run on the same
+files uses the same shards. What is changed, added or removed makes new shards beside the old ones, which the runs that
+began with them go on with.
+
+    STORAGE/shards/NAME-PLACE-STATE/       PLACE: hash of the folder's path, STATE: of its files, their sizes and times
+
+Folders of classes give labels, and a tenth of the photos is held out to evaluate on unless the folder has splits.
+Without labels, tasks that need them are left out of the run.
+
+Not here: what folders mean and how shards are written (`data_pipelines.packing`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipelines.errors import DataError
+from data_pipelines.hidden import is_hidden
+from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+from evaluation import registry as evaluations
+from pretrain.config.checks import absolute, evaluation_data_problem
+from pretrain.config.load import data_root, load_plan
+from pretrain.config.schema import Recipe
+from pretrain.config.stages import Plan
+from pretrain.errors import RequestError, RunStopped
+from pretrain.record.lock import hold
+from pretrain.screen import say
+
+if TYPE_CHECKING:
+    from data_pipelines.packing.inputs import Listing
+
+__all__ = ["SHARDS", "listed", "load", "packed_plan", "photo_folder", "place_of", "shares_of"]
+
+SHARDS = "shards"  # in the storage of the runs
+HELD_OUT = {"train": 0.9, "test": 0.1}
+MAX_BAD = 0.05  # share of damaged photos that are left out, with a warning that names the first
+SHARD_MB = 64  # a shard is the work of one process
+POLL_S = 0.5
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Plan:
+    """`load_plan`, which takes a plain folder of photos as `data.root`, too; it is packed first.
+
+    Raises:
+        RequestError: as `load_plan`.
+        DataError: the photos cannot be packed.
+        RunStopped: SIGTERM or Ctrl-C while they are packed; the same call goes on.
+    """
+    folder = photo_folder(recipe, overrides)
+    if folder is None:
+        return load_plan(recipe, overrides)
+    return packed_plan(recipe, overrides, folder, load_plan(recipe, overrides, check_files=False))
+
+
+def photo_folder(recipe: str, overrides: Sequence[str] = ()) -> Path | None:
+    """The folder that `data.root` of a request names, if it holds photos and no shards.
+
+    Raises:
+        RequestError: there is no such recipe.
+    """
+    root = data_root(recipe, overrides)
+    if root is None or not os.path.isdir(absolute(root)):
+        return None
+    folder = Path(absolute(root))
+    from data_pipelines.packing.inputs import FAMILIES, family_of
+
+    if any(name.lower().endswith(FAMILIES["tars"]) or name == MANIFEST_NAME for name in os.listdir(folder)):
+        return None
+    for _, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        if any(family_of(name) == "images" and not is_hidden(name) for name in files):
+            return folder
+    return None
+
+
+def packed_plan(recipe: str, overrides: Sequence[str], folder: Path, draft: Plan) -> Plan:
+    """The plan of a request on shards of the photos in `folder`, which are packed if they are not yet.
+
+    Args:
+        recipe, overrides: of the request.
+        folder: as `photo_folder` gives it.
+        draft: its plan as far as it can be checked without the data.
+
+    Raises:
+        RequestError, DataError, RunStopped: as `load`.
+    """
+    storage = Path(draft.recipe.storage)
+    listing = listed(folder, storage)
+    dest = place_of(folder, storage, listing)
+    if (dest / MANIFEST_NAME).exists():
+        say(f"data: the shards of {folder} in {dest}, as nothing has changed since they were packed")
+    else:
+        with _alone(dest), _told_of_signals():
+            _pack(folder, dest, listing)
+    manifest = read_manifest((dest / MANIFEST_NAME).read_bytes())
+    if manifest is None:
+        raise DataError(f"{dest / MANIFEST_NAME} is not what packing wrote; remove {dest}")
+    return load_plan(recipe, (*overrides, *_pointing_at(dest, folder, manifest, draft.recipe)))
+
+
+def listed(folder: Path, storage: Path) -> Listing:
+    """What is to be packed.
+
+    Raises:
+        RequestError: the runs would lie among the photos.
+        DataError: the folders cannot be understood.
+    """
+    from data_pipelines.packing.inputs import list_folder
+
+    if storage.resolve().is_relative_to(folder.resolve()):
+        problem = f"lies inside data.root={folder}, and what runs write would be packed as photos"
+        raise RequestError(f"storage={storage}: {problem}; add storage=DIR of another place")
+    return list_folder(folder, kind="images")
+
+
+def place_of(folder: Path, storage: Path, listing: Listing) -> Path:
+    """Where the shards of a folder as it is now belong."""
+    from data_pipelines.packing.pack import CREATED_BY
+
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", listing.name) or "photos"
+    where = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
+    state = hashlib.sha256(f"{CREATED_BY} {shares_of(listing)} {listing.state()}".encode()).hexdigest()
+    return storage / SHARDS / f"{name}-{where[:6]}-{state[:10]}"
+
+
+def shares_of(listing: Listing) -> dict[str, float] | None:
+    """How photos with labels but without splits are divided; None: as the folder says, else all are trained on."""
+    from data_pipelines.packing.plan import split_of
+
+    if listing.classes is None or len({item.split for item in listing.items}) > 1:
+        return None
+    drawn = {split_of(item._replace(split=None), list(HELD_OUT.items())) for item in listing.items}
+    return HELD_OUT if drawn == HELD_OUT.keys() else None
+
+
+def _pack(folder: Path, dest: Path, listing: Listing) -> None:
+    if (dest / MANIFEST_NAME).exists():  # by another process, for which this one has waited
+        return
+    from data_pipelines.packing.pack import pack
+    from pretrain.reporting.progress import progress_of
+
+    size = sum(item.pieces[0].size for item in listing.items)
+    earlier = [path for path in dest.parent.glob(f"{dest.name[:-10]}*") if (path / MANIFEST_NAME).exists()]
+    why = f"{folder} has changed since it was packed" if earlier else "once, later runs use the shards"
+    if (dest / ".packing" / "request.json").exists():
+        why = "going on where packing was stopped"
+    say(f"data: packing {len(listing.items)} photos ({size / 1e6:.0f} MB) of {folder} into {dest} ({why})")
+    began = time.monotonic()
+    with progress_of("packing") as progress:
+        manifest = pack(
+            folder,
+            dest,
+            kind="images",
+            splits=shares_of(listing),
+            shard_mb=SHARD_MB,
+            max_bad=MAX_BAD,
+            progress=progress,
+        )
+    counts = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
+    classes = f"{len(manifest.classes)} classes" if manifest.classes else "no classes"
+    say(f"data: packed {counts}; {classes}; {time.monotonic() - began:.1f} s")
+
+
+def _pointing_at(dest: Path, folder: Path, manifest: Manifest, draft: Recipe) -> Iterator[str]:
+    """The settings that put the shards in the place of the folder, without evaluations that these do not allow."""
+    yield f"data.root={dest}"
+    if not draft.evaluation.enabled:
+        return
+    evaluation, mine = draft.evaluation, {n for n, path in draft.evaluation.data.items() if Path(path) == folder}
+    problem = evaluation_data_problem(dest)
+    dropped = [
+        task
+        for task in evaluation.tasks
+        if task.data in mine and (problem or evaluations.protocol(task.protocol).label not in manifest.fields)
+    ]
+    if not dropped and not problem:
+        return
+    names = [f"{task.protocol}/{task.data}" for task in dropped]
+    if names:
+        why = "no folders of classes" if manifest.classes is None else "no photos that are held out (split test or val)"
+        say(f"evaluation: without {', '.join(names)}, which need labels: {folder} has {why}")
+    data = {name: path for name, path in evaluation.data.items() if not (problem and name in mine)}
+    data |= {name: str(dest) for name in mine & data.keys()}
+    yield f"evaluation.data={json.dumps(data)}"
+    yield f"evaluation.tasks={json.dumps([asdict(task) for task in evaluation.tasks if task not in dropped])}"
+    if evaluation.select is not None and evaluation.select.rpartition("/")[0] in names:
+        yield "evaluation.select=null"
+
+
+@contextmanager
+def _alone(dest: Path) -> Iterator[None]:
+    """One process at a time packs; others wait for it."""
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    path = dest.parent / f".{dest.name}.lock"
+    if (lock := hold(path)) is None:
+        say(f"data: another process is packing into {dest}; waiting for it")
+    while lock is None:
+        time.sleep(POLL_S)
+        lock = hold(path)
+    with lock:
+        yield
+
+
+@contextmanager
+def _told_of_signals() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does, and both say how to go on.
+
+    Raises:
+        RunStopped: one of them came.
+    """
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, interrupt) if is_main else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RunStopped("stopped while the photos are packed; the same command goes on where it was") from None
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)

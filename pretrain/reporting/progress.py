@@ -1,0 +1,32 @@
+"""A bar for work that goes through samples one by one, outside of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pretrain.errors import RunFailed
+from pretrain.screen import escaping_console
+
+__all__ = ["progress_of"]
+
+
+@contextmanager
+def progress_of(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, as long as that is a terminal; yields `update(done, total)`.
+
+    Raises:
+        RunFailed: a worker process died of the work inside.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from data_pipelines.worker_pool import WorkerDied
+
+    screen = escaping_console(stderr=True)
+    columns = TextColumn(what, markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        try:
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        except WorkerDied as error:
+            raise RunFailed(str(error)) from error
