@@ -29,6 +29,7 @@ from backbones.encoder import Encoder
 from backbones.errors import BackboneError
 from backbones.features import ImageFeatures
 from backbones.images.config import ImageConfig
+from backbones.images.pixels import as_batch, require_unit_range
 
 __all__ = ["ImageEncoder"]
 
@@ -92,6 +93,7 @@ class ImageEncoder(Encoder):
                 )
             table = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)  # (C, 1, 1)
             self.register_buffer(key, table, persistent=False)
+        self._has_unit_range = all(0 <= value <= 1 for value in (*pixel_mean, *pixel_std))
         self.spec: dict[str, Any] = {
             "library": library,
             "name": name,
@@ -190,14 +192,35 @@ class ImageEncoder(Encoder):
         """N at `image_size`."""
         return self.grid[0] * self.grid[1]
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Pixels to network input: (image - mean) / std in float32.
+    def preprocess(self, images: Any) -> Tensor:
+        """Pictures to network input: (image - mean) / std in float32. Nothing is resized.
 
         Args:
-            images: (B, C, H, W), uint8 in 0 .. 255 or floating point in [0, 1].
+            images: tensor or array, uint8 in 0 .. 255 or floating point in [0, 1], (B, C, H, W), (C, H, W) or with
+                channels last; a PIL image; or a sequence of these, all of one size. See `backbones.images.pixels`.
+                A backbone whose `pixel_mean` lies outside [0, 1] was trained on other units and takes floats of any
+                range.
 
         Returns:
-            (B, C, H, W) float32, or float64 when `images` is float64.
+            (B, C, H, W) float32, or float64 when `images` is float64; B is 1 for one picture.
+
+        Raises:
+            BackboneError: another type, range or number of channels.
+        """
+        batch = as_batch(images, self.in_chans, self.pixel_mean.device)
+        # A compiled step is not cut in two for it.
+        if batch.is_floating_point() and self._has_unit_range and not torch.compiler.is_compiling():
+            require_unit_range(batch)
+        return self.normalized(batch)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """`preprocess` of a batch that a stream has made; its values are not looked at, which a GPU would wait for.
+
+        Args:
+            images: (..., C, H, W), uint8 in 0 .. 255 or floating point in [0, 1].
+
+        Returns:
+            The same shape in float32, or float64 when `images` is float64.
         """
         if images.dtype == torch.uint8:
             images = images.float() / 255

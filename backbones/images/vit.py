@@ -168,7 +168,7 @@ class ViTBackbone(ImageEncoder):
             patches = patches + patch_positions
         if keep_idx is not None:
             patches = take_tokens(patches, keep_idx)  # (B, K, D)
-        tokens = torch.cat([*self._prefix(len(patches), prefix_positions), patches], dim=1)  # (B, P + K, D)
+        tokens = torch.cat([*self._prefix(patches.shape[0], prefix_positions), patches], dim=1)  # (B, P + K, D)
         # Float32 position buffers promote a bf16 sum: back to the weights' type before the first block.
         tokens = timm_internals.enter_blocks(self.vit, tokens.to(self.dtype))
         return tokens, grid, timm_internals.rotations(self.vit, tokens, grid, keep_idx)

@@ -74,7 +74,7 @@ class DINO(ImageObjective):
             batch: "global_1", "global_2" (B, C, H, W) and "local" (L, B, C, h, w), uint8 or float in [0, 1].
             progress: sets the teacher's temperature and whether prototypes are frozen.
         """
-        crops = [self.backbone.preprocess(images) for images in crops_of(batch)]  # (2 B, C, H, W), (L B, C, h, w)
+        crops = [self.backbone.normalized(images) for images in crops_of(batch)]  # (2 B, C, H, W), (L B, C, h, w)
         with torch.no_grad(), self.teacher.precision(self.backbone.dtype, crops[0].device):
             taught = image_token(self.exported.features(crops[0]))  # (2 B, D)
             teacher_logits = self.teacher.head(taught)  # (2 B, K)

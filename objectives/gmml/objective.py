@@ -83,7 +83,7 @@ class GMML(ImageObjective):
             progress: not used.
         """
         images = batch["image"]
-        target = self.backbone.preprocess(images.flatten(0, 1))  # (n, C, S, S)
+        target = self.backbone.normalized(images.flatten(0, 1))  # (n, C, S, S)
         corruption = self.corruption.of_batch(batch, target)
         features = self._encode(corruption.apply(target))
         prediction = self.head(features.patches, features.grid)  # (n, C, S, S)
@@ -112,7 +112,7 @@ class GMML(ImageObjective):
         batch = {name: batch[name] for name in ("image", "seed")}
         images = batch["image"]
         batch["seed"] = batch["seed"][:MAX_PICTURES]
-        target = self.backbone.preprocess(images[0])[:MAX_PICTURES]
+        target = self.backbone.normalized(images[0])[:MAX_PICTURES]
         corruption = self.corruption.of_batch(batch, target)
         with evaluating(self):
             features = self._encode(corruption.apply(target))

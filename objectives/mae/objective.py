@@ -114,7 +114,7 @@ class MAE(ImageObjective):
                 "noise" (B, N), if present, is used in place of the seed: the smallest values stay visible.
             progress: not used but for whether the step is logged.
         """
-        result = self._reconstruct(self.backbone.preprocess(batch["image"]), batch)
+        result = self._reconstruct(self.backbone.normalized(batch["image"]), batch)
         with torch.autocast(result.prediction.device.type, enabled=False):
             squared_error = (result.prediction - result.target).square()  # (B, M, L)
             loss = squared_error.mean()
@@ -169,7 +169,7 @@ class MAE(ImageObjective):
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """At most 8 each of "masked", "reconstruction" (hidden patches predicted, others kept) and "original"."""
         batch = {name: tensor[:MAX_PICTURES] for name, tensor in batch.items()}
-        x = self.backbone.preprocess(batch["image"])
+        x = self.backbone.normalized(batch["image"])
         with evaluating(self):
             result = self._reconstruct(x, batch)
 

@@ -73,7 +73,7 @@ def crops_and_features(backbone: ImageEncoder, batch: dict[str, Tensor]) -> dict
     shown["local"] = crops_of(batch)[-1][:num]
     if "local" not in batch:
         del shown["local"]
-    x = backbone.preprocess(shown["global 1"])  # (n, C, H, W)
+    x = backbone.normalized(shown["global 1"])  # (n, C, H, W)
     attention, size = backbone.attention(x), x.shape[-2:]  # (n, H, N) or None
     features = backbone.features(x)
     pictures = {name: _resized(to_rgb(images), size) for name, images in shown.items()}
@@ -116,7 +116,7 @@ def to_rgb(images: Tensor) -> Tensor:
 
 
 def as_pixels(backbone: ImageEncoder, x: Tensor) -> Tensor:
-    """The inverse of `backbone.preprocess`, for people: normalised (n, C, H, W) to (n, 3, H, W) in [0, 1]."""
+    """The inverse of `backbone.normalized`, for people: normalised (n, C, H, W) to (n, 3, H, W) in [0, 1]."""
     return to_rgb((x * backbone.pixel_std + backbone.pixel_mean).clamp(0, 1))
 
 

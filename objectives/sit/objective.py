@@ -131,7 +131,7 @@ class SiT(ImageObjective):
         return Output(loss, metrics)
 
     def _reconstruct(self, images: Tensor, batch: dict[str, Tensor]) -> _Reconstruction:
-        target = self.backbone.preprocess(images)
+        target = self.backbone.normalized(images)
         corruption = self.corruption.of_batch(batch, target)
         features = self.backbone.features(corruption.apply(target))
         return _Reconstruction(target, corruption, features, self.head(features.patches, features.grid))
