@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from pretrain.checkpoints.references import load_backbone
     from pretrain.driver import RunResult, resume, run
     from pretrain.evaluations import evaluate
+    from pretrain.exports.export import export
 
-__all__ = ["RunResult", "__version__", "evaluate", "load_backbone", "resume", "run"]
+__all__ = ["RunResult", "__version__", "evaluate", "export", "load_backbone", "resume", "run"]
 
 _HOMES = {
     "RunResult": "pretrain.driver",
     "evaluate": "pretrain.evaluations",
+    "export": "pretrain.exports.export",
     "load_backbone": "pretrain.checkpoints.references",
     "resume": "pretrain.driver",
     "run": "pretrain.driver",

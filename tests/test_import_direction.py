@@ -39,7 +39,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("record", "config"),
         ("tracking",),
         ("checkpoints",),
-        ("training", "evaluations"),
+        ("training", "evaluations", "exports"),
         ("reporting",),
         ("worker", "photos"),
         ("driver",),

@@ -27,6 +27,7 @@ __all__ = [
     "enter_blocks",
     "final_norm",
     "is_plain_vit",
+    "model_arguments",
     "patch_projection",
     "prefix",
     "registered_names",
@@ -67,6 +68,11 @@ def is_plain_vit(model: nn.Module) -> bool:
         return False
     base = VisionTransformer if isinstance(model, VisionTransformer) else Eva
     return all(getattr(type(model), name) is getattr(base, name) for name in ("_pos_embed", "forward_features"))
+
+
+def model_arguments(model: nn.Module) -> dict[str, Any]:
+    """What `timm.create_model` was given beside the name, with which it builds the same architecture again."""
+    return dict(model._model_args)  # type: ignore[arg-type]
 
 
 class ViTSizes(NamedTuple):

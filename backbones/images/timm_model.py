@@ -89,7 +89,7 @@ class TimmBackbone(ImageEncoder):
             raise BackboneError(f"backbone {self.spec['name']!r} cannot leave patches out; it is not a plain ViT")
         if layers:
             raise BackboneError(f"backbone {self.spec['name']!r} is not a plain ViT, so its layers cannot be read")
-        self.grid_at(x.shape[-2], x.shape[-1])
+        self.grid_at(int(x.shape[-2]), int(x.shape[-1]))  # tensors while a graph is recorded
         x = x.to(self.dtype)
         if self.dtype != torch.bfloat16:
             return _features(self.model, x)

@@ -40,6 +40,11 @@ def test_vit__has_every_attribute_that_is_read(vit):
     assert (sizes.image, sizes.patch, sizes.width, sizes.in_chans, sizes.num_blocks) == ((16, 16), (4, 4), 32, 3, 2)
 
 
+def test_model_arguments__are_those_that_the_factory_was_given(vit):
+    given = internals.model_arguments(vit)
+    assert TINY.items() <= given.items() and given["dynamic_img_size"] is True
+
+
 def test_vit__its_parts_make_its_forward_features(vit):
     x = torch.randn(2, 3, 16, 16)
     tokens, grid = internals.embedded_patches(vit, x)

@@ -42,6 +42,7 @@ def test_cli__surface_is_frozen() -> None:
         "report": ["RUN_ID", "--storage"],
         "recipes": ["NAME"],
         "data": [],
+        "export": ["CHECKPOINT", "DEST", "--format", "--storage"],
     }
 
 
