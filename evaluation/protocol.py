@@ -14,9 +14,20 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
-__all__ = ["FRACTION", "EvaluationError", "Metric", "Protocol", "best", "described", "format_value", "ranked"]
+__all__ = [
+    "CI_SUFFIXES",
+    "FRACTION",
+    "EvaluationError",
+    "Metric",
+    "Protocol",
+    "best",
+    "described",
+    "format_value",
+    "ranked",
+]
 
 FRACTION = "fraction"
+CI_SUFFIXES = ("_ci_low", "_ci_high")  # of the metrics that bound the 95 % interval of another
 
 Key = TypeVar("Key", int, tuple[float, int])
 

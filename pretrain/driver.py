@@ -47,6 +47,7 @@ from pretrain.record.events import (
 from pretrain.record.journal import Journal, read_events
 from pretrain.record.lock import hold, holder
 from pretrain.record.run_dir import RunDir, find_run, resume_command, stopped_line
+from pretrain.reporting.progress import shown_while
 from pretrain.reporting.summary import print_summary
 from pretrain.reporting.terminal import Terminal
 
@@ -105,9 +106,10 @@ def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = (), *, on_start:
     run_id = f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dir = RunDir(Path(plan.recipe.storage) / run_id)
     plan = checked_plan(plan, run_dir.path)
-    from pretrain.training.preflight import look_ahead  # imports torch
+    with shown_while("looking at the model and the data"):
+        from pretrain.training.preflight import look_ahead  # imports torch
 
-    size = look_ahead(plan)
+        size = look_ahead(plan)
     run_dir.path.mkdir(parents=True)
     try:
         return _Driver(plan, run_dir, launched, size).drive(on_start)
@@ -166,7 +168,7 @@ class _Driver:
         self.plan, self.run_dir, self.launched = plan, run_dir, launched
         self._size = size
         self.recipe = plan.recipe  # what is asked of it below is the same in all stages
-        self.terminal = Terminal(plan)
+        self.terminal = Terminal(plan, run_dir=run_dir.path)
         self.events: list[Event] = []
         self.scores: list[Evaluated] = []
         self._offset = 0
@@ -188,6 +190,7 @@ class _Driver:
             tracker = self._tracker()
             status: Status | None = None
             try:
+                self.terminal.wait_for(self._place())
                 with self._cluster() as cluster:
                     listen_again()  # Ray has put its own handler in place of ours
                     gpus = self._gpus_per_worker(cluster)
@@ -216,6 +219,10 @@ class _Driver:
     def _write_recipe(self) -> None:
         """Also what a resume changed."""
         write_atomically(self.run_dir.recipe, plan_yaml(self.plan).encode())
+
+    def _place(self) -> str:
+        address = self.recipe.cluster.address or os.environ.get("RAY_ADDRESS")
+        return f"connecting to Ray at {redact(address)}" if address else "starting Ray"
 
     def _cluster(self) -> AbstractContextManager[Cluster]:
         from cluster.connect import connect
@@ -252,6 +259,7 @@ class _Driver:
         )
         self._follow(queue, show=False)  # a resumed run: what happened before
         if not self._is_trained():
+            self.terminal.wait_for(f"starting workers: {self.recipe.train.workers}")
             training.start()
         is_training, looked = True, time.monotonic()
         while is_training or (queue.pending and self._stop_asked is None):
@@ -266,6 +274,8 @@ class _Driver:
             self._collect(queue)
             time.sleep(POLL_S)
             self._is_training = self._is_training and is_training
+            if not is_training and queue.pending:
+                self.terminal.wait_for("the last evaluations")
         if self.events and isinstance(self.events[-1], Stopped):
             raise RunStopped(stopped_line(self.run_dir, self.events[-1].step))
         if training.error is not None:

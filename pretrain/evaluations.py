@@ -221,6 +221,7 @@ def _event(step: int, result: EvaluationResult) -> Evaluated:
         seconds=result.seconds,
         cached=result.cached,
         described=tuple(asdict(metric) for metric in result.described),
+        num_test=int(result.details.get("num_test", 0)),
     )
 
 

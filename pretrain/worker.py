@@ -31,7 +31,16 @@ from pretrain.checkpoints.initialization import Start
 from pretrain.config.stages import Plan, Stage
 from pretrain.errors import EXIT_STOPPED, RequestError
 from pretrain.record.disk import DiskFull
-from pretrain.record.events import CheckpointPublished, Event, Finished, Metrics, Stopped, Visualizations, Warned
+from pretrain.record.events import (
+    CheckpointPublished,
+    Event,
+    Finished,
+    Metrics,
+    Preparing,
+    Stopped,
+    Visualizations,
+    Warned,
+)
 from pretrain.record.events import Start as Started
 from pretrain.record.journal import Journal
 from pretrain.record.run_dir import RunDir
@@ -159,6 +168,7 @@ def train_stage(
     """
     plan, run, device, emit = process.plan, process.run, process.device, process.emit
     stage, recipe, rank = plan.stages[index], plan.stages[index].recipe, dist.get_rank()
+    emit(Preparing(what="building the model"))
     torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
     objective = build_objective(recipe)
     initialized = state.begin_with(objective, start, stage) if start.how == "init_from" else None
@@ -312,7 +322,7 @@ def main() -> None:
     if os.environ.get("RANK") == "0":
         RunDir(arguments.run_dir).stop_request.unlink(missing_ok=True)  # it was for the run that it has stopped
     try:
-        with Terminal(plan) as terminal:
+        with Terminal(plan, run_dir=arguments.run_dir) as terminal:
             is_done = train(plan, arguments.run_dir, listener=listener)
     except (DataError, DiskFull, LoaderError) as error:
         say(f"error: {error}", err=True)

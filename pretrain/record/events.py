@@ -30,6 +30,7 @@ __all__ = [
     "Finished",
     "Initialized",
     "Metrics",
+    "Preparing",
     "Rejected",
     "Resumed",
     "StageBegan",
@@ -66,6 +67,14 @@ class Event:
         """The record: plain values, except that floats may be non-finite (`pretrain.record.journal` spells those)."""
         mine = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "time"}
         return {"time": self.time, "kind": self.kind, **mine}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparing(Event):
+    """Rank 0 has begun something that takes a while before there are steps; `what` says it in a few words."""
+
+    kind: ClassVar[str] = "preparing"
+    what: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +271,7 @@ class Evaluated(Event):
         key: Of the result in the store of evaluations.
         seconds: Wall time of the computation.
         cached: Whether the result was known before.
+        num_test: Samples that were tested on; 0 in records of older versions.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -273,6 +283,7 @@ class Evaluated(Event):
     seconds: float
     cached: bool
     described: tuple[Mapping[str, Any], ...] = ()
+    num_test: int = 0
 
     @property
     def reported(self) -> tuple[Metric, ...]:
@@ -318,6 +329,7 @@ class Rejected(Event):
 _KINDS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
+        Preparing,
         Start,
         Startup,
         Resumed,

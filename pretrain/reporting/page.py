@@ -22,7 +22,7 @@ from typing import Any
 from yaml import YAMLError
 
 from data_pipelines.files import write_atomically
-from evaluation.protocol import FRACTION, Metric, format_value
+from evaluation.protocol import CI_SUFFIXES, FRACTION, Metric, format_value
 from pretrain.checkpoints.references import best_step
 from pretrain.checkpoints.store import CheckpointError, published
 from pretrain.config.stages import written_stages
@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 TEMPLATES, TEMPLATE = Path(__file__).parent / "templates", "page.html"
 MAX_IMAGES = 6
 UNKNOWN = "?"
-CI_SUFFIXES = ("_ci_low", "_ci_high")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A bar for work that goes through samples one by one, outside of training."""
+"""What is shown of work outside of training: a bar where samples are counted, a line where nothing is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pretrain.errors import RunFailed
 from pretrain.screen import escaping_console
 
-__all__ = ["progress_of"]
+__all__ = ["progress_of", "shown_while"]
 
 
 @contextmanager
@@ -30,3 +30,14 @@ def progress_of(what: str) -> Iterator[Callable[[int, int], None]]:
             yield lambda done, total: bar.update(task, completed=done, total=total)
         except WorkerDied as error:
             raise RunFailed(str(error)) from error
+
+
+@contextmanager
+def shown_while(what: str) -> Iterator[None]:
+    """Say what is under way, on a terminal and until it has ended."""
+    screen = escaping_console(stderr=True)
+    if screen.is_terminal:
+        with screen.status(what):
+            yield
+    else:
+        yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from statistics import median
 
@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipelines.storage.locations import redact
-from evaluation.protocol import format_value
+from evaluation.protocol import CI_SUFFIXES, FRACTION, format_value
 from pretrain.config.schema import Recipe
-from pretrain.record.events import Evaluated, Event, Metrics
+from pretrain.record.events import Evaluated, EvaluationFailed, Event, Metrics
+from pretrain.record.journal import read_events
+from pretrain.record.run_dir import RunDir
 
 __all__ = ["print_summary"]
 
@@ -48,12 +50,13 @@ def print_summary(
             f"{first.values['loss']:.4f} (step {first.step})",
             f"{last.values['loss']:.4f} (step {last.step})",
         )
-    for task in recipe.evaluation.tasks:
-        table.add_row(*_score_row(task.protocol, task.data, evaluations))
+    failed = {e.task for e in read_events(RunDir(run_dir).evaluations)[0] if isinstance(e, EvaluationFailed)}
+    for task in recipe.evaluation.tasks if recipe.evaluation.enabled else ():
+        table.add_row(*_score_row(task.protocol, task.data, evaluations, failed))
     if metrics:
         rates = [event.values["samples_per_s"] for event in metrics]
         table.add_row("samples/s", "", "", f"{median(rates):.0f}")
-    console.print(table)
+    console.print(table, soft_wrap=False)
     name = recipe.tracking.model_name or recipe.name
     storage = Path(recipe.storage)
     console.print(f"run         {run_dir}", markup=False)
@@ -64,22 +67,36 @@ def print_summary(
     console.print(f"            mlflow ui --backend-store-uri {_uri(storage)}", markup=False)
 
 
-def _score_row(protocol: str, data: str, evaluations: Sequence[Evaluated]) -> tuple[str, str, str, str]:
-    """Headline metric of the random backbone, the first and the last evaluated checkpoint."""
+def _score_row(
+    protocol: str, data: str, evaluations: Sequence[Evaluated], failed: Set[str]
+) -> tuple[str, str, str, str]:
+    """Headline metric of the random backbone, the first and the last evaluated checkpoint, with its intervals."""
     task = f"{protocol}/{data}"
     found = sorted((event for event in evaluations if event.task == task), key=lambda event: event.step)
     trained = [event for event in found if event.step > 0]
     if not found:
-        return task, "failed", "", ""
+        return task, "failed" if task in failed else "not run", "", ""
     headline = found[0].headline
 
     def cell(event: Evaluated, *, with_step: bool) -> str:
         score = format_value(event.metrics[headline.name], headline.unit)
-        return f"{score} (step {event.step})" if with_step else score
+        return "\n".join([f"{score} (step {event.step})" if with_step else score, *_interval(event)])
 
     random = cell(found[0], with_step=False) if found[0].step == 0 else ""
     ends = (cell(trained[0], with_step=True), cell(trained[-1], with_step=True)) if trained else ("", "")
-    return f"{task} {headline.name}", random, *ends
+    counted = [f"n = {found[-1].num_test}"] if found[-1].num_test else []
+    remarks = ["95 % CI"] * any(map(_interval, found)) + counted
+    return "\n".join([f"{task} {headline.name}", *([", ".join(remarks)] if remarks else [])]), random, *ends
+
+
+def _interval(event: Evaluated) -> list[str]:
+    """The bounds of its headline, as one text, if there are any."""
+    headline = event.headline
+    bounds = [event.metrics[name] for suffix in CI_SUFFIXES if (name := headline.name + suffix) in event.metrics]
+    if len(bounds) != 2:
+        return []
+    low, high = (format_value(bound, headline.unit) for bound in bounds)
+    return [f"{low.removesuffix('%')}-{high}" if headline.unit == FRACTION else f"{low} to {high}"]
 
 
 def _uri(storage: Path) -> str:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 from evaluation.protocol import format_value
+from pretrain.checkpoints import store
 from pretrain.config.stages import Plan
-from pretrain.errors import listed
+from pretrain.errors import listed, shortened
 from pretrain.record.events import (
     CheckpointPublished,
     Evaluated,
@@ -22,6 +26,7 @@ from pretrain.record.events import (
     Event,
     Initialized,
     Metrics,
+    Preparing,
     Resumed,
     StageBegan,
     Start,
@@ -33,12 +38,15 @@ from pretrain.screen import escaping_console, printable
 
 __all__ = ["Terminal"]
 
-_METRICS = {  # what a person sees of a logged step, where it is known
+_FIELDS = {  # what a person sees of a logged step, where it is known
     "loss": "loss {:.4f}",
     "lr": "lr {:.1e}",
     "samples_per_s": "{:.0f} samples/s",
     "data_wait_fraction": "waiting for data {:.0%}",
 }
+_FIRST = ("loss", "samples_per_s", "score", "lr", "data_wait_fraction")  # where there is not room for all
+_LONGEST_LABEL = 20  # characters
+_BARS = (4, 24)  # the shortest and the longest
 
 
 class Terminal:
@@ -47,21 +55,26 @@ class Terminal:
     Args:
         plan: Its stages.
         console: Where to write; standard output by default.
+        run_dir: Where it is; tells the place of checkpoints that are stored elsewhere.
     """
 
-    def __init__(self, plan: Plan, console: Console | None = None) -> None:
+    def __init__(self, plan: Plan, console: Console | None = None, run_dir: Path | None = None) -> None:
         self.console = console or escaping_console(sys.stdout, soft_wrap=True)
+        self._plan, self._run_dir = plan, run_dir
         self._total = plan.total_steps
         self._select = plan.recipe.evaluation.select
+        narrow = Column(no_wrap=True)
         self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=narrow),
+            BarColumn(bar_width=_bar_width(self.console)),
+            _Left(table_column=Column(no_wrap=True)),
+            _Fields(self.console, table_column=Column(no_wrap=True)),
             console=self.console,
             disable=not self.console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._waits_for = ""
+        self._step = 0
         self._newest_score = ""
 
     def __enter__(self) -> Terminal:
@@ -73,6 +86,16 @@ class Terminal:
     ) -> None:
         self._bar.stop()
 
+    def wait_for(self, what: str) -> None:
+        """Say, once, what is under way while there are no steps."""
+        if what == self._waits_for:
+            return
+        self._waits_for = what
+        if self.console.is_terminal:
+            self._restart_bar(what, total=None)
+        else:
+            self.say(what)
+
     def say(self, text: str) -> None:
         """One line above the bar."""
         self.console.print(printable(text), markup=False)
@@ -82,6 +105,8 @@ class Terminal:
         match event:
             case Start():
                 self._show_start(event)
+            case Preparing():
+                self.wait_for(event.what)
             case Startup():
                 self.say(startup_line(event))
             case Resumed():
@@ -93,7 +118,7 @@ class Terminal:
             case Metrics():
                 self._show_metrics(event)
             case CheckpointPublished():
-                self.say(f"checkpoint at step {event.step}: {event.path}")
+                self.say(f"checkpoint at step {event.step}: {self._place_of(event)}")
             case Stopped():
                 self.say(f"stopped after step {event.step}")
             case Warned():
@@ -103,23 +128,41 @@ class Terminal:
             case EvaluationFailed():
                 self.say(f"evaluation {event.task} of step {event.step} failed: {event.error}")
 
+    def _place_of(self, event: CheckpointPublished) -> str:
+        if self._run_dir is None or self._plan.recipe.checkpoints.storage is None:
+            return event.path
+        return store.storage_of(self._run_dir).location(Path(event.path).name)
+
     def _show_start(self, event: Start) -> None:
         place = f"{event.world_size} x {event.device}"
         epochs = f", {event.epochs:.3g} epochs of the data" if event.epochs else ""
         self.say(f"training on {place}, steps {event.step} to {event.total_steps}{epochs}")
-        if self._task is None:
-            self._task = self._bar.add_task("training", total=self._total, status="")
-        self._bar.update(self._task, completed=event.step)
+        self._step = event.step
+        self.wait_for("reading the first batch")
 
     def _show_metrics(self, event: Metrics) -> None:
         values = event.values
-        said = [text.format(values[name]) for name, text in _METRICS.items() if name in values]
+        fields = {name: text.format(values[name]) for name, text in _FIELDS.items() if name in values}
+        if self._newest_score:
+            fields["score"] = self._newest_score
         left = f"ETA {duration((self._total - event.step) * values['step_s'])}" if "step_s" in values else ""
-        status = f"{'  '.join(said)}  {self._newest_score}{left}"
-        if self.console.is_terminal and self._task is not None:
-            self._bar.update(self._task, completed=event.step, status=status)
-        else:
-            self.say(f"step {event.step}/{self._total}  {status}")
+        stage = self._plan.stages[self._plan.index_at(event.step)].name
+        if not self.console.is_terminal:
+            at = f"step {event.step}/{self._total}{f' ({stage})' if stage else ''}"
+            self.say("  ".join([at, *fields.values(), *([left] if left else [])]))
+            return
+        if self._waits_for or self._task is None:
+            self._waits_for = ""
+            self._restart_bar("", total=self._total)
+        assert self._task is not None
+        label = shortened(printable(stage or "training"), _LONGEST_LABEL)
+        self._bar.update(self._task, description=label, completed=event.step, eta=left, fields=fields)
+
+    def _restart_bar(self, label: str, total: int | None) -> None:
+        """A new bar in the place of the one there is; without a total it counts the seconds."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(printable(label), total=total, eta="", fields={})
 
     def _show_scores(self, event: Evaluated) -> None:
         headline = event.headline
@@ -127,7 +170,45 @@ class Terminal:
         known = " (known)" if event.cached else ""
         self.say(f"evaluation of step {event.step}: {event.task}/{headline.name} {score}{known}")
         if self._select in (None, f"{event.task}/{headline.name}"):
-            self._newest_score = f"{event.task} {score} (step {event.step})  "
+            self._newest_score = f"{event.task} {score} (step {event.step})"
+
+
+class _Left(ProgressColumn):
+    """Steps done of all and the time left; while there is nothing to count, the time that has gone by."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        return Text(duration(task.elapsed or 0.0) if task.total is None else _counted(task))
+
+
+class _Fields(ProgressColumn):
+    """As many of the other fields as there is room for behind the first columns, the most important ones."""
+
+    def __init__(self, console: Console, *, table_column: Column) -> None:
+        super().__init__(table_column)
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        fields: dict[str, str] = task.fields["fields"]
+        room = self._console.width - len(f"{task.description}  {_counted(task)} ") - _bar_width(self._console)
+        chosen: set[str] = set()
+        for name in _FIRST:
+            wanted = [text for other, text in fields.items() if other in chosen | {name}]
+            if name in fields and len("  ".join(wanted)) <= room:
+                chosen.add(name)
+        return Text("  ".join(text for name, text in fields.items() if name in chosen))
+
+
+def _counted(task: Task) -> str:
+    return f"{task.completed:.0f}/{task.total:.0f} {task.fields['eta']}".rstrip()
+
+
+def _bar_width(console: Console) -> int:
+    shortest, longest = _BARS
+    return max(shortest, min(longest, console.width // 7))
 
 
 def startup_line(event: Startup) -> str:

@@ -265,19 +265,28 @@ class MlflowRun:
             self.client.set_registered_model_alias(model_name, "previous", holder)
         self.client.set_registered_model_alias(model_name, "best", version)
 
+    def promote_unscored(self, model_name: str, version: str, score_tag: str) -> None:
+        """Move the alias `best` to `version`, which has no score yet, unless the one that has it has the tag of one."""
+        holder = self._best(model_name)
+        if holder is None or self._score(model_name, holder, score_tag) is None:
+            self.client.set_registered_model_alias(model_name, "best", version)
+
     def promote_best(self, model_name: str, version: str, score_tag: str, metric: Metric, score: float) -> None:
         """`promote`, if `score` is better than the tag `score_tag` of the present best, of whatever run that is.
 
         Of equal scores the older version keeps the alias; a score that is not finite never gets it.
         """
-        scores = {int(version): score}
         holder = self._best(model_name)
-        if holder is not None:
-            held = self.client.get_model_version(model_name, holder).tags.get(_name(score_tag))
-            if held is not None:
-                scores[int(holder)] = float(held)
-        if best(scores, metric) == int(version):
+        held = None if holder is None else self._score(model_name, holder, score_tag)
+        if holder is None or held is None:
+            if best({int(version): score}, metric) is not None:
+                self.client.set_registered_model_alias(model_name, "best", version)
+        elif best({int(version): score, int(holder): held}, metric) == int(version):
             self.promote(model_name, version)
+
+    def _score(self, model_name: str, version: str, score_tag: str) -> float | None:
+        held = self.client.get_model_version(model_name, version).tags.get(_name(score_tag))
+        return None if held is None else float(held)
 
     def _best(self, model_name: str) -> str | None:
         """The version that has the alias `best`."""

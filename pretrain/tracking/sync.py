@@ -13,8 +13,8 @@ What arrives:
     warnings      tags `warning/collapse`, `warning/non_finite_loss` and `warning/accumulation`, the last one of each.
     evaluations   `eval/PROTOCOL/DATA/METRIC` at the step of the checkpoint, on the run, the model and the version.
                   Each (step, protocol, data) once, however often the driver reports it.
-    alias best    the version with the best `select` score, over all runs that share the model name; without `select`
-                  the newest. The one before is `previous`.
+    alias best    the version with the best `select` score, over all runs that share the model name; without `select`,
+                  and until a version has a score of it, the newest. The one before is `previous`.
     visualizations  as artifacts of that name.
 Lines that cannot be understood or that MLflow refuses are parked in a file of their own.
 
@@ -360,6 +360,8 @@ class Tracker:
         version = run.register(directory, step, cursor.model_name, tags, location)
         if cursor.select is None:
             run.promote(cursor.model_name, version.version)
+        else:
+            run.promote_unscored(cursor.model_name, version.version, f"eval/{cursor.select}")
         cursor.versions[str(step)] = (version.model_id, version.version)
 
     def _send_scores(self, event: Evaluated, time_ms: int, run: MlflowRun) -> None:

@@ -14,6 +14,7 @@ from pretrain.record.events import DamagedEvent, Evaluated, EvaluationFailed, Ev
 
 EXAMPLES: list[Event] = [
     events.Start(step=0, total_steps=9, world_size=2, device="cpu", exact=False, pids=(4, 5), decoder="pil"),
+    events.Preparing(what="building the model"),
     events.Startup(**{field.name: 1.5 for field in fields(events.Startup)}),
     events.Resumed(**{field.name: 3 for field in fields(events.Resumed)} | {"reference": "runs:/a/3"}),
     events.Metrics(step=1, values={"loss": 0.5, "samples_seen": 64}),
@@ -24,6 +25,7 @@ EXAMPLES: list[Event] = [
     events.Warned(step=1, about="collapse", text="collapsed: flat"),
     events.Warned(step=1, about="non_finite_loss", text="not finite", ranks=(0, 3)),
     events.Finished(step=9),
+    events.Stopped(step=9),
     events.Failed(error="worker 1 was killed"),
     events.Evaluated(step=1, protocol="knn", data="a", metrics={"top1": 0.5}, key="k", seconds=2.0, cached=True),
     events.EvaluationFailed(step=1, protocol="knn", data="a", error="out of memory"),
@@ -48,7 +50,7 @@ def test_event__every_class_has_an_example() -> None:
 def test_from_json__a_missing_field_is_named(event: Event) -> None:
     record = event.to_json()
     optional = {
-        Start: {"exact", "pids", "decoder"},
+        Start: {"exact", "pids", "decoder", "epochs"},
         events.Resumed: {"reference"},
         events.Initialized: {"resampled", "missing", "unexpected"},
         events.StageBegan: {"resampled", "fresh", "moments"},
@@ -57,7 +59,7 @@ def test_from_json__a_missing_field_is_named(event: Event) -> None:
     if isinstance(event, EvaluationFailed):
         optional = {"error"}  # without it the record is one of scores, which then lacks others
     if isinstance(event, Evaluated):
-        optional = {"described"}  # older records do not say what their numbers mean
+        optional = {"described", "num_test"}  # older records do not say what their numbers mean
     for name in record.keys() - {"kind"} - optional:
         with pytest.raises(DamagedEvent, match=f"{event.kind}: no '{name}'"):
             from_json({key: value for key, value in record.items() if key != name})

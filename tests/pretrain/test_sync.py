@@ -242,6 +242,23 @@ def test_tracker__best_moves_both_ways_and_across_runs(
     assert steps_by_alias(mlflow_uri) == {"best": 60, "previous": 10}
 
 
+def test_tracker__the_newest_is_best_until_one_has_a_score(
+    storage: Path, mlflow_uri: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    """Without evaluations no version got the alias, and the line `pretrain pull NAME@best` of the summary failed."""
+    run = Run(storage)
+    for step in (10, 20):
+        run.publish(make_checkpoint, step)
+        run.send(mlflow_uri)
+        assert steps_by_alias(mlflow_uri) == {"best": step}
+    run.evaluate(10, 0.3)
+    run.send(mlflow_uri)
+    assert steps_by_alias(mlflow_uri) == {"best": 10}
+    run.publish(make_checkpoint, 30)
+    run.send(mlflow_uri)
+    assert steps_by_alias(mlflow_uri) == {"best": 10}, "what has a score gives way to a better one only"
+
+
 def test_tracker__without_select_the_newest_is_best(run: Run, mlflow_uri: str, make_checkpoint: MakeCheckpoint) -> None:
     run.publish(make_checkpoint, 10)
     run.publish(make_checkpoint, 20)

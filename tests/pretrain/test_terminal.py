@@ -1,27 +1,39 @@
-"""What a person reads of each event, where there is no terminal to draw a bar on."""
+"""What a person reads of each event, with a terminal to draw a bar on and without, and the closing table."""
 
 from __future__ import annotations
 
 import io
+import os
+import pty
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from pretrain.checkpoints import store
 from pretrain.config.load import load_plan
 from pretrain.record.events import (
     CheckpointPublished,
+    Evaluated,
     EvaluationFailed,
     Event,
     Failed,
     Finished,
     Metrics,
+    Preparing,
     Resumed,
     Start,
     Startup,
     Visualizations,
     Warned,
 )
+from pretrain.record.journal import Journal
+from pretrain.reporting.summary import print_summary
 from pretrain.reporting.terminal import Terminal, duration
+from pretrain.screen import escaping_console
 
 VALUES = {"loss": 0.5, "lr": 1e-3, "samples_per_s": 312.4, "data_wait_fraction": 0.034, "step_s": 0.2}
 
@@ -29,7 +41,10 @@ VALUES = {"loss": 0.5, "lr": 1e-3, "samples_per_s": 312.4, "data_wait_fraction":
 @pytest.mark.parametrize(
     ("event", "said"),
     [
-        (Start(step=0, total_steps=9, world_size=2, device="cpu"), "training on 2 x cpu, steps 0 to 9"),
+        (
+            Start(step=0, total_steps=9, world_size=2, device="cpu"),
+            "training on 2 x cpu, steps 0 to 9\nreading the first batch",
+        ),
         (
             Startup(
                 total_s=9.5,
@@ -62,6 +77,7 @@ VALUES = {"loss": 0.5, "lr": 1e-3, "samples_per_s": 312.4, "data_wait_fraction":
             Metrics(step=100, values=VALUES),
             "step 100/150  loss 0.5000  lr 1.0e-03  312 samples/s  waiting for data 3%  ETA 00:10",
         ),
+        (Preparing(what="building the model"), "building the model"),
         (CheckpointPublished(step=4, path="checkpoints/step-4"), "checkpoint at step 4: checkpoints/step-4"),
         (Warned(step=3, about="collapse", text="collapsed: [flat]"), "WARNING at step 3: collapsed: [flat]"),
         (
@@ -86,3 +102,127 @@ def test_show__one_line_for_what_a_person_wants_to_know(event: Event, said: str 
 )
 def test_duration(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def scored(step: int, **metrics: float) -> Evaluated:
+    return Evaluated(
+        step=step, protocol="linear", data="grocery", metrics=metrics, key="", seconds=1.0, cached=False, num_test=80
+    )
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """`shown(columns, act)`: all lines and states of the bar that a real terminal is sent while `act(console)` runs."""
+
+    def show(columns: int, act: Callable[[Console], None]) -> list[str]:
+        ours, theirs = pty.openpty()
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("TERM", "xterm-256color")
+        sent = bytearray()
+
+        def read() -> None:
+            while True:
+                try:
+                    sent.extend(os.read(ours, 1 << 16))
+                except OSError:  # the other side was closed
+                    return
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        with os.fdopen(theirs, "w") as screen:
+            act(escaping_console(screen, soft_wrap=True))
+        thread.join()
+        os.close(ours)
+        raw.append(bytes(sent))
+        return [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent.decode())) if line]
+
+    raw: list[bytes] = []
+    show.raw = raw  # type: ignore[attr-defined]
+    yield show
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields"),
+    [
+        (40, ""),
+        (80, "loss 0.5000  lr 1.0e-03  312 samples/s"),
+        (160, "loss 0.5000  lr 1.0e-03  312 samples/s  waiting for data 3%  linear/grocery 33.8% (step 50)"),
+    ],
+)
+def test_bar__step_and_eta_stay_and_fields_go_by_priority(
+    columns: int, fields: str, shown: Callable[..., list[str]]
+) -> None:
+    def act(console: Console) -> None:
+        with Terminal(load_plan("demo", ["train.steps=150"]), console) as terminal:
+            terminal.wait_for("starting Ray")
+            terminal.show(Preparing(what="building the model"))
+            terminal.show(Start(step=0, total_steps=150, world_size=2, device="cpu"))
+            terminal.show(scored(50, top1=0.3375, top1_ci_low=0.24, top1_ci_high=0.45))
+            terminal.show(Metrics(step=100, values=VALUES))
+
+    lines = shown(columns, act)
+    assert max(map(len, (line for line in lines if "━" in line))) <= columns
+    for waited in ("starting Ray", "building the model", "reading the first batch"):
+        assert any(line.startswith(waited) and "00:00" in line for line in lines), (waited, lines)
+    last = lines[-1].rstrip()
+    assert re.fullmatch(rf"training [━╸╺ ]+ 100/150 ETA 00:10 ?{re.escape(fields)}", last), last
+
+
+def test_bar__no_color_where_it_is_not_wanted(shown: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(console: Console) -> None:
+        with Terminal(load_plan("demo", ["train.steps=150"]), console) as terminal:
+            terminal.show(Metrics(step=100, values=VALUES))
+
+    colors = re.compile(rb"\x1b\[(?:[0-9]+;)*(?:3[0-8]|9[0-7])[;m]")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown(80, act)
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown(80, act)
+    with_color, without = shown.raw  # type: ignore[attr-defined]
+    assert colors.search(with_color) and not colors.search(without)
+
+
+def test_show__names_the_stage_and_the_place_of_a_checkpoint_elsewhere(tmp_path: Path) -> None:
+    recipe = tmp_path / "staged.yaml"
+    recipe.write_text(
+        "objective: {name: mae}\nbackbone: {name: vit_tiny_patch16_224}\n"
+        "data: {train: 'package:demo_data/grocery/train-*.tar'}\noptimizer: {lr: 1.0e-3}\n"
+        "train: {steps: 5, global_batch_size: 8, checkpoint_every: 5, workers: 1}\n"
+        "checkpoints: {storage: 's3://bucket/checkpoints'}\n"
+        "stages: [{name: small}, {name: large}]\n"
+    )
+    run_dir = tmp_path / "run-1"
+    store.place(run_dir, "s3://bucket/checkpoints")
+    written = io.StringIO()
+    terminal = Terminal(load_plan(recipe), Console(file=written, highlight=False, soft_wrap=True), run_dir)
+    for step in (5, 6):
+        terminal.show(Metrics(step=step, values={"loss": 0.5}))
+    terminal.show(CheckpointPublished(step=5, path="checkpoints/step-00000005"))
+    assert written.getvalue().splitlines() == [
+        "step 5/10 (small)  loss 0.5000",
+        "step 6/10 (large)  loss 0.5000",
+        "checkpoint at step 5: s3://bucket/checkpoints/run-1/step-00000005",
+    ]
+
+
+def test_summary__intervals_fit_80_columns_and_only_what_failed_is_called_so(
+    tmp_path: Path, shown: Callable[..., list[str]]
+) -> None:
+    run_dir = tmp_path / "demo-20260101-000000-abcd"
+    run_dir.mkdir()
+    with Journal(run_dir / "evaluations.jsonl") as journal:
+        journal.write(EvaluationFailed(step=4, protocol="knn", data="grocery", error="out of memory"))
+    bounds = {"top1_ci_low": 0.221, "top1_ci_high": 0.4207}
+    scores = [scored(step, top1=0.3125, **bounds) for step in (0, 1000, 100000)]
+
+    def closing(*overrides: str) -> list[str]:
+        recipe = load_plan("demo", overrides).recipe
+        return shown(80, lambda console: print_summary(console, recipe, run_dir, [], scores, run_dir / "report.html"))
+
+    lines = closing()
+    table = [line for line in lines if line.startswith(("│", "┏", "┡"))]
+    assert max(map(len, table)) <= 80
+    said = "\n".join(table)
+    assert "31.2% (step 100000)" in said and "22.1-42.1%" in said and "95 % CI, n = 80" in said
+    assert re.search(r"knn/grocery +│ +failed", said) and re.search(r"segmentation/chair +│ +not run", said)
+    assert not re.search("failed|not run|linear", "\n".join(closing("evaluation.enabled=false")))
