@@ -22,14 +22,14 @@ from data_pipelines.parsing import parse_json
 from evaluation import registry
 from evaluation.data import EvaluationData
 from evaluation.extraction.forward import num_test_in_train, splits_of, write_features
-from evaluation.extraction.recipe import Size, extraction_of, feature_recipe
+from evaluation.extraction.recipe import Size, extraction_of, feature_facts, feature_recipe
 from evaluation.features import ArrayWriter, FeatureCache
 from evaluation.keys import digest_of
 from evaluation.protocol import EvaluationError
 from evaluation.registry import load_head
 from evaluation.results import EvaluationResult, ResultStore
 
-__all__ = ["EvaluationResult", "available_device", "evaluate"]
+__all__ = ["EvaluationResult", "architecture_of", "available_device", "evaluate"]
 
 
 def evaluate(
@@ -63,13 +63,13 @@ def evaluate(
     started = time.perf_counter()
     spec = registry.protocol(protocol)
     reported = [metric.name for metric in spec.metrics]
-    weights, architecture = weights_digest(checkpoint), _architecture(checkpoint)
+    weights, architecture = weights_digest(checkpoint), architecture_of(checkpoint)
     extraction = extraction_of(architecture.get("kind", "image"))
     opened = data.open(spec, extraction.inputs)
     recipe = feature_recipe(extraction, spec, architecture, image_size)
-    feature_facts = {"weights": weights, "features": recipe, "data": opened.digest}
+    features_of = feature_facts(weights, recipe, opened.digest)
     facts = {"protocol": spec.name, "version": spec.version, "params": dict(spec.params), "seed": seed}
-    key = digest_of({**feature_facts, **facts})
+    key = digest_of({**features_of, **facts})
     on_device = available_device() if device is None else torch.device(device)
 
     def make() -> EvaluationResult:
@@ -77,7 +77,7 @@ def evaluate(
             backbone = load_backbone(checkpoint)
             write_features(writer, backbone, extraction, opened, recipe, batch_size=batch_size, device=on_device)
 
-        arrays, were_made = FeatureCache(store).once(digest_of(feature_facts), feature_facts, write)
+        arrays, were_made = FeatureCache(store).once(digest_of(features_of), features_of, write)
         extracted = time.perf_counter()
         train, test, num_classes = splits_of(arrays, opened, recipe)
         outcome = load_head(spec)(train, test, num_classes=num_classes, params=spec.params, seed=seed, device=on_device)
@@ -118,7 +118,7 @@ def available_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _architecture(checkpoint: Path) -> Mapping[str, Any]:
+def architecture_of(checkpoint: Path) -> Mapping[str, Any]:
     """What the weights file says about the backbone."""
     path = Path(checkpoint)
     with safe_open(path / BACKBONE_FILE if path.is_dir() else path, framework="pt") as file:

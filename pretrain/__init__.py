@@ -22,13 +22,15 @@ from pretrain.version import __version__
 if TYPE_CHECKING:
     from pretrain.checkpoints.references import load_backbone
     from pretrain.driver import RunResult, resume, run
+    from pretrain.embeddings.embed import embed
     from pretrain.evaluations import evaluate
     from pretrain.exports.export import export
 
-__all__ = ["RunResult", "__version__", "evaluate", "export", "load_backbone", "resume", "run"]
+__all__ = ["RunResult", "__version__", "embed", "evaluate", "export", "load_backbone", "resume", "run"]
 
 _HOMES = {
     "RunResult": "pretrain.driver",
+    "embed": "pretrain.embeddings.embed",
     "evaluate": "pretrain.evaluations",
     "export": "pretrain.exports.export",
     "load_backbone": "pretrain.checkpoints.references",

@@ -39,7 +39,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("record", "config"),
         ("tracking",),
         ("checkpoints",),
-        ("training", "evaluations", "exports"),
+        ("training", "evaluations", "exports", "embeddings"),
         ("reporting",),
         ("worker", "photos"),
         ("driver",),

@@ -33,6 +33,7 @@ __all__ = [
     "list_folder",
     "natural_order",
     "suffix_of",
+    "walk",
 ]
 
 FAMILIES = {
@@ -124,7 +125,7 @@ def list_folder(source: Path, *, kind: str, masks: Path | None = None, classes: 
     """
     if masks is not None and not masks.is_dir():
         raise DataError(f"no such folder of masks: {masks}")
-    entries = [entry for entry in _walk(source, "", frozenset()) if not _is_inside(masks, source / entry.path)]
+    entries = [entry for entry in walk(source) if not _is_inside(masks, source / entry.path)]
     family = _family(source, entries) if kind == "auto" else {"pairs": "images", "sequences": "images"}.get(kind, kind)
     if family == "tars":
         raise DataError(f"{source} has its tars in sub-folders; pack one folder that directly holds the tars")
@@ -171,8 +172,15 @@ def natural_order(path: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in _DIGITS.split(path)]
 
 
-def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[Entry]:
-    """Every file below `folder` in sorted order, hidden ones left out, symbolic links followed."""
+def walk(folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Entry]:
+    """Every file below `folder` in sorted order, hidden ones left out, symbolic links followed.
+
+    Args:
+        prefix, above: of the folders that were walked through on the way here.
+
+    Raises:
+        DataError: a link to a folder above it, or to nothing.
+    """
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
     if here in above:
@@ -181,7 +189,7 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Itera
         inside = sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda entry: entry.name)
     for entry in inside:
         if entry.is_dir():
-            yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", above | {here})
+            yield from walk(folder / entry.name, f"{prefix}{entry.name}/", above | {here})
         elif entry.is_file():
             status = entry.stat()
             yield Entry(prefix + entry.name, status.st_size, status.st_mtime_ns)
@@ -276,7 +284,7 @@ def _list_pairs(listing: Listing, entries: list[Entry], field_name: str, masks: 
     if listing.family not in _MASKS:
         raise DataError(f"masks belong to images or volumes, {listing.root} holds {listing.family}; leave masks out")
     mask_field, suffixes = _MASKS[listing.family]
-    found = _choose(list(_walk(masks, "", frozenset())), suffixes, listing)
+    found = _choose(list(walk(masks)), suffixes, listing)
     by_stem = _by_stem(masks, found)
     missing = [entry.path for entry in entries if _stem(entry.path) not in by_stem]
     if missing:

@@ -12,10 +12,10 @@ Legend: B batch, N patch tokens, D width, n samples.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +34,26 @@ from evaluation.protocol import EvaluationError
 if TYPE_CHECKING:  # timm takes seconds to import, and cached features need no backbone
     from backbones.encoder import Encoder
 
-__all__ = ["Dense", "Pooled", "num_test_in_train", "splits_of", "write_features"]
+__all__ = ["Dense", "Pooled", "Samples", "num_test_in_train", "pooled_batches", "splits_of", "write_features"]
 
 SPLITS = ("train", "test")
+
+Note = TypeVar("Note")
+
+
+class Samples(Protocol):
+    """What can be read from: a `Dataset`, or anything else that is numbered from 0."""
+
+    num_samples: int
+
+    def read(self, sample_id: int, /) -> dict[str, Any]:
+        """Fields of one sample as bytes, its key as `"__key__"`."""
+
+    def where(self, sample_id: int, /) -> str:
+        """How messages name it."""
+
+    def require_field(self, *candidates: str) -> str:
+        """The first of these fields that every sample has."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +95,54 @@ def write_features(
     for split in SPLITS:
         dataset = getattr(data, split)
         contents = writer.create(f"{split}.contents", (dataset.num_samples,), np.uint64)
-        batches = _batches(dataset, extraction, recipe, data.classes, batch_size, contents)
+        field = dataset.require_field(*extraction.inputs)
+
+        def note(sample_idx: int, sample: Mapping[str, Any], field: str = field, contents: Any = contents) -> int:
+            """The class label; 0 where the features go to a dense head, which reads its own."""
+            contents[sample_idx] = content_hash(sample[field])
+            return class_label(sample, data.classes) if recipe["tokens"] == "pooled" else 0
+
         if recipe["tokens"] == "pooled":
-            _write_pooled(writer, split, dataset, backbone, batches, device)
+            labelled = pooled_batches(dataset, backbone, extraction, recipe, note, batch_size=batch_size, device=device)
+            _write_pooled(writer, split, dataset.num_samples, backbone.embed_dim, labelled)
         else:
+            batches = _batches(dataset, extraction, recipe, note, batch_size)
             _write_patches(writer, split, dataset, backbone, batches, device)
+
+
+def pooled_batches(
+    samples: Samples,
+    backbone: Encoder,
+    extraction: Extraction,
+    recipe: Mapping[str, Any],
+    note: Callable[[int, Mapping[str, Any]], Note],
+    *,
+    batch_size: int,
+    device: torch.device,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[tuple[slice, Tensor | None, Tensor, list[Note]]]:
+    """Features of samples in their order: (rows, CLS tokens (B, D) or None, means of patch tokens (B, D), notes).
+
+    Args:
+        samples: Those from `start` to before `stop` are read.
+        backbone: On `device`, in evaluation mode.
+        recipe: As `feature_recipe` makes it, of pooled tokens.
+        note: What else is wanted of a sample, by its number and fields; called once for each, in other threads.
+
+    Raises:
+        EvaluationError, DataError: As `write_features`.
+    """
+    for rows, inputs, notes in _batches(samples, extraction, recipe, note, batch_size, start, stop):
+        with torch.inference_mode():
+            features = backbone.tokens(_moved(inputs, device))
+            mean = features.tokens.float().mean(dim=1)  # (B, D)
+            _check_finite(mean, samples, rows)
+            if features.cls is not None:
+                _check_finite(features.cls, samples, rows)
+            cls = None if features.cls is None else features.cls.float().cpu()
+            mean = mean.cpu()
+        yield rows, cls, mean, notes
 
 
 def splits_of(
@@ -129,27 +189,20 @@ def _pooled(arrays: Mapping[str, npt.NDArray[Any]], split: str) -> Pooled:
 def _write_pooled(
     writer: ArrayWriter,
     split: str,
-    dataset: Dataset,
-    backbone: Encoder,
-    batches: Iterator[tuple[slice, Any, Tensor]],
-    device: torch.device,
+    num_samples: int,
+    width: int,
+    batches: Iterator[tuple[slice, Tensor | None, Tensor, list[int]]],
 ) -> None:
-    num_samples, width = dataset.num_samples, backbone.embed_dim
     labels_out = writer.create(f"{split}.labels", (num_samples,), np.int64)
     mean_out = writer.create(f"{split}.patch_mean", (num_samples, width), np.float32)
     cls_out: npt.NDArray[Any] | None = None
-    with torch.inference_mode():
-        for rows, inputs, labels in batches:
-            features = backbone.tokens(_moved(inputs, device))
-            mean = features.tokens.float().mean(dim=1)  # (B, D)
-            _check_finite(mean, dataset, rows)
-            mean_out[rows] = mean.cpu().numpy()
-            if features.cls is not None:
-                _check_finite(features.cls, dataset, rows)
-                if cls_out is None:
-                    cls_out = writer.create(f"{split}.cls", (num_samples, width), np.float32)
-                cls_out[rows] = features.cls.float().cpu().numpy()
-            labels_out[rows] = labels.numpy()
+    for rows, cls, mean, labels in batches:
+        mean_out[rows] = mean.numpy()
+        if cls is not None:
+            if cls_out is None:
+                cls_out = writer.create(f"{split}.cls", (num_samples, width), np.float32)
+            cls_out[rows] = cls.numpy()
+        labels_out[rows] = labels
 
 
 def _write_patches(
@@ -157,7 +210,7 @@ def _write_patches(
     split: str,
     dataset: Dataset,
     backbone: Encoder,
-    batches: Iterator[tuple[slice, Any, Tensor]],
+    batches: Iterator[tuple[slice, Any, list[int]]],
     device: torch.device,
 ) -> None:
     patches_out: npt.NDArray[Any] | None = None
@@ -174,11 +227,11 @@ def _write_patches(
             patches_out[rows] = patches.unflatten(1, features.grid).cpu().numpy()
 
 
-def _check_finite(features: Tensor, dataset: Dataset, rows: slice) -> None:
+def _check_finite(features: Tensor, samples: Samples, rows: slice) -> None:
     is_bad = ~features.flatten(1).isfinite().all(dim=1)
     if is_bad.any():
         first = rows.start + int(is_bad.nonzero()[0])
-        key = dataset.read(first)["__key__"]
+        key = samples.read(first)["__key__"]
         raise EvaluationError(
             f"features are not finite ({int(is_bad.sum())} of {len(is_bad)} samples of a batch, first {key!r}); "
             "the weights hold NaN or have diverged"
@@ -186,40 +239,38 @@ def _check_finite(features: Tensor, dataset: Dataset, rows: slice) -> None:
 
 
 def _batches(
-    dataset: Dataset,
+    samples: Samples,
     extraction: Extraction,
     recipe: Mapping[str, Any],
-    classes: Sequence[str] | None,
+    note: Callable[[int, Mapping[str, Any]], Note],
     batch_size: int,
-    contents: npt.NDArray[np.uint64],
-) -> Iterator[tuple[slice, Any, Tensor]]:
-    """Yields (rows, inputs, class labels) in sample order, one batch decoded ahead by as many threads as torch may use.
-
-    Labels are 0 where the features go to a dense head, which reads its own. The hashes of the samples go to `contents`.
-    """
-    field = dataset.require_field(*extraction.inputs)
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[tuple[slice, Any, list[Note]]]:
+    """Yields (rows, inputs, notes) in sample order, one batch decoded ahead by as many threads as torch may use."""
+    field = samples.require_field(*extraction.inputs)
+    end = samples.num_samples if stop is None else stop
     reading = threading.Lock()  # the data set opens and closes shard files as it reads
 
-    def load(sample_idx: int) -> tuple[Any, int]:
+    def load(sample_idx: int) -> tuple[Any, Note]:
         with reading:
-            sample = dataset.read(sample_idx)
-        contents[sample_idx] = content_hash(sample[field])
+            sample = samples.read(sample_idx)
         try:
-            label = class_label(sample, classes) if recipe["tokens"] == "pooled" else 0
-            return extraction.prepare(sample[field], recipe), label
+            noted = note(sample_idx, sample)
+            return extraction.prepare(sample[field], recipe), noted
         except (DataError, EvaluationError) as error:
-            raise type(error)(f"{dataset.where(sample_idx)}: {error}") from error
+            raise type(error)(f"{samples.where(sample_idx)}: {error}") from error
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
 
-        def submit(start: int) -> list[Future[tuple[Any, int]]]:
-            return [pool.submit(load, i) for i in range(start, min(start + batch_size, dataset.num_samples))]
+        def submit(first: int) -> list[Future[tuple[Any, Note]]]:
+            return [pool.submit(load, i) for i in range(first, min(first + batch_size, end))]
 
-        ahead = submit(0)
-        for start in range(0, dataset.num_samples, batch_size):
-            batch, ahead = ahead, submit(start + batch_size)
-            inputs, labels = zip(*(future.result() for future in batch), strict=True)
-            yield slice(start, start + len(inputs)), default_collate(list(inputs)), torch.tensor(labels)
+        ahead = submit(start)
+        for first in range(start, end, batch_size):
+            batch, ahead = ahead, submit(first + batch_size)
+            inputs, notes = zip(*(future.result() for future in batch), strict=True)
+            yield slice(first, first + len(inputs)), default_collate(list(inputs)), list(notes)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

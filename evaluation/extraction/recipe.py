@@ -21,7 +21,7 @@ from evaluation.protocol import EvaluationError, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["EXTRACTIONS", "Extraction", "Size", "extraction_of", "feature_recipe"]
+__all__ = ["EXTRACTIONS", "Extraction", "Size", "extraction_of", "feature_facts", "feature_recipe"]
 
 ENTRY_POINT_GROUP = "pretrain.extractions"
 EXTRACTOR_VERSION = 2  # 2: photos and masks as EXIF turns them, masks of 2 and 4 bits as stored
@@ -91,3 +91,14 @@ def feature_recipe(
     shared = {"version": EXTRACTOR_VERSION, "tokens": spec.tokens, "norm": "final"}
     labels = {"labels": "cls", "storage": "float32"} if spec.tokens == "pooled" else {"storage": "float16"}
     return {**shared, **labels, **extraction.recipe(spec, architecture, size)}
+
+
+def feature_facts(weights: str, recipe: Mapping[str, Any], data: str) -> dict[str, Any]:
+    """What features are found by, see `evaluation.keys`.
+
+    Args:
+        weights: `backbones.io.weights_digest` of the backbone.
+        recipe: As `feature_recipe` makes it.
+        data: `OpenedData.digest`.
+    """
+    return {"weights": weights, "features": dict(recipe), "data": data}

@@ -19,7 +19,7 @@ import click
 
 from evaluation.protocol import format_value
 from pretrain.cli.data import data, plain_warnings
-from pretrain.cli.export import export
+from pretrain.cli.export import embed, export
 from pretrain.cli.parent import Parent
 from pretrain.errors import (
     EXIT_STOPPED,
@@ -180,6 +180,7 @@ def recipes(name: str | None) -> None:
 
 
 cli.add_command(data)
+cli.add_command(embed)
 cli.add_command(export)
 
 

@@ -14,8 +14,17 @@ import pretrain
 
 
 def test_pretrain__has_the_names_of_the_contract() -> None:
-    assert set(pretrain.__all__) == {"RunResult", "__version__", "evaluate", "export", "load_backbone", "resume", "run"}
-    for name in ("evaluate", "export", "load_backbone", "resume", "run"):
+    assert set(pretrain.__all__) == {
+        "RunResult",
+        "__version__",
+        "embed",
+        "evaluate",
+        "export",
+        "load_backbone",
+        "resume",
+        "run",
+    }
+    for name in ("embed", "evaluate", "export", "load_backbone", "resume", "run"):
         assert callable(getattr(pretrain, name))
     assert isinstance(pretrain.RunResult, type)
 

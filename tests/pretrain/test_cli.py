@@ -42,6 +42,7 @@ def test_cli__surface_is_frozen() -> None:
         "report": ["RUN_ID", "--storage"],
         "recipes": ["NAME"],
         "data": [],
+        "embed": ["CHECKPOINT", "DATA", "DEST", "--format", "--tokens", "--batch-size", "--device", "--storage"],
         "export": ["CHECKPOINT", "DEST", "--format", "--storage"],
     }
 
