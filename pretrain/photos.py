@@ -21,17 +21,17 @@ import re
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipelines.errors import DataError
 from data_pipelines.hidden import is_hidden
-from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data_pipelines.shards.manifest import MANIFEST_NAME
 from evaluation import registry as evaluations
-from pretrain.config.checks import absolute, evaluation_data_problem
+from pretrain.config.checks import absolute
 from pretrain.config.load import data_root, load_plan
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan
@@ -42,7 +42,7 @@ from pretrain.screen import say
 if TYPE_CHECKING:
     from data_pipelines.packing.inputs import Listing
 
-__all__ = ["SHARDS", "listed", "load", "packed_plan", "photo_folder", "place_of", "shares_of"]
+__all__ = ["SHARDS", "drawn_splits", "foreseen_plan", "listed", "load", "packed_plan", "photo_folder"]
 
 SHARDS = "shards"  # in the storage of the runs
 HELD_OUT = {"train": 0.9, "test": 0.1}
@@ -105,10 +105,20 @@ def packed_plan(recipe: str, overrides: Sequence[str], folder: Path, draft: Plan
     else:
         with _alone(dest), _told_of_signals():
             _pack(folder, dest, listing)
-    manifest = read_manifest((dest / MANIFEST_NAME).read_bytes())
-    if manifest is None:
-        raise DataError(f"{dest / MANIFEST_NAME} is not what packing wrote; remove {dest}")
-    return load_plan(recipe, (*overrides, *_pointing_at(dest, folder, manifest, draft.recipe)))
+    return load_plan(recipe, (*overrides, *_pointing_at(dest, folder, listing, draft.recipe)))
+
+
+def foreseen_plan(recipe: str, overrides: Sequence[str], folder: Path, draft: Plan) -> tuple[Plan, Listing, Path]:
+    """What `packed_plan` would give, as far as it can be known before anything is packed; nothing is written.
+
+    Returns:
+        the plan, what is to be packed, and where.
+    """
+    storage = Path(draft.recipe.storage)
+    listing = listed(folder, storage)
+    dest = place_of(folder, storage, listing)
+    pointing = (*overrides, *_pointing_at(dest, folder, listing, draft.recipe))
+    return load_plan(recipe, pointing, check_files=False), listing, dest
 
 
 def listed(folder: Path, storage: Path) -> Listing:
@@ -146,6 +156,16 @@ def shares_of(listing: Listing) -> dict[str, float] | None:
     return HELD_OUT if drawn == HELD_OUT.keys() else None
 
 
+def drawn_splits(listing: Listing) -> Counter[str]:
+    """How many photos each split gets."""
+    from data_pipelines.packing.plan import split_of
+
+    shares = shares_of(listing)
+    if shares is None:
+        return Counter(item.split or "train" for item in listing.items)
+    return Counter(split_of(item._replace(split=None), list(shares.items())) for item in listing.items)
+
+
 def _pack(folder: Path, dest: Path, listing: Listing) -> None:
     if (dest / MANIFEST_NAME).exists():  # by another process, for which this one has waited
         return
@@ -174,27 +194,27 @@ def _pack(folder: Path, dest: Path, listing: Listing) -> None:
     say(f"data: packed {counts}; {classes}; {time.monotonic() - began:.1f} s")
 
 
-def _pointing_at(dest: Path, folder: Path, manifest: Manifest, draft: Recipe) -> Iterator[str]:
+def _pointing_at(dest: Path, folder: Path, listing: Listing, draft: Recipe) -> Iterator[str]:
     """The settings that put the shards in the place of the folder, without evaluations that these do not allow."""
     yield f"data.root={dest}"
-    if not draft.evaluation.enabled:
-        return
-    evaluation, mine = draft.evaluation, {n for n, path in draft.evaluation.data.items() if Path(path) == folder}
-    problem = evaluation_data_problem(dest)
+    evaluation = draft.evaluation
+    mine = {name for name, path in evaluation.data.items() if Path(path) == folder}
+    is_held_out = bool({"test", "val"} & drawn_splits(listing).keys())
+    why = "no folders of classes" if listing.classes is None else "no photos that are held out (split test or val)"
     dropped = [
         task
         for task in evaluation.tasks
-        if task.data in mine and (problem or evaluations.protocol(task.protocol).label not in manifest.fields)
+        if task.data in mine
+        and not (is_held_out and listing.classes and evaluations.protocol(task.protocol).label == "cls")
     ]
-    if not dropped and not problem:
+    if not evaluation.enabled or (not dropped and is_held_out):
         return
     names = [f"{task.protocol}/{task.data}" for task in dropped]
     if names:
-        why = "no folders of classes" if manifest.classes is None else "no photos that are held out (split test or val)"
         say(f"evaluation: without {', '.join(names)}, which need labels: {folder} has {why}")
-    data = {name: path for name, path in evaluation.data.items() if not (problem and name in mine)}
-    data |= {name: str(dest) for name in mine & data.keys()}
-    yield f"evaluation.data={json.dumps(data)}"
+    data = {name: str(dest) if name in mine else path for name, path in evaluation.data.items()}
+    kept = {name: path for name, path in data.items() if is_held_out or name not in mine}
+    yield f"evaluation.data={json.dumps(kept)}"
     yield f"evaluation.tasks={json.dumps([asdict(task) for task in evaluation.tasks if task not in dropped])}"
     if evaluation.select is not None and evaluation.select.rpartition("/")[0] in names:
         yield "evaluation.select=null"

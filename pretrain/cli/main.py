@@ -20,7 +20,9 @@ import click
 from evaluation.protocol import format_value
 from pretrain.cli.data import data, plain_warnings
 from pretrain.cli.export import embed, export
+from pretrain.cli.init import init
 from pretrain.cli.parent import Parent
+from pretrain.cli.recipes import recipes
 from pretrain.errors import (
     EXIT_STOPPED,
     RequestError,
@@ -49,8 +51,9 @@ def cli() -> None:
 
     \b
     pretrain run demo                                  two workers, shipped photos, minutes on two CPU cores
-    pretrain run mae_cifar10 data.root=DIR             your shards
-    pretrain run mae_cifar10 data.root=DIR train.steps=200 train.workers=1
+    pretrain run mae_photos data.root=PHOTOS/          your photos, or shards
+    pretrain init PHOTOS/                              a recipe fitted to them and to this machine
+    pretrain run mae_photos data.root=PHOTOS/ train.steps=200 train.workers=1 --dry-run
     pretrain recipes mae_cifar10                       every setting that recipe makes
     """
 
@@ -59,9 +62,13 @@ def cli() -> None:
 @click.argument("recipe")
 @click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--address", metavar="URL", help="A running Ray; default: $RAY_ADDRESS, else a private local one.")
+@click.option("--dry-run", is_flag=True, help="Say what would happen; start nothing, leave nothing.")
 @click.pass_obj
-def run(parent: Parent, recipe: str, settings: tuple[str, ...], address: str | None) -> None:
-    """Train RECIPE (a name or a YAML file), evaluate its checkpoints, record everything, print a summary."""
+def run(parent: Parent, recipe: str, settings: tuple[str, ...], address: str | None, dry_run: bool) -> None:
+    """Train RECIPE (a name or a YAML file), evaluate its checkpoints, record everything, print a summary.
+
+    DIR in data.root=DIR may be a plain folder of photos; it is packed into shards first, once.
+    """
     from pretrain.config.load import load_plan, replaced_objective
     from pretrain.photos import packed_plan, photo_folder
 
@@ -70,6 +77,11 @@ def run(parent: Parent, recipe: str, settings: tuple[str, ...], address: str | N
     plan = load_plan(recipe, (*settings, *place), check_files=photos is None)
     if note := replaced_objective(recipe, settings):
         say(f"note: {note}", err=True)
+    if dry_run:
+        from pretrain.cli.dry_run import explain
+
+        explain(recipe, (*settings, *place), plan, photos)
+        return
     parent.watch()
     if photos is not None:
         with plain_warnings():
@@ -164,21 +176,8 @@ def report(run_id: str, storage: str) -> None:
     say(str(write_report(run_dir.path)))
 
 
-@cli.command()
-@click.argument("name", required=False)
-def recipes(name: str | None) -> None:
-    """List the recipes, or print one."""
-    from pretrain.config.load import recipe_description, recipe_names, recipe_path
-
-    if name is not None:
-        for line in recipe_path(name).read_text(encoding="utf-8").splitlines():
-            say(line)
-        return
-    width = max(map(len, recipe_names()))
-    for known in recipe_names():
-        say(f"{known:<{width}}  {recipe_description(known)}")
-
-
+cli.add_command(recipes)
+cli.add_command(init)
 cli.add_command(data)
 cli.add_command(embed)
 cli.add_command(export)

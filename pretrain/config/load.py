@@ -54,7 +54,7 @@ __all__ = [
     "load_for_resume",
     "load_plan",
     "load_recipe",
-    "recipe_description",
+    "recipe_content",
     "recipe_names",
     "recipe_path",
     "replaced_objective",
@@ -112,9 +112,13 @@ def recipe_path(name_or_path: str | Path) -> Path:
     raise RequestError(f"recipe {text}: unknown; known are {', '.join(known)}, or a path{nearest(text, known)}")
 
 
-def recipe_description(name: str) -> str:
-    """The one-line description of a recipe of the package."""
-    return str(_read_yaml(recipe_path(name)).get("description", ""))
+def recipe_content(name_or_path: str | Path) -> dict[str, Any]:
+    """What a recipe sets, as it is written.
+
+    Raises:
+        RequestError: there is no such recipe or file, or it is not readable.
+    """
+    return _read_yaml(recipe_path(name_or_path))
 
 
 def data_root(name_or_path: str | Path, overrides: Sequence[str] = ()) -> str | None:

@@ -233,6 +233,7 @@ class Recipe:
 
     name: str = setting("name of the recipe; default: the file name")
     description: str = setting("one line for `pretrain recipes`", "")
+    suits: dict[str, str] = setting("what the recipe is meant for, in `pretrain recipes`: data, hardware, time", {})
     objective: Any = setting("name of the objective and its settings")
     backbone: Any = field(default_factory=ImageConfig)
     data: DataConfig = field(default_factory=DataConfig)

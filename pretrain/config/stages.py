@@ -38,6 +38,7 @@ STAGE_KEYS = ("name", "init_from", "teacher_from", "reset_optimizer")
 FIXED = (
     "name",
     "description",
+    "suits",
     "storage",
     "resume_from",
     "cluster",

@@ -37,8 +37,12 @@ __all__ = ["look_ahead"]
 _MOMENTS = {"lion": 1, "sgdw": 1, "lars": 1, "muon": 1}
 
 
-def look_ahead(plan: Plan) -> str:
+def look_ahead(plan: Plan, *, with_data: bool = True) -> str:
     """Build every stage's model without numbers and compare it with the data.
+
+    Args:
+        plan: Of a run that is to begin.
+        with_data: False where the data are not packed yet.
 
     Returns:
         one line on the size of the largest stage: its parameters and what they take.
@@ -57,9 +61,11 @@ def look_ahead(plan: Plan) -> str:
             mistakes.append(f"{where}{error}")
             continue
         if objective is not None:
-            mistakes += [f"{where}{problem}" for problem in _sources(stage.recipe, objective)]
+            if with_data:
+                mistakes += [f"{where}{problem}" for problem in _sources(stage.recipe, objective)]
             sizes.append(_size(stage.recipe, objective))
-    mistakes += _labels(plan.recipe)
+    if with_data:
+        mistakes += _labels(plan.recipe)
     if mistakes:
         raise RequestError(*dict.fromkeys(mistakes))
     return max(sizes, default=(0, ""))[1]

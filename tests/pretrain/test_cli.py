@@ -24,6 +24,9 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "numpy", "ray", "mlflow", "deepspeed", "timm", "torchvision", "pandas", "matplotlib")
 
 
+INIT_OPTIONS = ("output", "name", "objective", "model", "image-size", "hours", "batch", "workers")
+
+
 def test_cli__surface_is_frozen() -> None:
     """A new command or option is a promise to users: it has to be added here as well."""
     surface = {
@@ -34,13 +37,14 @@ def test_cli__surface_is_frozen() -> None:
         for name, command in cli.commands.items()
     }
     assert surface == {
-        "run": ["RECIPE", "[KEY=VALUE]...", "--address"],
+        "run": ["RECIPE", "[KEY=VALUE]...", "--address", "--dry-run"],
         "resume": ["RUN_ID", "[KEY=VALUE]...", "--storage"],
         "evaluate": ["CHECKPOINT", "--protocol", "--data", "--storage"],
         "leaderboard": ["--protocol", "--data", "--storage"],
         "pull": ["NAME[@ALIAS]", "DEST", "--full", "--storage"],
         "report": ["RUN_ID", "--storage"],
         "recipes": ["NAME"],
+        "init": ["DATA", *(f"--{option}" for option in INIT_OPTIONS)],
         "data": [],
         "embed": ["CHECKPOINT", "DATA", "DEST", "--format", "--tokens", "--batch-size", "--device", "--storage"],
         "export": ["CHECKPOINT", "DEST", "--format", "--storage"],

@@ -10,7 +10,7 @@ import pytest
 from backbones import registry as backbones
 from data_pipelines.shards.source import expand_source
 from objectives.mae.config import MAEConfig
-from pretrain.config.load import load_for_resume, load_recipe, recipe_description, recipe_names, recipe_path, to_yaml
+from pretrain.config.load import load_for_resume, load_recipe, recipe_content, recipe_names, recipe_path, to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.errors import RequestError
 
@@ -53,7 +53,7 @@ def test_load_recipe__every_shipped_recipe_loads(shards: Path) -> None:
     for name in recipe_names():
         recipe = load_recipe(name, [] if name == "demo" else [f"data.root={shards}"])
         assert recipe.name == name
-        assert recipe_description(name)
+        assert recipe_content(name)["description"]
         assert "Command:" in recipe_path(name).read_text()
 
 

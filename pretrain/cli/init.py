@@ -1,0 +1,317 @@
+"""`pretrain init DATA`: a commented recipe fitted to the data and to this machine, with the time that it will take.
+
+Looks at the data (photos or shards: how many, how large, which classes) and at the machine (cores, memory, GPUs), and
+trains a few steps on some of the photos to see how fast that is. Nothing is asked; every choice has an option.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pretrain.errors import RequestError
+from pretrain.screen import printable, say
+
+if TYPE_CHECKING:
+    from torch import device
+
+__all__ = ["init"]
+
+_LOOKED_AT = 64  # photos whose size is read
+_MEASURED = 16  # photos that are trained on
+_MOST_EPOCHS = 800
+_LEAST_STEPS = 20
+_MOST_WORKERS = 8  # on one machine's cores
+_EFFICIENCY = 0.7  # of several workers that share memory and exchange gradients, compared with one alone
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the data are.
+
+    Attributes:
+        text: In words.
+        samples: To train on.
+        side: Median of the shorter side in pixels.
+        labels: Whether there are classes and samples that are held out to test on.
+        examples: Some samples as shards hold them.
+    """
+
+    text: str
+    samples: int
+    side: int
+    labels: bool
+    examples: Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What it computes with."""
+
+    text: str
+    cores: int
+    gpus: int
+
+    def device(self) -> device:
+        import torch
+
+        return torch.device("cuda" if self.gpus else "cpu")
+
+
+@click.command()
+@click.argument("data", metavar="DATA")
+@click.option("--output", "-o", metavar="FILE.yaml", help="Default: NAME.yaml in the current directory.")
+@click.option("--name", metavar="NAME", help="Of the recipe and its model; default: OBJECTIVE_FOLDER.")
+@click.option("--objective", metavar="NAME", default="mae", show_default=True, help="mae, gmml, sit, dino, selfpatch.")
+@click.option("--model", metavar="NAME", help="A model of timm; default: vit_tiny, with a GPU vit_small.")
+@click.option("--image-size", type=click.IntRange(16, 4096), metavar="PIXELS", help="Default: by the photos.")
+@click.option("--hours", type=click.FloatRange(0, min_open=True), metavar="N", default=1.0, show_default=True)
+@click.option("--batch", type=click.IntRange(1), metavar="N", help="Samples per step; default: 64, with GPUs 256.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Default: the GPUs, else up to 8 cores.")
+def init(
+    data: str,
+    output: str | None,
+    name: str | None,
+    objective: str,
+    model: str | None,
+    image_size: int | None,
+    hours: float,
+    batch: int | None,
+    workers: int | None,
+) -> None:
+    """Write a commented recipe for DATA (photos or shards), fitted to this machine, with an estimate of the time.
+
+    \b
+    pretrain init photos/
+    pretrain init photos/ --hours 8 --objective dino -o dino.yaml
+    """
+    from backbones.images.config import ImageConfig
+    from objectives.registry import config_class
+    from pretrain.config.checks import absolute, nearest_file
+    from pretrain.config.load import recipe_content, recipe_names
+
+    folder = Path(absolute(data))
+    if not os.path.isdir(folder):
+        raise RequestError(f"DATA {data}: no such directory{nearest_file(folder)}")
+    known = [known.removesuffix("_photos") for known in recipe_names() if known.endswith("_photos")]
+    if objective not in known:
+        from pretrain.errors import nearest
+
+        raise RequestError(f"--objective {objective}: expected one of {', '.join(known)}{nearest(objective, known)}")
+    name = name or f"{objective}_{_plain(folder.name)}"
+    target = Path(absolute(output or f"{name}.yaml"))
+    if os.path.lexists(target):
+        raise RequestError(f"{target}: exists already; name another file with --output, or remove it")
+    if not target.parent.is_dir() or target.suffix not in (".yaml", ".yml"):
+        raise RequestError(f"--output {target}: expected a name that ends in .yaml, in a directory that exists")
+
+    from pretrain.reporting.progress import shown_while
+
+    with shown_while("looking at the data"):
+        found = _look_at(folder)
+    machine = _machine()
+    content = recipe_content(f"{objective}_photos")
+    side, patch = (image_size, 16 if image_size >= 160 else 8) if image_size else _sizes(found.side)
+    backbone = {
+        "name": model or ("vit_small_patch16_224" if machine.gpus else "vit_tiny_patch16_224"),
+        "image_size": side,
+        **({} if model else {"patch_size": patch}),
+    }
+    workers = workers or machine.gpus or min(machine.cores, _MOST_WORKERS)
+    batch = batch or (256 if machine.gpus else 64)
+    batch = max(workers, batch - batch % workers)
+    optimizer = {**content["optimizer"], "warmup_steps": 0}
+    lines = [
+        f"name: {name}",
+        f"description: {objective.upper()} on {_plain(folder.name)}, by pretrain init",
+        *_section("objective", content["objective"], {"objective": config_class(objective), "backbone": None}),
+        *_section("backbone", {**content["backbone"], **backbone}, {"objective": None, "backbone": ImageConfig}),
+        "data:",
+        f"  root: {json.dumps(str(folder))}  # photos, or shards; the first run packs photos into shards",
+        "  train: ${data.root}/train-*.tar",
+    ]
+    with shown_while("training on a few photos, to see how fast it is"):
+        rate = _rate([*lines, *_section("optimizer", optimizer)], batch, workers, found, machine)
+    possible = hours * 3600 * rate / batch
+    steps = max(_LEAST_STEPS, math.floor(min(possible, found.samples * _MOST_EPOCHS / batch)))
+    every = max(1, steps // 4)
+    lines += _section("optimizer", {**optimizer, "warmup_steps": steps // 20})
+    time_text = _duration(steps * batch / rate)
+    evaluation = _evaluation() if found.labels else ["evaluation:", "  enabled: false  # no labels to score with"]
+    header = [
+        f"{name}: {objective.upper()} on {found.text}",
+        "",
+        f"Machine:   {machine.text}",
+        f"Time:      about {time_text} and the evaluations, at {rate:.0f} samples/s: measured here on a few photos",
+        f"Epochs:    {steps * batch / found.samples:.3g} passes over the data",
+        f"Command:   pretrain run {target.name}     (with --dry-run it only says what it would do)",
+        f"           pretrain run {target.name} train.steps={steps * 4}     longer is better; any setting can be given",
+    ]
+    train = [
+        "train:",
+        f"  steps: {steps}  # or instead of it, epochs: N",
+        f"  global_batch_size: {batch}  # samples per step, over all workers",
+        f"  workers: {workers}  # processes; one per GPU, or as many as there are cores to spare",
+        f"  checkpoint_every: {every}  # steps",
+        f"  log_every: {max(1, min(20, steps // 20))}",
+        *(["  precision: bf16"] if machine.gpus else []),
+    ]
+    text = "\n".join([*(f"# {printable(line)}".rstrip() for line in header), *lines, *train, *evaluation, ""])
+    _write(target, text)
+    say(f"data      {found.text}")
+    say(f"machine   {machine.text}")
+    say(f"recipe    {target}: {objective} with {backbone['name']} at {side} px, {steps} steps of {batch}")
+    say(f"time      about {time_text} and the evaluations ({rate:.0f} samples/s, measured on {_MEASURED} photos)")
+    say(f"next      pretrain run {target.name} --dry-run")
+
+
+def _look_at(folder: Path) -> Found:
+    from data_pipelines.packing.inputs import FAMILIES
+
+    if any(name.lower().endswith(FAMILIES["tars"]) for name in os.listdir(folder)):
+        return _shards(folder)
+    from data_pipelines.packing.inputs import list_folder
+    from pretrain.photos import drawn_splits
+
+    listing = list_folder(folder, kind="images")
+    drawn = drawn_splits(listing)
+    size = sum(item.pieces[0].size for item in listing.items)
+    examples = []
+    for item in listing.items[:: max(1, len(listing.items) // _LOOKED_AT)][:_LOOKED_AT]:
+        examples.append({item.pieces[0].field: (folder / item.pieces[0].path).read_bytes()})
+    classes = f"{len(listing.classes)} classes" if listing.classes else "no classes"
+    side, examples = _sides(examples)
+    text = f"{len(listing.items)} photos of {folder} ({size / 1e6:.0f} MB, {classes}, shorter side {side} px)"
+    labels = listing.classes is not None and bool({"test", "val"} & drawn.keys())
+    return Found(text, max(1, drawn["train"]), side, labels, examples)
+
+
+def _shards(folder: Path) -> Found:
+    from data_pipelines.shards.dataset import open_dataset
+    from pretrain.config.checks import evaluation_data_problem
+
+    dataset = open_dataset(str(folder / "train-*.tar"))
+    ids = range(0, len(dataset), max(1, len(dataset) // _LOOKED_AT))
+    side, examples = _sides([dict(dataset.read(sample)) for sample in list(ids)[:_LOOKED_AT]])
+    labels = "cls" in dataset.fields and evaluation_data_problem(folder) is None
+    text = f"{len(dataset)} samples in shards of {folder} (shorter side {side} px)"
+    return Found(text, len(dataset), side, labels, examples)
+
+
+def _sides(samples: Sequence[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
+    """Median of the shorter sides, and the samples whose picture can be decoded, with nothing else in them.
+
+    Raises:
+        RequestError: there is none.
+    """
+    from statistics import median
+
+    from data_pipelines.decode import decode_image
+    from data_pipelines.errors import DataError
+
+    sides, good = [], []
+    for sample in samples:
+        for field in sample.keys() & {"jpg", "jpeg", "png", "webp"}:
+            try:
+                height, width = decode_image(sample[field]).shape[:2]
+            except DataError:
+                continue
+            sides.append(min(height, width))
+            good.append({"jpg": sample[field]})  # whatever it is: the content tells
+    if not good:
+        raise RequestError("DATA: none of the first pictures can be decoded; `pretrain data verify` names the damage")
+    return round(median(sides)), (good * _MEASURED)[:_MEASURED]
+
+
+def _machine() -> Machine:
+    import psutil  # type: ignore[import-untyped]
+    import torch
+
+    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total / 2**30
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(gpus)}))
+    return Machine(
+        f"{cores} cores, {memory:.0f} GB of memory, {f'{gpus} GPUs ({names})' if gpus else 'no GPU'}", cores, gpus
+    )
+
+
+def _sizes(side: int) -> tuple[int, int]:
+    """Side of the input and of a patch in pixels, for photos with that shorter side."""
+    return (32, 4) if side < 48 else (64, 8) if side < 96 else (128, 8) if side < 160 else (224, 16)
+
+
+def _rate(lines: Sequence[str], batch: int, workers: int, found: Found, machine: Machine) -> float:
+    """Samples per second of all workers."""
+    from pretrain.config.load import load_recipe
+    from pretrain.training.estimate import samples_per_second
+
+    train = ["train: {steps: 10, checkpoint_every: 10, " + f"global_batch_size: {batch}, workers: {workers}" + "}"]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "recipe.yaml"
+        path.write_text("\n".join([*lines, *train]), encoding="utf-8")
+        recipe = load_recipe(path, check_files=False)
+    one = samples_per_second(recipe, found.examples, machine.device())
+    share = 1.0 if machine.gpus else min(1.0, machine.cores / workers)
+    return one * workers * share * (_EFFICIENCY if workers > 1 else 1.0)
+
+
+def _section(name: str, settings: dict[str, Any], classes: dict[str, type | None] | None = None) -> list[str]:
+    """Settings as YAML, each with what it does."""
+    import yaml
+
+    from pretrain.config.fields import declared_settings
+
+    declared, _ = declared_settings(classes or {"objective": None, "backbone": None})
+    lines = [f"{name}:"]
+    for key, value in settings.items():
+        text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
+        known = declared.get(f"{name}.{key}")
+        comment = f"  # {known.metadata['help']}" if known and known.metadata.get("help") else ""
+        lines.append(f"  {key}: {text.removesuffix('...' + chr(10)).strip()}{comment}")
+    return lines
+
+
+def _evaluation() -> list[str]:
+    return [
+        "evaluation:  # beside training, on the photos that are held out",
+        "  data:",
+        "    photos: ${data.root}",
+        "  tasks:",
+        "    - {protocol: linear, data: photos}",
+        "    - {protocol: knn, data: photos}",
+        "  select: linear/photos/top1",
+    ]
+
+
+def _write(target: Path, text: str) -> None:
+    """Write a recipe that loads, whole, and never over another file."""
+    from pretrain.config.load import load_plan
+
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".init-") as scratch:
+        path = Path(scratch) / target.name
+        path.write_text(text, encoding="utf-8")
+        load_plan(path, check_files=False)
+        try:
+            os.link(path, target)
+        except FileExistsError:
+            raise RequestError(f"{target}: exists already; name another file with --output, or remove it") from None
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _plain(name: str) -> str:
+    import re
+
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-") or "photos"

@@ -1,0 +1,108 @@
+"""`pretrain recipes`, `pretrain init` and `--dry-run`: what somebody asks before the first run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.cli.main import main
+from pretrain.config.load import load_plan, recipe_content, recipe_names
+from pretrain.photos import load
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "my photos" / name).mkdir(parents=True)
+        for number in range(15):
+            pixels = rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "my photos" / name / f"{number}.jpg")
+    return tmp_path / "my photos"
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_recipes__one_table_says_what_each_is_meant_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["recipe", "model", "data", "hardware", "time"]
+    assert [row.split()[0] for row in rows] == list(recipe_names())
+    assert max(map(len, rows)) <= 100
+    for column in ("model", "data", "hardware", "time"):  # aligned: two blanks before each column
+        assert all(row[header.index(column) - 2 : header.index(column)] == "  " for row in rows)
+    assert all(set(recipe_content(name)["suits"]) == {"data", "hardware", "time"} for name in recipe_names())
+
+
+def test_init__writes_a_recipe_that_fits_and_runs(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", str(photos), "--hours", "0.02"]) == 0
+    said = capsys.readouterr().out
+    written = tmp_path / "mae_my_photos.yaml"
+    text = written.read_text()
+    assert f"30 photos of {photos} (0 MB, 2 classes, shorter side 36 px)" in said and "samples/s, measured" in said
+    assert "# Time:      about" in text and "# share of patches" in text and "cores," in text
+    recipe = load("mae_my_photos.yaml").recipe
+    assert (recipe.backbone.image_size, recipe.backbone.patch_size) == (32, 4)
+    assert recipe.data.root is not None and recipe.data.root.startswith(
+        str(tmp_path / "runs" / "shards" / "my_photos-")
+    )
+    assert [task.protocol for task in recipe.evaluation.tasks] == ["linear", "knn"]
+    assert files(tmp_path) >= {"mae_my_photos.yaml"} and not list(tmp_path.glob(".init-*"))
+
+    assert main(["init", str(photos)]) == 2  # never over another file
+    assert "exists already; name another file with --output" in capsys.readouterr().err
+    assert written.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["photoss"], "DATA photoss: no such directory"),
+        (["my photos", "--objective", "meo"], "expected one of dino, gmml, mae, selfpatch, sit; did you mean 'mae'?"),
+        (["my photos", "-o", "recipe.txt"], "expected a name that ends in .yaml"),
+        (["."], "holds folders that look like splits"),
+    ],
+)
+def test_init__wrong_requests_leave_nothing(
+    photos: Path, tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments == ["."]:
+        (photos.parent / "train").mkdir()
+        (photos.parent / "val").mkdir()
+        for split in ("train", "val"):
+            (photos.parent / split / "a.jpg").write_bytes((photos / "cat" / "0.jpg").read_bytes())
+    before = files(tmp_path)
+    assert main(["init", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert files(tmp_path) == before
+
+
+def test_dry_run__says_what_would_happen_and_leaves_nothing(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(tmp_path)
+    wanted = ["train.epochs=10", "train.global_batch_size=8", "optimizer.warmup_steps=2"]
+    assert main(["run", "mae_photos", f"data.root={photos}", *wanted, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert files(tmp_path) == before
+    train = len([1 for line in said.splitlines() if "2 classes: train" in line]) and int(
+        said.split("2 classes: train ")[1].split(",")[0]
+    )
+    assert f"{-(-10 * train // 8)} steps of 8" in said and "adamw, peak lr" in said
+    assert f"would be packed, once, in {tmp_path}/runs/shards/my_photos-" in said
+    assert "million trained parameters" in said and "linear/photos, knn/photos" in said and "mlflow.db" in said
+
+    assert main(["run", "mae_photos", f"data.root={photos}", "train.steps=0", "--dry-run"]) == 2
+    assert main(["run", "demo", "--dry-run"]) == 0
+    demo = capsys.readouterr().out
+    assert "740 samples of" in demo and "steps 0, 350, 700" in demo and "60.5 epochs" in demo
+    assert files(tmp_path) == before
+    assert load_plan("demo").total_steps == 700
