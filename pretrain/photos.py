@@ -18,8 +18,6 @@ import hashlib
 import json
 import os
 import re
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,7 +33,8 @@ from pretrain.config.checks import absolute
 from pretrain.config.load import data_root, load_plan
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan
-from pretrain.errors import RequestError, RunStopped
+from pretrain.errors import RequestError
+from pretrain.record.interrupts import stopped_by_signals
 from pretrain.record.lock import hold
 from pretrain.screen import say
 
@@ -49,6 +48,7 @@ HELD_OUT = {"train": 0.9, "test": 0.1}
 MAX_BAD = 0.05  # share of damaged photos that are left out, with a warning that names the first
 SHARD_MB = 64  # a shard is the work of one process
 POLL_S = 0.5
+STOPPED = "stopped while the photos are packed; the same command goes on where it was"
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Plan:
@@ -103,7 +103,7 @@ def packed_plan(recipe: str, overrides: Sequence[str], folder: Path, draft: Plan
     if (dest / MANIFEST_NAME).exists():
         say(f"data: the shards of {folder} in {dest}, as nothing has changed since they were packed")
     else:
-        with _alone(dest), _told_of_signals():
+        with _alone(dest), stopped_by_signals(lambda: STOPPED):
             _pack(folder, dest, listing)
     return load_plan(recipe, (*overrides, *_pointing_at(dest, folder, listing, draft.recipe)))
 
@@ -232,25 +232,3 @@ def _alone(dest: Path) -> Iterator[None]:
         lock = hold(path)
     with lock:
         yield
-
-
-@contextmanager
-def _told_of_signals() -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does, and both say how to go on.
-
-    Raises:
-        RunStopped: one of them came.
-    """
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupt) if is_main else None
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise RunStopped("stopped while the photos are packed; the same command goes on where it was") from None
-    finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before)

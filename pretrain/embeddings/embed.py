@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.checkpoints.references import resolve
-from pretrain.errors import RequestError, RunStopped
+from pretrain.errors import RequestError
+from pretrain.record.destinations import require_local
+from pretrain.record.interrupts import stopped_by_signals
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,7 @@ FORMS = ("parquet", "npy")
 TOKENS = {"cls": ("cls",), "patch": ("patch_mean",), "both": ("cls", "patch_mean")}
 SAVE_EVERY_S = 2.0  # what a kill may cost
 COPIED = 8192  # rows at once
+GOES_ON = "the same command goes on where it was"
 _DEVICE = re.compile(r"auto|cpu|cuda(?::[0-9]{1,3})?")
 
 
@@ -85,9 +88,9 @@ def embed(
         RequestError: An unknown checkpoint, data or setting, or `dest` holds something else.
         DataError: A sample cannot be read; names it.
         EvaluationError: The backbone cannot be given such data, or its features are not finite.
-        RunStopped: Ctrl-C; the same call goes on.
+        RunStopped: Ctrl-C or SIGTERM; the same call goes on.
     """
-    dest = Path(dest).absolute()
+    dest = require_local(dest, "an embedding")
     _check_request(dest, form, tokens, device)
     storage = Path(storage).absolute()
     directory = resolve(os.fspath(checkpoint), storage)
@@ -100,6 +103,7 @@ def embed(
     from pretrain.embeddings.sources import open_source, part_rows
 
     on_device = _device(device)
+    weights = weights_digest(directory)  # first, for it refuses files of other kinds
     architecture = architecture_of(directory)
     extraction = extraction_of(architecture.get("kind", "image"))
     # The pooled features of all protocols are the same, and this one takes both sorts.
@@ -107,7 +111,7 @@ def embed(
     source = open_source(os.fspath(data), directory, storage)
     source.samples.require_field(*extraction.inputs)
     request = {
-        "weights": weights_digest(directory),
+        "weights": weights,
         "data": source.digest,
         "features": recipe,
         "form": form,
@@ -121,7 +125,7 @@ def embed(
     with Rows(dest, request, total, {name: backbone.embed_dim for name in columns}) as rows:
         kept = rows.num_done
         known = 0
-        try:
+        with stopped_by_signals(lambda: f"stopped after {rows.num_done} of {total} samples; {GOES_ON}"):
             for first, end, stored in _spans(source, extraction, request, storage):
                 begin = max(first, rows.num_done)
                 if begin >= end:
@@ -132,10 +136,6 @@ def embed(
                 else:
                     made = _computed(source, backbone, extraction, recipe, batch_size, on_device, begin, end)
                 _append(rows, made, columns, lambda: progress(rows.num_done, total))
-        except KeyboardInterrupt:
-            raise RunStopped(
-                f"stopped after {rows.num_done} of {total} samples; the same command goes on where it was"
-            ) from None
         description = {**request, "checkpoint": str(checkpoint), "place": source.place, "num_samples": total}
         description |= {
             "columns": list(columns),
@@ -152,12 +152,8 @@ def _check_request(dest: Path, form: str, tokens: str, device: str) -> None:
             raise RequestError(f"{name} {value}: expected one of {', '.join(allowed)}")
     if _DEVICE.fullmatch(device) is None:
         raise RequestError(f"device {device}: expected auto, cpu, cuda or cuda:N")
-    if ":/" in str(dest):  # Path folds the two slashes of a URL
-        raise RequestError(f"{dest}: embeddings are written to a local disk; copy them to their store afterwards")
     if dest.is_symlink() or (dest.exists() and not dest.is_dir()):
         raise RequestError(f"{dest}: already exists and is no folder; choose another destination")
-    if not (above := next(path for path in dest.parents if path.exists())).is_dir():
-        raise RequestError(f"{dest}: {above} is no folder; choose another destination")
 
 
 def _device(name: str) -> torch.device:

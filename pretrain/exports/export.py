@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipelines.parsing import parse_json
 from pretrain.checkpoints.references import resolve
 from pretrain.errors import RequestError, RunFailed
+from pretrain.record.destinations import nearest_above, require_local
 from pretrain.record.run_dir import MANIFEST
 
 if TYPE_CHECKING:
@@ -77,33 +78,24 @@ def export(
             form.
         RunFailed: The form cannot be made, or does not compute what the backbone does.
     """
-    dest = Path(dest)
-    _check_request(format, dest)
+    place = require_local(dest, "an export")
+    _check_request(format, place, os.fspath(dest))
     directory = resolve(os.fspath(checkpoint), Path(storage))
     from backbones.io import load_backbone
 
     source = Source(load_backbone(directory), parse_json((directory / MANIFEST).read_text(encoding="utf-8")))
-    _write_whole(dest, lambda aside: _writer(format)(source, aside))
-    return dest
+    _write_whole(place, lambda aside: _writer(format)(source, aside))
+    return Path(dest)
 
 
-def _check_request(format: str, dest: Path) -> None:
+def _check_request(format: str, dest: Path, text: str) -> None:
     if format not in FORMATS:
         raise RequestError(f"format {format}: unknown; known are {', '.join(FORMATS)}")
-    if "://" in str(dest) or ":/" in str(dest):  # Path folds the two slashes of a URL
-        raise RequestError(f"{dest}: an export is written to a local disk; copy it to its store afterwards")
     if dest.is_symlink() or (dest.exists() and not (_is_folder(format) and dest.is_dir() and not os.listdir(dest))):
         kind = "an empty folder" if _is_folder(format) else "a new file"
-        raise RequestError(f"{dest}: already exists; choose another destination or remove it ({kind} is wanted)")
-    if not (above := _nearest_above(dest)).is_dir():
-        raise RequestError(f"{dest}: {above} is no folder; choose another destination")
+        raise RequestError(f"{text}: already exists; choose another destination or remove it ({kind} is wanted)")
     if format == "onnx" and (lacking := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]):
         raise RequestError(f"format onnx needs {' and '.join(lacking)}; install with: pip install 'pretrain[onnx]'")
-
-
-def _nearest_above(dest: Path) -> Path:
-    """The first folder above `dest` that is there."""
-    return next(path for path in dest.absolute().parents if path.exists())
 
 
 def _sync(path: Path) -> None:
@@ -142,9 +134,9 @@ def _write_safetensors(source: Source, aside: Path) -> None:
 
 def _write_whole(dest: Path, write: Callable[[Path], None]) -> None:
     """Have `write(aside)` make, on the file system of `dest`, what then becomes `dest`; a failure leaves nothing."""
-    room = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=_nearest_above(dest)))
+    room = Path(tempfile.mkdtemp(prefix=".export-", dir=nearest_above(dest)))
     try:
-        aside = room / dest.name
+        aside = room / "made"  # not the name of `dest`, which not every library could write to
         write(aside)
         for path in [aside, *aside.rglob("*")]:
             _sync(path)

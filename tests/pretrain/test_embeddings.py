@@ -163,7 +163,7 @@ def test_embed__a_killed_one_goes_on(
     tmp_path: Path,
     warm_start: BaseContext,
 ) -> None:
-    """SIGKILL behind row 9, when rows of the next batch are half in the files; then Ctrl-C; then to the end."""
+    """SIGKILL behind row 9, when rows of the next batch are half in the files; then SIGTERM; then to the end."""
     where = checkpoint()
     whole = embed(where, photos, tmp_path / "whole", form="npy", batch_size=3)
     dest, work = tmp_path / "out", tmp_path / ".out.embedding"
@@ -183,7 +183,7 @@ def test_embed__a_killed_one_goes_on(
 
     def interrupt(done: int, total: int) -> None:
         if done >= 15:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(RunStopped, match=f"stopped after 15 of {NUM_PHOTOS} samples; the same command goes on"):
         embed(where, photos, dest, form="npy", batch_size=3, progress=interrupt)
@@ -209,7 +209,7 @@ def test_embed__another_request_does_not_go_on_with_a_killed_one(
     where = checkpoint()
 
     def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(RunStopped):
         embed(where, photos, tmp_path / "out", batch_size=3, progress=interrupt)
@@ -236,7 +236,8 @@ def test_embed__wrong_requests_are_one_line_and_leave_nothing(
             [where, data, str(tmp_path / "full" / "mine.txt")],
             f"{tmp_path / 'full' / 'mine.txt'}: already exists and is",
         ),
-        ([where, data, "s3://bucket/a"], f"{Path.cwd()}/s3:/bucket/a: embeddings are written to a local disk"),
+        ([where, data, "/"], "/: is not empty and holds no embedding; choose another"),
+        ([where, data, "s3://bucket/a"], "s3://bucket/a: an embedding is written to a local disk"),
         ([where, data, out, "--device", "tpu"], "device tpu: expected auto, cpu, cuda or cuda:N"),
         ([where, data, out, "--device", "cuda:999"], "device cuda:999: this process sees "),
         ([where, data, out, "--format", "csv"], "Invalid value for '--format': 'csv' is not one of"),

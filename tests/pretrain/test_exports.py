@@ -200,7 +200,7 @@ def test_export__wrong_requests_are_one_line(
         ([checkpoint, "--format", "keras", "a"], "error: Invalid value for '--format': 'keras' is not one of"),
         ([checkpoint, "a"], "error: Missing option '--format'"),
         ([checkpoint, "--format", "timm", f"{file}/a"], f"error: {file}/a: {file} is no folder; choose another"),
-        ([checkpoint, "--format", "timm", "s3://bucket/a"], "error: s3:/bucket/a: an export is written to a local"),
+        ([checkpoint, "--format", "timm", "s3://bucket/a"], "error: s3://bucket/a: an export is written to a local"),
     ):
         assert main(["export", *arguments]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -97,6 +97,8 @@ requests = st.one_of(
     command(["resume"], st.just(RUN), more=pairs()),
     command(["leaderboard", "report", "resume", "recipes"], more=options),
     command(["evaluate", "pull"], references, more=options),
+    command(["embed"], references, texts() | st.just("shards"), texts(), more=options),
+    command(["export"], references, texts(), more=st.just(["--format", "timm"]) | options),
     command(["data"], st.just("show"), texts() | st.just("shards"), more=options),
     st.sampled_from([["leaderboard"], ["report", RUN]]),
     st.lists(texts(), max_size=3),
