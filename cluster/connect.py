@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ __all__ = ["EVALUATION_SLOT", "AlreadyConnected", "Cluster", "connect", "gpus_pe
 
 EVALUATION_SLOT = "evaluation_slot"  # custom Ray resource: bounds the evaluations that run beside the trainers
 OBJECT_STORE_BYTES = 200 * 2**20  # only functions, settings and small results travel through Ray; data does not
+ANSWER_S = 5.0  # for an address of a cluster to answer
 LOOPBACK = "127.0.0.1"
 
 
@@ -71,6 +73,7 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
             "this process is connected to Ray already and cannot have a second connection; call ray.shutdown() first"
         )
     if address:
+        _require_listener(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         try:
             yield _described(address, private=False)
@@ -95,6 +98,21 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
             yield _described(LOOPBACK, private=True)
         finally:
             ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Ask whether anything listens at `host:port` or `ray://host:port`; Ray itself would try for more than a minute.
+
+    Raises:
+        ConnectionError: Nothing does, or not within `ANSWER_S`.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # `auto`, which Ray looks up on this machine
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+    except OSError as error:
+        raise ConnectionError(error.strerror or str(error)) from None
 
 
 def _described(address: str, *, private: bool) -> Cluster:

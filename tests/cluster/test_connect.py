@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from cluster.connect import Cluster, gpus_per_worker
+from cluster.connect import Cluster, connect, gpus_per_worker
 
 _LOOK_AT_A_PRIVATE_INSTANCE = """
 import json, os, sys
@@ -108,3 +109,15 @@ def test_gpus_per_worker__cuda_waits_for_a_cluster_and_not_for_this_machine() ->
     )
     with pytest.raises(ValueError, match=r"train\.device=cuda: this machine has no GPU"):
         gpus_per_worker(_cluster(0.0, private=True), "cuda", 4)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_connect__a_closed_address_is_told_at_once(scheme: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{probe.getsockname()[1]}"
+    with (
+        pytest.raises(ConnectionError, match="Connection refused"),
+        connect(address, num_cpus=1, num_gpus=None, evaluation_slots=1),
+    ):
+        raise AssertionError("there is no Ray")

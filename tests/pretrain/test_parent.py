@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from pretrain.record.events import Failed, Stopped
 from pretrain.record.journal import Journal, read_events
 from pretrain.record.run_dir import RunDir
 
+Start = Callable[[str], subprocess.Popen[str]]
 SCRIPT = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -28,15 +30,27 @@ print("begun", os.getpid(), flush=True)
 """
 
 
-def _start(run_dir: Path, end: str) -> subprocess.Popen[str]:
-    run_dir.mkdir()
-    command = [sys.executable, "-c", SCRIPT.format(end=end), str(run_dir)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Start a command with a parent whose child does what the given lines say, in the place of a run."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(end: str) -> subprocess.Popen[str]:
+        (tmp_path / "run").mkdir()
+        command = [sys.executable, "-c", SCRIPT.format(end=end), str(tmp_path / "run")]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, start_new_session=True, **pipes))  # type: ignore[call-overload]
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()  # and its child with it
+        process.wait()
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75])
-def test_parent__exits_as_the_child(code: int, tmp_path: Path) -> None:
-    process = _start(tmp_path / "run", f"parent.ended(); sys.exit({code})")
+def test_parent__exits_as_the_child(code: int, start: Start, tmp_path: Path) -> None:
+    process = start(f"parent.ended(); sys.exit({code})")
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (code, "")
 
@@ -49,10 +63,10 @@ def test_parent__exits_as_the_child(code: int, tmp_path: Path) -> None:
         ("os._exit(1)", "exit code 1"),  # what Ray's C++ does when its raylet has died
     ],
 )
-def test_parent__says_what_a_child_could_not(end: str, how: str, tmp_path: Path) -> None:
+def test_parent__says_what_a_child_could_not(end: str, how: str, start: Start, tmp_path: Path) -> None:
     """In one line, in the event log too; and what the child had started is ended."""
     sleeper = "left = subprocess.Popen(['sleep', '600']); print(left.pid, flush=True)"
-    process = _start(tmp_path / "run", f"{sleeper}; {end}")
+    process = start(f"{sleeper}; {end}")
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     (line,) = errors.splitlines()
@@ -80,9 +94,9 @@ def test_parent__without_a_run_still_says_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_parent__passes_signals_on_and_ends_a_child_that_has_stopped_but_hangs(signum: int, tmp_path: Path) -> None:
+def test_parent__passes_signals_on_and_ends_a_child_that_hangs(signum: int, start: Start, tmp_path: Path) -> None:
     heard = "signal.signal(signal.SIGTERM, lambda *_: None); signal.signal(signal.SIGINT, lambda *_: None)"
-    process = _start(tmp_path / "run", f"{heard}\nprint('ready', flush=True)\nwhile True: time.sleep(1)")
+    process = start(f"{heard}\nprint('ready', flush=True)\nwhile True: time.sleep(1)")
     assert process.stdout is not None
     child = int(process.stdout.readline().split()[1])
     process.stdout.readline()
@@ -97,8 +111,8 @@ def test_parent__passes_signals_on_and_ends_a_child_that_has_stopped_but_hangs(s
     assert _ends(child)
 
 
-def test_parent__takes_the_child_with_it(tmp_path: Path) -> None:
-    process = _start(tmp_path / "run", "time.sleep(600)")
+def test_parent__takes_the_child_with_it(start: Start, tmp_path: Path) -> None:
+    process = start("time.sleep(600)")
     assert process.stdout is not None
     child = int(process.stdout.readline().split()[1])
     process.kill()
