@@ -50,6 +50,7 @@ from pretrain.record.run_dir import RunDir, find_run, resume_command, stopped_li
 from pretrain.reporting.progress import shown_while
 from pretrain.reporting.summary import print_summary
 from pretrain.reporting.terminal import Terminal
+from pretrain.screen import say
 
 if TYPE_CHECKING:
     from cluster.connect import Cluster
@@ -143,6 +144,8 @@ def resume(
     launched = time.time()
     run_dir = find_run(run_id, Path(storage).absolute())
     plan = load_for_resume(run_dir.recipe, overrides)
+    if any(text.startswith(("train.steps=", "train.epochs=")) for text in overrides):
+        say(schedules_line(load_for_resume(run_dir.recipe, ()).recipe, plan.recipe))
     return _Driver(plan, run_dir, launched).drive(on_start)
 
 
@@ -161,6 +164,18 @@ def train_worker(settings: dict[str, Any]) -> None:
     except BaseException:
         traceback.print_exc()  # into the log; the driver gets the exception as well
         raise
+
+
+def schedules_line(before: Recipe, now: Recipe) -> str:
+    """What becomes of the learning rate of a run that gets more steps."""
+    from pretrain.training.schedules import learning_rate
+
+    old, new = before.train.steps, now.train.steps
+    rates = learning_rate(before).at(old - 1), learning_rate(now).at(min(old, new - 1))
+    return (
+        f"train.steps {old} -> {new}: schedules are those of a run of {new} steps, so the learning rate is "
+        f"{rates[1]:.1e} at step {old + 1}, where it ended at {rates[0]:.1e}"
+    )
 
 
 class _Driver:

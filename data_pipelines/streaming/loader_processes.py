@@ -24,12 +24,21 @@ from torch.utils.data import DataLoader
 
 from data_pipelines.errors import DataError, LoaderError
 
-__all__ = ["loaded", "naming_losses", "share"]
+__all__ = ["leave_signals_to_parent", "loaded", "naming_losses", "share"]
 
 _SHARED_MEMORY = "/dev/shm"
 _LAST_SECONDS = 5.0  # for a process that is killed; the kernel may hold one back that waits for a broken disk
 _OF_A_WORKER = "Caught "  # how torch begins what the code of a worker raised; that is passed on with its traceback
 _OF_THE_LOADER = ("DataLoader worker", "DataLoader timed out", "Pin memory thread")
+
+
+def leave_signals_to_parent(_: int) -> None:
+    """In a loader process: SIGTERM and Ctrl-C often reach all processes of a job, and the parent may finish a step first.
+
+    It ends its loader processes itself, and one whose parent has gone ends anyway.
+    """
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def share(batch: Mapping[str, Tensor]) -> None:

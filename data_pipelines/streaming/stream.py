@@ -28,7 +28,7 @@ from data_pipelines.errors import CorruptSampleError, DataError, MissingFieldErr
 from data_pipelines.order import ORDER_VERSION, Ids, key, rank_positions
 from data_pipelines.purposes import Purpose
 from data_pipelines.randomness import sample_seed
-from data_pipelines.streaming.loader_processes import loaded, share
+from data_pipelines.streaming.loader_processes import leave_signals_to_parent, loaded, share
 from data_pipelines.views.base import View
 from data_pipelines.views.maker import ViewMaker
 from data_pipelines.views.photometric import finish
@@ -194,6 +194,7 @@ class Stream:
             prefetch_factor=self.prefetch_batches if self.num_workers else None,
             multiprocessing_context="fork" if self.num_workers else None,
             collate_fn=_as_is,
+            worker_init_fn=leave_signals_to_parent if self.num_workers else None,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # else the loader draws a number from the global generator of the training
             timeout=self.loader_timeout_s if self.num_workers else 0,

@@ -62,8 +62,10 @@ __all__ = [
 ]
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
-# What a resume may change: how and where the work is done, never what is learned.
+# What a resume may change: how and where the work is done, and for how long; never what is learned.
 _RESUMABLE = (
+    "train.steps",
+    "train.epochs",
     "train.workers",
     "train.micro_batch_size",
     "train.accumulation",
@@ -276,7 +278,19 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
     recorded, content["storage"] = content.get("storage"), str(path.absolute().parents[1])
     for section in {"data", "evaluation", "stages"} & content.keys():
         content[section] = _following(content[section], str(recorded), content["storage"])
-    return _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True)
+    plan = _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True)
+    if pairs.keys() & {"train.steps", "train.epochs"}:
+        _require_more_steps(plan, content, path)
+    return plan
+
+
+def _require_more_steps(plan: Plan, content: Mapping[str, Any], path: Path) -> None:
+    """A longer run is a continuation; a shorter one, or other borders between stages, would be another run."""
+    if content.get("stages"):
+        raise RequestError("train.steps: fixed in a run of stages; a new run can begin with its weights (init_from)")
+    before, now = _written(content, {}, path, "train.steps"), plan.total_steps
+    if not isinstance(before, int) or now < before:
+        raise RequestError(f"train.steps={now}: the run was begun with {before}; a resume may only add to them")
 
 
 def _following(settings: Any, recorded: str, storage: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pretrain.checkpoints import store
@@ -31,6 +32,9 @@ def _ask_by_signal(loop: Any) -> None:
 
 
 def _ask_all(loop: Any) -> None:
+    """As a scheduler does with every process of a step: the loader processes hear it as well."""
+    for process in [child for rank in loop.processes for child in psutil.Process(rank.pid).children(recursive=True)]:
+        process.terminate()
     for process in loop.processes:
         os.kill(process.pid, signal.SIGTERM)
         os.kill(process.pid, signal.SIGTERM)  # an echo, not a second request

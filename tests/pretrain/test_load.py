@@ -253,3 +253,27 @@ def test_load_recipe__kind_of_backbone_chooses_its_settings(minimal: str, monkey
         load_recipe(minimal, ["backbone.kind=imge", "backbone.dim=65"])
     expected = "command line: backbone.kind=imge: unknown kind of backbone; known are image; did you mean 'image'?"
     assert caught.value.mistakes == (expected,)
+
+
+def _written_by_a_run(minimal: str, tmp_path: Path) -> Path:
+    run_dir = tmp_path / "storage" / "run-1"
+    run_dir.mkdir(parents=True)
+    (run_dir / "recipe.yaml").write_text(to_yaml(load_recipe(minimal)))
+    return run_dir / "recipe.yaml"
+
+
+def test_load_for_resume__a_run_may_become_longer_and_not_shorter(minimal: str, tmp_path: Path) -> None:
+    written = _written_by_a_run(minimal, tmp_path)
+    steps = load_for_resume(written, ()).total_steps
+    longer = load_for_resume(written, (f"train.steps={steps + 10}",)).recipe
+    assert longer.train.steps == steps + 10
+    assert load_for_resume(written, (f"train.steps={steps}",)).total_steps == steps
+    with pytest.raises(RequestError, match=rf"train\.steps={steps - 1}: the run was begun with {steps}; a resume may "):
+        load_for_resume(written, (f"train.steps={steps - 1}",))
+
+
+def test_load_for_resume__steps_of_stages_are_fixed(minimal: str, tmp_path: Path) -> None:
+    written = _written_by_a_run(minimal, tmp_path)
+    written.write_text(written.read_text() + "stages:\n  - {name: a}\n  - {name: b}\n")
+    with pytest.raises(RequestError, match=r"train\.steps: fixed in a run of stages"):
+        load_for_resume(written, ("train.steps=1000000",))
