@@ -14,9 +14,11 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 from torch import Tensor
@@ -33,7 +35,7 @@ _OF_THE_LOADER = ("DataLoader worker", "DataLoader timed out", "Pin memory threa
 
 
 def leave_signals_to_parent(_: int) -> None:
-    """In a loader process: SIGTERM and Ctrl-C often reach all processes of a job, and the parent may finish a step first.
+    """In a loader process: SIGTERM and Ctrl-C reach all processes of a job, and the parent may finish a step.
 
     It ends its loader processes itself, and one whose parent has gone ends anyway.
     """
@@ -71,16 +73,65 @@ def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
     others = set(multiprocessing.active_children())
     batches = iter(loader)
     processes = set(multiprocessing.active_children()) - others
-    while True:
+    # A process that ends asks its children by SIGTERM, which these leave to it, and waits for them.
+    at_exit = Finalize(None, _kill, args=(processes,), exitpriority=1)
+    watch = _Watch(processes, loader.timeout)
+    try:
+        while True:
+            try:
+                with naming_losses(), watch.waiting():
+                    batch = _received(batches)
+            except StopIteration:
+                return
+            except LoaderError as error:
+                _kill(processes)
+                raise watch.explained(error) from None
+            yield batch
+    finally:
+        watch.end()
+        at_exit.cancel()
+
+
+class _Watch:
+    """Kills loader processes that hang while a batch of theirs is taken over, where torch's own limit is not asked.
+
+    Args:
+        processes: To kill.
+        limit_s: Seconds that torch waits for a batch; 0: for ever, and nothing is watched.
+    """
+
+    def __init__(self, processes: Collection[BaseProcess], limit_s: float) -> None:
+        self._processes, self._limit_s = processes, limit_s
+        self._since: float | None = None
+        self._has_killed = False
+        self._ended = threading.Event()
+        if limit_s:
+            threading.Thread(target=self._look, daemon=True).start()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self._since = time.monotonic()
         try:
-            with naming_losses():
-                batch = _received(batches)
-        except StopIteration:
-            return
-        except LoaderError:
-            _kill(processes)
-            raise
-        yield batch
+            yield
+        finally:
+            self._since = None
+
+    def explained(self, error: LoaderError) -> LoaderError:
+        """What to say when this has killed the processes of which the error speaks."""
+        said = f"DataLoader timed out after {self._limit_s:g} seconds"
+        return LoaderError(_said(TimeoutError(said))) if self._has_killed else error
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _look(self) -> None:
+        while not self._ended.wait(1.0):
+            since = self._since
+            if since is not None and time.monotonic() - since > self._limit_s + _LAST_SECONDS:
+                self._has_killed = True
+                for process in self._processes:
+                    process.kill()
+                return
 
 
 @contextmanager
