@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from cluster.connect import Cluster
     from cluster.tasks import TaskQueue
     from cluster.workers import End
+    from pretrain.tracking.also import Mirrors
     from pretrain.tracking.sync import Status
 
 __all__ = ["RunResult", "resume", "run", "train_worker"]
@@ -204,6 +205,7 @@ class _Driver:
             self._write_recipe()
             tracker = self._tracker()
             status: Status | None = None
+            self._mirrors = self._open_mirrors()
             try:
                 self.terminal.wait_for(self._place())
                 with self._cluster() as cluster:
@@ -227,6 +229,7 @@ class _Driver:
             except KeyboardInterrupt:
                 raise RunStopped(f"stopped at once; go on with: {resume_command(self.run_dir)}") from None
             finally:
+                self._mirrors.close()
                 if status is not None and not tracker.close(status):
                     self.terminal.say(f"MLflow has not received everything yet: {tracker.problem}")
         return self._finish()
@@ -302,6 +305,7 @@ class _Driver:
         """React to what the workers have written since the last call."""
         new, self._offset = read_events(self.run_dir.journal, self._offset)
         self.events += new
+        self._mirrors.show(new)
         for event in new if show else ():
             self.terminal.show(event)
             self._is_training = self._is_training or isinstance(event, Start)
@@ -328,6 +332,7 @@ class _Driver:
             else:
                 event = scores
                 self.scores.append(scores)
+                self._mirrors.show([scores])
             with Journal(self.run_dir.evaluations) as journal:
                 journal.write(event)
             self.terminal.show(event)
@@ -387,6 +392,15 @@ class _Driver:
             select=self.recipe.evaluation.select,
             exported=copies.exported,
         )
+
+    def _open_mirrors(self) -> Mirrors:
+        """The trackers beside MLflow, which know the scores of before."""
+        from pretrain.tracking.also import Mirrors
+
+        tracking, settings = self.recipe.tracking, redacted(asdict(self.recipe))
+        mirrors = Mirrors(tracking.also, self.run_dir.path, tracking.experiment, settings)
+        mirrors.show(self.scores)
+        return mirrors
 
     def _on_signal(self) -> None:
         """While steps are trained, let the workers end after the next one; in any other moment, or asked again, end.

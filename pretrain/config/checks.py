@@ -31,6 +31,7 @@ from pretrain.errors import nearest
 __all__ = ["absolute_reference", "evaluation_data_problem", "nearest_file", "resolve"]
 
 _PACKAGE = Path(__file__).parents[1]
+_TRACKERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",)}  # and what writes for them
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MODEL_SIZES = re.compile(r"_patch(\d+)(?:_[a-z]\w*?)?_(\d+)(?:_|\.|$)")
@@ -68,6 +69,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
     _check_deepspeed(draft.deepspeed, mistakes)
     _check_checkpoint_storage(draft.checkpoints.storage, mistakes)
     _check_address(draft.cluster.address, mistakes)
+    _check_trackers(draft.tracking.also, mistakes, check_files=check_files)
     for key in ("init_from", "teacher_from", "resume_from"):
         reference = getattr(draft, key)
         if mistakes.sound(key) and reference and redact(reference) != reference:
@@ -417,6 +419,18 @@ def _check_checkpoint_storage(uri: str | None, mistakes: Mistakes) -> None:
         problem = "user, password and query belong in the environment of the store's library, not in a recipe"
     if problem:
         mistakes.add("checkpoints.storage", redact(uri), problem)
+
+
+def _check_trackers(names: Iterable[str], mistakes: Mistakes, *, check_files: bool) -> None:
+    """Other trackers must be known and, where the run is to begin, installed."""
+    for name in names if mistakes.sound("tracking.also") else ():
+        packages = _TRACKERS.get(name)
+        if packages is None:
+            problem = f"{name}: unknown tracker; known are {', '.join(_TRACKERS)}{nearest(name, _TRACKERS)}"
+            mistakes.add("tracking.also", list(names), problem)
+        elif check_files and not any(map(find_spec, packages)):
+            problem = f"{name} is not installed: pip install {packages[0]}, or leave it out"
+            mistakes.add("tracking.also", list(names), problem)
 
 
 def _check_address(address: str | None, mistakes: Mistakes) -> None:

@@ -60,7 +60,8 @@ class Setting:
             words = "a list of mappings"
         elif get_origin(self.kind) is list:
             length = self.metadata.get("length")
-            words = f"a list of {length} numbers" if length else "a list of numbers"
+            items = "texts" if get_args(self.kind) == (str,) else "numbers"
+            words = f"a list of {length} {items}" if length else f"a list of {items}"
         elif self.is_mapping:
             words = "a mapping {name: value}"
         else:

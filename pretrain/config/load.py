@@ -81,6 +81,7 @@ _RESUMABLE = (
     "data.cache_dir",
     "data.cache_gb",
     "data.fetch",
+    "tracking.also",
     "cluster.address",
     "cluster.cpus_per_worker",
     "cluster.gpus_per_worker",

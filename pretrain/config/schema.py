@@ -212,10 +212,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """How the run appears in MLflow."""
+    """How the run appears in MLflow, and which other trackers get its events."""
 
     experiment: str = setting("MLflow experiment", "pretrain")
     model_name: str | None = setting("registered model; null: the recipe's name", None)
+    also: list[str] = setting("trackers beside MLflow, where they are installed: tensorboard, wandb", [])
 
 
 @dataclass(frozen=True)
