@@ -100,11 +100,14 @@ def _wait(child: int, reader: int) -> int:
         time.sleep(POLL_S)
     _end_session(child)
     code = os.waitstatus_to_exitcode(status)
-    return code if ENDED in told else _explain(told, code)
+    return code if ENDED in told else _explain(told, code, was_asked=bool(signals))
 
 
-def _explain(told: list[str], code: int) -> int:
-    """Say how a child ended that could not say it any more; the exit code of the command."""
+def _explain(told: list[str], code: int, *, was_asked: bool) -> int:
+    """Say how a child ended that could not say it any more; the exit code of the command.
+
+    One that was asked to stop has stopped, even if whoever asked it asked Ray's processes as well.
+    """
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     what = f"the process that drives the run was ended from outside ({how}): a part of Ray has died, or memory ran out"
     if not told:
@@ -113,6 +116,9 @@ def _explain(told: list[str], code: int) -> int:
     run_dir = RunDir(Path(told[0]))
     if (step := _stopped(told)) is not None:
         say(stopped_line(run_dir, step), err=True)
+        return EXIT_STOPPED
+    if was_asked:
+        say(f"stopped, and Ray with it ({how}); go on with: {resume_command(run_dir)}", err=True)
         return EXIT_STOPPED
     with Journal(run_dir.journal) as journal:
         journal.write(Failed(error=what))

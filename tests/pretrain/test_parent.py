@@ -118,3 +118,16 @@ def test_parent__takes_the_child_with_it(start: Start, tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert _ends(child)
+
+
+def test_parent__asked_to_stop_while_ray_is_ended_too_the_run_has_stopped(start: Start, tmp_path: Path) -> None:
+    """As where a scheduler signals every process of a job: the run can go on, and 75 says so."""
+    process = start(
+        "signal.signal(signal.SIGTERM, lambda *_: os._exit(1))\nprint('ready', flush=True)\ntime.sleep(600)"
+    )
+    assert process.stdout is not None and [process.stdout.readline() for _ in range(2)][1] == "ready\n"
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert errors.startswith("stopped, and Ray with it (exit code 1); go on with: pretrain resume run")
+    assert not RunDir(tmp_path / "run").journal.exists()
