@@ -293,7 +293,7 @@ class _Driver:
             time.sleep(POLL_S)
             self._is_training = self._is_training and is_training
             if not is_training and queue.pending:
-                self.terminal.wait_for("the last evaluations")
+                self.terminal.wait_for("running the last evaluations")
         if self.events and isinstance(self.events[-1], Stopped):
             raise RunStopped(stopped_line(self.run_dir, self.events[-1].step))
         if training.error is not None:

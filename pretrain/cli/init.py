@@ -28,6 +28,7 @@ __all__ = ["init"]
 _LOOKED_AT = 64  # photos whose size is read
 _MEASURED = 16  # photos that are trained on
 _MOST_EPOCHS = 800
+_MOST_HOURS = 10_000
 _LEAST_STEPS = 20
 _MOST_WORKERS = 8  # on one machine's cores
 _EFFICIENCY = 0.7  # of several workers that share memory and exchange gradients, compared with one alone
@@ -98,6 +99,8 @@ def init(
     from pretrain.config.checks import absolute, nearest_file
     from pretrain.config.load import recipe_content, recipe_names
 
+    if not hours < _MOST_HOURS:  # also what is no number
+        raise RequestError(f"--hours {hours}: expected a number above 0 and below {_MOST_HOURS}")
     folder = Path(absolute(data))
     if not os.path.isdir(folder):
         raise RequestError(f"DATA {data}: no such directory{nearest_file(folder)}")
