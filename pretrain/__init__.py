@@ -58,7 +58,9 @@ def _refuse_shadows() -> None:
             "the path; rename it, or start Python in another directory"
         )
         if sys.argv[:1] == ["-m"]:
-            sys.stderr.write(f"error: {line}\n")
+            from pretrain.screen import say
+
+            say(f"error: {line}", err=True)
             sys.exit(2)
         raise ImportError(line)
 

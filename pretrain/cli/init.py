@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pretrain.errors import RequestError
+from pretrain.record.run_dir import RECIPE
 from pretrain.screen import printable, say
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ def _rate(lines: Sequence[str], batch: int, workers: int, found: Found, machine:
 
     train = ["train: {steps: 10, checkpoint_every: 10, " + f"global_batch_size: {batch}, workers: {workers}" + "}"]
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "recipe.yaml"
+        path = Path(scratch) / RECIPE
         path.write_text("\n".join([*lines, *train]), encoding="utf-8")
         recipe = load_recipe(path, check_files=False)
     one = samples_per_second(recipe, found.examples, machine.device())

@@ -229,6 +229,7 @@ class _Layers:
             return f"; did you mean '{same_name[0]}'?"
         inside = {known.rpartition(".")[2]: known for known in self._settings if known.rpartition(".")[0] == section}
         close = difflib.get_close_matches(name, inside, n=1, cutoff=0.6)
+        close = close or [known for known in inside if known.startswith(f"{name}_")]  # `mask` for `mask_ratio`
         if close:
             return f"; did you mean '{inside[close[0]]}'?"
         return "" if inside else nearest(key, self._settings)

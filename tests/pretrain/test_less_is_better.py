@@ -93,6 +93,7 @@ def test_run__an_error_as_select_moves_best_pins_and_is_shown_with_its_unit(
     driver = _Driver(Plan.single(replace(recipe, storage=str(storage))), run, time.time())
     driver.terminal.console = Console(file=io.StringIO(), width=160)
     driver._write_recipe()
+    driver._mirrors = driver._open_mirrors()
     with Journal(run.journal) as journal:
         values = {"loss": 1.0, "lr": 0.1, "samples_per_s": 100.0, "step_s": 0.1, "data_wait_fraction": 0.0}
         journal.write(Metrics(step=10, values=values))
