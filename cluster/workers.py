@@ -250,8 +250,8 @@ def classify(errors: Mapping[int, BaseException], fatal: tuple[type[BaseExceptio
         reason = f"{name.__module__}.{name.__qualname__}: {raised[rank]}".removeprefix("builtins.")
         return End("fatal" if wrong else "failed", rank, _one_line(reason), str(error))
     preempted = isinstance(error, RayActorError) and error.preempted
-    detail = _one_line(str(error)).rpartition("Worker exit detail: ")[2]  # Ray puts ids and addresses before it
-    return End("preempted" if preempted else "failed", rank, f"worker {rank} died: {detail}")
+    detail = str(error).rpartition("Worker exit detail: ")[2]  # Ray puts ids and addresses before it
+    return End("preempted" if preempted else "failed", rank, _one_line(f"worker {rank} died: {detail}"))
 
 
 def _one_line(text: str, length: int = 300) -> str:

@@ -232,7 +232,8 @@ class _Driver:
                 self._mirrors.close()
                 if status is not None and not tracker.close(status):
                     self.terminal.say(f"MLflow has not received everything yet: {tracker.problem}")
-        return self._finish()
+        with _heard(lambda: None):  # all is done but to say it
+            return self._finish()
 
     def _write_recipe(self) -> None:
         """Also what a resume changed."""
@@ -292,10 +293,13 @@ class _Driver:
             self._collect(queue)
             time.sleep(POLL_S)
             self._is_training = self._is_training and is_training
-            if not is_training and queue.pending:
+            if not is_training and queue.pending and self._stop_asked is None:
                 self.terminal.wait_for("running the last evaluations")
         if self.events and isinstance(self.events[-1], Stopped):
             raise RunStopped(stopped_line(self.run_dir, self.events[-1].step))
+        if training.error is None and queue.pending:
+            done = "stopped before the last evaluations, all steps are done"
+            raise RunStopped(f"{done}; go on with: {resume_command(self.run_dir)}")
         if training.error is not None:
             store.discard_unpublished(self.run_dir.path)
             self._record_failure(training.error)

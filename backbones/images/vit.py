@@ -105,8 +105,14 @@ class ViTBackbone(ImageEncoder):
             Tokens after the final norm, in the type of the weights; `levels` of `layers`, before that norm.
 
         Raises:
-            BackboneError: there is no such layer.
+            BackboneError: there is no such layer, or patches do not tile images of this size.
         """
+        height, width = x.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise BackboneError(
+                f"images of {height} x {width} pixels are not tiled by patches of {self.patch_size}; resize them, this "
+                f"backbone was trained at {self.image_size}"
+            )
         if layers and not 1 <= min(layers) <= max(layers) <= self.num_layers:
             raise BackboneError(
                 f"backbone {self.spec['name']!r} has layers 1 to {self.num_layers}, not {', '.join(map(str, layers))}"

@@ -146,7 +146,7 @@ def init(
         rate = _rate([*lines, *_section("optimizer", optimizer)], batch, workers, found, machine)
     possible = hours * 3600 * rate / batch
     steps = max(_LEAST_STEPS, math.floor(min(possible, found.samples * _MOST_EPOCHS / batch)))
-    every = max(1, steps // 4)
+    every = max(1, -(-steps // 4))
     lines += _section("optimizer", {**optimizer, "warmup_steps": steps // 20})
     time_text = _duration(steps * batch / rate)
     evaluation = _evaluation() if found.labels else ["evaluation:", "  enabled: false  # no labels to score with"]

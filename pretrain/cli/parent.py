@@ -110,6 +110,9 @@ def _explain(told: list[str], code: int, *, was_asked: bool) -> int:
     """
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     what = f"the process that drives the run was ended from outside ({how}): a part of Ray has died, or memory ran out"
+    if not told and was_asked:
+        say("stopped before anything began; the same command begins again", err=True)
+        return EXIT_STOPPED
     if not told:
         say(f"error: {what}", err=True)
         return 1

@@ -262,6 +262,9 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
         allowed = "; ".join(f"{section}: {', '.join(names)}" for section, names in sections.items())
         raise RequestError(*mistakes, f"a resume may change {allowed}")
     content = _read_yaml(path)
+    is_longer = bool(pairs.keys() & {"train.steps", "train.epochs"})
+    if is_longer and content.get("stages"):
+        raise RequestError("train.steps: fixed in a run of stages; a new run can begin with its weights (init_from)")
     open_keys = {"train.micro_batch_size", "train.accumulation"} - set(pairs)
     derived = [f"{key}=null" for key in open_keys] if len(open_keys) == 1 else []
     if "train.workers" in pairs and _is_written_by_a_run(content):
@@ -280,18 +283,16 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
     for section in {"data", "evaluation", "stages"} & content.keys():
         content[section] = _following(content[section], str(recorded), content["storage"])
     plan = _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True)
-    if pairs.keys() & {"train.steps", "train.epochs"}:
+    if is_longer:
         _require_more_steps(plan, content, path)
     return plan
 
 
 def _require_more_steps(plan: Plan, content: Mapping[str, Any], path: Path) -> None:
-    """A longer run is a continuation; a shorter one, or other borders between stages, would be another run."""
-    if content.get("stages"):
-        raise RequestError("train.steps: fixed in a run of stages; a new run can begin with its weights (init_from)")
+    """A longer run is a continuation, a shorter one would be another run."""
     before, now = _written(content, {}, path, "train.steps"), plan.total_steps
     if not isinstance(before, int) or now < before:
-        raise RequestError(f"train.steps={now}: the run was begun with {before}; a resume may only add to them")
+        raise RequestError(f"train.steps={now}: the run has {before} of them, and a resume may only make them more")
 
 
 def _following(settings: Any, recorded: str, storage: str) -> Any:

@@ -50,6 +50,7 @@ def write_timm(source: Source, folder: Path) -> None:
     folder.mkdir()
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in backbone.weights().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors writes files that only their owner can read
     problem = ""
     for arguments in _arguments(backbone):
         config = _config(backbone, arguments)

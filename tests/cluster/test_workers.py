@@ -43,6 +43,13 @@ def test_classify__names_the_cause_and_not_what_follows_from_it(
     assert end.reason.startswith(reason) and "\n" not in end.reason and len(end.reason) <= 300
 
 
+def test_classify__of_what_ray_says_of_a_death_the_end_counts() -> None:
+    error = ActorDiedError()
+    ids = "\n\tactor_id: 5e1f\n\tpid: 7\n\tnamespace: " + "0" * 400
+    error.error_msg = f"The actor died.{ids}\nWorker exit type: SYSTEM_ERROR Worker exit detail: SIGKILL.\nOOM?"
+    assert classify({1: error}, ()).reason == "worker 1 died: SIGKILL. OOM?"
+
+
 def test_classify__a_machine_that_was_taken_away_is_no_failure() -> None:
     error = ActorDiedError()
     error._preempted = True

@@ -268,7 +268,7 @@ def test_load_for_resume__a_run_may_become_longer_and_not_shorter(minimal: str, 
     longer = load_for_resume(written, (f"train.steps={steps + 10}",)).recipe
     assert longer.train.steps == steps + 10
     assert load_for_resume(written, (f"train.steps={steps}",)).total_steps == steps
-    with pytest.raises(RequestError, match=rf"train\.steps={steps - 1}: the run was begun with {steps}; a resume may "):
+    with pytest.raises(RequestError, match=rf"train\.steps={steps - 1}: the run has {steps} of them, and "):
         load_for_resume(written, (f"train.steps={steps - 1}",))
 
 

@@ -131,3 +131,13 @@ def test_parent__asked_to_stop_while_ray_is_ended_too_the_run_has_stopped(start:
     assert process.returncode == 75
     assert errors.startswith("stopped, and Ray with it (exit code 1); go on with: pretrain resume run")
     assert not RunDir(tmp_path / "run").journal.exists()
+
+
+def test_parent__asked_to_stop_before_a_run_began() -> None:
+    script = "from pretrain.cli.parent import Parent; import time; Parent(wanted=True).watch(); print(1, flush=True); "
+    command = [sys.executable, "-c", f"{script}time.sleep(600)"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "1\n"
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (75, "stopped before anything began; the same command begins again\n")
