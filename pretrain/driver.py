@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -44,6 +43,7 @@ from pretrain.record.events import (
     Start,
     Stopped,
 )
+from pretrain.record.interrupts import heard
 from pretrain.record.journal import Journal, read_events
 from pretrain.record.lock import hold, holder
 from pretrain.record.run_dir import RunDir, find_run, resume_command, stopped_line
@@ -195,7 +195,7 @@ class _Driver:
     def drive(self, on_start: OnStart | None = None) -> RunResult:
         """Everything from connecting to Ray to the closing table."""
         self.run_dir.logs.mkdir(exist_ok=True)
-        with _only_driver(self.run_dir), self.terminal, _heard(self._on_signal) as listen_again:
+        with _only_driver(self.run_dir), self.terminal, heard(self._on_signal) as listen_again:
             if on_start is not None:
                 on_start(self.run_dir.path)
             self.run_dir.stop_request.unlink(missing_ok=True)  # it was for the workers that it has stopped
@@ -232,7 +232,7 @@ class _Driver:
                 self._mirrors.close()
                 if status is not None and not tracker.close(status):
                     self.terminal.say(f"MLflow has not received everything yet: {tracker.problem}")
-        with _heard(lambda: None):  # all is done but to say it
+        with heard(lambda: None):  # all is done but to say it
             return self._finish()
 
     def _write_recipe(self) -> None:
@@ -465,29 +465,6 @@ def _only_driver(run_dir: RunDir) -> Iterator[None]:
         raise RequestError(f"run {run_dir.run_id} is already driven by process {holder(run_dir.driver_lock)}")
     with lock:
         yield
-
-
-@contextmanager
-def _heard(act: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """SIGTERM and Ctrl-C call `act` until the end of the block; what is yielded makes it so again.
-
-    Only a main thread can hear signals; in another one they do what they did before.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-
-    def listen() -> None:
-        for signum in before:
-            signal.signal(signum, lambda number, frame: act())
-
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-    listen()
-    try:
-        yield listen
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _git_tags() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Work beside training that can be stopped at any moment and goes on when it is asked for again.
+"""SIGTERM and Ctrl-C: who hears them while a block runs, and work that may stop at any moment and go on later.
 
 Not here: training, which stops between two steps (`pretrain.training.stopping`).
 """
@@ -7,12 +7,37 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from pretrain.errors import RunStopped
 
-__all__ = ["stopped_by_signals"]
+__all__ = ["heard", "stopped_by_signals"]
+
+
+@contextmanager
+def heard(
+    act: Callable[[], None], signums: Sequence[int] = (signal.SIGTERM, signal.SIGINT)
+) -> Iterator[Callable[[], None]]:
+    """Signals call `act` until the end of the block; what is yielded makes it so again, after another has taken them.
+
+    Only a main thread can hear signals; in another one they do what they did before.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def listen() -> None:
+        for signum in before:
+            signal.signal(signum, lambda number, frame: act())
+
+    before = {signum: signal.getsignal(signum) for signum in signums}
+    listen()
+    try:
+        yield listen
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 @contextmanager
@@ -23,15 +48,11 @@ def stopped_by_signals(said: Callable[[], str]) -> Iterator[None]:
         RunStopped: one of them came.
     """
 
-    def interrupt(signum: int, frame: object) -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupt) if is_main else None
     try:
-        yield
+        with heard(interrupt, (signal.SIGTERM,)):
+            yield
     except KeyboardInterrupt:
         raise RunStopped(said()) from None
-    finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before)

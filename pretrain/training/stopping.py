@@ -6,13 +6,12 @@ it only sets a flag; `Engine.step` tells it to all ranks, and they publish a che
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+
+from pretrain.record.interrupts import heard
 
 __all__ = ["StopRequest", "watched"]
 
@@ -33,7 +32,7 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self._signalled is not None or (self._file is not None and self._file.exists())
 
-    def on_signal(self, signum: int, frame: FrameType | None) -> None:
+    def on_signal(self) -> None:
         """The first signal asks; another one, more than a moment later, ends the process at once.
 
         Raises:
@@ -50,12 +49,5 @@ class StopRequest:
 def watched(file: Path | None) -> Iterator[StopRequest]:
     """A request of this process, which signals set until the end of the block; only a main thread can hear them."""
     request = StopRequest(file)
-    if threading.current_thread() is not threading.main_thread():
+    with heard(request.on_signal):
         yield request
-        return
-    before = {signum: signal.signal(signum, request.on_signal) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield request
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
