@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from data_pipelines.errors import DataError
 
-__all__ = ["cache_root", "expanded", "sha256", "write_atomically"]
+__all__ = ["cache_root", "expanded", "flush_to_disk", "sha256", "write_atomically"]
 
 
 def expanded(path: str | Path) -> Path:
@@ -44,14 +44,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, after the bytes
-    finally:
-        os.close(folder)
+    flush_to_disk(path.parent)  # the new name, after the bytes
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a loss of power."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

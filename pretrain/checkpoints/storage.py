@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.files import write_atomically
+from data_pipelines.files import flush_to_disk, write_atomically
 from pretrain.record.run_dir import MANIFEST
 
 __all__ = ["CheckpointError", "CheckpointStorage", "FsspecStorage", "LocalStorage", "open_storage"]
@@ -136,20 +136,20 @@ class LocalStorage(CheckpointStorage):
         target.parent.mkdir(parents=True, exist_ok=True)
         # safetensors writes files that only their owner can read; the umask, which made the directory, decides.
         source.chmod(self._partial(directory).stat().st_mode & 0o666)
-        _flush(source)
+        flush_to_disk(source)
         source.replace(target)
 
     def publish(self, directory: str, manifest: bytes) -> None:
         partial, final = self._partial(directory), self.root / directory
         (partial / MANIFEST).write_bytes(manifest)
-        _flush(partial / MANIFEST)
+        flush_to_disk(partial / MANIFEST)
         for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
-            _flush(folder)
+            flush_to_disk(folder)
         # The same step again after a restart from an earlier checkpoint: bit-equal weights, newer file times.
         if final.exists():
             self.remove(directory)
         partial.rename(final)
-        _flush(self.root)
+        flush_to_disk(self.root)
 
     def mark(self, name: str, content: bytes) -> None:
         write_atomically(self.root / name, content)
@@ -247,11 +247,3 @@ def open_storage(location: str | Path) -> CheckpointStorage:
     """The storage at a directory or URI; nothing is opened or made yet."""
     text = os.fspath(location)
     return FsspecStorage(text) if "://" in text else LocalStorage(Path(text))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipelines.files import flush_to_disk
 from data_pipelines.parsing import parse_json
 from pretrain.checkpoints.references import resolve
 from pretrain.errors import RequestError, RunFailed
@@ -98,14 +99,6 @@ def _check_request(format: str, dest: Path, text: str) -> None:
         raise RequestError(f"format onnx needs {' and '.join(lacking)}; install with: pip install 'pretrain[onnx]'")
 
 
-def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
 def _is_folder(format: str) -> bool:
     return FORMATS[format] == "a folder"
 
@@ -139,7 +132,7 @@ def _write_whole(dest: Path, write: Callable[[Path], None]) -> None:
         aside = room / "made"  # not the name of `dest`, which not every library could write to
         write(aside)
         for path in [aside, *aside.rglob("*")]:
-            _sync(path)
+            flush_to_disk(path)
         dest.parent.mkdir(parents=True, exist_ok=True)
         if aside.is_dir():
             aside.rename(dest)  # an empty folder gives way, any other is refused by the system
