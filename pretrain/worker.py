@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 
 from data_pipelines.errors import DataError, LoaderError
-from data_pipelines.streaming.loader_processes import naming_losses
 from data_pipelines.streaming.stream import Stream, StreamState
 from objectives.base import Objective, Progress
 from pretrain.checkpoints import store
@@ -193,8 +192,7 @@ def train_stage(
     take = partial(state.take, run.path, stage, engine, stream, origin=state.origin(start, found, initialized))
     if index == 0 and not found and recipe.evaluation.baseline and not store.published(run.path):
         emit(CheckpointPublished(step=0, path=run.relative(take(0, training_state=False))))
-    with naming_losses():  # of loader processes, which may die while a step is under way
-        stopped = run_steps(process, stage, engine, stream, found.step if found else stage.first_step, take)
+    stopped = run_steps(process, stage, engine, stream, found.step if found else stage.first_step, take)
     handed.clear()
     if index + 1 < len(plan.stages) and plan.stages[index + 1].init_from == index:
         handed.update(weights_of(engine))

@@ -2,8 +2,8 @@
 
 A process puts the tensors of a batch into shared memory (`/dev/shm`), and a thread of it sends where they lie. What
 goes wrong in that thread is printed there and the batch is gone for good, so tensors are shared before they are handed
-to it, where a full `/dev/shm` can still be answered for. A process that dies is noticed at once (torch looks after its
-children), one that hangs, and a batch that is lost otherwise, when the loader's time is up.
+to it, where a full `/dev/shm` can still be answered for. A process that dies is noticed when a batch is waited for, at
+once; one that hangs, and a batch that is lost otherwise, when the loader's time is up.
 
 Not here: what a batch is made of (`stream`).
 """
@@ -11,6 +11,7 @@ Not here: what a batch is made of (`stream`).
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -26,10 +28,11 @@ from torch.utils.data import DataLoader
 
 from data_pipelines.errors import DataError, LoaderError
 
-__all__ = ["leave_signals_to_parent", "loaded", "naming_losses", "share"]
+__all__ = ["leave_signals_to_parent", "loaded", "share"]
 
 _SHARED_MEMORY = "/dev/shm"
 _LAST_SECONDS = 5.0  # for a process that is killed; the kernel may hold one back that waits for a broken disk
+_MOMENT_S = 1.0  # for a process whose socket has ended to end as well
 _OF_A_WORKER = "Caught "  # how torch begins what the code of a worker raised; that is passed on with its traceback
 _OF_THE_LOADER = ("DataLoader worker", "DataLoader timed out", "Pin memory thread")
 
@@ -73,31 +76,37 @@ def loaded(loader: DataLoader[Any]) -> Iterator[Any]:
     others = set(multiprocessing.active_children())
     batches = iter(loader)
     processes = set(multiprocessing.active_children()) - others
+    _hear_of_deaths()
     # A process that ends asks its children by SIGTERM, which these leave to it, and waits for them.
     at_exit = Finalize(None, _kill, args=(processes,), exitpriority=1)
     watch = _Watch(processes, loader.timeout)
     try:
         while True:
             try:
-                with naming_losses(), watch.waiting():
-                    batch = _received(batches)
+                with watch.waiting():
+                    batch = next(batches)
             except StopIteration:
                 return
-            except LoaderError as error:
+            except (RuntimeError, OSError, EOFError) as error:
+                if not _is_of_the_loader(error):
+                    raise
+                lost = watch.explained(error)
                 _kill(processes)
-                raise watch.explained(error) from None
+                raise lost from None
             yield batch
     finally:
         watch.end()
+        _end(batches, processes)
         at_exit.cancel()
 
 
 class _Watch:
-    """Kills loader processes that hang while a batch of theirs is taken over, where torch's own limit is not asked.
+    """Notices loader processes that died, and kills those that hang, while a batch of theirs is waited for.
 
     Args:
-        processes: To kill.
-        limit_s: Seconds that torch waits for a batch; 0: for ever, and nothing is watched.
+        processes: Of one loader.
+        limit_s: Seconds that torch waits for a batch; 0: for ever, and none counts as hanging. Torch does not look at
+            its limit while it takes a batch over; that is looked after here.
     """
 
     def __init__(self, processes: Collection[BaseProcess], limit_s: float) -> None:
@@ -111,18 +120,39 @@ class _Watch:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         self._since = time.monotonic()
+        _WAITING.add(self)
         try:
+            self.require_alive()
             yield
         finally:
+            _WAITING.discard(self)
             self._since = None
 
-    def explained(self, error: LoaderError) -> LoaderError:
-        """What to say when this has killed the processes of which the error speaks."""
-        said = f"DataLoader timed out after {self._limit_s:g} seconds"
-        return LoaderError(_said(TimeoutError(said))) if self._has_killed else error
+    def require_alive(self) -> None:
+        """Raises LoaderError when a process was killed or left; one that has done its work may end."""
+        for process in self._processes:
+            if process.exitcode and not self._has_killed:
+                raise LoaderError(_lost(_how_it_ended(process)))
+
+    def explained(self, error: Exception) -> LoaderError:
+        """What to say when no batch came; `error` is what was noticed first, often an end of a socket only."""
+        if self._has_killed:
+            return LoaderError(_hung(f"DataLoader timed out after {self._limit_s:g} seconds"))
+        if isinstance(error, LoaderError):
+            return error
+        what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+        if "timed out" in what:
+            return LoaderError(_hung(what))
+        ending = multiprocessing.connection.wait([process.sentinel for process in self._processes], _MOMENT_S)
+        for process in self._processes:
+            if process.sentinel in ending:
+                process.join(_MOMENT_S)  # its files are closed a moment before it has ended
+        ended = [process for process in self._processes if process.exitcode]
+        return LoaderError(_lost(_how_it_ended(ended[0]) if ended else what))
 
     def end(self) -> None:
         self._ended.set()
+        _WAITING.discard(self)
 
     def _look(self) -> None:
         while not self._ended.wait(1.0):
@@ -134,48 +164,68 @@ class _Watch:
                 return
 
 
-@contextmanager
-def naming_losses() -> Iterator[None]:
-    """Put what torch says of a lost loader process into one line with a remedy.
+_WAITING: set[_Watch] = set()  # of this process, for the handler of SIGCHLD
 
-    The death of a child interrupts whatever the main thread does, so this is also for what is done between two batches.
 
-    Raises:
-        LoaderError: instead of a RuntimeError of torch's loader; others pass.
+def _hear_of_deaths() -> None:
+    """Take SIGCHLD over from torch, whose handler raises wherever the main thread happens to be.
+
+    There it may hit a destructor, which drops it, or a file that is half written. Here a death is told to those who
+    wait for a batch, and to others when they ask for the next one.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, LoaderError) or not str(error).startswith(_OF_THE_LOADER):
-            raise
-        raise LoaderError(_said(error)) from None
+    current = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or current is _tell_of_deaths:
+        return
+    signal.signal(signal.SIGCHLD, _tell_of_deaths)
+
+
+def _tell_of_deaths(signum: int, frame: FrameType | None) -> None:
+    for watch in tuple(_WAITING):
+        watch.require_alive()
+
+
+def _how_it_ended(process: BaseProcess) -> str:
+    code = process.exitcode or 0
+    if code >= 0:
+        return f"process {process.pid} left with exit code {code}"
+    return f"process {process.pid} was killed by {signal.Signals(-code).name}"
+
+
+def _is_of_the_loader(error: Exception) -> bool:
+    """Whether an error is of the way from the processes to here, not of the code that runs in one of them."""
+    if isinstance(error, LoaderError):
+        return True
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(_OF_THE_LOADER)
+    return not str(error).startswith(_OF_A_WORKER)
+
+
+def _end(batches: Any, processes: Collection[BaseProcess]) -> None:
+    """End the processes of a loader's iterator, now; torch would when its last reference goes, which a traceback holds.
+
+    Its way begins with an event, whose lock all of them take for a moment, over and over. One that was killed while it
+    held the lock would let this process wait for ever, so that what is left to be told of the end gets an event anew.
+    """
+    if any(process.exitcode for process in processes):
+        _kill(processes)
+        batches._workers_done_event = threading.Event()
+    batches._shutdown_workers()
+    _kill(processes)
 
 
 def _kill(processes: Collection[BaseProcess]) -> None:
-    """End loader processes that may hang; the end of this process would wait for theirs."""
-    is_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if is_main else None  # torch's would raise for each
+    """End loader processes that are left, hung ones too; the end of this process would wait for theirs."""
     for process in processes:
         process.kill()
     for process in processes:
         process.join(_LAST_SECONDS)
-    if handler is not None:
-        signal.signal(signal.SIGCHLD, handler)
 
 
-def _received(batches: Iterator[Any]) -> Any:
-    try:
-        return next(batches)
-    except (OSError, EOFError) as error:  # of the pipes and sockets between the processes, unless of a worker's code
-        if str(error).startswith(_OF_A_WORKER):
-            raise
-        raise LoaderError(_said(error)) from None
+def _hung(what: str) -> str:
+    return f"the loader processes gave no batch ({what}): one of them hangs; see data.loader_timeout_s"
 
 
-def _said(error: Exception) -> str:
-    what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
-    if "timed out" in what:
-        return f"the loader processes gave no batch ({what}): one of them hangs; see data.loader_timeout_s"
+def _lost(what: str) -> str:
     return (
         f"a loader process was lost ({what}): if it was killed for want of memory, lower data.loader_workers or "
         f"data.prefetch_batches; {_SHARED_MEMORY} {_room()}"

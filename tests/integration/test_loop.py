@@ -186,4 +186,4 @@ def test_loop__ends_with_one_line_when_a_loader_process_is_killed(
     assert loop.exit_codes() == [1]
     log = loop.log.read_text()
     assert "Traceback" not in log
-    assert [line for line in log.splitlines() if line.startswith("error: a loader process was lost (DataLoader worker")]
+    assert [line for line in log.splitlines() if line.startswith("error: a loader process was lost (process ")], log
