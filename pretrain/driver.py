@@ -202,7 +202,8 @@ class _Driver:
             size = f"; {self._size}" if self._size else ""
             self.terminal.say(f"run {self.run_dir.run_id} in {self.run_dir.path}{size}")
             self.scores = [event for event in read_events(self.run_dir.evaluations)[0] if isinstance(event, Evaluated)]
-            self._write_recipe()
+            if not self.run_dir.recipe.exists():
+                self._write_recipe()
             tracker = self._tracker()
             status: Status | None = None
             self._mirrors = self._open_mirrors()
@@ -236,7 +237,7 @@ class _Driver:
             return self._finish()
 
     def _write_recipe(self) -> None:
-        """Also what a resume changed."""
+        """Also what a resume changed, once that has begun: what is taken back before leaves nothing behind."""
         write_atomically(self.run_dir.recipe, plan_yaml(self.plan).encode())
 
     def _place(self) -> str:
@@ -280,6 +281,8 @@ class _Driver:
         if not self._is_trained():
             self.terminal.wait_for(f"starting workers: {self.recipe.train.workers}")
             training.start()
+        else:
+            self._write_recipe()
         is_training, looked = True, time.monotonic()
         while is_training or (queue.pending and self._stop_asked is None):
             if time.monotonic() - looked > NODES_EVERY_S:
@@ -312,7 +315,9 @@ class _Driver:
         self._mirrors.show(new)
         for event in new if show else ():
             self.terminal.show(event)
-            self._is_training = self._is_training or isinstance(event, Start)
+            if isinstance(event, Start):
+                self._is_training = True
+                self._write_recipe()
         if any(isinstance(event, CheckpointPublished) for event in new) or not show:
             self._queue_evaluations(queue)
             self._prune(queue)

@@ -13,6 +13,8 @@ from pretrain.config import checks, load
 from pretrain.config.load import load_recipe, to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.errors import RequestError
+from pretrain.record.events import Start
+from pretrain.record.journal import Journal
 from pretrain.record.run_dir import RunDir
 
 
@@ -77,3 +79,20 @@ def test_only_driver__a_run_is_driven_by_one_process(run_dir: RunDir) -> None:
         raise AssertionError("two drivers")
     with driver._only_driver(run_dir):
         assert run_dir.driver_lock.read_text().isdigit()
+
+
+def test_resume__settings_are_kept_once_their_training_has_begun(run_dir: RunDir, tmp_path: Path) -> None:
+    """A mistyped number of steps of a run that did not even begin could not be taken back."""
+    saved = run_dir.recipe.read_text()
+    with pytest.raises(RequestError, match="no Ray answers there"):
+        driver.resume("demo-1", tmp_path, ["train.steps=100000", "cluster.address=127.0.0.1:1"])
+    assert run_dir.recipe.read_text() == saved
+
+    longer = load.load_for_resume(run_dir.recipe, ["train.steps=100000"])
+    driving = driver._Driver(longer, run_dir, launched=0.0)
+    driving._mirrors = driving._open_mirrors()
+    with Journal(run_dir.journal) as journal:
+        journal.write(Start(step=0, total_steps=100_000, world_size=2, device="cpu"))
+    queue: Any = object()
+    driving._follow(queue)
+    assert load.load_for_resume(run_dir.recipe, ()).total_steps == 100_000
