@@ -5,7 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["CorruptSampleError", "DataError", "LoaderError", "MissingFieldError", "TooLargeError", "nearest", "suggest"]
+__all__ = [
+    "CorruptSampleError",
+    "DataError",
+    "LoaderError",
+    "MissingFieldError",
+    "TooLargeError",
+    "TooManyDamagedError",
+    "nearest",
+    "suggest",
+]
 
 
 class DataError(ValueError):
@@ -30,6 +39,18 @@ class MissingFieldError(DataError):
 
 class TooLargeError(DataError):
     """A small file, such as an index, is larger than it can be; it was not read."""
+
+
+class TooManyDamagedError(DataError):
+    """More samples of what is to be packed are damaged than may be left out.
+
+    Attributes:
+        found: how many, and what is wrong with the first of them.
+    """
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(f"{found}; {remedy}")
+        self.found = found
 
 
 def suggest(name: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:

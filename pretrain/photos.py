@@ -18,14 +18,16 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
+from data_pipelines.errors import TooManyDamagedError
 from data_pipelines.hidden import is_hidden
 from data_pipelines.shards.manifest import MANIFEST_NAME
 from evaluation import registry as evaluations
@@ -55,7 +57,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Plan:
     """`load_plan`, which takes a plain folder of photos as `data.root`, too; it is packed first.
 
     Raises:
-        RequestError: as `load_plan`.
+        RequestError: as `load_plan`, or too many of the photos are damaged.
         DataError: the photos cannot be packed.
         RunStopped: SIGTERM or Ctrl-C while they are packed; the same call goes on.
     """
@@ -180,15 +182,20 @@ def _pack(folder: Path, dest: Path, listing: Listing) -> None:
     say(f"data: packing {len(listing.items)} photos ({size / 1e6:.0f} MB) of {folder} into {dest} ({why})")
     began = time.monotonic()
     with progress_of("packing") as progress:
-        manifest = pack(
-            folder,
-            dest,
-            kind="images",
-            splits=shares_of(listing),
-            shard_mb=SHARD_MB,
-            max_bad=MAX_BAD,
-            progress=progress,
-        )
+        try:
+            manifest = pack(
+                folder,
+                dest,
+                kind="images",
+                splits=shares_of(listing),
+                shard_mb=SHARD_MB,
+                max_bad=MAX_BAD,
+                progress=progress,
+            )
+        except TooManyDamagedError as error:
+            shutil.rmtree(dest)  # of no use to a later run: files that were repaired or removed make other shards
+            remedy = f"repair or remove them (up to {MAX_BAD:.0%} are left out)"
+            raise RequestError(f"data.root={folder}: {error.found}; {remedy}") from None
     counts = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
     classes = f"{len(manifest.classes)} classes" if manifest.classes else "no classes"
     say(f"data: packed {counts}; {classes}; {time.monotonic() - began:.1f} s")
@@ -222,13 +229,30 @@ def _pointing_at(dest: Path, folder: Path, listing: Listing, draft: Recipe) -> I
 
 @contextmanager
 def _alone(dest: Path) -> Iterator[None]:
-    """One process at a time packs; others wait for it."""
-    dest.parent.mkdir(parents=True, exist_ok=True)
+    """One process at a time packs; others wait for it. The lock goes at the end, as do new folders that stayed empty."""
+    absent = [folder for folder in dest.parents if not folder.exists()]
     path = dest.parent / f".{dest.name}.lock"
-    if (lock := hold(path)) is None:
+    if (lock := _hold_named(path)) is None:
         say(f"data: another process is packing into {dest}; waiting for it")
     while lock is None:
         time.sleep(POLL_S)
-        lock = hold(path)
+        lock = _hold_named(path)
     with lock:
-        yield
+        try:
+            yield
+        finally:
+            path.unlink()
+            with suppress(OSError):  # not empty
+                for folder in absent:
+                    folder.rmdir()
+
+
+def _hold_named(path: Path) -> IO[str] | None:
+    """`hold` a lock that goes with its holder: one whose file is gone, as its holder has ended, is taken anew."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # of a folder that has just gone with the lock
+            lock = hold(path)
+            if lock is None or os.fstat(lock.fileno()).st_nlink:
+                return lock
+            lock.close()

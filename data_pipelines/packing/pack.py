@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.content import copies_between
-from data_pipelines.errors import DataError, suggest
+from data_pipelines.errors import DataError, TooManyDamagedError, suggest
 from data_pipelines.field_kinds import field_kind
 from data_pipelines.hidden import is_hidden
 from data_pipelines.packing.conversion import Conversion, Encoding, parse_encoding
@@ -97,7 +97,8 @@ def pack(
         The content of `dataset.json`.
 
     Raises:
-        DataError: the request is wrong, the source is empty or damaged, or the destination holds something else.
+        DataError: the request is wrong, the source is empty or damaged (`TooManyDamagedError`), or the destination
+            holds something else.
         WorkerDied: a worker process ended early. The same call goes on where it stopped, as after any kill.
     """
     source, dest, masks = Path(source), Path(dest), None if masks is None else Path(masks)
@@ -254,7 +255,7 @@ def _write(jobs: Sequence[ShardJob], workers: int, allowed: int, progress: Progr
     """Write the shards that are not finished yet; the records of all.
 
     Raises:
-        DataError: more than `allowed` items are damaged; raised as soon as that is known.
+        TooManyDamagedError: more than `allowed` items are damaged; raised as soon as that is known.
     """
     finished = {job.path: record for job in jobs if (record := finished_shard(job)) is not None}
     open_jobs = [job for job in jobs if job.path not in finished]
@@ -280,9 +281,9 @@ def _write(jobs: Sequence[ShardJob], workers: int, allowed: int, progress: Progr
 def _require_few_rejected(records: Sequence[ShardRecord], allowed: int, total: int) -> None:
     rejected = sum(len(record.rejected) for record in records)
     if rejected > allowed:
-        raise DataError(
-            f"{rejected} of {total} samples are damaged, {allowed} are allowed: {_first_rejected(records)}; repair or "
-            "remove them and pack into a new folder, or go on here with a larger max_bad"
+        raise TooManyDamagedError(
+            f"{rejected} of {total} samples are damaged, {allowed} are allowed: {_first_rejected(records)}",
+            remedy="repair or remove them and pack into a new folder, or go on here with a larger max_bad",
         )
 
 

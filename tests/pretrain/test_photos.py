@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from pretrain.cli.main import main
-from pretrain.config.load import load_for_resume
+from pretrain.config.load import load_for_resume, load_plan
 from pretrain.config.stages import plan_yaml
 from pretrain.errors import RequestError, RunStopped
-from pretrain.photos import load
+from pretrain.photos import listed, load, packed_plan, place_of
+from pretrain.record.lock import hold
 
 
 def write_photos(folder: Path, *classes: str, each: int = 12, side: int = 24) -> Path:
@@ -102,6 +103,42 @@ def test_load__refuses_runs_among_the_photos(photos: Path, monkeypatch: pytest.M
     with pytest.raises(RequestError, match=r"lies inside data\.root=.*add storage=DIR"):
         load("mae_photos", ["data.root=."])
     assert sorted(path.name for path in photos.iterdir()) == ["cat", "dog"]
+
+
+def test_run__photos_that_are_damaged_are_one_line_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for number in range(3):
+        (damaged / f"{number}.jpg").write_bytes(b"no picture")
+    assert main(["run", "mae_photos", "data.root=damaged", "storage=new/runs"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: data.root={damaged}: 3 of 3 samples are damaged, 0 are allowed: 0.jpg: ")
+    assert said.endswith("; repair or remove them (up to 5% are left out)") and "max_bad" not in said
+    assert list(tmp_path.iterdir()) == [damaged]
+
+
+def test_load__who_waited_packs_where_the_other_one_could_not(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"data.root={photos}"]
+    draft = load_plan("mae_photos", settings, check_files=False)
+    dest = place_of(photos, tmp_path / "runs", listed(photos, tmp_path / "runs"))
+    dest.parent.mkdir(parents=True)
+    path = dest.parent / f".{dest.name}.lock"
+    other = hold(path)
+    assert other is not None
+
+    def give_up(seconds: float) -> None:
+        path.unlink()
+        other.close()
+
+    monkeypatch.setattr("pretrain.photos.time.sleep", give_up)
+    assert packed_plan("mae_photos", settings, photos, draft).recipe.data.root == str(dest)
+    assert capsys.readouterr().out.startswith(f"data: another process is packing into {dest}; waiting for it")
+    assert [path.name for path in dest.parent.iterdir()] == [dest.name]
 
 
 def test_load__stopped_while_it_packs_goes_on(
