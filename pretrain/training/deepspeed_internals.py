@@ -13,6 +13,8 @@
 * `engine.destroy`, `Parameter.ds_tensor` and whatever tensors a ZeRO optimizer has: what is freed with an engine.
 * `Parameter.ds_shape`: the shape before ZeRO-3 partitioned it.
 * `Parameter._hp_mapping`: which slice of a parameter's float32 master is this rank's, below ZeRO-3.
+* What DeepSpeed imports and compiles before anybody asks for it: MLflow for its autotuner, and Muon's functions, for
+  which torch loads its whole compiler.
 
 Not here: what DeepSpeed documents, such as `safe_get_full_fp32_param` (`pretrain.training.engine`).
 """
@@ -20,8 +22,10 @@ Not here: what DeepSpeed documents, such as `safe_get_full_fp32_param` (`pretrai
 from __future__ import annotations
 
 import argparse
+import functools
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,8 +33,10 @@ from typing import Any
 import torch
 
 __all__ = [
+    "compiling_at_first_call",
     "full_shape",
     "gather_persistent_parameters",
+    "importing_without_mlflow",
     "leave_out_shared_memory_op",
     "master_slice",
     "reading_tensors_only",
@@ -39,6 +45,52 @@ __all__ = [
     "shard_states",
     "write_universal",
 ]
+
+
+@contextmanager
+def importing_without_mlflow() -> Iterator[None]:
+    """In this context DeepSpeed is imported as where MLflow is not installed, unless it is imported already.
+
+    Only DeepSpeed's autotuner, which nobody runs here, would use it; with it come pandas, pyarrow and FastAPI.
+    """
+    if "mlflow" in sys.modules:
+        yield
+        return
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # how Python writes down that a module cannot be imported
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]
+
+
+@contextmanager
+def compiling_at_first_call() -> Iterator[None]:
+    """In this context functions that are decorated by `torch.compile` are compiled when they are first called.
+
+    DeepSpeed asks every optimizer whether it is its Muon, and so imports that, compiled, for any other one, too.
+    """
+    compile_now = torch.compile
+
+    def compile_later(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return functools.partial(compile_later, **options)
+        if isinstance(function, torch.nn.Module):
+            return compile_now(function, **options)
+        compiled: list[Callable[..., Any]] = []
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            if not compiled:
+                compiled.append(compile_now(function, **options))
+            return compiled[0](*arguments, **named)
+
+        return call
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
 
 
 def leave_out_shared_memory_op() -> None:

@@ -58,7 +58,8 @@ def init_distributed(device: torch.device) -> tuple[int, int]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, store=loopback_store(rank, world_size), rank=rank, world_size=world_size)
-    import deepspeed
+    with deepspeed_internals.importing_without_mlflow():
+        import deepspeed
 
     deepspeed_internals.leave_out_shared_memory_op()
     deepspeed.init_distributed(backend)
@@ -156,7 +157,7 @@ class Engine:
         companions = objective.companions().values()
         for companion in companions:
             companion.to(device)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), deepspeed_internals.compiling_at_first_call():
             warnings.simplefilter("ignore")  # deprecations inside DeepSpeed that a user can do nothing about
             self._engine, *_ = deepspeed.initialize(
                 model=objective.to(device),
