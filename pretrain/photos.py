@@ -229,7 +229,7 @@ def _pointing_at(dest: Path, folder: Path, listing: Listing, draft: Recipe) -> I
 
 @contextmanager
 def _alone(dest: Path) -> Iterator[None]:
-    """One process at a time packs; others wait for it. The lock goes at the end, as do new folders that stayed empty."""
+    """One process at a time packs; others wait for it. The lock goes at the end, as do new folders without content."""
     absent = [folder for folder in dest.parents if not folder.exists()]
     path = dest.parent / f".{dest.name}.lock"
     if (lock := _hold_named(path)) is None:

@@ -179,18 +179,26 @@ def walk(folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = fro
         prefix, above: of the folders that were walked through on the way here.
 
     Raises:
-        DataError: a link to a folder above it, or to nothing.
+        DataError: a link that leads in a circle or to nothing, or what cannot be read.
     """
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
     if here in above:
-        raise DataError(f"folder {folder} is a symbolic link to a folder above it; remove the link")
-    with os.scandir(folder) as found:
-        inside = sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda entry: entry.name)
+        link = next((path for path in (folder, *folder.parents) if path.is_symlink()), folder)
+        raise DataError(f"symbolic link {link} leads to a folder that it lies in; remove the link")
+    try:
+        with os.scandir(folder) as found:
+            inside = sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"folder {folder} cannot be read: {error.strerror}") from None
     for entry in inside:
-        if entry.is_dir():
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError as error:  # of a link to itself, or in a folder that may only be listed
+            raise DataError(f"{folder / entry.name} cannot be read: {error.strerror}; remove it") from None
+        if is_folder:
             yield from walk(folder / entry.name, f"{prefix}{entry.name}/", above | {here})
-        elif entry.is_file():
+        elif is_file:
             status = entry.stat()
             yield Entry(prefix + entry.name, status.st_size, status.st_mtime_ns)
         else:

@@ -73,7 +73,18 @@ def test_list_folder__follows_links_but_not_in_circles(touch: Touch) -> None:
     (source / "elk").symlink_to(touch("c.jpg", folder="elsewhere"), target_is_directory=True)
     assert listed(source).classes == ("cat", "dog", "elk")
     (source / "cat" / "up").symlink_to(source, target_is_directory=True)
-    with pytest.raises(DataError, match="is a symbolic link to a folder above it"):
+    with pytest.raises(DataError, match=r"symbolic link \S+/cat/up leads to a folder that it lies in; remove the link"):
+        listed(source)
+
+
+def test_list_folder__names_the_link_that_leads_above_the_source_or_to_itself(touch: Touch) -> None:
+    source = touch("a.jpg")
+    (source / "up").symlink_to(source.parent, target_is_directory=True)
+    with pytest.raises(DataError, match=rf"symbolic link {source}/up leads to a folder that it lies in"):
+        listed(source)
+    (source / "up").unlink()
+    (source / "self.jpg").symlink_to("self.jpg")
+    with pytest.raises(DataError, match=rf"{source}/self\.jpg cannot be read: Too many levels of symbolic links"):
         listed(source)
 
 
