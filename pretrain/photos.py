@@ -1,6 +1,6 @@
-"""A plain folder of photos as the data of a run: `pretrain run RECIPE data.root=PHOTOS/`.
+"""A plain folder of photos as data, of `pretrain run RECIPE data.root=PHOTOS/` and `evaluate RUN --data NAME=PHOTOS/`.
 
-The photos are packed into shards once, in the storage of the runs, and trained on from there; a later run on the same
+The photos are packed into shards once, in the storage of the runs, and read from there; a later command on the same
 files uses the same shards. What is changed, added or removed makes new shards beside the old ones, which the runs that
 began with them go on with.
 
@@ -43,7 +43,18 @@ from pretrain.screen import say
 if TYPE_CHECKING:
     from data_pipelines.packing.inputs import Listing
 
-__all__ = ["SHARDS", "drawn_splits", "foreseen_plan", "listed", "load", "packed_plan", "photo_folder"]
+__all__ = [
+    "SHARDS",
+    "drawn_splits",
+    "foreseen_plan",
+    "holds_photos",
+    "listed",
+    "load",
+    "packed",
+    "packed_plan",
+    "photo_folder",
+    "unfit_for_evaluation",
+]
 
 SHARDS = "shards"  # in the storage of the runs
 HELD_OUT = {"train": 0.9, "test": 0.1}
@@ -74,18 +85,24 @@ def photo_folder(recipe: str, overrides: Sequence[str] = ()) -> Path | None:
         RequestError: there is no such recipe.
     """
     root = data_root(recipe, overrides)
-    if root is None or not os.path.isdir(absolute(root)):
+    if root is None or not holds_photos(Path(absolute(root))):
         return None
-    folder = Path(absolute(root))
+    return Path(absolute(root))
+
+
+def holds_photos(folder: Path) -> bool:
+    """Whether there are photos in or below a folder that is none of shards."""
+    if not os.path.isdir(folder):
+        return False
     from data_pipelines.packing.inputs import FAMILIES, family_of
 
     if any(name.lower().endswith(FAMILIES["tars"]) or name == MANIFEST_NAME for name in os.listdir(folder)):
-        return None
+        return False
     for _, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not is_hidden(name)]
         if any(family_of(name) == "images" and not is_hidden(name) for name in files):
-            return folder
-    return None
+            return True
+    return False
 
 
 def packed_plan(recipe: str, overrides: Sequence[str], folder: Path, draft: Plan) -> Plan:
@@ -101,13 +118,40 @@ def packed_plan(recipe: str, overrides: Sequence[str], folder: Path, draft: Plan
     """
     storage = Path(draft.recipe.storage)
     listing = listed(folder, storage)
+    dest = packed(folder, storage, listing)
+    return load_plan(recipe, (*overrides, *_pointing_at(dest, folder, listing, draft.recipe)))
+
+
+def packed(folder: Path, storage: Path, listing: Listing) -> Path:
+    """Where the shards of the photos in `folder` are, which are packed if they are not yet.
+
+    Args:
+        folder: of photos.
+        storage: of the runs.
+        listing: what is to be packed, by `listed`.
+
+    Raises:
+        DataError, RunStopped: as `load`.
+    """
     dest = place_of(folder, storage, listing)
     if (dest / MANIFEST_NAME).exists():
         say(f"data: the shards of {folder} in {dest}, as nothing has changed since they were packed")
     else:
         with _alone(dest), stopped_by_signals(lambda: STOPPED):
             _pack(folder, dest, listing)
-    return load_plan(recipe, (*overrides, *_pointing_at(dest, folder, listing, draft.recipe)))
+    return dest
+
+
+def unfit_for_evaluation(listing: Listing, protocols: Sequence[str] = ()) -> str | None:
+    """Why photos cannot be evaluated on by these protocols, or, without any, by none; None if they can."""
+    others = [name for name in protocols if evaluations.protocol(name).label != "cls"]
+    if others:
+        return f"photos have no labels for {', '.join(others)}; pack them with their masks by `pretrain data pack`"
+    if listing.classes is None:
+        return "no folders of classes, which give the labels to evaluate with"
+    if not {"test", "val"} & drawn_splits(listing).keys():
+        return "too few photos to hold some out to test on"
+    return None
 
 
 def foreseen_plan(recipe: str, overrides: Sequence[str], folder: Path, draft: Plan) -> tuple[Plan, Listing, Path]:
@@ -133,8 +177,8 @@ def listed(folder: Path, storage: Path) -> Listing:
     from data_pipelines.packing.inputs import list_folder
 
     if storage.resolve().is_relative_to(folder.resolve()):
-        problem = f"lies inside data.root={folder}, and what runs write would be packed as photos"
-        raise RequestError(f"storage={storage}: {problem}; add storage=DIR of another place")
+        problem = f"lies among the photos of {folder}, and what runs write would be packed with them"
+        raise RequestError(f"storage={storage}: {problem}; name another place as the storage")
     return list_folder(folder, kind="images")
 
 

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -32,9 +32,12 @@ from pretrain.errors import (
     said_by_system,
     shortened,
 )
-from pretrain.record.run_dir import BACKBONE, find_run
+from pretrain.record.run_dir import find_run
 from pretrain.screen import escape_diagnostics, escaping_console, printable, say
 from pretrain.version import __version__
+
+if TYPE_CHECKING:
+    from data_pipelines.packing.inputs import Listing
 
 __all__ = ["cli", "main"]
 
@@ -111,8 +114,17 @@ def resume(parent: Parent, run_id: str, settings: tuple[str, ...], storage: str)
 @click.option("--data", metavar="NAME=DIRECTORY", multiple=True, help="Repeatable; default: the data of its recipe.")
 @_storage
 def evaluate(checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...], storage: str) -> None:
-    """Evaluate CHECKPOINT: a directory, runs:/ID[/step] or models:/NAME@ALIAS. Known results are not computed again."""
-    directories = _check_evaluation(checkpoint, protocols, data)
+    """Evaluate CHECKPOINT: a directory, runs:/ID[/step] or models:/NAME@ALIAS. Known results are not computed again.
+
+    DIRECTORY holds shards, or photos in a folder per class, which are packed into shards first, once.
+    """
+    root = Path(storage).absolute()
+    directories, photos = _check_evaluation(checkpoint, protocols, data, root)
+    for name, listing in photos.items():
+        from pretrain.photos import packed
+
+        with plain_warnings():
+            directories[name] = str(packed(Path(directories[name]), root, listing))
     from pretrain.evaluations import evaluate
 
     results = evaluate(checkpoint, protocols or None, directories or None, storage=storage)
@@ -256,33 +268,56 @@ def _save_traceback() -> str:
     return file.name
 
 
-def _check_evaluation(checkpoint: str, protocols: Sequence[str], data: Sequence[str]) -> dict[str, str]:
-    """Refuse what can be known to be wrong without loading anything; returns the data directories by name."""
-    from pretrain.config.checks import absolute, evaluation_data_problem, nearest_file
+def _check_evaluation(
+    checkpoint: str, protocols: Sequence[str], data: Sequence[str], storage: Path
+) -> tuple[dict[str, str], dict[str, Listing]]:
+    """Refuse what can be known to be wrong without loading anything.
 
-    mistakes = []
-    path = Path(checkpoint)
-    registered = ":/" in checkpoint or "@" in checkpoint
-    if not registered and not (path / BACKBONE).is_file():
-        why = f"no {BACKBONE} in it" if path.is_dir() else f"no such directory{nearest_file(path)}"
-        forms = "a checkpoint directory, runs:/ID[/step] or models:/NAME@ALIAS"
-        mistakes.append(f"checkpoint {checkpoint}: {why}; expected {forms}")
+    Returns:
+        The data directories by name, and of those with plain photos what is to be packed.
+    """
+    from data_pipelines.errors import DataError
+    from pretrain.checkpoints.references import locate
+    from pretrain.config.checks import absolute, evaluation_data_problem
+    from pretrain.photos import holds_photos, listed, unfit_for_evaluation
+
+    mistakes: list[str] = []
+    try:
+        if "://" not in checkpoint:  # another machine is asked when it is needed
+            locate(checkpoint, storage)
+    except RequestError as error:
+        mistakes += error.mistakes
+    known: Sequence[str] = protocols
     try:
         _check_protocols(protocols)
     except RequestError as error:
         mistakes += error.mistakes
-    directories = {}
+        known = ()
+    directories: dict[str, str] = {}
+    photos: dict[str, Listing] = {}
     for text in data:
         name, _, directory = text.partition("=")
         if not (name and directory):
             mistakes.append(f"--data {text}: expected NAME=DIRECTORY")
             continue
+        if name in directories:
+            mistakes.append(f"--data {text}: {name} is named twice; give each its own name")
+            continue
         directories[name] = absolute(directory)
-        if problem := evaluation_data_problem(directories[name]):
+        folder = Path(directories[name])
+        try:
+            if holds_photos(folder):
+                photos[name] = listed(folder, storage)
+                problem = unfit_for_evaluation(photos[name], known)
+            else:
+                problem = evaluation_data_problem(folder)
+        except (DataError, RequestError) as error:
+            problem = str(error)
+        if problem:
             mistakes.append(f"--data {text}: {problem}")
     if mistakes:
         raise RequestError(*mistakes)
-    return directories
+    return directories, photos
 
 
 def _check_protocols(names: Iterable[str]) -> None:

@@ -136,9 +136,10 @@ def evaluation_data_problem(directory: str | Path) -> str | None:
     patterns = ("train-*.tar", f"{held_out(folder)}-*.tar")
     absent = [pattern for pattern in patterns if not any(folder.glob(pattern))]
     if absent:
-        return (
-            f"no {' and no '.join(absent)} in it; evaluation data has shards train-*.tar and test-*.tar (or val-*.tar)"
-        )
+        wanted = "evaluation data has shards train-*.tar and test-*.tar (or val-*.tar)"
+        pack = f"pretrain data pack {folder} DEST --split train=0.9,test=0.1"
+        remedy = "" if any(folder.glob("*.tar")) else f"; photos become such by: {pack}"
+        return f"no {' and no '.join(absent)} in it; {wanted}{remedy}"
     try:
         check_source([folder / pattern for pattern in patterns])
     except DataError as error:

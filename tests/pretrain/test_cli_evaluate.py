@@ -1,4 +1,4 @@
-"""`pretrain evaluate` on the command line: the score, and that test samples which were trained on say little."""
+"""`pretrain evaluate` on the command line: what it takes, the score, and test samples that say little."""
 
 from __future__ import annotations
 
@@ -16,8 +16,71 @@ from pretrain.cli.main import main
 from tests.pretrain.conftest import write_manifest
 
 
+@pytest.fixture
+def checkpoint(tmp_path: Path, make_checkpoint: Callable[[Path, int], Path]) -> Path:
+    """Of a small backbone, the last one of `run-1` in the storage `runs`."""
+    where = make_checkpoint(tmp_path / "runs" / "run-1", 7)
+    options = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    backbone = create_backbone("vit_tiny_patch16_224", image_size=16, patch_size=8, options=options)
+    save_backbone(where / "backbone.safetensors", backbone.timm_state_dict(), backbone.spec)
+    write_manifest(where, 7, "run-1")
+    (where.parents[1] / "recipe.yaml").write_text("name: tiny\n")
+    return where
+
+
+def write_photos(folder: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{number}.png")
+
+
+def test_evaluate__a_folder_of_photos_is_packed_once(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was refused with a line about shards; a run takes the same folder."""
+    for name in ("ant", "bee"):
+        write_photos(tmp_path / "photos" / name, 30)
+    arguments = ["evaluate", "run-1", "--data", f"mine={tmp_path / 'photos'}", "--storage", str(tmp_path / "runs")]
+    assert main([*arguments, "--protocol", "knn"]) == 0
+    packing, packed, header, row = capsys.readouterr().out.splitlines()
+    assert packing.startswith("data: packing 60 photos") and "2 classes" in packed
+    assert header.split() == ["protocol", "data", "metric", "score", "time"] and row.split()[:3] == [
+        "knn",
+        "mine",
+        "top1",
+    ]
+    assert main([*arguments, "--protocol", "knn"]) == 0
+    found, _, row = capsys.readouterr().out.splitlines()
+    assert found.startswith("data: the shards of ") and row.endswith("known")
+
+
+def test_evaluate__photos_that_give_no_score_and_a_run_that_is_not_there(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that is wrong is said at once, and nothing is packed."""
+    write_photos(tmp_path / "flat", 4)
+    for name in ("ant", "bee"):
+        write_photos(tmp_path / "few" / name, 1)
+        write_photos(tmp_path / "many" / name, 30)
+    (tmp_path / "empty").mkdir()
+    data = [f"--data={name}={tmp_path / name}" for name in ("flat", "few", "many", "empty")]
+    arguments = ["evaluate", "runs:/run-2", "--protocol", "segmentation", "--storage", str(tmp_path / "runs")]
+    assert main([*arguments, *data[2:], "--data", "many=nowhere"]) == 2
+    run, masks, shards, twice = capsys.readouterr().err.splitlines()
+    assert run.startswith("error: no run 'run-2' in ") and "did you mean 'run-1'?" in run
+    assert "photos have no labels for segmentation" in masks and twice.endswith(
+        "many is named twice; give each its own name"
+    )
+    assert f"pretrain data pack {tmp_path / 'empty'} DEST --split train=0.9,test=0.1" in shards
+    assert main(["evaluate", str(checkpoint), *data[:2], "--storage", str(tmp_path / "runs")]) == 2
+    flat, few = capsys.readouterr().err.splitlines()
+    assert "no folders of classes" in flat and "too few photos to hold some out" in few
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["run-1"]
+
+
 def test_evaluate__warns_of_test_samples_that_are_in_train(
-    tmp_path: Path, make_checkpoint: Callable[[Path, int], Path], capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A folder with official splits, of which `val` has two pictures of `train`, from packing to the score."""
     rng = np.random.default_rng(0)
@@ -31,11 +94,6 @@ def test_evaluate__warns_of_test_samples_that_are_in_train(
         (tmp_path / "photos" / "val" / name).write_bytes((tmp_path / "photos" / "train" / name).read_bytes())
     with pytest.warns(UserWarning, match="2 samples of val have the content of some of train"):
         pack(tmp_path / "photos", tmp_path / "shards", workers=1)
-    checkpoint = make_checkpoint(tmp_path / "run", 7)
-    options = {"depth": 1, "embed_dim": 24, "num_heads": 2}
-    backbone = create_backbone("vit_tiny_patch16_224", image_size=16, patch_size=8, options=options)
-    save_backbone(checkpoint / "backbone.safetensors", backbone.timm_state_dict(), backbone.spec)
-    write_manifest(checkpoint, 7, "run")
     data = f"photos={tmp_path / 'shards'}"
     arguments = ["evaluate", str(checkpoint), "--protocol", "knn", "--data", data]
     for _ in range(2):  # also when the result is known

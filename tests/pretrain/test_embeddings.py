@@ -228,7 +228,7 @@ def test_embed__wrong_requests_are_one_line_and_leave_nothing(
     out, data = str(tmp_path / "out"), str(photos)
     before = sorted(tmp_path.iterdir())
     for arguments, said in (
-        (["nowhere", data, out], "checkpoint 'nowhere': no directory with a checkpoint.json in it"),
+        (["nowhere", data, out], "checkpoint nowhere: no such directory; expected a directory or URI"),
         ([where, "nothing", out], "DATA nothing: no such file or directory"),
         ([where, str(tmp_path / "empty"), out], f"{tmp_path / 'empty'}: no shards (.tar) and no photos (.jpg .jpeg"),
         ([where, data, str(tmp_path / "full")], f"{tmp_path / 'full'}: is not empty and holds no embedding; choose"),

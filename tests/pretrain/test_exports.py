@@ -196,7 +196,7 @@ def test_export__wrong_requests_are_one_line(
     )
     file = f"{checkpoint}/recipe.yaml"
     for arguments, said in (
-        (["nowhere", "--format", "timm", "a"], "error: checkpoint 'nowhere': no directory with a checkpoint.json"),
+        (["nowhere", "--format", "timm", "a"], "error: checkpoint nowhere: no such directory"),
         ([checkpoint, "--format", "keras", "a"], "error: Invalid value for '--format': 'keras' is not one of"),
         ([checkpoint, "a"], "error: Missing option '--format'"),
         ([checkpoint, "--format", "timm", f"{file}/a"], f"error: {file}/a: {file} is no folder; choose another"),

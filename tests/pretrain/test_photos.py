@@ -100,7 +100,7 @@ def test_run__wrong_settings_are_refused_before_anything_is_packed(
 
 def test_load__refuses_runs_among_the_photos(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(photos)
-    with pytest.raises(RequestError, match=r"lies inside data\.root=.*add storage=DIR"):
+    with pytest.raises(RequestError, match=r"lies among the photos of .*name another place"):
         load("mae_photos", ["data.root=."])
     assert sorted(path.name for path in photos.iterdir()) == ["cat", "dog"]
 

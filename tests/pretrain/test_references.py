@@ -258,8 +258,8 @@ def test_resolve__directories_and_runs(run_dir: Path) -> None:
         (f"runs:/{RUN_ID[:-1]}", f"did you mean '{RUN_ID}'"),
         ("runs:/../x", "expected runs:/RUN_ID"),
         ("runs:/x/first", "expected runs:/RUN_ID"),
-        ("no/such/directory", r"no directory with a checkpoint\.json in it"),
-        ("tiny", r"no directory with a checkpoint\.json in it; expected a directory or URI, NAME@ALIAS"),
+        ("no/such/directory", "checkpoint no/such/directory: no such directory; there is no directory "),
+        ("tiny", "checkpoint tiny: no such directory; expected a directory or URI, NAME@ALIAS"),
     ],
 )
 def test_resolve__mistakes(run_dir: Path, reference: str, says: str) -> None:
