@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 WARM_UP = 60  # steps that do not count: meanwhile the driver imports MLflow and makes its database, once per run
 
 
-def bare_steps(recipe_path: str) -> list[float]:
+def bare_steps(recipe_path: str, overrides: Sequence[str] = ()) -> list[float]:
     """Step times in seconds of a plain loop: forward, backward, clip, AdamW."""
     import torch
 
@@ -32,7 +33,7 @@ def bare_steps(recipe_path: str) -> list[float]:
     from pretrain.training.model import build_objective
     from pretrain.training.schedules import learning_rate
 
-    recipe = load_recipe(recipe_path)
+    recipe = load_recipe(recipe_path, overrides)
     torch.set_num_threads(1)
     torch.manual_seed(recipe.train.seed)
     objective = build_objective(recipe)

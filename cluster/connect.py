@@ -8,6 +8,11 @@ plug-in). So what it made of them is set as well, by three names that Ray does n
 `tests/cluster/test_connect.py` touches: `ray_constants.ENABLE_RAY_CLUSTER`, `Config.initialize` and
 `AuthenticationTokenLoader.reset_cache`. An instance that got another address all the same is taken down again.
 
+A private instance also does without three services that Ray starts for people who look after a cluster: the dashboard's
+server, which runs even when no dashboard is wanted, the autoscaler's monitor, and the one that sends what workers print
+to the driver, where they write into files of the run. They took 4 CPU-seconds of every start and some of every hour.
+Only methods of `Node`, which Ray does not document, start them; the same test looks for the processes.
+
 What is not here: placing workers (`cluster.workers`) and evaluation tasks (`cluster.tasks`).
 """
 
@@ -82,17 +87,18 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
         return
     with _private_settings():
         try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-                resources={EVALUATION_SLOT: float(evaluation_slots)},
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address=LOOPBACK,
-            )
+            with _without_services():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    num_gpus=num_gpus,
+                    resources={EVALUATION_SLOT: float(evaluation_slots)},
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _node_ip_address=LOOPBACK,
+                )
             if (found := ray.util.get_node_ip_address()) != LOOPBACK:
                 raise RuntimeError(f"Ray gave its private instance the address {found}, not {LOOPBACK}; it was ended")
             yield _described(LOOPBACK, private=True)
@@ -155,6 +161,21 @@ def _private_settings() -> Iterator[None]:
                 os.environ[name] = value
         ray_constants.ENABLE_RAY_CLUSTER = rewrites_addresses
         read_again()
+
+
+@contextmanager
+def _without_services() -> Iterator[None]:
+    """In this context a node that is started has none of the services that nobody asks here."""
+    from ray._private.node import Node
+
+    services = {name: getattr(Node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")}
+    for name in services:
+        setattr(Node, name, lambda node, **options: None)
+    try:
+        yield
+    finally:
+        for name, start in services.items():
+            setattr(Node, name, start)
 
 
 def is_alive(cluster: Cluster) -> bool:

@@ -61,6 +61,9 @@ def test_connect__a_private_instance_is_for_its_owner_alone_whoever_imported_ray
         json.loads(line) for line in done.stdout.splitlines() if line[:1] in '{["tf'
     )
     assert seen["listens on"] == ["127.0.0.1"] and seen["answer"] == "a worker"
+    for service in ("dashboard.py", "log_monitor.py", "monitor.py"):  # of the commands that start them
+        assert service not in seen["commands"], "a service that nobody asks here"
+    assert "raylet" in seen["commands"]
     assert len(seen["token"]) == 64 and seen["token"] not in seen["commands"]
     assert "oken" in guessed and guessed != "no token is needed"
     assert twice.startswith("this process is connected to Ray already") and "ray.shutdown()" in twice
