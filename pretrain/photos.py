@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from data_pipelines.errors import TooManyDamagedError
-from data_pipelines.hidden import is_hidden
 from data_pipelines.shards.manifest import MANIFEST_NAME
 from evaluation import registry as evaluations
 from pretrain.config.checks import absolute
@@ -94,15 +93,11 @@ def holds_photos(folder: Path) -> bool:
     """Whether there are photos in or below a folder that is none of shards."""
     if not os.path.isdir(folder):
         return False
-    from data_pipelines.packing.inputs import FAMILIES, family_of
+    from data_pipelines.packing.inputs import FAMILIES, holds
 
     if any(name.lower().endswith(FAMILIES["tars"]) or name == MANIFEST_NAME for name in os.listdir(folder)):
         return False
-    for _, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        if any(family_of(name) == "images" and not is_hidden(name) for name in files):
-            return True
-    return False
+    return holds(folder, "images")
 
 
 def packed_plan(recipe: str, overrides: Sequence[str], folder: Path, draft: Plan) -> Plan:

@@ -30,6 +30,7 @@ __all__ = [
     "Piece",
     "family_of",
     "field_of",
+    "holds",
     "list_folder",
     "natural_order",
     "suffix_of",
@@ -153,6 +154,19 @@ def family_of(path: str) -> str | None:
     """The first family with this suffix; `.npy`, `.npz` and `.txt` count as points here."""
     suffix = suffix_of(path)
     return next((family for family, suffixes in FAMILIES.items() if suffix in suffixes), None)
+
+
+def holds(folder: Path, *families: str) -> bool:
+    """Whether a file of one of the families lies below a folder. What `walk` refuses is passed over."""
+    seen = set[str]()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        if any(family_of(name) in families and not is_hidden(name) for name in files):
+            return True
+        seen.add(os.path.realpath(here))
+        folders[:] = [
+            name for name in folders if not is_hidden(name) and os.path.realpath(os.path.join(here, name)) not in seen
+        ]
+    return False
 
 
 def field_of(family: str, paths: Iterator[str]) -> str:

@@ -161,7 +161,7 @@ def _folders_in(folder: Path) -> list[str]:
     if not os.access(folder, os.R_OK | os.X_OK):
         return []
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+        return sorted(entry.name for entry in entries if os.path.isdir(entry) and not is_hidden(entry.name))
 
 
 def _listed(names: Sequence[str]) -> str:

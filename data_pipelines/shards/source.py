@@ -365,7 +365,7 @@ def _nearest(path: str) -> str:
         names = sorted(
             entry.name
             for entry in entries
-            if not is_hidden(entry.name) and (entry.name.endswith(SHARD_SUFFIX) or entry.is_dir())
+            if not is_hidden(entry.name) and (entry.name.endswith(SHARD_SUFFIX) or os.path.isdir(entry))
         )
     return suggest(name, names, cutoff=0.5) or f"; {folder} has {len(names)} other shards or folders"
 

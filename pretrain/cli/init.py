@@ -97,14 +97,15 @@ def init(
     """
     from backbones.images.config import ImageConfig
     from objectives.registry import config_class
-    from pretrain.config.checks import absolute, nearest_file
+    from pretrain.config.checks import absolute, data_folder_problem
+    from pretrain.config.layers import forbidden_reference
     from pretrain.config.load import recipe_content, recipe_names
 
     if not hours < _MOST_HOURS:  # also what is no number
         raise RequestError(f"--hours {hours}: expected a number above 0 and below {_MOST_HOURS}")
     folder = Path(absolute(data))
-    if not os.path.isdir(folder):
-        raise RequestError(f"DATA {data}: no such directory{nearest_file(folder)}")
+    if problem := forbidden_reference(str(folder)) or data_folder_problem(folder):
+        raise RequestError(f"DATA {data}: {problem}")
     known = [known.removesuffix("_photos") for known in recipe_names() if known.endswith("_photos")]
     if objective not in known:
         from pretrain.errors import nearest

@@ -19,6 +19,7 @@ from backbones.images.config import ImageConfig
 from backbones.images.timm_names import model_names
 from data_pipelines.errors import DataError
 from data_pipelines.files import expanded
+from data_pipelines.shards.manifest import MANIFEST_NAME
 from data_pipelines.shards.source import check_source
 from data_pipelines.split_names import held_out
 from data_pipelines.storage.locations import redact, scheme_of
@@ -28,7 +29,7 @@ from pretrain.config.optimizer_facts import WHOLE_PARAMETER
 from pretrain.config.schema import DataConfig, EvaluationConfig, Recipe, TrainConfig
 from pretrain.errors import nearest
 
-__all__ = ["absolute_reference", "evaluation_data_problem", "nearest_file", "resolve"]
+__all__ = ["absolute_reference", "data_folder_problem", "evaluation_data_problem", "nearest_file", "resolve"]
 
 _PACKAGE = Path(__file__).parents[1]
 _TRACKERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",)}  # and what writes for them
@@ -59,6 +60,8 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
         mistakes: receives the mistakes; the result is only meaningful when it stays empty.
         check_files: also look whether the data is there.
     """
+    if check_files:
+        _check_root(draft, mistakes)
     draft = _counted_in_steps(draft, mistakes, check_files=check_files)
     _check_names(draft, mistakes)
     if isinstance(draft.backbone, ImageConfig):  # of another kind, its own constructor knows what is right
@@ -128,6 +131,18 @@ def nearest_file(path: Path) -> str:
     return f"; did you mean '{folder / close[0]}'?" if close else ""
 
 
+def data_folder_problem(folder: Path) -> str | None:
+    """Why there is nothing to train on; None when photos or shards lie somewhere below the folder."""
+    if not os.path.isdir(folder):  # unlike `Path.is_dir`, also of names that no file can have
+        wanted = "is a file; expected the folder of photos or shards"
+        return wanted if os.path.exists(folder) else f"no such directory{nearest_file(folder)}"
+    from data_pipelines.packing.inputs import FAMILIES, holds
+
+    if (folder / MANIFEST_NAME).exists() or holds(folder, "images", "tars"):  # whoever opens shards says which are gone
+        return None
+    return f"no shards (.tar) and no photos ({' '.join(FAMILIES['images'])}) in it"
+
+
 def evaluation_data_problem(directory: str | Path) -> str | None:
     """What is wrong with a directory of evaluation data; None when it holds both splits."""
     folder = Path(directory)
@@ -145,6 +160,23 @@ def evaluation_data_problem(directory: str | Path) -> str | None:
     except DataError as error:
         return str(error)
     return None
+
+
+def _check_root(draft: Recipe, mistakes: Mistakes) -> None:
+    """A root without anything to train on is one mistake, not one for every path that begins with it."""
+    keys = ["data.train", *(f"data.mixture[{index}].shards" for index in range(len(draft.data.mixture)))]
+    below = [key for key in keys if str(mistakes.written(key)).startswith("${data.root}/")]
+    root = absolute(draft.data.root) if mistakes.sound("data.root", *below) else None
+    is_place = root is not None and "://" not in root and scheme_of(root) != "pipe"
+    is_pattern = is_place and not os.path.exists(root) and any(letter in root for letter in "*?[{")
+    if not below or not is_place or is_pattern or (problem := data_folder_problem(Path(root))) is None:
+        return
+    mistakes.add("data.root", draft.data.root, problem)
+    for key in below:
+        mistakes.distrust(key)
+    for name, directory in draft.evaluation.data.items():
+        if Path(absolute(directory)).is_relative_to(root):
+            mistakes.distrust(f"evaluation.data.{name}")
 
 
 def _counted_in_steps(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:

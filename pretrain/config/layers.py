@@ -25,7 +25,7 @@ from pretrain.config.schema import REQUIRED, Recipe
 from pretrain.config.values import Typed
 from pretrain.errors import nearest
 
-__all__ = ["resolved"]
+__all__ = ["forbidden_reference", "resolved"]
 
 # What settings are called elsewhere, by the last part of a key that is not one of ours.
 HABITS = {
@@ -195,7 +195,7 @@ class _Layers:
         """The merged recipe. Where a mistake was found it holds a stand-in; `Mistakes.sound` tells."""
         self._settle_epochs()
         self._check_required(origin, how_to_set)
-        self._check_references()
+        self._check_references(how_to_set)
         for key, setting in self._concrete_settings():
             if self._mistakes.sound(key):
                 value = _plain(self._cfg, key)
@@ -264,7 +264,7 @@ class _Layers:
             return
         refers = any("${" in text for text in _texts(value))
         whole = template(key) == setting.key
-        if problem := _forbidden_reference(value):
+        if problem := forbidden_reference(value):
             self._mistakes.add(key, value, problem, origin=origin)
         elif not self._fits(key, setting, value, checked=whole and not refers and value != REQUIRED):
             expected = setting.expectation if whole else f"{setting.key} to be {setting.expectation}"
@@ -323,14 +323,29 @@ class _Layers:
             if self._mistakes.sound(key) and OmegaConf.is_missing(holder, name):
                 self._mistakes.add_missing(key, origin, f"{how_to_set} {key}={setting.metavar}")
 
-    def _check_references(self) -> None:
+    def _check_references(self, how_to_set: str) -> None:
         for key, written in self._references.items():
             try:
-                _plain(self._cfg, key)
+                if (absent := self._null_inside(written)) is not None:
+                    if not self._mistakes.is_wrong(absent):
+                        remedy = f"{how_to_set} {absent}={self._settings[absent].metavar}"
+                        self._mistakes.add_missing(absent, self._mistakes.origin(absent), remedy)
+                    self._mistakes.distrust(key)
+                else:
+                    _plain(self._cfg, key)
             except InterpolationToMissingValueError:
                 self._mistakes.distrust(key)  # the missing setting is reported itself
             except OmegaConfBaseException:
                 self._mistakes.add(key, written, self._reference_problem(key, written))
+
+    def _null_inside(self, written: Any) -> str | None:
+        """The setting that is null, though a text wants to have it as a part, or a mapping as a value."""
+        for text in _texts(written):
+            for name in _INSIDE_REFERENCE.findall(text):
+                is_part = text != f"${{{name}}}" or not isinstance(written, str)
+                if is_part and name in self._settings and OmegaConf.select(self._cfg, name) is None:
+                    return name
+        return None
 
     def _reference_problem(self, key: str, written: Any) -> str:
         for name in _INSIDE_REFERENCE.findall(" ".join(_texts(written))):
@@ -375,9 +390,10 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(below)
 
 
-def _forbidden_reference(value: Any) -> str | None:
-    """Why a reference is refused: resolvers such as oc.env would put one machine's secrets into shared records."""
+def forbidden_reference(value: Any) -> str | None:
+    """Why a text with `${` is refused: resolvers such as oc.env would put one machine's secrets into shared records."""
     for text in _texts(value):
         if "${" in _REFERENCE.sub("", text):
-            return "only references to other settings such as ${data.root} are allowed"
+            allowed = "only references to other settings such as ${data.root} are allowed"
+            return f"{allowed}; what has ${{ in its own name has to be renamed, or reached through a link"
     return None

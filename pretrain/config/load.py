@@ -135,7 +135,7 @@ def data_root(name_or_path: str | Path, overrides: Sequence[str] = ()) -> str | 
     if not isinstance(data, Mapping) or "${data.root}" not in str(data) or given.keys() & {"data.train", "data"}:
         return None
     root = given.get("data.root", data.get("root"))
-    return root if isinstance(root, str) and root != REQUIRED and "${" not in root else None
+    return root if isinstance(root, str) and root not in ("", "null", REQUIRED) and "${" not in root else None
 
 
 def in_storage(path: str, recorded: str, storage: str) -> str:

@@ -72,6 +72,10 @@ class Mistakes:
             key = key.rpartition("[" if key.endswith("]") else ".")[0]
         return "default"
 
+    def written(self, key: str) -> Any:
+        """What the layer that set exactly `key` last has written, references and all; None when no layer did."""
+        return self._given[key][2] if key in self._given else None
+
     def is_typed(self, key: str) -> bool:
         """True when the command line set exactly `key`."""
         return key in self._given and self._given[key][1] == COMMAND_LINE

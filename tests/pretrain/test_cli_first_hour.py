@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,34 @@ def test_init__wrong_requests_leave_nothing(
     before = files(tmp_path)
     assert main(["init", *arguments]) == 2
     assert said in capsys.readouterr().err
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("my photos/cat/0.jpg", "is a file; expected the folder of photos or shards"),
+        ("my photo", "no such directory; did you mean '{}/my photos'?"),
+        ("texts", "no shards (.tar) and no photos (.jpg .jpeg .png .webp) in it"),
+        (
+            "${y}",
+            "only references to other settings such as ${data.root} are allowed; what has ${ in its own name has ",
+        ),
+    ],
+)
+def test_init_and_run__say_the_same_of_data_that_are_none(
+    photos: Path, tmp_path: Path, folder: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts" / "more").mkdir(parents=True)
+    (tmp_path / "texts" / "more" / "around").symlink_to("..")
+    (tmp_path / "texts" / "self").symlink_to("self")
+    shutil.copytree(photos / "cat", tmp_path / "${y}")
+    before = files(tmp_path)
+    assert main(["init", folder]) == main(["run", "mae_photos", f"data.root={folder}"]) == 2
+    of_init, of_run = capsys.readouterr().err.splitlines()
+    said = said.replace("{}", str(tmp_path))
+    assert of_init.startswith(f"error: DATA {folder}: {said}")
+    assert of_run.startswith(f"error: command line: data.root={folder}: {said}")
     assert files(tmp_path) == before
 
 

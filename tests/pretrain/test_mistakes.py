@@ -288,6 +288,22 @@ def test_load_recipe__mandatory_setting_says_how_to_give_it() -> None:
     )
 
 
+def test_load_recipe__null_inside_a_text_is_a_setting_that_is_missing(recipe: Path) -> None:
+    required = "command line: data.root is required: pretrain run mae_cifar10 data.root=DIR"
+    assert mistakes("mae_cifar10", "data.root=") == (required,)
+    (line,) = mistakes(recipe, "data.train=${data.root}/train-*.tar")
+    assert line.endswith(f"data.root is required: pretrain run {recipe} data.root=DIR")
+    assert load_recipe(recipe, ["tracking.model_name=${init_from}"]).tracking.model_name == "mine"  # null, and may be
+
+
+def test_load_recipe__a_root_without_data_hides_no_other_mistake(recipe: Path) -> None:
+    root, other = mistakes("mae_cifar10", "data.root=shard", "train.epochs=3", "train.zero_stage=7")[::-1]
+    assert root == f"command line: data.root=shard: no such directory; did you mean '{recipe.parent}/shards'?"
+    assert other.startswith("command line: train.zero_stage=7")
+    line, _ = mistakes("mae_cifar10", "data.root=s{hard,hart}")  # a pattern, so not a folder that is not there
+    assert line.startswith("recipe mae_cifar10.yaml: data.train=s{hard,hart}/train-*.tar: no .tar shard matches")
+
+
 def test_load_recipe__everything_mandatory_is_listed(tmp_path: Path) -> None:
     empty = tmp_path / "empty.yaml"
     empty.write_text("description: nothing yet\n")
