@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from data_pipelines.storage.locations import redact, redacted
 from pretrain.checkpoints import copies, store
 from pretrain.checkpoints.initialization import checked_plan
 from pretrain.config.load import load_for_resume
-from pretrain.config.schema import Recipe
+from pretrain.config.schema import EvaluationTask, Recipe
 from pretrain.config.stages import Plan, plan_yaml
 from pretrain.errors import RequestError, RunFailed, RunStopped, said_by_system
 from pretrain.evaluations import due, evaluate_task, retention
@@ -49,8 +49,9 @@ from pretrain.record.lock import hold, holder
 from pretrain.record.run_dir import RunDir, find_run, resume_command, stopped_line
 from pretrain.reporting.progress import shown_while
 from pretrain.reporting.summary import print_summary
-from pretrain.reporting.terminal import Terminal
+from pretrain.reporting.terminal import Terminal, finished_line
 from pretrain.screen import say
+from pretrain.training.schedules import schedules_line
 
 if TYPE_CHECKING:
     from cluster.connect import Cluster
@@ -167,18 +168,6 @@ def train_worker(settings: dict[str, Any]) -> None:
         raise
 
 
-def schedules_line(before: Recipe, now: Recipe) -> str:
-    """What becomes of the learning rate of a run that gets more steps."""
-    from pretrain.training.schedules import learning_rate
-
-    old, new = before.train.steps, now.train.steps
-    rates = learning_rate(before).at(old - 1), learning_rate(now).at(min(old, new - 1))
-    return (
-        f"train.steps {old} -> {new}: schedules are those of a run of {new} steps, so the learning rate is "
-        f"{rates[1]:.1e} at step {old + 1}, where it ended at {rates[0]:.1e}"
-    )
-
-
 class _Driver:
     def __init__(self, plan: Plan, run_dir: RunDir, launched: float, size: str = "") -> None:
         self.plan, self.run_dir, self.launched = plan, run_dir, launched
@@ -208,13 +197,20 @@ class _Driver:
             status: Status | None = None
             self._mirrors = self._open_mirrors()
             try:
-                self.terminal.wait_for(self._place())
-                with self._cluster() as cluster:
-                    listen_again()  # Ray has put its own handler in place of ours
-                    gpus = self._gpus_per_worker(cluster)
+                self._follow(show=False)  # a resumed run: what happened before
+                if self._is_trained() and not self._due():
+                    self.terminal.say(finished_line(self.plan, resume_command(self.run_dir)))
+                    self._write_recipe()
+                    self._prune()
                     tracker.start()
-                    status = "KILLED"
-                    self._train_and_evaluate(cluster, gpus)
+                else:
+                    self.terminal.wait_for(self._place())
+                    with self._cluster() as cluster:
+                        listen_again()  # Ray has put its own handler in place of ours
+                        gpus = self._gpus_per_worker(cluster)
+                        tracker.start()
+                        status = "KILLED"
+                        self._train_and_evaluate(cluster, gpus)
                 status = "FINISHED"
             except RunFailed:
                 status = "FAILED"
@@ -277,7 +273,7 @@ class _Driver:
                 cluster, train_worker, arguments, group, progress=self._newest_step, restarting=self._say_restart
             )
         )
-        self._follow(queue, show=False)  # a resumed run: what happened before
+        self._queue_evaluations(queue)
         if not self._is_trained():
             self.terminal.wait_for(f"starting workers: {self.recipe.train.workers}")
             training.start()
@@ -292,7 +288,8 @@ class _Driver:
                     self._record_failure(died)
                     raise died
             is_training = training.is_alive()  # asked first: the events are read once more after its end
-            self._follow(queue)
+            if self._follow():
+                self._queue_evaluations(queue)
             self._collect(queue)
             time.sleep(POLL_S)
             self._is_training = self._is_training and is_training
@@ -308,8 +305,8 @@ class _Driver:
             self._record_failure(training.error)
             raise RunFailed(f"training failed: {_last_line(training.error)}", self.run_dir.logs)
 
-    def _follow(self, queue: TaskQueue, *, show: bool = True) -> None:
-        """React to what the workers have written since the last call."""
+    def _follow(self, *, show: bool = True) -> bool:
+        """Read what the workers have written since the last call; returns whether checkpoints are among it."""
         new, self._offset = read_events(self.run_dir.journal, self._offset)
         self.events += new
         self._mirrors.show(new)
@@ -318,19 +315,22 @@ class _Driver:
             if isinstance(event, Start):
                 self._is_training = True
                 self._write_recipe()
-        if any(isinstance(event, CheckpointPublished) for event in new) or not show:
-            self._queue_evaluations(queue)
-            self._prune(queue)
+        return any(isinstance(event, CheckpointPublished) for event in new)
+
+    def _due(self) -> list[tuple[store.Published, EvaluationTask]]:
+        """The checkpoints that are to be evaluated by now, each with its task."""
+        done = {(event.step, event.protocol, event.data) for event in self.scores}
+        found = {checkpoint.step: checkpoint for checkpoint in store.published(self.run_dir.path)}
+        return [(found[step], task) for step, task in due(self.plan, found, done)]
 
     def _queue_evaluations(self, queue: TaskQueue) -> None:
         """What is due by now; the queue accepts a label once."""
-        done = {(event.step, event.protocol, event.data) for event in self.scores}
-        found = {checkpoint.step: checkpoint for checkpoint in store.published(self.run_dir.path)}
-        for step, task in due(self.plan, found, done):
-            label = (step, task.protocol, task.data)
+        for checkpoint, task in self._due():
+            label = (checkpoint.step, task.protocol, task.data)
             directory = self.recipe.evaluation.data[task.data]
             where = (directory, self.recipe.storage, self._evaluation_device)
-            queue.submit(label, evaluate_task, found[step].location, step, task, *where)
+            queue.submit(label, evaluate_task, checkpoint.location, checkpoint.step, task, *where)
+        self._prune(queue.pending)
 
     def _collect(self, queue: TaskQueue) -> None:
         """Write down the evaluations that have ended; a failed one is recorded and stops nothing."""
@@ -345,12 +345,12 @@ class _Driver:
             with Journal(self.run_dir.evaluations) as journal:
                 journal.write(event)
             self.terminal.show(event)
-            self._prune(queue)
+            self._prune(queue.pending)
 
-    def _prune(self, queue: TaskQueue) -> None:
+    def _prune(self, pending: Iterable[tuple[int, str, str]] = ()) -> None:
         """Remove training states that nobody resumes from; those without a score yet may still turn out to be best."""
         steps = [found.step for found in store.published(self.run_dir.path)]
-        kept = retention(self.recipe, steps, self.scores) | {label[0] for label in queue.pending}
+        kept = retention(self.recipe, steps, self.scores) | {step for step, _, _ in pending}
         store.prune(self.run_dir.path, keep_last=self.recipe.train.keep_last, pinned=kept)
 
     def _newest_step(self) -> int:

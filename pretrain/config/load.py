@@ -63,9 +63,9 @@ __all__ = [
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
 # What a resume may change: how and where the work is done, and for how long; never what is learned.
+_LENGTH = ("train.steps", "train.epochs")  # fixed in a run of stages
 _RESUMABLE = (
-    "train.steps",
-    "train.epochs",
+    *_LENGTH,
     "train.workers",
     "train.micro_batch_size",
     "train.accumulation",
@@ -249,22 +249,24 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
     Raises:
         RequestError: a setting may not change any more, or the result does not work out.
     """
+    content = _read_yaml(path)
+    may_change = [key for key in _RESUMABLE if key not in _LENGTH or not content.get("stages")]
     pairs = dict(text.partition("=")[::2] for text in overrides)
     forbidden = [key for key in pairs if not _RESUMABLE_KEYS.fullmatch(key)]
     if forbidden:
         mistakes = [
-            f"{shown(key)}={shown(pairs[key])}: fixed when the run began{nearest(key, _RESUMABLE)}" for key in forbidden
+            f"{shown(key)}={shown(pairs[key])}: fixed when the run began{nearest(key, may_change)}" for key in forbidden
         ]
         sections: dict[str, list[str]] = {}
-        for key in _RESUMABLE:
+        for key in may_change:
             section, _, name = key.partition(".")
             sections.setdefault(section, []).append(name)
         allowed = "; ".join(f"{section}: {', '.join(names)}" for section, names in sections.items())
         raise RequestError(*mistakes, f"a resume may change {allowed}")
-    content = _read_yaml(path)
-    is_longer = bool(pairs.keys() & {"train.steps", "train.epochs"})
+    is_longer = bool(pairs.keys() & set(_LENGTH))
     if is_longer and content.get("stages"):
-        raise RequestError("train.steps: fixed in a run of stages; a new run can begin with its weights (init_from)")
+        said = ", ".join(f"{key}={shown(pairs[key])}" for key in _LENGTH if key in pairs)
+        raise RequestError(f"{said}: fixed in a run of stages; a new run can begin with its weights (init_from)")
     open_keys = {"train.micro_batch_size", "train.accumulation"} - set(pairs)
     derived = [f"{key}=null" for key in open_keys] if len(open_keys) == 1 else []
     if "train.workers" in pairs and _is_written_by_a_run(content):

@@ -255,6 +255,14 @@ def initialized_line(event: Initialized) -> str:
     return f"{'; '.join(parts)}; step 0 is evaluated with these weights"
 
 
+def finished_line(plan: Plan, resume: str) -> str:
+    """That a run has nothing left to do, and what trains on; `resume` is the command that goes on with it."""
+    done = f"all {plan.total_steps} steps are trained, and no evaluation is missing"
+    if plan.stages[0].name:
+        return f"{done}; the steps of its stages are fixed, a new run can begin with its weights (init_from)"
+    return f"{done}; to train on: {resume} train.steps=MORE"
+
+
 def duration(seconds: float) -> str:
     """`75` -> `1:15`."""
     return (

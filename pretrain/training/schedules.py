@@ -8,7 +8,7 @@ from __future__ import annotations
 from objectives.schedules import Schedule
 from pretrain.config.schema import Recipe
 
-__all__ = ["learning_rate", "weight_decay"]
+__all__ = ["learning_rate", "schedules_line", "weight_decay"]
 
 
 def learning_rate(recipe: Recipe) -> Schedule:
@@ -21,3 +21,13 @@ def weight_decay(recipe: Recipe) -> Schedule:
     """Weight decay of each step: constant, or half a cosine to `optimizer.weight_decay_end`."""
     start, end = recipe.optimizer.weight_decay, recipe.optimizer.weight_decay_end
     return Schedule(start, start if end is None else end, recipe.train.steps)
+
+
+def schedules_line(before: Recipe, now: Recipe) -> str:
+    """What becomes of the learning rate of a run that gets more steps."""
+    old, new = before.train.steps, now.train.steps
+    rates = learning_rate(before).at(old - 1), learning_rate(now).at(min(old, new - 1))
+    return (
+        f"train.steps {old} -> {new}: schedules are those of a run of {new} steps, so the learning rate is "
+        f"{rates[1]:.1e} at step {old + 1}, where it ended at {rates[0]:.1e}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 from pretrain import driver
 from pretrain.cli.main import main
 from pretrain.config import checks, load
-from pretrain.config.load import load_recipe, to_yaml
+from pretrain.config.load import load_plan, load_recipe, to_yaml
 from pretrain.config.schema import Recipe
+from pretrain.config.stages import plan_yaml
 from pretrain.errors import RequestError
-from pretrain.record.events import Start
+from pretrain.evaluations import due
+from pretrain.record.events import Evaluated, Metrics, Start
 from pretrain.record.journal import Journal
 from pretrain.record.run_dir import RunDir
 
@@ -67,6 +70,62 @@ def test_resume__a_recipe_that_lacks_a_setting_is_named(
     assert f"error: recipe {run_dir.recipe}: train.zero_stage is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("is_staged", [False, True])
+def test_resume__of_a_finished_run_says_so_and_starts_no_ray(
+    is_staged: bool,
+    run_dir: RunDir,
+    make_checkpoint: Callable[[Path, int], Path],
+    mlflow_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class RayWasStarted(Exception):
+        pass
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise RayWasStarted
+
+    monkeypatch.setattr("cluster.connect.connect", refuse)
+    stages = "stages=[{name: a, train: {steps: 100}}, {name: b, train: {steps: 200}}]"
+    settings = ["train.checkpoint_every=300", stages if is_staged else "train.steps=300"]
+    plan = load_plan("demo", [f"storage={run_dir.path.parent}", *settings])
+    run_dir.recipe.write_text(plan_yaml(plan))
+    steps = (0, 100, 300) if is_staged else (0, 300)
+    for step in steps:
+        make_checkpoint(run_dir.path, step)
+    with Journal(run_dir.journal) as journal:
+        journal.write(Metrics(step=300, values={"loss": 1.0, "samples_per_s": 100.0}))
+    storage = ["--storage", str(run_dir.path.parent)]
+    with pytest.raises(RayWasStarted):  # evaluations are missing
+        driver.resume("demo-1", run_dir.path.parent)
+
+    with Journal(run_dir.evaluations) as journal:
+        for step, task in due(plan, steps, ()):
+            score = Evaluated(
+                step=step,
+                protocol=task.protocol,
+                data=task.data,
+                metrics={"top1": 0.5},
+                key="k",
+                seconds=1.0,
+                cached=False,
+            )
+            journal.write(score)
+    capsys.readouterr()
+    code, (said, problem) = main(["resume", "demo-1", *storage]), capsys.readouterr()
+    assert code == 0, problem
+    trains_on = (
+        "the steps of its stages are fixed"
+        if is_staged
+        else f"pretrain resume demo-1 {' '.join(storage)} train.steps=MORE"
+    )
+    assert "all 300 steps are trained, and no evaluation is missing; " in said and trains_on in said
+    assert "starting Ray" not in said and "1.0000 (step 300)" in said  # the closing table
+    if not is_staged:
+        with pytest.raises(RayWasStarted):
+            driver.resume("demo-1", run_dir.path.parent, ["train.steps=400"])
+
+
 def test_only_driver__a_run_is_driven_by_one_process(run_dir: RunDir) -> None:
     with (
         driver._only_driver(run_dir),
@@ -93,6 +152,5 @@ def test_resume__settings_are_kept_once_their_training_has_begun(run_dir: RunDir
     driving._mirrors = driving._open_mirrors()
     with Journal(run_dir.journal) as journal:
         journal.write(Start(step=0, total_steps=100_000, world_size=2, device="cpu"))
-    queue: Any = object()
-    driving._follow(queue)
+    driving._follow()
     assert load.load_for_resume(run_dir.recipe, ()).total_steps == 100_000

@@ -101,7 +101,8 @@ def test_run__an_error_as_select_moves_best_pins_and_is_shown_with_its_unit(
             path = make_checkpoint(run.path, step)
             journal.write(CheckpointPublished(step=step, path=run.relative(path)))
     queue: Any = Queue()
-    driver._follow(queue)
+    assert driver._follow()
+    driver._queue_evaluations(queue)
     for status in ("KILLED", "FINISHED"):  # checkpoints first, then scores: the one that is best last arrives first
         tracker = driver._tracker()
         tracker.start()

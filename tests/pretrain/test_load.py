@@ -275,5 +275,8 @@ def test_load_for_resume__a_run_may_become_longer_and_not_shorter(minimal: str, 
 def test_load_for_resume__steps_of_stages_are_fixed(minimal: str, tmp_path: Path) -> None:
     written = _written_by_a_run(minimal, tmp_path)
     written.write_text(written.read_text() + "stages:\n  - {name: a}\n  - {name: b}\n")
-    with pytest.raises(RequestError, match=r"train\.steps: fixed in a run of stages"):
+    with pytest.raises(RequestError, match=r"train\.steps=1000000: fixed in a run of stages"):
         load_for_resume(written, ("train.steps=1000000",))
+    with pytest.raises(RequestError) as caught:  # nor is it named among what may be changed
+        load_for_resume(written, ("train.step=7",))
+    assert "train: workers, micro_batch_size, " in str(caught.value) and "train.steps" not in str(caught.value)
