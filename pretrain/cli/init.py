@@ -98,13 +98,13 @@ def init(
     from backbones.images.config import ImageConfig
     from objectives.registry import config_class
     from pretrain.config.checks import absolute, data_folder_problem
-    from pretrain.config.layers import forbidden_reference
+    from pretrain.config.layers import REFERENCE_IN_A_NAME
     from pretrain.config.load import recipe_content, recipe_names
 
     if not hours < _MOST_HOURS:  # also what is no number
         raise RequestError(f"--hours {hours}: expected a number above 0 and below {_MOST_HOURS}")
     folder = Path(absolute(data))
-    if problem := forbidden_reference(str(folder)) or data_folder_problem(folder):
+    if problem := REFERENCE_IN_A_NAME if "${" in str(folder) else data_folder_problem(folder):
         raise RequestError(f"DATA {data}: {problem}")
     known = [known.removesuffix("_photos") for known in recipe_names() if known.endswith("_photos")]
     if objective not in known:

@@ -25,7 +25,7 @@ from pretrain.config.schema import REQUIRED, Recipe
 from pretrain.config.values import Typed
 from pretrain.errors import nearest
 
-__all__ = ["forbidden_reference", "resolved"]
+__all__ = ["REFERENCE_IN_A_NAME", "resolved"]
 
 # What settings are called elsewhere, by the last part of a key that is not one of ours.
 HABITS = {
@@ -55,6 +55,7 @@ IN_EPOCHS = {
     "train.checkpoint_every_epochs": "train.checkpoint_every",
     "optimizer.warmup_epochs": "optimizer.warmup_steps",
 }
+REFERENCE_IN_A_NAME = "what has ${ in its own name has to be renamed, or reached through a link"
 _INSIDE_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\}")
 
@@ -264,7 +265,7 @@ class _Layers:
             return
         refers = any("${" in text for text in _texts(value))
         whole = template(key) == setting.key
-        if problem := forbidden_reference(value):
+        if problem := _forbidden_reference(value):
             self._mistakes.add(key, value, problem, origin=origin)
         elif not self._fits(key, setting, value, checked=whole and not refers and value != REQUIRED):
             expected = setting.expectation if whole else f"{setting.key} to be {setting.expectation}"
@@ -324,7 +325,8 @@ class _Layers:
                 self._mistakes.add_missing(key, origin, f"{how_to_set} {key}={setting.metavar}")
 
     def _check_references(self, how_to_set: str) -> None:
-        for key, written in self._references.items():
+        # A reference that leads to a wrong one is no mistake of its own.
+        for key, written in sorted(self._references.items(), key=lambda item: not self._unknown_inside(item[1])):
             try:
                 if (absent := self._null_inside(written)) is not None:
                     if not self._mistakes.is_wrong(absent):
@@ -336,21 +338,28 @@ class _Layers:
             except InterpolationToMissingValueError:
                 self._mistakes.distrust(key)  # the missing setting is reported itself
             except OmegaConfBaseException:
-                self._mistakes.add(key, written, self._reference_problem(key, written))
+                if any(self._mistakes.is_wrong(name) for name in _named_inside(written)):
+                    self._mistakes.distrust(key)
+                else:
+                    self._mistakes.add(key, written, self._reference_problem(key, written))
 
     def _null_inside(self, written: Any) -> str | None:
         """The setting that is null, though a text wants to have it as a part, or a mapping as a value."""
         for text in _texts(written):
-            for name in _INSIDE_REFERENCE.findall(text):
+            for name in _named_inside(text):
                 is_part = text != f"${{{name}}}" or not isinstance(written, str)
                 if is_part and name in self._settings and OmegaConf.select(self._cfg, name) is None:
                     return name
         return None
 
+    def _unknown_inside(self, written: Any) -> list[str]:
+        """Names in references that are none of a setting."""
+        return [name for name in _named_inside(written) if name not in self._settings]
+
     def _reference_problem(self, key: str, written: Any) -> str:
-        for name in _INSIDE_REFERENCE.findall(" ".join(_texts(written))):
-            if name not in self._settings:
-                return f"unknown setting in ${{{name}}}{nearest(name, self._settings)}"
+        for name in self._unknown_inside(written):
+            near = nearest(name, self._settings) or f"; {REFERENCE_IN_A_NAME}"
+            return f"unknown setting in ${{{name}}}{near}"
         return f"what it refers to is not {self._settings[template(key)].expectation}"
 
 
@@ -378,6 +387,11 @@ def _plain(cfg: Container, key: str) -> Any:
     return OmegaConf.to_container(value, resolve=True) if isinstance(value, Container) else value
 
 
+def _named_inside(value: Any) -> list[str]:
+    """What the references in a value name."""
+    return _INSIDE_REFERENCE.findall(" ".join(_texts(value)))
+
+
 def _texts(value: Any) -> Iterator[str]:
     """All texts inside a value."""
     if isinstance(value, str):
@@ -390,10 +404,9 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(below)
 
 
-def forbidden_reference(value: Any) -> str | None:
+def _forbidden_reference(value: Any) -> str | None:
     """Why a text with `${` is refused: resolvers such as oc.env would put one machine's secrets into shared records."""
     for text in _texts(value):
         if "${" in _REFERENCE.sub("", text):
-            allowed = "only references to other settings such as ${data.root} are allowed"
-            return f"{allowed}; what has ${{ in its own name has to be renamed, or reached through a link"
+            return f"only references to other settings such as ${{data.root}} are allowed; {REFERENCE_IN_A_NAME}"
     return None

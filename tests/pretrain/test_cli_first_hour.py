@@ -93,10 +93,8 @@ def test_init__wrong_requests_leave_nothing(
         ("my photos/cat/0.jpg", "is a file; expected the folder of photos or shards"),
         ("my photo", "no such directory; did you mean '{}/my photos'?"),
         ("texts", "no shards (.tar) and no photos (.jpg .jpeg .png .webp) in it"),
-        (
-            "${y}",
-            "only references to other settings such as ${data.root} are allowed; what has ${ in its own name has ",
-        ),
+        ("${y}", "what has ${ in its own name has to be renamed, or reached through a link"),
+        ("x${y", "what has ${ in its own name has to be renamed, or reached through a link"),
     ],
 )
 def test_init_and_run__say_the_same_of_data_that_are_none(
@@ -106,12 +104,13 @@ def test_init_and_run__say_the_same_of_data_that_are_none(
     (tmp_path / "texts" / "more" / "around").symlink_to("..")
     (tmp_path / "texts" / "self").symlink_to("self")
     shutil.copytree(photos / "cat", tmp_path / "${y}")
+    shutil.copytree(photos / "cat", tmp_path / "x${y")
     before = files(tmp_path)
     assert main(["init", folder]) == main(["run", "mae_photos", f"data.root={folder}"]) == 2
     of_init, of_run = capsys.readouterr().err.splitlines()
     said = said.replace("{}", str(tmp_path))
-    assert of_init.startswith(f"error: DATA {folder}: {said}")
-    assert of_run.startswith(f"error: command line: data.root={folder}: {said}")
+    assert of_init == f"error: DATA {folder}: {said}"
+    assert of_run.startswith(f"error: command line: data.root={folder}: ") and of_run.endswith(said)
     assert files(tmp_path) == before
 
 
