@@ -22,6 +22,7 @@ __all__ = [
     "Protocol",
     "best",
     "described",
+    "format_interval",
     "format_value",
     "ranked",
 ]
@@ -152,3 +153,9 @@ def format_value(value: float, unit: str) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:.1%}" if unit == FRACTION else f"{value:.4g} {unit}".rstrip()
+
+
+def format_interval(low: float, high: float, unit: str) -> str:
+    """The bounds of an interval for people: "52.1-56.5%" as fractions, "0.125 m to 0.375 m" in meters."""
+    bounds = [format_value(bound, unit) for bound in (low, high)]
+    return "-".join([bounds[0].removesuffix("%"), bounds[1]]) if unit == FRACTION else " to ".join(bounds)

@@ -14,14 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from yaml import YAMLError
+
 from data_pipelines.parsing import parse_json
 from evaluation.protocol import Metric, ranked
 from pretrain.config.schema import EvaluationTask, Recipe
-from pretrain.config.stages import Plan
+from pretrain.config.stages import Plan, written_stages
+from pretrain.config.values import parse_yaml
 from pretrain.errors import RequestError
 from pretrain.record.events import Evaluated, from_json
 from pretrain.record.journal import read_events
-from pretrain.record.run_dir import RECIPE, runs_in
+from pretrain.record.run_dir import RECIPE, RunDir, runs_in
 from pretrain.record.scores import best_steps
 
 if TYPE_CHECKING:
@@ -140,14 +143,27 @@ def retention(recipe: Recipe, steps: Iterable[int], scores: Iterable[Evaluated])
 
 @dataclass(frozen=True)
 class Place:
-    """One line of the leaderboard; `run` is "(by hand)" and `step` None for a checkpoint evaluated outside a run."""
+    """One line of the leaderboard.
+
+    Attributes:
+        protocol, data, metric: What was asked, and its headline.
+        score: The headline's value.
+        interval: Its 95 % interval, for people; empty where none was recorded.
+        num_test: Samples that were tested on; 0: not recorded.
+        run: "(by hand)" for a checkpoint evaluated outside a run.
+        step: None for such a checkpoint.
+        start: Of step 0, what the run began with: "random" or, where it was given weights, "initial"; else empty.
+    """
 
     protocol: str
     data: str
     metric: Metric
     score: float
+    interval: str
+    num_test: int
     run: str
     step: int | None
+    start: str = ""
 
 
 def leaderboard(storage: str | os.PathLike[str] = "runs") -> list[Place]:
@@ -178,27 +194,38 @@ def _places(storage: Path) -> list[Place]:
         for event in events:
             if isinstance(event, Evaluated):
                 of_runs.add(event.key)
-                found.append(_place(event.protocol, event.data, event.reported, event.metrics, run.run_id, event.step))
+                start = _began_with(run) if event.step == 0 else ""
+                found.append(_place(event, run.run_id, event.step, start))
     for path in sorted((storage / "evaluations").glob("*.json")):
         if path.stem in of_runs:
             continue
         try:
             record = parse_json(path.read_text())
-            scored = from_json({"seconds": 0.0, "cached": True, **record, "kind": Evaluated.kind, "time": 0, "step": 0})
+            of_an_event = {"kind": Evaluated.kind, "time": 0, "step": 0}
+            num_test = (record.get("details") or {}).get("num_test", 0)
+            scored = from_json({"seconds": 0.0, "cached": True, "num_test": num_test, **record, **of_an_event})
             if not isinstance(scored, Evaluated):
                 raise ValueError("without metrics")
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, AttributeError, OSError) as error:
             log.warning("%s: not an evaluation, passed over (%s: %s)", path, type(error).__name__, error)
             continue
-        found.append(_place(scored.protocol, scored.data, scored.reported, scored.metrics, "(by hand)", None))
+        found.append(_place(scored, "(by hand)", None))
     return found
 
 
-def _place(
-    protocol: str, data: str, reported: Iterable[Metric], metrics: Mapping[str, float], run: str, step: int | None
-) -> Place:
-    headline = next(metric for metric in reported if metric.headline)
-    return Place(protocol, data, headline, metrics[headline.name], run, step)
+def _place(event: Evaluated, run: str, step: int | None, start: str = "") -> Place:
+    headline = event.headline
+    score, interval = event.metrics[headline.name], event.interval
+    return Place(event.protocol, event.data, headline, score, interval, event.num_test, run, step, start)
+
+
+def _began_with(run: RunDir) -> str:
+    """What the closing table of a run, too, calls the weights of its step 0."""
+    try:
+        first = written_stages(parse_yaml(run.recipe.read_text(encoding="utf-8")))[0]
+    except (ValueError, OSError, YAMLError):
+        return "initial"
+    return "random" if first.get("init_from") is None else "initial"
 
 
 def _evaluate(

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -146,7 +147,7 @@ def evaluate(checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...],
 @click.option("--data", metavar="NAME", help="Only this data set.")
 @_storage
 def leaderboard(protocol: str | None, data: str | None, storage: str) -> None:
-    """List the headline scores of all runs, best first."""
+    """List the headline scores of all runs, best first; step 0 is what a run began with."""
     if protocol is not None:
         _check_protocols([protocol])
     from pretrain.evaluations import leaderboard
@@ -157,12 +158,14 @@ def leaderboard(protocol: str | None, data: str | None, storage: str) -> None:
     if not chosen:
         say(f"no evaluation in {Path(storage).absolute()} yet")
         return
-    rows = []
-    for place in chosen:
-        score = format_value(place.score, place.metric.unit)
-        step = "" if place.step is None else str(place.step)
-        rows.append([place.protocol, place.data, place.metric.name, score, place.run, step])
-    _print_table(("protocol", "data", "metric", "score", "run", "step"), rows)
+    for (protocol, data, metric), places in groupby(chosen, lambda place: (place.protocol, place.data, place.metric)):
+        say(f"{protocol}/{data} {metric.name}")
+        rows = []
+        for place in places:
+            step = "" if place.step is None else f"{place.step} {place.start}".rstrip()
+            score = format_value(place.score, metric.unit)
+            rows.append([score, place.interval, str(place.num_test or ""), step, place.run])
+        _print_table(("score", "95 % CI", "n", "step", "run"), rows)
 
 
 @cli.command()
@@ -340,7 +343,9 @@ def _check_filter(option: str, name: str | None, known: set[str]) -> None:
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     from rich.table import Table
 
-    table = Table(*header, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")  # nothing is lost: a name that is cut cannot be typed
     for row in rows:
         table.add_row(*row)
     escaping_console().print(table)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
-from evaluation.protocol import Metric
+from evaluation.protocol import CI_SUFFIXES, Metric, format_interval
 from evaluation.registry import describe
 
 __all__ = [
@@ -294,6 +294,16 @@ class Evaluated(Event):
     def headline(self) -> Metric:
         """The metric that stands for the protocol."""
         return next(metric for metric in self.reported if metric.headline)
+
+    @property
+    def interval(self) -> str:
+        """The 95 % interval of its headline, for people; empty where none was recorded."""
+        headline = self.headline
+        names = [headline.name + suffix for suffix in CI_SUFFIXES]
+        if not self.metrics.keys() >= set(names):
+            return ""
+        low, high = (self.metrics[name] for name in names)
+        return format_interval(low, high, headline.unit)
 
     @property
     def task(self) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipelines.storage.locations import redact
-from evaluation.protocol import CI_SUFFIXES, FRACTION, format_value
+from evaluation.protocol import format_value
 from pretrain.config.schema import Recipe
 from pretrain.record.events import Evaluated, EvaluationFailed, Event, Metrics
 from pretrain.record.journal import read_events
@@ -80,23 +80,13 @@ def _score_row(
 
     def cell(event: Evaluated, *, with_step: bool) -> str:
         score = format_value(event.metrics[headline.name], headline.unit)
-        return "\n".join([f"{score} (step {event.step})" if with_step else score, *_interval(event)])
+        return "\n".join([f"{score} (step {event.step})" if with_step else score, *filter(None, [event.interval])])
 
     random = cell(found[0], with_step=False) if found[0].step == 0 else ""
     ends = (cell(trained[0], with_step=True), cell(trained[-1], with_step=True)) if trained else ("", "")
     counted = [f"n = {found[-1].num_test}"] if found[-1].num_test else []
-    remarks = ["95 % CI"] * any(map(_interval, found)) + counted
+    remarks = ["95 % CI"] * any(event.interval for event in found) + counted
     return "\n".join([f"{task} {headline.name}", *([", ".join(remarks)] if remarks else [])]), random, *ends
-
-
-def _interval(event: Evaluated) -> list[str]:
-    """The bounds of its headline, as one text, if there are any."""
-    headline = event.headline
-    bounds = [event.metrics[name] for suffix in CI_SUFFIXES if (name := headline.name + suffix) in event.metrics]
-    if len(bounds) != 2:
-        return []
-    low, high = (format_value(bound, headline.unit) for bound in bounds)
-    return [f"{low.removesuffix('%')}-{high}" if headline.unit == FRACTION else f"{low} to {high}"]
 
 
 def _uri(storage: Path) -> str:

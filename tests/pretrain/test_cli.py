@@ -229,14 +229,17 @@ def test_main__leaderboard_is_sorted_and_filtered(tmp_path: Path, capsys: pytest
     assert main(["leaderboard", "--storage", str(tmp_path)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows == [
-        ["protocol", "data", "metric", "score", "run", "step"],
-        ["linear", "mine", "top1", "75.0%", "b", "20"],
-        ["linear", "mine", "top1", "60.0%", "(by", "hand)"],
-        ["linear", "mine", "top1", "50.0%", "a", "10"],
-        ["segmentation", "mine", "miou", "40.0%", "b", "20"],
+        ["linear/mine", "top1"],
+        ["score", "95", "%", "CI", "n", "step", "run"],
+        ["75.0%", "20", "b"],
+        ["60.0%", "(by", "hand)"],
+        ["50.0%", "10", "a"],
+        ["segmentation/mine", "miou"],
+        ["score", "95", "%", "CI", "n", "step", "run"],
+        ["40.0%", "20", "b"],
     ]
     assert main(["leaderboard", "--storage", str(tmp_path), "--protocol", "segmentation"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 3
     assert main(["leaderboard", "--storage", str(tmp_path), "--data", "mien"]) == 2
     assert "did you mean 'mine'?" in capsys.readouterr().err
 
@@ -259,11 +262,48 @@ def test_main__leaderboard_of_an_error_has_the_lowest_first_with_its_unit(
         (tmp_path / run / "evaluations.jsonl").write_text(json.dumps(event.to_json()) + "\n")
     assert main(["leaderboard", "--storage", str(tmp_path)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[1:] == [
-        ["depth", "rooms", "error", "0.25", "m", "b", "10"],
-        ["depth", "rooms", "error", "0.5", "m", "c", "10"],
-        ["depth", "rooms", "error", "0.75", "m", "a", "10"],
+    assert rows[0] == ["depth/rooms", "error"] and rows[2:] == [
+        ["0.25", "m", "10", "b"],
+        ["0.5", "m", "10", "c"],
+        ["0.75", "m", "10", "a"],
     ]
+
+
+def test_main__leaderboard_marks_what_a_run_began_with_and_gives_intervals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line of the random encoder read like one of a checkpoint. All of it fits 80 columns."""
+    names = [f"mae_photos_of_animals-20260101-00000{number}-abcd" for number in (1, 2)]
+    for name, init_from in zip(names, ("null", "timm:vit_tiny_patch16_224"), strict=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(f"init_from: {init_from}\n")
+        for step, score in ((0, 0.25), (8000, 0.5)):
+            metrics = {"top1": score, "top1_ci_low": score - 0.125, "top1_ci_high": score + 0.125}
+            event = Evaluated(
+                step=step, protocol="linear", data="photos", metrics=metrics, key=f"{name}{step}", seconds=1.0,
+                cached=False, num_test=10_000,
+            )  # fmt: skip
+            with (tmp_path / name / "evaluations.jsonl").open("a") as file:
+                file.write(json.dumps(event.to_json()) + "\n")
+    details = {
+        "details": {"num_test": 50},
+        "protocol": "linear",
+        "data": "photos",
+        "metrics": {"top1": 0.125},
+        "key": "x",
+    }
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "x.json").write_text(json.dumps(details))
+    assert main(["leaderboard", "--storage", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[2:]] == [
+        ["50.0%", "37.5-62.5%", "10000", "8000", names[1]],
+        ["50.0%", "37.5-62.5%", "10000", "8000", names[0]],
+        ["25.0%", "12.5-37.5%", "10000", "0", "initial", names[1]],
+        ["25.0%", "12.5-37.5%", "10000", "0", "random", names[0]],
+        ["12.5%", "50", "(by", "hand)"],
+    ]
+    assert max(map(len, lines)) <= 80
 
 
 CHEAP = {

@@ -134,9 +134,10 @@ def test_run__an_error_as_select_moves_best_pins_and_is_shown_with_its_unit(
     (other / "recipe.yaml").touch()
     (other / "evaluations.jsonl").write_text(run.evaluations.read_text().splitlines()[-1] + "\n")
     assert main(["leaderboard", "--storage", str(storage)]) == 0
-    shown = [line.split()[2:5] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert shown[0] == ["rmse", "0.25", "m"] and shown == sorted(shown, key=lambda row: float(row[1]))
-    assert shown[-1] == ["rmse", "1.5", "m"]
+    title, _, *rows = capsys.readouterr().out.splitlines()
+    shown = [row.split()[:2] for row in rows]
+    assert title == "depth/grocery rmse" and shown == sorted(shown, key=lambda row: float(row[0]))
+    assert shown[0] == ["0.25", "m"] and shown[-1] == ["1.5", "m"] and "0.125 m to 0.375 m" in rows[0]
 
 
 @pytest.mark.usefixtures("plugin")
