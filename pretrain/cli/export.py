@@ -75,6 +75,10 @@ def embed(
     from pretrain.embeddings.embed import embed
     from pretrain.reporting.progress import progress_of
 
+    def say_start(done: int, total: int) -> None:
+        kept = f", after {done} from before" if done else ""
+        say(f"embedding {total - done} samples of {data} by {checkpoint}{kept}")
+
     began = time.monotonic()
     with progress_of("embedding") as progress:
         made = embed(
@@ -86,6 +90,7 @@ def embed(
             batch_size=batch_size,
             device=device,
             storage=storage,
+            on_start=say_start,
             progress=progress,
         )
     notes = [f"{made.num_kept} from before"] * (made.num_kept > 0)

@@ -66,6 +66,7 @@ def embed(
     batch_size: int = 64,
     device: str = "auto",
     storage: str | os.PathLike[str] = "runs",
+    on_start: Callable[[int, int], None] = lambda done, total: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Embedded:
     """Write one row per sample: its key and float32 vectors of width D, after the final norm.
@@ -82,6 +83,7 @@ def embed(
         batch_size: Samples per forward pass; decides speed and memory.
         device: `auto` (CUDA if there is a device), `cpu`, `cuda` or `cuda:N`.
         storage: Where runs and evaluations live.
+        on_start: Called as `on_start(rows done, rows in all)` when all is checked, before the first row is made.
         progress: Called as `progress(rows done, rows in all)`.
 
     Raises:
@@ -125,6 +127,7 @@ def embed(
     with Rows(dest, request, total, {name: backbone.embed_dim for name in columns}) as rows:
         kept = rows.num_done
         known = 0
+        on_start(kept, total)
         with stopped_by_signals(lambda: f"stopped after {rows.num_done} of {total} samples; {GOES_ON}"):
             for first, end, stored in _spans(source, extraction, request, storage):
                 begin = max(first, rows.num_done)

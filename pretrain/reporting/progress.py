@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pretrain.errors import RunFailed
-from pretrain.screen import escaping_console
+from pretrain.screen import escaping_console, say
 
 __all__ = ["progress_of", "shown_while"]
+
+SAID_EVERY_S = 10.0  # where there is no terminal
 
 
 @contextmanager
 def progress_of(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, as long as that is a terminal; yields `update(done, total)`.
+    """A bar on standard error, or now and then a line where that is no terminal; yields `update(done, total)`.
 
     Raises:
         RunFailed: a worker process died of the work inside.
@@ -26,8 +29,17 @@ def progress_of(what: str) -> Iterator[Callable[[int, int], None]]:
     columns = TextColumn(what, markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task(what, total=None)
+        said = time.monotonic()
+
+        def update(done: int, total: int) -> None:
+            nonlocal said
+            bar.update(task, completed=done, total=total)
+            if bar.disable and time.monotonic() - said >= SAID_EVERY_S:
+                said = time.monotonic()
+                say(f"{what}: {done} of {total}", err=True)
+
         try:
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            yield update
         except WorkerDied as error:
             raise RunFailed(str(error)) from error
 

@@ -104,7 +104,9 @@ def test_embed__a_folder_of_photos(
     arguments = ["embed", "runs:/run-1/7", str(photos), str(dest), "--format", form, "--batch-size", "5"]
     (tmp_path / "runs" / "run-1" / "recipe.yaml").write_text("name: tiny\n")
     assert main([*arguments, "--storage", str(tmp_path / "runs")]) == 0
-    assert capsys.readouterr().out.startswith(f"{NUM_PHOTOS} samples are in {dest}, ")
+    begins, ends = capsys.readouterr().out.splitlines()
+    assert begins == f"embedding {NUM_PHOTOS} samples of {photos} by runs:/run-1/7"
+    assert ends.startswith(f"{NUM_PHOTOS} samples are in {dest}, ")
     keys, vectors = read(dest)
     pictures = sorted(path for path in photos.rglob("*.*") if not path.name.startswith("."))
     assert keys == [str(path.relative_to(photos)) for path in pictures] and len(keys) == NUM_PHOTOS
@@ -201,6 +203,21 @@ def _embed_up_to(environment: dict[str, str], checkpoint: Path, photos: Path, de
     torch.set_num_threads(1)
     module.SAVE_EVERY_S = 0.0
     embed(checkpoint, photos, dest, form="npy", batch_size=3, progress=lambda done, _: done < rows or signal.pause())
+
+
+def test_embed__says_how_far_it_is_where_there_is_no_terminal(
+    photos: Path,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("pretrain.reporting.progress.SAID_EVERY_S", 0.0)
+    assert (
+        main(["embed", str(checkpoint()), str(photos), str(tmp_path / "out"), "--batch-size", str(NUM_PHOTOS - 1)]) == 0
+    )
+    expected = [f"embedding: {done} of {NUM_PHOTOS}" for done in (NUM_PHOTOS - 1, NUM_PHOTOS)]
+    assert capsys.readouterr().err.splitlines() == expected
 
 
 def test_embed__another_request_does_not_go_on_with_a_killed_one(
