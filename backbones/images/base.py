@@ -222,10 +222,11 @@ class ImageEncoder(Encoder):
         Returns:
             The same shape in float32, or float64 when `images` is float64.
         """
+        # In place wherever the memory is this function's own: four passes over new memory took 4 times as long.
         if images.dtype == torch.uint8:
-            images = images.float() / 255
+            return images.float().div_(255).sub_(self.pixel_mean).div_(self.pixel_std)
         images = images.to(torch.promote_types(images.dtype, torch.float32))
-        return (images - self.pixel_mean) / self.pixel_std
+        return (images - self.pixel_mean).div_(self.pixel_std)
 
     def forward(self, x: Tensor) -> Any:
         """Same as `forward_features`."""
