@@ -147,7 +147,11 @@ def resume(
     run_dir = find_run(run_id, Path(storage).absolute())
     plan = load_for_resume(run_dir.recipe, overrides)
     if any(text.startswith(("train.steps=", "train.epochs=")) for text in overrides):
-        say(schedules_line(load_for_resume(run_dir.recipe, ()).recipe, plan.recipe))
+        newest = store.latest(run_dir.path)
+        done = newest.step if newest else 0
+        if plan.total_steps < done:
+            raise RequestError(f"train.steps={plan.total_steps}: {done} of the run are done; give that many or more")
+        say(schedules_line(load_for_resume(run_dir.recipe, ()).recipe, plan.recipe, done))
     return _Driver(plan, run_dir, launched).drive(on_start)
 
 

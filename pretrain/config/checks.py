@@ -167,9 +167,10 @@ def _check_root(draft: Recipe, mistakes: Mistakes) -> None:
     keys = ["data.train", *(f"data.mixture[{index}].shards" for index in range(len(draft.data.mixture)))]
     below = [key for key in keys if str(mistakes.written(key)).startswith("${data.root}/")]
     root = absolute(draft.data.root) if mistakes.sound("data.root", *below) else None
-    is_place = root is not None and "://" not in root and scheme_of(root) != "pipe"
-    is_pattern = is_place and not os.path.exists(root) and any(letter in root for letter in "*?[{")
-    if not below or not is_place or is_pattern or (problem := data_folder_problem(Path(root))) is None:
+    if not below or root is None or "://" in root or scheme_of(root) == "pipe":
+        return
+    is_pattern = not os.path.exists(root) and any(letter in root for letter in "*?[{")
+    if is_pattern or (problem := data_folder_problem(Path(root))) is None:
         return
     mistakes.add("data.root", draft.data.root, problem)
     for key in below:

@@ -263,8 +263,8 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
             sections.setdefault(section, []).append(name)
         allowed = "; ".join(f"{section}: {', '.join(names)}" for section, names in sections.items())
         raise RequestError(*mistakes, f"a resume may change {allowed}")
-    is_longer = bool(pairs.keys() & set(_LENGTH))
-    if is_longer and content.get("stages"):
+    changes_steps = bool(pairs.keys() & set(_LENGTH))
+    if changes_steps and content.get("stages"):
         said = ", ".join(f"{key}={shown(pairs[key])}" for key in _LENGTH if key in pairs)
         raise RequestError(f"{said}: fixed in a run of stages; a new run can begin with its weights (init_from)")
     open_keys = {"train.micro_batch_size", "train.accumulation"} - set(pairs)
@@ -284,17 +284,7 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
     recorded, content["storage"] = content.get("storage"), str(path.absolute().parents[1])
     for section in {"data", "evaluation", "stages"} & content.keys():
         content[section] = _following(content[section], str(recorded), content["storage"])
-    plan = _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True)
-    if is_longer:
-        _require_more_steps(plan, content, path)
-    return plan
-
-
-def _require_more_steps(plan: Plan, content: Mapping[str, Any], path: Path) -> None:
-    """A longer run is a continuation, a shorter one would be another run."""
-    before, now = _written(content, {}, path, "train.steps"), plan.total_steps
-    if not isinstance(before, int) or now < before:
-        raise RequestError(f"train.steps={now}: the run has {before} of them, and a resume may only make them more")
+    return _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True)
 
 
 def _following(settings: Any, recorded: str, storage: str) -> Any:

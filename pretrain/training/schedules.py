@@ -23,11 +23,11 @@ def weight_decay(recipe: Recipe) -> Schedule:
     return Schedule(start, start if end is None else end, recipe.train.steps)
 
 
-def schedules_line(before: Recipe, now: Recipe) -> str:
-    """What becomes of the learning rate of a run that gets more steps."""
+def schedules_line(before: Recipe, now: Recipe, done: int) -> str:
+    """What becomes of the learning rate of a run that gets another number of steps after `done` of them."""
     old, new = before.train.steps, now.train.steps
-    rates = learning_rate(before).at(old - 1), learning_rate(now).at(min(old, new - 1))
-    return (
-        f"train.steps {old} -> {new}: schedules are those of a run of {new} steps, so the learning rate is "
-        f"{rates[1]:.1e} at step {old + 1}, where it ended at {rates[0]:.1e}"
-    )
+    line = f"train.steps {old} -> {new}: schedules are those of a run of {new} steps"
+    if not 0 < done < new:
+        return line
+    was, becomes = learning_rate(before).at(done - 1), learning_rate(now).at(done)
+    return f"{line}, so the learning rate is {becomes:.1e} at step {done + 1}, after {was:.1e} at step {done}"

@@ -126,6 +126,23 @@ def test_resume__of_a_finished_run_says_so_and_starts_no_ray(
             driver.resume("demo-1", run_dir.path.parent, ["train.steps=400"])
 
 
+def test_resume__steps_may_become_fewer_down_to_those_that_are_done(
+    run_dir: RunDir,
+    make_checkpoint: Callable[[Path, int], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A mistyped number that training has begun with can be taken back."""
+    make_checkpoint(run_dir.path, 300)
+    monkeypatch.setattr(driver._Driver, "drive", lambda self, on_start: None)
+    command = ["resume", "demo-1", "--storage", str(run_dir.path.parent)]
+    assert main([*command, "train.steps=400"]) == 0
+    rates = "so the learning rate is 2.5e-04 at step 301, after 9.8e-04 at step 300"
+    assert f"train.steps 700 -> 400: schedules are those of a run of 400 steps, {rates}" in capsys.readouterr().out
+    assert main([*command, "train.steps=299"]) == 2
+    assert "train.steps=299: 300 of the run are done; give that many or more" in capsys.readouterr().err
+
+
 def test_only_driver__a_run_is_driven_by_one_process(run_dir: RunDir) -> None:
     with (
         driver._only_driver(run_dir),

@@ -262,14 +262,11 @@ def _written_by_a_run(minimal: str, tmp_path: Path) -> Path:
     return run_dir / "recipe.yaml"
 
 
-def test_load_for_resume__a_run_may_become_longer_and_not_shorter(minimal: str, tmp_path: Path) -> None:
+def test_load_for_resume__takes_another_number_of_steps(minimal: str, tmp_path: Path) -> None:
     written = _written_by_a_run(minimal, tmp_path)
     steps = load_for_resume(written, ()).total_steps
-    longer = load_for_resume(written, (f"train.steps={steps + 10}",)).recipe
-    assert longer.train.steps == steps + 10
-    assert load_for_resume(written, (f"train.steps={steps}",)).total_steps == steps
-    with pytest.raises(RequestError, match=rf"train\.steps={steps - 1}: the run has {steps} of them, and "):
-        load_for_resume(written, (f"train.steps={steps - 1}",))
+    for number in (steps + 10, steps, steps - 1):
+        assert load_for_resume(written, (f"train.steps={number}",)).total_steps == number
 
 
 def test_load_for_resume__steps_of_stages_are_fixed(minimal: str, tmp_path: Path) -> None:
