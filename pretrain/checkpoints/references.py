@@ -41,6 +41,7 @@ from pretrain.checkpoints.store import (
 from pretrain.config.stages import written_stages
 from pretrain.config.values import first_line, parse_yaml
 from pretrain.errors import RequestError, RunFailed, listed, nearest
+from pretrain.record.destinations import require_local
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RunDir, runs_in
 from pretrain.record.scores import best_steps
@@ -74,7 +75,7 @@ class Registered:
 
 def pull(
     reference: str,
-    dest: Path | None = None,
+    dest: str | os.PathLike[str] | None = None,
     *,
     tracking_uri: str | None = None,
     storage: Path = Path("runs"),
@@ -90,21 +91,22 @@ def pull(
         full: Copy the whole checkpoint with its training state from where the run wrote it.
 
     Returns:
-        The directory: backbone.safetensors, checkpoint.json, recipe.yaml (and training_state).
+        The absolute path of the directory: backbone.safetensors, checkpoint.json, recipe.yaml (and training_state).
 
     Raises:
-        RequestError: Unknown or malformed reference, or `dest` is in use.
+        RequestError: Unknown or malformed reference, or `dest` is in use or cannot be written to.
         CheckpointError: What was fetched is not what was registered.
         RunFailed: The tracking server cannot be used.
     """
     wanted = _parse_registered(reference)
     if dest is not None:
-        _refuse_occupied(Path(dest))
+        _refuse_occupied(require_local(dest, "a checkpoint"))
     uri = tracking_uri or default_uri(storage)
     with _reachable(uri):
         client = connect(uri, create=False)
         version = _find(client, wanted)
-    return _fetch(version, Path(dest) if dest else Path(f"{wanted.name}-v{version.version}"), uri, full, Path(storage))
+    place = require_local(f"{wanted.name}-v{version.version}" if dest is None else dest, "a checkpoint")
+    return _fetch(version, place, uri, full, Path(storage))
 
 
 def resolve(reference: str | Path, storage: Path = Path("runs"), *, tracking_uri: str | None = None) -> Path:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pretrain.cli.filled import Commands
 from pretrain.errors import RequestError
+from pretrain.record.destinations import require_local
 from pretrain.reporting.progress import progress_of
 from pretrain.screen import say
 
@@ -36,7 +38,7 @@ _workers = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Commands)
 def data() -> None:
     """Make shards, check them, look at them.
 
@@ -316,7 +318,7 @@ def _check_show(ids: tuple[int, ...], first: int | None, output: str | None) -> 
         return
     if not output.lower().endswith(".png"):
         raise RequestError(f"--output {output}: expected a name that ends in .png")
-    if not Path(output).absolute().parent.is_dir():
+    if not require_local(output, "a contact sheet").parent.is_dir():
         raise RequestError(f"--output {output}: there is no directory {Path(output).absolute().parent}")
 
 

@@ -6,10 +6,10 @@ The work is in `pretrain.exports` and `pretrain.embeddings`.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import click
 
+from pretrain.cli.filled import Filled
 from pretrain.screen import say
 
 __all__ = ["embed", "export"]
@@ -17,7 +17,7 @@ __all__ = ["embed", "export"]
 _storage = click.option("--storage", metavar="DIR", default="runs", show_default=True, help="Directory of the runs.")
 
 
-@click.command()
+@click.command(cls=Filled)
 @click.argument("checkpoint")
 @click.argument("dest")
 @click.option(
@@ -41,10 +41,10 @@ def export(checkpoint: str, dest: str, form: str, storage: str) -> None:
 
     made = export(checkpoint, form, dest, storage=storage)
     size = sum(path.stat().st_size for path in [made, *made.rglob("*")] if path.is_file())
-    say(f"{checkpoint} is in {Path(made)} as {form} ({size / 2**20:.1f} MiB), loaded back and compared")
+    say(f"{checkpoint} is in {made} as {form} ({size / 2**20:.1f} MiB), loaded back and compared")
 
 
-@click.command()
+@click.command(cls=Filled)
 @click.argument("checkpoint")
 @click.argument("data")
 @click.argument("dest")

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pretrain.cli.filled import Filled
 from pretrain.errors import RequestError
+from pretrain.record.destinations import require_local
 from pretrain.record.run_dir import RECIPE
 from pretrain.screen import printable, say
 
@@ -68,7 +70,7 @@ class Machine:
         return torch.device("cuda" if self.gpus else "cpu")
 
 
-@click.command()
+@click.command(cls=Filled)
 @click.argument("data", metavar="DATA")
 @click.option("--output", "-o", metavar="FILE.yaml", help="Default: NAME.yaml in the current directory.")
 @click.option("--name", metavar="NAME", help="Of the recipe and its model; default: OBJECTIVE_FOLDER.")
@@ -117,6 +119,7 @@ def init(
         raise RequestError(f"{target}: exists already; name another file with --output, or remove it")
     if not target.parent.is_dir() or target.suffix not in (".yaml", ".yml"):
         raise RequestError(f"--output {target}: expected a name that ends in .yaml, in a directory that exists")
+    require_local(target, "a recipe")
 
     from pretrain.reporting.progress import shown_while
 

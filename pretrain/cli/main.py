@@ -21,6 +21,7 @@ import click
 from evaluation.protocol import format_value
 from pretrain.cli.data import data, plain_warnings
 from pretrain.cli.export import embed, export
+from pretrain.cli.filled import Commands
 from pretrain.cli.init import init
 from pretrain.cli.parent import Parent
 from pretrain.cli.recipes import recipes
@@ -33,6 +34,7 @@ from pretrain.errors import (
     said_by_system,
     shortened,
 )
+from pretrain.record.destinations import require_local
 from pretrain.record.run_dir import find_run
 from pretrain.screen import escape_diagnostics, escaping_console, printable, say
 from pretrain.version import __version__
@@ -48,7 +50,7 @@ LONGEST_LINE = 400  # characters
 _storage = click.option("--storage", metavar="DIR", default="runs", show_default=True, help="Directory of the runs.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="pretrain")
 def cli() -> None:
     """Pretrain vision backbones without labels, and know what every checkpoint is worth.
@@ -177,7 +179,7 @@ def pull(name: str, dest: str | None, full: bool, storage: str) -> None:
     """Fetch a registered checkpoint to DEST (default: ./NAME-vVERSION), verified; an existing DEST is refused."""
     from pretrain.checkpoints.references import pull
 
-    say(f"{name} is in {pull(name, Path(dest) if dest else None, storage=Path(storage), full=full)}")
+    say(f"{name} is in {pull(name, dest, storage=Path(storage), full=full)}")
 
 
 @cli.command()
@@ -185,7 +187,8 @@ def pull(name: str, dest: str | None, full: bool, storage: str) -> None:
 @_storage
 def report(run_id: str, storage: str) -> None:
     """Write the report of a run: one self-contained HTML page."""
-    run_dir = find_run(run_id, Path(storage))
+    run_dir = find_run(run_id, Path(storage).absolute())
+    require_local(run_dir.report, "a report")
     from pretrain.reporting.page import write_report
 
     say(str(write_report(run_dir.path)))

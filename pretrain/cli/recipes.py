@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from pretrain.cli.filled import Filled
 from pretrain.screen import say
 
 __all__ = ["recipes"]
@@ -14,7 +15,7 @@ __all__ = ["recipes"]
 _COLUMNS = ("recipe", "model", "data", "hardware", "time")
 
 
-@click.command()
+@click.command(cls=Filled)
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
     """List the recipes with what each is meant for, or print one."""

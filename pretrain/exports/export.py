@@ -72,11 +72,11 @@ def export(
         storage: Where runs live.
 
     Returns:
-        `dest`.
+        `dest`, absolute.
 
     Raises:
-        RequestError: An unknown checkpoint or format, a missing package, `dest` in use, a backbone that has no such
-            form.
+        RequestError: An unknown checkpoint or format, a missing package, `dest` in use or not to be written, a backbone
+            that has no such form.
         RunFailed: The form cannot be made, or does not compute what the backbone does.
     """
     place = require_local(dest, "an export")
@@ -86,7 +86,7 @@ def export(
 
     source = Source(load_backbone(directory), parse_json((directory / MANIFEST).read_text(encoding="utf-8")))
     _write_whole(place, lambda aside: _writer(format)(source, aside))
-    return Path(dest)
+    return place
 
 
 def _check_request(format: str, dest: Path, text: str) -> None:

@@ -142,10 +142,10 @@ def find_run(run_id: str, storage: Path) -> RunDir:
         RequestError: There is none; names the closest one, or the newest.
     """
     run = RunDir(storage / run_id)
-    if not run.is_run:
+    if not run_id or not run.is_run:
         known = [found.run_id for found in runs_in(storage)]
         hint = nearest(run_id, known) or f"; there are: {listed(known[-8:])}"
-        raise RequestError(f"run {run_id}: not in {storage.absolute()}{hint}")
+        raise RequestError(f"run {run_id or '(empty)'}: not in {storage.absolute()}{hint}")
     return run
 
 

@@ -121,6 +121,17 @@ def test_main__what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytes
     assert line.startswith(f"error: {run}/report.html") and line.endswith("Is a directory")
 
 
+def test_report__says_where_it_is_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "run-1"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("a: b")
+    assert main(["report", "run-1"]) == 0
+    assert capsys.readouterr().out == f"{run}/report.html\n" and (run / "report.html").is_file()
+
+
 def test_main__nothing_asked_for_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "Usage: pretrain" in capsys.readouterr().err

@@ -129,9 +129,13 @@ def test_export__hf_is_a_timm_folder_with_a_card(
     assert card.startswith("---\nlibrary_name: timm\n") and "step 7 of the run `run-1`" in card
 
 
-def test_export__safetensors_is_a_backbone_file(published: Callable[..., Path], tmp_path: Path) -> None:
+def test_export__safetensors_is_a_backbone_file(
+    published: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone, _ = expected(published())
-    file = export(tmp_path / "runs" / "run-1", "safetensors", tmp_path / "weights.safetensors")
+    monkeypatch.chdir(tmp_path)
+    file = export(tmp_path / "runs" / "run-1", "safetensors", "weights.safetensors")
+    assert file == tmp_path / "weights.safetensors"
     with safe_open(file, framework="pt") as opened:
         assert all(torch.equal(opened.get_tensor(name), tensor) for name, tensor in backbone.weights().items())
         assert json.loads(opened.metadata()["pretrain.backbone"]) == backbone.spec

@@ -126,7 +126,7 @@ def test_pull__default_destination_names_the_version(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert pull("tiny@previous", storage=run_dir.parent) == Path("tiny-v2")
+    assert pull("tiny@previous", storage=run_dir.parent) == tmp_path / "tiny-v2"
     assert step_of(tmp_path / "tiny-v2") == 20
 
 
