@@ -148,8 +148,11 @@ def init(
     ]
     with shown_while("training on a few photos, to see how fast it is"):
         rate = _rate([*lines, *_section("optimizer", optimizer)], batch, workers, found, machine)
-    possible = hours * 3600 * rate / batch
-    steps = max(_LEAST_STEPS, math.floor(min(possible, found.samples * _MOST_EPOCHS / batch)))
+    possible, most = hours * 3600 * rate / batch, found.samples * _MOST_EPOCHS / batch
+    steps = max(_LEAST_STEPS, math.floor(min(possible, most)))
+    passes = f"{steps * batch / found.samples:.3g} passes over the data"
+    if possible > max(most, _LEAST_STEPS):
+        passes += f", the most that init plans; --hours {hours:g} would allow {possible / steps:.1f} times as many"
     every = max(1, -(-steps // 4))
     lines += _section("optimizer", {**optimizer, "warmup_steps": steps // 20})
     time_text = _duration(steps * batch / rate)
@@ -159,7 +162,7 @@ def init(
         "",
         f"Machine:   {machine.text}",
         f"Time:      about {time_text} and the evaluations, at {rate:.0f} samples/s: measured here on a few photos",
-        f"Epochs:    {steps * batch / found.samples:.3g} passes over the data",
+        f"Epochs:    {passes}",
         f"Command:   pretrain run {target.name}     (with --dry-run it only says what it would do)",
         f"           pretrain run {target.name} train.steps={steps * 4}     longer is better; any setting can be given",
     ]
@@ -178,6 +181,7 @@ def init(
     say(f"machine   {machine.text}")
     say(f"recipe    {target}: {objective} with {backbone['name']} at {side} px, {steps} steps of {batch}")
     say(f"time      about {time_text} and the evaluations ({rate:.0f} samples/s, measured on {_MEASURED} photos)")
+    say(f"epochs    {passes}")
     say(f"next      pretrain run {target.name} --dry-run")
 
 

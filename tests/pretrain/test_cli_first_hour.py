@@ -41,6 +41,22 @@ def test_recipes__one_table_says_what_each_is_meant_for(capsys: pytest.CaptureFi
     assert all(set(recipe_content(name)["suits"]) == {"data", "hardware", "time"} for name in recipe_names())
 
 
+@pytest.mark.parametrize(("rate", "is_cut"), [(1.0, False), (1e6, True)])
+def test_init__says_that_it_stops_before_the_hours_are_over(
+    photos: Path,
+    tmp_path: Path,
+    rate: float,
+    is_cut: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of few photos an hour went by in minutes, and nothing said why."""
+    monkeypatch.setattr("pretrain.cli.init._rate", lambda *arguments: rate)
+    assert main(["init", str(photos), "--hours", "2"]) == 0
+    said = "passes over the data, the most that init plans; --hours 2 would allow "
+    assert (said in capsys.readouterr().out) == (said in (tmp_path / "mae_my_photos.yaml").read_text()) == is_cut
+
+
 def test_init__writes_a_recipe_that_fits_and_runs(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
