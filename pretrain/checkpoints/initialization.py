@@ -198,7 +198,7 @@ def _check_state(found: Published, recipe: Recipe) -> None:
         )
     elif found.step >= train.steps:
         wrong.append(f"{found.location} is at step {found.step}; train.steps={train.steps} leaves nothing to do")
-    is_cut_anew = manifest["world_size"] != train.workers and train.zero_stage > 0
+    is_cut_anew = manifest["world_size"] != train.workers and bool(train.zero_stage)
     if is_cut_anew and recipe.optimizer.name not in RESHARDABLE:
         wrong.append(f"the shards of {recipe.optimizer.name} fit train.workers={manifest['world_size']} only")
     if wrong:

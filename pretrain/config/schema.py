@@ -127,7 +127,7 @@ class DataConfig:
 class OptimizerConfig:
     """Linear warm-up and half-cosine decay per step. Exactly one of lr and base_lr is set."""
 
-    name: str = setting("the optimizer; lamb, lars and muon need train.zero_stage=0", "adamw", choices=NAMES)
+    name: str = setting("the optimizer; lamb, lars and muon work with train.zero_stage=0 only", "adamw", choices=NAMES)
     lr: float | None = setting("peak learning rate", None, range=(0.0, None))
     base_lr: float | None = setting(
         "peak learning rate per 256 samples: lr = base_lr x global_batch_size / 256 (MAE)", None, range=(0.0, None)
@@ -155,7 +155,12 @@ class TrainConfig:
     micro_batch_size: int | None = setting("samples per forward pass; null: derived", None, range=(1, None))
     accumulation: int | None = setting("forward passes per optimizer step; null: derived", None, range=(1, None))
     workers: int = setting("training processes", 2, range=(1, 65536))
-    zero_stage: int = setting("what DeepSpeed ZeRO shards: 1 optimizer, 2 + gradients, 3 + parameters", 1, range=(0, 3))
+    zero_stage: int | None = setting(
+        "what DeepSpeed ZeRO shards: 0 nothing, 1 optimizer, 2 + gradients, 3 + parameters; null: 0 in fp32 with one "
+        "worker, on CPUs or with an optimizer that needs it, else 1",
+        None,
+        range=(0, 3),
+    )
     precision: str = setting("arithmetic of the model", "fp32", choices=("fp32", "bf16"))
     device: str = setting("where to compute; auto: cuda if there is one", "auto", choices=("auto", "cpu", "cuda"))
     compile: bool = setting("compile the blocks of the model; the first steps wait, losses change by rounding", False)

@@ -169,7 +169,7 @@ class Engine:
         self._statistics = RunningStatistics([objective, *moving])
         self.objective = objective
         self.device = device
-        self.stage = recipe.train.zero_stage
+        self.stage = recipe.train.zero_stage or 0
         self._accumulation = self._engine.gradient_accumulation_steps()
         # Read once: a checkpoint brings its own groups, which may be older than their scales.
         groups = self._engine.optimizer.param_groups
@@ -396,7 +396,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": recipe.optimizer.clip_grad or 0.0,
         "zero_optimization": {
-            "stage": train.zero_stage,
+            "stage": train.zero_stage or 0,
             "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
             "allgather_bucket_size": REDUCE_BUCKET_ELEMENTS,
         },

@@ -135,7 +135,7 @@ def _size(recipe: Recipe, objective: Objective) -> tuple[int, str]:
     master = 4 if train.precision == "bf16" else 0
     moments = 4 * _MOMENTS.get(recipe.optimizer.name, 2)
     shares = [
-        train.workers if train.zero_stage >= least else 1 for least in (3, 2, 1)
+        train.workers if (train.zero_stage or 0) >= least else 1 for least in (3, 2, 1)
     ]  # parameters, gradients, optimizer
     size = total * model // shares[0] + trained * model // shares[1] + trained * (master + moments) // shares[2]
     size += 4 * kept

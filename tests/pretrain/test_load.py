@@ -161,6 +161,30 @@ def test_load_recipe__batch_arithmetic_is_filled_in(
     assert train.micro_batch_size * train.accumulation * train.workers == train.global_batch_size
 
 
+@pytest.mark.parametrize(
+    ("overrides", "stage"),
+    [
+        ([], 1),
+        (["train.workers=1"], 0),  # nobody to share with
+        (["train.device=cpu"], 0),
+        (["optimizer.name=lamb"], 0),  # it needs whole parameters
+        (["train.workers=1", "train.precision=bf16"], 1),  # which keeps float32 masters
+        (["train.workers=1", "deepspeed.zero_optimization.overlap_comm=true"], 1),  # its settings are wanted
+        (["train.workers=1", "train.zero_stage=2"], 2),
+        (["train.zero_stage=0"], 0),
+    ],
+)
+def test_load_recipe__zero_stage_is_chosen_and_written_down(
+    minimal: str, tmp_path: Path, overrides: list[str], stage: int
+) -> None:
+    recipe = load_recipe(minimal, overrides)
+    assert recipe.train.zero_stage == stage
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(to_yaml(recipe))
+    if recipe.optimizer.name == "adamw":  # a resume with other workers goes on with the state that there is
+        assert load_for_resume(saved, ["train.workers=1"]).recipe.train.zero_stage == stage
+
+
 def test_load_recipe__mixture(shards: Path, minimal: str) -> None:
     parts = "[{name: a, shards: shards, weight: 3, limit: 10}, {name: b, shards: shards/train-*.tar, weight: 2}]"
     data = load_recipe(minimal, ["data.train=null", f"data.mixture={parts}"]).data
