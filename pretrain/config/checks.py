@@ -270,10 +270,14 @@ def _check_optimizer(draft: Recipe, mistakes: Mistakes) -> None:
     if peak_is_known and mistakes.sound("optimizer.min_lr") and optimizer.min_lr > draft.peak_lr:
         problem = f"above the peak learning rate; expected a number in [0, {draft.peak_lr:g}]"
         mistakes.add("optimizer.min_lr", optimizer.min_lr, problem)
-    if mistakes.sound("optimizer.warmup_steps", "train.steps") and optimizer.warmup_steps >= draft.train.steps:
-        steps = draft.train.steps
-        problem = f"has to be below train.steps={steps}; expected a whole number in [0, {steps - 1}]"
-        mistakes.add("optimizer.warmup_steps", optimizer.warmup_steps, problem)
+    warmup, steps = optimizer.warmup_steps, draft.train.steps
+    if mistakes.sound("optimizer.warmup_steps", "train.steps") and warmup >= steps:
+        key = mistakes.latest("optimizer.warmup_steps", "optimizer.warmup_epochs", "train.steps", "train.epochs")
+        problem = f"a warm-up of {warmup} steps does not fit a run of {steps}"
+        remedy = f"give optimizer.warmup_steps=N below {steps}"
+        if key == "optimizer.warmup_steps":
+            problem, remedy = f"has to be below train.steps={steps}", f"expected a whole number in [0, {steps - 1}]"
+        mistakes.add(key, mistakes.written(key), f"{problem}; {remedy}")
 
 
 def _zero_stage(draft: Recipe) -> int:

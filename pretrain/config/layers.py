@@ -171,7 +171,7 @@ class _Layers:
         A mapping given to a section is taken apart, so that each setting is checked on its own. What was typed is read
         as its setting wants it: a text as it stands, all else as YAML.
         """
-        declared = template(key)
+        declared, written = template(key), value
         if isinstance(value, Typed):
             owner = self._owner(key)
             if owner is not None and owner.takes_text(declared):
@@ -182,15 +182,15 @@ class _Layers:
             else:
                 value = value.text if value.problem is not None else value.value
         if problem := self._absent_item(key):
-            self._mistakes.add(key, value, problem, origin=origin)
+            self._mistakes.add(key, written, problem, origin=origin)
         elif declared in self._sections:
             self._assign_section(key, value, origin)
         elif owner := self._owner(key):
-            self._assign_setting(key, owner, value, origin)
+            self._assign_setting(key, owner, value, origin, written)
         elif declared.partition(".")[0] in self._unknown:
             pass  # which settings exist is unknown; that the name which chooses them is wrong is reported already
         else:
-            self._mistakes.add(key, value, f"unknown setting{self._meant(key)}", origin=origin)
+            self._mistakes.add(key, written, f"unknown setting{self._meant(key)}", origin=origin)
 
     def draft(self, origin: str, how_to_set: str) -> Recipe:
         """The merged recipe. Where a mistake was found it holds a stand-in; `Mistakes.sound` tells."""
@@ -256,22 +256,22 @@ class _Layers:
                 return setting
         return None
 
-    def _assign_setting(self, key: str, setting: Setting, value: Any, origin: str) -> None:
+    def _assign_setting(self, key: str, setting: Setting, value: Any, origin: str, written: Any) -> None:
         if setting.item_class and isinstance(value, list):
             self._put(key, [setting.item_class() for _ in value])
-            self._mistakes.note_origin(key, origin, value)
+            self._mistakes.note_origin(key, origin, written)
             for index, item in enumerate(value):
                 self.assign(f"{key}[{index}]", item, origin)
             return
         refers = any("${" in text for text in _texts(value))
         whole = template(key) == setting.key
         if problem := _forbidden_reference(value):
-            self._mistakes.add(key, value, problem, origin=origin)
+            self._mistakes.add(key, written, problem, origin=origin)
         elif not self._fits(key, setting, value, checked=whole and not refers and value != REQUIRED):
             expected = setting.expectation if whole else f"{setting.key} to be {setting.expectation}"
-            self._mistakes.add(key, value, f"expected {expected}", origin=origin)
+            self._mistakes.add(key, written, f"expected {expected}", origin=origin)
         else:
-            self._mistakes.note_origin(key, origin, value)
+            self._mistakes.note_origin(key, origin, written)
             if whole:
                 self._references.pop(key, None)
             if refers:

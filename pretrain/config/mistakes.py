@@ -36,6 +36,8 @@ class Mistakes:
 
     def add(self, key: str, value: Any, problem: str, *, origin: str | None = None) -> None:
         """Add a mistake about `key`; its origin is the layer that set it last unless given."""
+        if value is None and self.is_typed(key):
+            value = self.written(key)  # `KEY=` means null as well, and is quoted as it was typed
         self.lines.append(f"{origin or self.origin(key)}: {key}={shown(value)}: {problem}")
         self._wrong.add(key)
 

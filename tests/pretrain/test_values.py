@@ -55,7 +55,7 @@ def test_load_recipe__a_text_is_what_was_typed(minimal: Path, text: str, tmp_pat
 def test_load_recipe__null_is_null_where_it_may_be(minimal: Path) -> None:
     recipe = load_recipe(minimal, ["data.cache_dir=null", "tracking.model_name="])
     assert recipe.data.cache_dir is None and recipe.tracking.model_name == "small"
-    with pytest.raises(RequestError, match="storage=null: expected a text"):
+    with pytest.raises(RequestError, match="storage=: expected a text"):
         load_recipe(minimal, ["storage="])
 
 
@@ -170,6 +170,26 @@ def test_load_recipe__epochs_become_steps() -> None:
     assert (recipe.optimizer.warmup_steps, recipe.optimizer.warmup_epochs) == (5, None)
     recipe = load_recipe("demo", [*DEMO, "data.limit=640", "train.checkpoint_every_epochs=1", "train.epochs=9"])
     assert (recipe.train.steps, recipe.train.checkpoint_every, recipe.train.pictures_every) == (90, 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("typed", "blamed", "steps", "warmup"),
+    [
+        (["train.steps=10"], "train.steps=10", 10, 30),
+        (["train.epochs=0.5"], "train.epochs=0.5", 5, 30),
+        (["train.steps=10", "optimizer.warmup_epochs=2"], "optimizer.warmup_epochs=2", 10, 20),
+    ],
+)
+def test_load_recipe__a_warmup_that_does_not_fit_is_blamed_on_what_was_typed(
+    typed: list[str], blamed: str, steps: int, warmup: int
+) -> None:
+    """The recipe was blamed, whose warm-up had fitted until its run was made shorter."""
+    with pytest.raises(RequestError) as caught:
+        load_recipe("demo", [*DEMO, "data.limit=640", *typed])
+    problem = f"a warm-up of {warmup} steps does not fit a run of {steps}"
+    assert caught.value.mistakes == (f"command line: {blamed}: {problem}; give optimizer.warmup_steps=N below {steps}",)
+    remedied = [text for text in typed if "warmup" not in text] + [f"optimizer.warmup_steps={steps - 1}"]
+    assert load_recipe("demo", [*DEMO, "data.limit=640", *remedied]).train.steps == steps
 
 
 def test_load_recipe__of_steps_and_epochs_the_later_layer_counts(minimal: Path) -> None:
