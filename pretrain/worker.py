@@ -287,6 +287,12 @@ def _is_due(done: int, total: int, every: int | None) -> bool:
     return every is not None and every > 0 and (done % every == 0 or done == total)
 
 
+def _saved_stage(run_dir: Path) -> list[str]:
+    """A run that goes on keeps the ZeRO stage of its training state; its new number of ranks may suggest another."""
+    newest = store.latest(run_dir)
+    return [] if newest is None else [f"train.zero_stage={newest.manifest()['zero_stage']}"]
+
+
 def main() -> None:
     """Entry point for torchrun: no Ray, no evaluations; checkpoints, event log and terminal lines as always.
 
@@ -306,9 +312,10 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True, help="new, or one to go on with")
     arguments = parser.parse_intermixed_args()
     try:
-        plan = checked_plan(load_plan(arguments.recipe, arguments.overrides), arguments.run_dir)
-    except RequestError as error:
-        for mistake in error.mistakes:
+        kept = _saved_stage(arguments.run_dir)
+        plan = checked_plan(load_plan(arguments.recipe, [*kept, *arguments.overrides]), arguments.run_dir)
+    except (RequestError, store.CheckpointError) as error:
+        for mistake in getattr(error, "mistakes", (error,)):
             say(f"error: {mistake}", err=True)
         raise SystemExit(2) from None
 
