@@ -136,9 +136,9 @@ def retention(recipe: Recipe, steps: Iterable[int], scores: Iterable[Evaluated])
         scores: Of its checkpoints.
     """
     train = recipe.train
-    trained = sorted(step for step in steps if step > 0)
+    trained = {step for step in steps if step > 0}
     best = best_steps(recipe.evaluation.select, (event for event in scores if event.step in trained))
-    return {*trained[-train.keep_last :], *best[: train.keep_best]}
+    return {*sorted(trained)[-train.keep_last :], *best[: train.keep_best]}
 
 
 @dataclass(frozen=True)
