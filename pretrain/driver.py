@@ -150,8 +150,12 @@ def resume(
         newest = store.latest(run_dir.path)
         done = newest.step if newest else 0
         if plan.total_steps < done:
-            raise RequestError(f"train.steps={plan.total_steps}: {done} of the run are done; give that many or more")
-        say(schedules_line(load_for_resume(run_dir.recipe, ()).recipe, plan.recipe, done))
+            raise RequestError(
+                f"train.steps={plan.total_steps}: {done} steps of the run are done; give that many or more"
+            )
+        before = load_for_resume(run_dir.recipe, ())
+        if before.total_steps != plan.total_steps:
+            say(schedules_line(before.recipe, plan.recipe, done))
     return _Driver(plan, run_dir, launched).drive(on_start)
 
 

@@ -9,6 +9,7 @@ square brackets in it are no markup.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import traceback
@@ -53,6 +54,12 @@ def escaping_console(file: IO[str] | None = None, **options: Any) -> Console:
             for text, style, control in super().render(renderable, options):
                 shown = text if control else "\n".join(map(printable, text.split("\n")))
                 yield Segment(shown, style, control)
+
+        def on_broken_pipe(self) -> None:
+            """Who read this has gone (`| head`, a closed terminal); what is being done goes on and is not shown."""
+            self.quiet = True
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.file.fileno())
 
     return Escaping(file=file, markup=False, emoji=False, highlight=False, **options)
 

@@ -314,6 +314,8 @@ def main() -> None:
     try:
         kept = _saved_stage(arguments.run_dir)
         plan = checked_plan(load_plan(arguments.recipe, [*kept, *arguments.overrides]), arguments.run_dir)
+        if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) != (workers := plan.recipe.train.workers):
+            raise RequestError(f"train.workers={workers}: {ranks} processes were started; add train.workers={ranks}")
     except (RequestError, store.CheckpointError) as error:
         for mistake in getattr(error, "mistakes", (error,)):
             say(f"error: {mistake}", err=True)
@@ -329,7 +331,7 @@ def main() -> None:
     try:
         with Terminal(plan, run_dir=arguments.run_dir) as terminal:
             is_done = train(plan, arguments.run_dir, listener=listener)
-    except (DataError, DiskFull, LoaderError) as error:
+    except (DataError, DiskFull, LoaderError, store.CheckpointError) as error:
         say(f"error: {error}", err=True)
         raise SystemExit(1) from None
     raise SystemExit(0 if is_done else EXIT_STOPPED)

@@ -184,10 +184,10 @@ def _lasting(found: Published, storage: Path) -> str:
 def _check_state(found: Published, recipe: Recipe) -> None:
     manifest, train = found.manifest(), recipe.train
     wrong = [
-        f"{found.location} was taken with {key}={manifest[name]}, the recipe has {value}"
-        for key, name, value in (
-            ("objective.name", "objective", recipe.objective.name),
-            ("train.zero_stage", "zero_stage", train.zero_stage),
+        f"{found.location} was taken with {key}={manifest[name]}, the recipe has {value}{remedy}"
+        for key, name, value, remedy in (
+            ("objective.name", "objective", recipe.objective.name, ""),
+            ("train.zero_stage", "zero_stage", train.zero_stage, f"; add train.zero_stage={manifest['zero_stage']}"),
         )
         if manifest[name] != value
     ]

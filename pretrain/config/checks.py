@@ -60,7 +60,12 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
         mistakes: receives the mistakes; the result is only meaningful when it stays empty.
         check_files: also look whether the data is there.
     """
-    if check_files:
+    if mistakes.is_typed("data.root") and draft.data.root is not None and not mistakes.refers_to("data.root"):
+        problem = (
+            f"{draft.name} reads no data below it; give data.train=SHARDS, or take a recipe with ${{data.root}} in it"
+        )
+        mistakes.add("data.root", draft.data.root, problem)
+    elif check_files:
         _check_root(draft, mistakes)
     draft = _counted_in_steps(draft, mistakes, check_files=check_files)
     draft = replace(draft, train=replace(draft.train, zero_stage=_zero_stage(draft)))

@@ -63,6 +63,7 @@ __all__ = [
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
 # What a resume may change: how and where the work is done, and for how long; never what is learned.
+_NONE = object()
 _LENGTH = ("train.steps", "train.epochs")  # fixed in a run of stages
 _RESUMABLE = (
     *_LENGTH,
@@ -250,13 +251,16 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
         RequestError: a setting may not change any more, or the result does not work out.
     """
     content = _read_yaml(path)
+    if "storage" not in content:  # what a run writes last
+        copies = "newest one in checkpoints/, whose recipe.yaml holds the same settings"
+        raise RequestError(
+            f"recipe {path}: cut short, for the end is missing; restore it, if need be from the {copies}"
+        )
     may_change = [key for key in _RESUMABLE if key not in _LENGTH or not content.get("stages")]
     pairs = dict(text.partition("=")[::2] for text in overrides)
     forbidden = [key for key in pairs if not _RESUMABLE_KEYS.fullmatch(key)]
     if forbidden:
-        mistakes = [
-            f"{shown(key)}={shown(pairs[key])}: fixed when the run began{nearest(key, may_change)}" for key in forbidden
-        ]
+        mistakes = [f"{shown(key)}={shown(pairs[key])}: {_why_fixed(key, content, may_change)}" for key in forbidden]
         sections: dict[str, list[str]] = {}
         for key in may_change:
             section, _, name = key.partition(".")
@@ -285,6 +289,14 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
     for section in {"data", "evaluation", "stages"} & content.keys():
         content[section] = _following(content[section], str(recorded), content["storage"])
     return _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True)
+
+
+def _why_fixed(key: str, content: Mapping[str, Any], may_change: Sequence[str]) -> str:
+    """Why a resume does not take a key: the run has it as it is, or there is none such."""
+    found: Any = content
+    for name in key.split("."):
+        found = found.get(name, _NONE) if isinstance(found, Mapping) else _NONE
+    return f"unknown setting{nearest(key, may_change)}" if found is _NONE else "fixed when the run began"
 
 
 def _following(settings: Any, recorded: str, storage: str) -> Any:

@@ -78,6 +78,10 @@ class Mistakes:
         """What the layer that set exactly `key` last has written, references and all; None when no layer did."""
         return self._given[key][2] if key in self._given else None
 
+    def refers_to(self, key: str) -> bool:
+        """True when a layer has written `${key}` anywhere."""
+        return any(f"${{{key}}}" in str(written) for _, _, written in self._given.values())
+
     def is_typed(self, key: str) -> bool:
         """True when the command line set exactly `key`."""
         return key in self._given and self._given[key][1] == COMMAND_LINE

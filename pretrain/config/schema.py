@@ -262,8 +262,8 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    storage: str = setting("directory of runs, evaluations and the MLflow database", "runs")
     deepspeed: dict[str, Any] = setting("raw DeepSpeed keys, merged into its configuration last", {})
+    storage: str = setting("directory of runs, evaluations and the MLflow database", "runs")
 
     @property
     def peak_lr(self) -> float:

@@ -143,7 +143,7 @@ def in_order(named: Sequence[tuple[str, Recipe, Mapping[str, Any]]]) -> Plan:
 
 
 def plan_yaml(plan: Plan) -> str:
-    """The plan as YAML: what all stages share, then the differences.
+    """The plan as YAML: what all stages share, the differences, and `storage` last, which says that the text is whole.
 
     `load_plan` reads it back to an equal one, but for credentials in URLs, which are not stored.
     """
@@ -165,7 +165,8 @@ def plan_yaml(plan: Plan) -> str:
         if stage.teacher_from is not None:
             keys["teacher_from"] = plan.stages[stage.teacher_from].name
         stages.append(_difference(shared, content) | keys)
-    return OmegaConf.to_yaml(OmegaConf.create(shared | {"stages": stages}))
+    last = {"storage": shared.pop("storage")}
+    return OmegaConf.to_yaml(OmegaConf.create(shared | {"stages": stages} | last))
 
 
 def written_stages(content: Any) -> list[dict[str, Any]]:

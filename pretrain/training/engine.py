@@ -170,6 +170,7 @@ class Engine:
         self.objective = objective
         self.device = device
         self.stage = recipe.train.zero_stage or 0
+        self.precision = recipe.train.precision
         self._accumulation = self._engine.gradient_accumulation_steps()
         # Read once: a checkpoint brings its own groups, which may be older than their scales.
         groups = self._engine.optimizer.param_groups

@@ -305,14 +305,14 @@ def restore(found: Snapshot, engine: Engine, stream: Stream, optimizer_steps: in
 
     Raises:
         DataError: The checkpoint was taken on another sample order.
-        CheckpointError: It was taken with another ZeRO stage, or with another number of ranks and each machine has a
-            copy of its own, or the weights that came back are not the ones that were saved.
+        CheckpointError: It was taken with another ZeRO stage or precision, or with another number of ranks and each
+            machine has a copy of its own, or the weights that came back are not the ones that were saved.
     """
     manifest = found.manifest
     stream.require_order(manifest["stream"]["order"])
-    if manifest["zero_stage"] != engine.stage:
-        stages = f"zero_stage={manifest['zero_stage']}, this run has {engine.stage}"
-        raise store.CheckpointError(f"{found.path}: taken with {stages}")
+    for key, here in (("zero_stage", engine.stage), ("precision", engine.precision)):
+        if manifest[key] != here:
+            raise store.CheckpointError(f"{found.path}: taken with train.{key}={manifest[key]}, and it is {here} here")
     state_dir = found.path / store.TRAINING_STATE
     is_same_world = manifest["world_size"] == dist.get_world_size()
     _load_engine(found, engine)

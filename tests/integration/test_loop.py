@@ -129,6 +129,22 @@ def test_loop__wrong_request_is_one_line_and_exit_code_2(launch: Launch) -> None
     assert loop.exit_codes(60) == [2]
     assert "train.steps" in loop.log.read_text()
     assert "Traceback" not in loop.log.read_text()
+    loop = launch("crowded", ranks=1)  # the recipe has two
+    assert loop.exit_codes(60) == [2]
+    assert "error: train.workers=2: 1 processes were started; add train.workers=1" in loop.log.read_text()
+
+
+def test_loop__a_training_state_of_other_settings_is_one_line(launch: Launch) -> None:
+    alone = ("train.workers=1", "train.checkpoint_every=2", "optimizer.warmup_steps=0", "train.zero_stage=1")
+    launch("other", *alone, "train.steps=2", ranks=1).wait()
+    for text, said in (
+        ("train.zero_stage=2", "taken with train.zero_stage=1, and it is 2 here"),
+        ("train.precision=bf16", "taken with train.precision=fp32, and it is bf16 here"),
+    ):
+        again = launch("other", *alone, "train.steps=4", text, ranks=1)
+        assert again.exit_codes(100) == [1]
+        log = again.log.read_text()
+        assert "Traceback" not in log and f"step-00000002: {said}" in log
 
 
 def test_loop__a_run_that_learns_nothing_is_reported_and_stopped_if_asked(launch: Launch) -> None:

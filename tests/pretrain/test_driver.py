@@ -140,7 +140,7 @@ def test_resume__steps_may_become_fewer_down_to_those_that_are_done(
     rates = "so the learning rate is 2.5e-04 at step 301, after 9.8e-04 at step 300"
     assert f"train.steps 700 -> 400: schedules are those of a run of 400 steps, {rates}" in capsys.readouterr().out
     assert main([*command, "train.steps=299"]) == 2
-    assert "train.steps=299: 300 of the run are done; give that many or more" in capsys.readouterr().err
+    assert "train.steps=299: 300 steps of the run are done; give that many or more" in capsys.readouterr().err
 
 
 def test_only_driver__a_run_is_driven_by_one_process(run_dir: RunDir) -> None:

@@ -301,3 +301,35 @@ def test_load_for_resume__steps_of_stages_are_fixed(minimal: str, tmp_path: Path
     with pytest.raises(RequestError) as caught:  # nor is it named among what may be changed
         load_for_resume(written, ("train.step=7",))
     assert "train: workers, micro_batch_size, " in str(caught.value) and "train.steps" not in str(caught.value)
+
+
+def test_load_recipe__a_root_that_the_recipe_does_not_use_is_refused(minimal: str, tmp_path: Path) -> None:
+    """The demo was trained on the photos that come along, whatever folder was named."""
+    with pytest.raises(RequestError) as caught:
+        load_recipe("demo", [f"data.root={tmp_path}"])
+    (line,) = caught.value.mistakes
+    assert line.startswith(f"command line: data.root={tmp_path}: demo reads no data below it; give data.train=SHARDS")
+    assert load_recipe("mae_cifar10", [f"data.root={tmp_path}"], check_files=False).data.root == str(tmp_path)
+
+
+def test_load_for_resume__a_recipe_that_was_cut_is_not_filled_up_with_defaults(minimal: str, tmp_path: Path) -> None:
+    written = _written_by_a_run(minimal, tmp_path)
+    whole = written.read_text().splitlines(keepends=True)
+    for number in range(1, len(whole)):
+        if whole[number].startswith(" "):
+            continue  # cut within a section: what follows is missing as well
+        written.write_text("".join(whole[:number]))
+        with pytest.raises(RequestError, match=r"cut short, for the end is missing; restore it") as caught:
+            load_for_resume(written, ())
+        assert len(caught.value.mistakes) == 1
+
+
+def test_load_for_resume__says_whether_a_setting_is_fixed_or_unknown(minimal: str, tmp_path: Path) -> None:
+    written = _written_by_a_run(minimal, tmp_path)
+    for text, why in (
+        ("train.checkpoint_every=5", "fixed when the run began"),
+        ("train.step=30", "unknown setting; did you mean 'train.steps'?"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            load_for_resume(written, (text,))
+        assert caught.value.mistakes[0] == f"{text}: {why}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.load import load_for_resume, load_recipe
+from pretrain.config.load import load_for_resume, load_recipe, to_yaml
 from pretrain.errors import RequestError
 
 MINIMAL = """
@@ -197,6 +197,7 @@ def test_load_recipe__mistake_in_a_mixture(recipe: Path, mixture: str, line: str
 
 
 def test_load_for_resume__refuses_what_would_change_the_run(recipe: Path) -> None:
+    recipe.write_text(to_yaml(load_recipe(str(recipe))))
     with pytest.raises(RequestError) as refused:
         load_for_resume(recipe, ["train.seed=3", "train.workers=1", "optimizer.lr=1"])
     first, second, allowed = refused.value.mistakes

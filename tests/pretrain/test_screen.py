@@ -48,6 +48,26 @@ def test_escaping_console__knows_no_markup_and_keeps_its_own_orders() -> None:
     assert not any(order in shown for order in ORDERS)
 
 
+_READER_GONE = """
+import sys
+from pretrain.screen import escaping_console
+console = escaping_console(sys.stdout)
+for number in range(20_000):
+    console.print(number)
+print("went on", file=sys.stderr)
+"""
+
+
+def test_escaping_console__a_reader_that_goes_ends_nothing() -> None:
+    """`pretrain run | head` ended the run, as a closed terminal did, and Ray was blamed."""
+    command = [sys.executable, "-c", _READER_GONE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == "0\n"
+        writer.stdout.close()
+        assert writer.stderr is not None and writer.stderr.read() == "went on\n"
+    assert writer.returncode == 0
+
+
 def test_screen__is_the_only_room_that_writes_to_a_terminal() -> None:
     """Every other one gives it lines, or prints on a console of its making."""
     writers = {"print", "Console", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write"}

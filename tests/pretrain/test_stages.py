@@ -170,6 +170,6 @@ def test_load_for_resume__of_stages(staged: str, tmp_path: Path) -> None:
     assert [stage.recipe.train.workers for stage in resumed.stages] == [1, 1, 1]
     assert [stage.recipe.train.micro_batch_size for stage in resumed.stages] == [16, 16, 16]
     for broken in ("stages: 5", "stages: [null]", "stages: {a: 1}"):
-        saved.write_text(saved.read_text().partition("stages:")[0] + broken)
+        saved.write_text(saved.read_text().partition("stages:")[0] + broken + "\nstorage: runs")
         with pytest.raises(RequestError, match="expected a list of mappings"):
             load_for_resume(saved, ["train.workers=1"])
