@@ -252,10 +252,8 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
     """
     content = _read_yaml(path)
     if "storage" not in content:  # what a run writes last
-        copies = "newest one in checkpoints/, whose recipe.yaml holds the same settings"
-        raise RequestError(
-            f"recipe {path}: cut short, for the end is missing; restore it, if need be from the {copies}"
-        )
+        copy = "the newest checkpoint of the run has a copy of its settings"
+        raise RequestError(f"recipe {path}: cut short, for the end is missing; restore it, {copy}")
     may_change = [key for key in _RESUMABLE if key not in _LENGTH or not content.get("stages")]
     pairs = dict(text.partition("=")[::2] for text in overrides)
     forbidden = [key for key in pairs if not _RESUMABLE_KEYS.fullmatch(key)]

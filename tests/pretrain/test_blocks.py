@@ -36,14 +36,15 @@ FASTVIT = ImageConfig("fastvit_t8", 64)  # has batch norms in its blocks
 
 
 def _recipe(name: str, backbone: ImageConfig = VIT, **train: Any) -> Recipe:
-    settings = {"steps": STEPS, "global_batch_size": MICRO * RANKS, "micro_batch_size": MICRO, "accumulation": 1}
+    sizes = {"steps": STEPS, "global_batch_size": MICRO * RANKS, "micro_batch_size": MICRO, "accumulation": 1}
+    settings: dict[str, Any] = {"zero_stage": 1, **sizes, **train}
     return Recipe(
         name="blocks",
         objective=registry.config_class(name)(**SMALL.get(name, {})),
         backbone=backbone,
         data=DataConfig(train="unused"),
         optimizer=OptimizerConfig(lr=1e-3, clip_grad=1.0),
-        train=TrainConfig(**settings, workers=RANKS, checkpoint_every=STEPS, **train),
+        train=TrainConfig(**settings, workers=RANKS, checkpoint_every=STEPS),
     )
 
 

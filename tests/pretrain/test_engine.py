@@ -33,6 +33,7 @@ RECIPE = Recipe(
         global_batch_size=MICRO * ACCUMULATION * RANKS,
         micro_batch_size=MICRO,
         accumulation=ACCUMULATION,
+        zero_stage=1,
         checkpoint_every=STEPS,
     ),
 )

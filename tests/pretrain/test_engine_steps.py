@@ -35,6 +35,7 @@ RECIPE = Recipe(
         micro_batch_size=MICRO,
         accumulation=ACCUMULATION,
         workers=RANKS,
+        zero_stage=1,
         checkpoint_every=STEPS,
     ),
 )
