@@ -103,6 +103,8 @@ def write_report(run_dir: Path) -> Path:
 
 def _contents(run: RunDir) -> dict[str, Any]:
     recipe_yaml, stages, damaged = _recipe(run)
+    if damaged:
+        log.warning("%s", damaged)
     recipe = stages[-1]
     events, evaluations = _events(run.journal), _events(run.evaluations)
     training = _by_step(events)

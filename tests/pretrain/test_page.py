@@ -186,7 +186,9 @@ def test_write_report__refuses_what_is_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "recipe", ["a: [", "", "- x", "stages: 3", "train: {steps: x}\nstages: [{}, {name: b}]", "\xff", None]
 )
-def test_write_report__a_damaged_recipe_costs_only_what_it_says(storage: Path, recipe: str | None) -> None:
+def test_write_report__a_damaged_recipe_costs_only_what_it_says(
+    storage: Path, recipe: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     run_dir = storage / "damaged"
     run_dir.mkdir()
     if recipe is None:
@@ -199,6 +201,8 @@ def test_write_report__a_damaged_recipe_costs_only_what_it_says(storage: Path, r
     )
     page = Page(write_report(run_dir))
     assert "<b>0.25</b>" in page.text and "20 of ?" in page.text
+    has_shape = recipe.startswith("train:")  # of a recipe, though not with the settings of one
+    assert has_shape or f"{run_dir / 'recipe.yaml'} is damaged: " in caplog.text
     assert "data:image/png;base64,cm9vd" not in page.text, "a file of another place is in the page"
 
 
