@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,12 @@ KINDS = {  # a text in the command line of a process -> what it is; the first th
 }
 
 
+def kind_of(process: psutil.Process) -> str:
+    """What a process of a job is, by its command line."""
+    line = " ".join(process.cmdline())
+    return next((kind for text, kind in KINDS.items() if text in line), "others")
+
+
 def job_cost(command: list[str]) -> tuple[dict[str, float], float]:
     """Run a command to its end; CPU-seconds of its process tree by kind, and seconds of wall time.
 
@@ -42,22 +49,18 @@ def job_cost(command: list[str]) -> tuple[dict[str, float], float]:
     """
     began = time.monotonic()
     seen: dict[int, tuple[str, float]] = {}
-    root = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while root.poll() is None:
-        try:
-            processes = [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            break
-        for process in processes:
-            try:
-                times, line = process.cpu_times(), " ".join(process.cmdline())
-            except psutil.Error:
-                continue
-            kind = next((kind for text, kind in KINDS.items() if text in line), "others")
-            seen[process.pid] = kind, times.user + times.system
-        time.sleep(POLL_S)
-    if root.wait():
-        raise SystemExit(f"{' '.join(command)} ended with exit code {root.returncode}:\n{root.stderr.read()[-2000:]}")
+    with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would fill up and halt the job
+        root = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        while root.poll() is None:
+            for process in [root, *root.children(recursive=True)]:
+                with suppress(psutil.Error):  # it has just ended
+                    times = process.cpu_times()
+                    seen[process.pid] = kind_of(process), times.user + times.system
+            time.sleep(POLL_S)
+        if root.wait():
+            errors.seek(0)
+            said = errors.read()[-2000:]
+            raise SystemExit(f"{' '.join(command)} ended with exit code {root.returncode}:\n{said}")
     cpu: dict[str, float] = {}
     for kind, seconds in seen.values():
         cpu[kind] = cpu.get(kind, 0.0) + seconds

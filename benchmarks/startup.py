@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from job_cost import kind_of
 
 from pretrain.record.events import Startup
 from pretrain.record.journal import read_events
@@ -50,8 +51,8 @@ def one_start(recipe: str, overrides: list[str]) -> dict[str, Any]:
         cpu: dict[str, float] = {}
         for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
             times = process.cpu_times()
-            name = "training workers" if "RayTrainWorker" in " ".join(process.cmdline()) else "Ray and the driver"
-            cpu[name] = cpu.get(name, 0.0) + times.user + times.system + times.children_user + times.children_system
+            kind = kind_of(process)
+            cpu[kind] = cpu.get(kind, 0.0) + times.user + times.system + times.children_user + times.children_system
         run.terminate()
         run.wait()
     return {**found[0].to_json(), "shell_s": shell_s, "cpu": cpu}
@@ -69,8 +70,8 @@ def main() -> None:
         print(f"round {number + 1}: {rounds[-1]['shell_s']:.1f} s wall", flush=True)
     for key, what in PARTS.items():
         print(f"{statistics.median(record[key] for record in rounds):6.1f} s  {what}")
-    for name in sorted(rounds[0]["cpu"]):
-        print(f"{statistics.median(record['cpu'][name] for record in rounds):6.1f} CPU-s  {name}")
+    for kind in sorted({kind for record in rounds for kind in record["cpu"]}):
+        print(f"{statistics.median(record['cpu'].get(kind, 0.0) for record in rounds):6.1f} CPU-s  {kind}")
 
 
 if __name__ == "__main__":

@@ -62,9 +62,9 @@ __all__ = [
 ]
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
-# What a resume may change: how and where the work is done, and for how long; never what is learned.
 _NONE = object()
 _LENGTH = ("train.steps", "train.epochs")  # fixed in a run of stages
+# What a resume may change: how and where the work is done, and for how long; never what is learned.
 _RESUMABLE = (
     *_LENGTH,
     "train.workers",
