@@ -24,6 +24,7 @@ __all__ = [
     "described",
     "format_interval",
     "format_value",
+    "less_is_better",
     "ranked",
 ]
 
@@ -141,11 +142,19 @@ def ranked(scores: Mapping[Key, float], metric: Metric) -> list[Key]:
     Raises:
         EvaluationError: `metric` has no direction.
     """
+    finite = [key for key in scores if math.isfinite(scores[key])]
+    return sorted(finite, key=lambda key: (less_is_better(scores[key], metric), key))
+
+
+def less_is_better(score: float, metric: Metric) -> float:
+    """`score` by a scale on which less is better, whatever the direction of `metric`.
+
+    Raises:
+        EvaluationError: `metric` has no direction.
+    """
     if metric.better is None:
         raise EvaluationError(f"metric {metric.name!r} is only reported; scores of it cannot be compared")
-    sign = -1 if metric.better == "higher" else 1
-    finite = [key for key in scores if math.isfinite(scores[key])]
-    return sorted(finite, key=lambda key: (sign * scores[key], key))
+    return -score if metric.better == "higher" else score
 
 
 def format_value(value: float, unit: str) -> str:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,10 +28,11 @@ from data_pipelines.storage.locations import redact, redacted
 from pretrain.checkpoints import copies, store
 from pretrain.checkpoints.initialization import checked_plan
 from pretrain.config.load import load_for_resume
-from pretrain.config.schema import EvaluationTask, Recipe
+from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, plan_yaml
 from pretrain.errors import RequestError, RunFailed, RunStopped, said_by_system
-from pretrain.evaluations import due, evaluate_task, retention
+from pretrain.evaluations import evaluate_task
+from pretrain.known_checkpoints import KnownCheckpoints
 from pretrain.record.disk import DiskFull, naming_disk
 from pretrain.record.events import (
     CheckpointPublished,
@@ -39,7 +40,7 @@ from pretrain.record.events import (
     EvaluationFailed,
     Event,
     Failed,
-    Metrics,
+    Finished,
     Start,
     Stopped,
 )
@@ -48,7 +49,7 @@ from pretrain.record.journal import Journal, read_events
 from pretrain.record.lock import hold, holder
 from pretrain.record.run_dir import RunDir, find_run, resume_command, stopped_line
 from pretrain.reporting.progress import shown_while
-from pretrain.reporting.summary import print_summary
+from pretrain.reporting.summary import TrainingSoFar, print_summary
 from pretrain.reporting.terminal import Terminal, finished_line
 from pretrain.screen import say
 from pretrain.training.schedules import schedules_line
@@ -182,8 +183,9 @@ class _Driver:
         self._size = size
         self.recipe = plan.recipe  # what is asked of it below is the same in all stages
         self.terminal = Terminal(plan, run_dir=run_dir.path)
-        self.events: list[Event] = []
-        self.scores: list[Evaluated] = []
+        self.known = KnownCheckpoints(plan, run_dir.path)
+        self._trained = TrainingSoFar()
+        self._last_event: Event | None = None
         self._offset = 0
         self._evaluation_device: str | None = "cpu"
         self._is_training = False  # from the first event of the workers to their end
@@ -198,7 +200,9 @@ class _Driver:
             self.run_dir.stop_request.unlink(missing_ok=True)  # it was for the workers that it has stopped
             size = f"; {self._size}" if self._size else ""
             self.terminal.say(f"run {self.run_dir.run_id} in {self.run_dir.path}{size}")
-            self.scores = [event for event in read_events(self.run_dir.evaluations)[0] if isinstance(event, Evaluated)]
+            for event in read_events(self.run_dir.evaluations)[0]:
+                self.known.see(event)
+            self.known.look()
             if not self.run_dir.recipe.exists():
                 self._write_recipe()
             tracker = self._tracker()
@@ -206,10 +210,10 @@ class _Driver:
             self._mirrors = self._open_mirrors()
             try:
                 self._follow(show=False)  # a resumed run: what happened before
-                if self._is_trained() and not self._due():
+                if self._is_trained() and not self.known.due:
                     self.terminal.say(finished_line(self.plan, resume_command(self.run_dir)))
                     self._write_recipe()
-                    self._prune()
+                    self.known.prune()
                     tracker.start()
                 else:
                     self.terminal.wait_for(self._place())
@@ -303,8 +307,8 @@ class _Driver:
             self._is_training = self._is_training and is_training
             if not is_training and queue.pending and self._stop_asked is None:
                 self.terminal.wait_for("running the last evaluations")
-        if self.events and isinstance(self.events[-1], Stopped):
-            raise RunStopped(stopped_line(self.run_dir, self.events[-1].step))
+        if isinstance(self._last_event, Stopped):
+            raise RunStopped(stopped_line(self.run_dir, self._last_event.step))
         if training.error is None and queue.pending:
             done = "stopped before the last evaluations, all steps are done"
             raise RunStopped(f"{done}; go on with: {resume_command(self.run_dir)}")
@@ -314,31 +318,27 @@ class _Driver:
             raise RunFailed(f"training failed: {_last_line(training.error)}", self.run_dir.logs)
 
     def _follow(self, *, show: bool = True) -> bool:
-        """Read what the workers have written since the last call; returns whether checkpoints are among it."""
+        """Read what the workers have written since the last call; returns whether it may tell of checkpoints."""
         new, self._offset = read_events(self.run_dir.journal, self._offset)
-        self.events += new
         self._mirrors.show(new)
+        for event in new:
+            self._trained.add(event)
+            self._last_event = event
         for event in new if show else ():
             self.terminal.show(event)
+            self.known.see(event)
             if isinstance(event, Start):
                 self._is_training = True
                 self._write_recipe()
-        return any(isinstance(event, CheckpointPublished) for event in new)
-
-    def _due(self) -> list[tuple[store.Published, EvaluationTask]]:
-        """The checkpoints that are to be evaluated by now, each with its task."""
-        done = {(event.step, event.protocol, event.data) for event in self.scores}
-        found = {checkpoint.step: checkpoint for checkpoint in store.published(self.run_dir.path)}
-        return [(found[step], task) for step, task in due(self.plan, found, done)]
+        return any(isinstance(event, Start | CheckpointPublished | Finished) for event in new)
 
     def _queue_evaluations(self, queue: TaskQueue) -> None:
         """What is due by now; the queue accepts a label once."""
-        for checkpoint, task in self._due():
-            label = (checkpoint.step, task.protocol, task.data)
+        for label, (checkpoint, task) in self.known.take_due().items():
             directory = self.recipe.evaluation.data[task.data]
             where = (directory, self.recipe.storage, self._evaluation_device)
             queue.submit(label, evaluate_task, checkpoint.location, checkpoint.step, task, *where)
-        self._prune(queue.pending)
+        self.known.prune()
 
     def _collect(self, queue: TaskQueue) -> None:
         """Write down the evaluations that have ended; a failed one is recorded and stops nothing."""
@@ -348,25 +348,20 @@ class _Driver:
                 event = EvaluationFailed(step=step, protocol=protocol, data=data, error=_last_line(error))
             else:
                 event = scores
-                self.scores.append(scores)
                 self._mirrors.show([scores])
             with Journal(self.run_dir.evaluations) as journal:
                 journal.write(event)
             self.terminal.show(event)
-            self._prune(queue.pending)
-
-    def _prune(self, pending: Iterable[tuple[int, str, str]] = ()) -> None:
-        """Remove training states that nobody resumes from; those without a score yet may still turn out to be best."""
-        steps = [found.step for found in store.published(self.run_dir.path)]
-        kept = retention(self.recipe, steps, self.scores) | {step for step, _, _ in pending}
-        store.prune(self.run_dir.path, keep_last=self.recipe.train.keep_last, pinned=kept)
-
-    def _newest_step(self) -> int:
-        newest = store.latest(self.run_dir.path)
-        return -1 if newest is None else newest.step
+            self.known.see(event)
+            self.known.prune()
 
     def _is_trained(self) -> bool:
-        return self._newest_step() >= self.plan.total_steps
+        return self.known.newest_step >= self.plan.total_steps
+
+    def _newest_step(self) -> int:
+        """By a look at the storage: workers that have just died may have published without telling."""
+        newest = store.latest(self.run_dir.path)
+        return -1 if newest is None else newest.step
 
     def _say_restart(self, end: End, pause_s: float) -> None:
         wait = f" in {pause_s:.0f} s" if pause_s else ""
@@ -416,7 +411,7 @@ class _Driver:
 
         tracking, settings = self.recipe.tracking, redacted(asdict(self.recipe))
         mirrors = Mirrors(tracking.also, self.run_dir.path, tracking.experiment, settings)
-        mirrors.show(self.scores)
+        mirrors.show(self.known.scores)
         return mirrors
 
     def _on_signal(self) -> None:
@@ -446,10 +441,9 @@ class _Driver:
         from pretrain.reporting.page import write_report
 
         report = write_report(self.run_dir.path)
-        print_summary(self.terminal.console, self.recipe, self.run_dir.path, self.events, self.scores, report)
-        metrics = [event.values for event in self.events if isinstance(event, Metrics)]
-        last = dict(metrics[-1]) if metrics else {}
-        for event in sorted(self.scores, key=lambda event: event.step):
+        print_summary(self.terminal.console, self.recipe, self.run_dir.path, self._trained, self.known.scores, report)
+        last = dict(self._trained.last.values) if self._trained.last else {}
+        for event in sorted(self.known.scores, key=lambda event: event.step):
             last.update({f"{event.task}/{name}": value for name, value in event.metrics.items()})
         newest = store.latest(self.run_dir.path)
         return RunResult(self.run_dir.run_id, self.run_dir.path, copies.local(newest) if newest else None, last)

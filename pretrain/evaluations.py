@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +19,13 @@ from yaml import YAMLError
 
 from data_pipelines.parsing import parse_json
 from evaluation.protocol import Metric, ranked
-from pretrain.config.schema import EvaluationTask, Recipe
+from pretrain.config.schema import EvaluationTask, Recipe, TrainConfig
 from pretrain.config.stages import Plan, written_stages
 from pretrain.config.values import parse_yaml
 from pretrain.errors import RequestError
 from pretrain.record.events import Evaluated, from_json
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RECIPE, RunDir, runs_in
-from pretrain.record.scores import best_steps
 
 if TYPE_CHECKING:
     from evaluation.runner import EvaluationResult
@@ -127,18 +127,15 @@ def due(
             yield from ((step, task) for task in evaluation.tasks if (step, task.protocol, task.data) not in done)
 
 
-def retention(recipe: Recipe, steps: Iterable[int], scores: Iterable[Evaluated]) -> set[int]:
+def retention(train: TrainConfig, trained: Sequence[int], best: Iterable[int]) -> set[int]:
     """The steps of a run whose training state is kept: the newest ones and the best ones.
 
     Args:
-        recipe: Of the run; `train.keep_last`, `train.keep_best` and `evaluation.select` decide.
-        steps: Of its published checkpoints.
-        scores: Of its checkpoints.
+        train: Of the run; `keep_last` and `keep_best` decide.
+        trained: Steps of its published checkpoints but the random backbone, ascending.
+        best: The same from the best to the worst, as far as they have scores; no more than needed are taken from it.
     """
-    train = recipe.train
-    trained = {step for step in steps if step > 0}
-    best = best_steps(recipe.evaluation.select, (event for event in scores if event.step in trained))
-    return {*sorted(trained)[-train.keep_last :], *best[: train.keep_best]}
+    return {*trained[-train.keep_last :], *islice(best, train.keep_best)}
 
 
 @dataclass(frozen=True)

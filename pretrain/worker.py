@@ -302,6 +302,7 @@ def main() -> None:
 
     from pretrain.checkpoints.initialization import checked_plan
     from pretrain.config.load import load_plan
+    from pretrain.known_checkpoints import KnownCheckpoints
     from pretrain.reporting.terminal import Terminal
     from pretrain.screen import escape_diagnostics, say
 
@@ -321,10 +322,13 @@ def main() -> None:
             say(f"error: {mistake}", err=True)
         raise SystemExit(2) from None
 
+    known = KnownCheckpoints(plan, arguments.run_dir)
+
     def listener(event: Event) -> None:
         terminal.show(event)
+        known.see(event)
         if isinstance(event, CheckpointPublished):
-            store.prune(arguments.run_dir, keep_last=plan.recipe.train.keep_last)
+            known.prune()
 
     if os.environ.get("RANK") == "0":
         RunDir(arguments.run_dir).stop_request.unlink(missing_ok=True)  # it was for the run that it has stopped

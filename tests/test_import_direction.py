@@ -40,7 +40,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("tracking",),
         ("checkpoints",),
         ("training", "evaluations", "exports", "embeddings"),
-        ("reporting",),
+        ("reporting", "known_checkpoints"),
         ("worker", "photos"),
         ("driver",),
         ("cli",),

@@ -26,9 +26,9 @@ from pretrain.checkpoints.store import (
     TRAINING_STATE,
     CheckpointError,
     Published,
+    find_published,
     has_training_state,
     parse_manifest,
-    published,
     verify,
 )
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST
@@ -59,7 +59,7 @@ def exported(run_dir: Path, step: int) -> tuple[Path, str] | None:
 
     None, with a warning, when there is no such checkpoint any more or it is damaged.
     """
-    found = next((found for found in published(run_dir) if found.step == step), None)
+    found = find_published(run_dir, step)
     try:
         directory = local(found) if found is not None else None
     except CheckpointError as error:

@@ -33,6 +33,7 @@ from pretrain.checkpoints.store import (
     TRAINING_STATE,
     CheckpointError,
     Published,
+    find_published,
     latest,
     published,
     published_at,
@@ -292,7 +293,8 @@ def _published_as(version: ModelVersion, storage: Path) -> str | None:
     run_id, step = version.tags.get("run_id", ""), version.tags.get("step", "")
     if not re.fullmatch(MODEL_NAME, run_id):  # of a server: it must not lead out of the storage
         return None
-    return next((found.location for found in published(storage / run_id) if str(found.step) == step), None)
+    found = find_published(storage / run_id, int(step)) if re.fullmatch("[0-9]{1,18}", step) else None
+    return None if found is None else found.location
 
 
 def _copy_recorded(recorded: str, into: Path) -> None:

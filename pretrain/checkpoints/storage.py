@@ -20,8 +20,10 @@ import glob
 import os
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,13 @@ class CheckpointStorage(ABC):
     @abstractmethod
     def published(self) -> list[str]:
         """Names of all published directories, sorted."""
+
+    @abstractmethod
+    def survey(self) -> dict[str, Sequence[str]]:
+        """Names of all published directories, sorted -> those of the files in each, relative to it.
+
+        A remote store is listed once, however many directories there are.
+        """
 
     @abstractmethod
     def exists(self, name: str) -> bool:
@@ -113,6 +122,9 @@ class LocalStorage(CheckpointStorage):
         return sorted(
             path.name for path in self.root.glob("*") if not path.name.startswith(".") and (path / MANIFEST).is_file()
         )
+
+    def survey(self) -> dict[str, Sequence[str]]:
+        return {name: self.list(name) for name in self.published()}
 
     def exists(self, name: str) -> bool:
         return (self.root / name).is_file()
@@ -190,12 +202,20 @@ class FsspecStorage(CheckpointStorage):
         return None
 
     def published(self) -> list[str]:
+        return list(self.survey())
+
+    def survey(self) -> dict[str, Sequence[str]]:
         filesystem, root = self._opened
         if not filesystem.exists(root):
-            return []
+            return {}
+        found: dict[str, Sequence[str]] = {}
         # Not by a glob, in which a `[` of the prefix would be a pattern.
-        names = (path.rstrip("/").rpartition("/")[2] for path in filesystem.ls(root, detail=False))
-        return sorted(name for name in names if not name.startswith(".") and self.exists(f"{name}/{MANIFEST}"))
+        inside = sorted(path[len(root) :].lstrip("/") for path in filesystem.find(root))
+        for directory, paths in groupby(inside, lambda path: path.partition("/")[0]):
+            files = [path.partition("/")[2] for path in paths]
+            if MANIFEST in files and not directory.startswith("."):
+                found[directory] = files
+        return found
 
     def exists(self, name: str) -> bool:
         filesystem, root = self._opened

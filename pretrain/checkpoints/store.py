@@ -45,18 +45,21 @@ __all__ = [
     "Published",
     "begin",
     "checkpoint_path",
+    "find_published",
     "hand_over",
     "has_training_state",
     "latest",
     "parse_manifest",
     "place",
-    "prune",
     "publish",
     "published",
     "published_at",
+    "published_by_event",
     "read_manifest",
+    "remove_training_state",
     "stage",
     "storage_of",
+    "survey",
     "verify",
 ]
 
@@ -147,6 +150,27 @@ def published(run_dir: Path) -> list[Published]:
     return [Published(int(match[1]), storage, name) for name in storage.published() if (match := _NAME.fullmatch(name))]
 
 
+def survey(run_dir: Path) -> list[tuple[Published, bool]]:
+    """All complete checkpoints of a run, by step, each with its `has_training_state`; a remote store is listed once."""
+    storage = storage_of(run_dir)
+    return [
+        (Published(int(match[1]), storage, name), _tells_training_state(files))
+        for name, files in storage.survey().items()
+        if (match := _NAME.fullmatch(name))
+    ]
+
+
+def published_by_event(run_dir: Path, step: int) -> Published:
+    """The checkpoint that the run has just said to be published; nothing is looked up."""
+    return Published(step, storage_of(run_dir), _name(step))
+
+
+def find_published(run_dir: Path, step: int) -> Published | None:
+    """The complete checkpoint of a step, if there is one; the others are not listed for it."""
+    found = published_by_event(run_dir, step)
+    return found if found.storage.exists(f"{found.name}/{MANIFEST}") else None
+
+
 def published_at(location: str) -> Published:
     """The checkpoint in a directory or at a URI, of whatever name.
 
@@ -167,20 +191,11 @@ def latest(run_dir: Path) -> Published | None:
     return next((found for found in reversed(published(run_dir)) if found.has_training_state), None)
 
 
-def prune(run_dir: Path, *, keep_last: int, pinned: Iterable[int] = ()) -> list[int]:
-    """Remove all training states but the newest `keep_last` and those of the pinned steps; backbones stay.
-
-    Returns:
-        The steps whose training state went.
-    """
-    resumable = [found for found in published(run_dir) if found.has_training_state]
-    kept = {found.step for found in resumable[-keep_last:]} | set(pinned)
-    gone = [found for found in resumable if found.step not in kept]
-    for found in gone:
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        found.storage.mark(f"{found.name}/{REMOVED}", f"removed by retention (train.keep_last), {when}\n".encode())
-        found.storage.remove(f"{found.name}/{TRAINING_STATE}")
-    return [found.step for found in gone]
+def remove_training_state(found: Published) -> None:
+    """Remove what it takes to resume from a checkpoint; its backbone stays."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    found.storage.mark(f"{found.name}/{REMOVED}", f"removed by retention (train.keep_last), {when}\n".encode())
+    found.storage.remove(f"{found.name}/{TRAINING_STATE}")
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -352,6 +367,12 @@ def _state_files(checkpoint: Path) -> set[str]:
     """Names of all files of the training state; a link counts as one, so that no folder behind it goes unseen."""
     paths = (checkpoint / TRAINING_STATE).rglob("*")
     return {path.relative_to(checkpoint).as_posix() for path in paths if path.is_symlink() or not path.is_dir()}
+
+
+def _tells_training_state(files: Iterable[str]) -> bool:
+    """`Published.has_training_state` by the names of the files of a checkpoint."""
+    names = set(files)
+    return REMOVED not in names and any(name.startswith(f"{TRAINING_STATE}/") for name in names)
 
 
 def _name(step: int) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -16,14 +18,29 @@ from pretrain.record.events import Evaluated, EvaluationFailed, Event, Metrics
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RunDir
 
-__all__ = ["print_summary"]
+__all__ = ["TrainingSoFar", "print_summary"]
+
+
+@dataclass
+class TrainingSoFar:
+    """What the closing table says of training. The events themselves would not fit: a long run logs a million times."""
+
+    first: Metrics | None = None
+    last: Metrics | None = None
+    rates: array[float] = field(default_factory=lambda: array("d"))  # samples per second, of each logged step
+
+    def add(self, event: Event) -> None:
+        """Take in the next event of the run."""
+        if isinstance(event, Metrics):
+            self.first, self.last = self.first or event, event
+            self.rates.append(event.values["samples_per_s"])
 
 
 def print_summary(
     console: Console,
     recipe: Recipe,
     run_dir: Path,
-    events: Sequence[Event],
+    training: TrainingSoFar,
     evaluations: Sequence[Evaluated],
     report: Path,
 ) -> None:
@@ -33,17 +50,16 @@ def print_summary(
         console: Where to.
         recipe: Its recipe.
         run_dir: Its directory.
-        events: What happened to it.
+        training: What its events said.
         evaluations: The scores of its checkpoints.
         report: The HTML page.
     """
-    metrics = [event for event in events if isinstance(event, Metrics)]
     table = Table(title=run_dir.name, title_justify="left")
     start = "random" if recipe.init_from is None else "initial"
     for column in ("", start, "first", "last"):
         table.add_column(column, justify="left" if not column else "right")
-    if metrics:
-        first, last = metrics[0], metrics[-1]
+    if training.first and training.last:
+        first, last = training.first, training.last
         table.add_row(
             "loss",
             "",
@@ -53,9 +69,8 @@ def print_summary(
     failed = {e.task for e in read_events(RunDir(run_dir).evaluations)[0] if isinstance(e, EvaluationFailed)}
     for task in recipe.evaluation.tasks if recipe.evaluation.enabled else ():
         table.add_row(*_score_row(task.protocol, task.data, evaluations, failed))
-    if metrics:
-        rates = [event.values["samples_per_s"] for event in metrics]
-        table.add_row("samples/s", "", "", f"{median(rates):.0f}")
+    if training.rates:
+        table.add_row("samples/s", "", "", f"{median(training.rates):.0f}")
     console.print(table, soft_wrap=False)
     name = recipe.tracking.model_name or recipe.name
     storage = Path(recipe.storage)

@@ -405,7 +405,7 @@ def _checkpoint_at(run_dir: Path, step: int) -> store.Published:
     """The run's own checkpoint of a step. A collective."""
     answer: list[store.Published | None] = [None]
     if dist.get_rank() == 0:
-        answer = [next((found for found in store.published(run_dir) if found.step == step), None)]
+        answer = [store.find_published(run_dir, step)]
     dist.broadcast_object_list(answer, src=0)  # all ranks: the same checkpoint
     if answer[0] is None:
         raise store.CheckpointError(f"{run_dir}: the checkpoint of step {step} is gone, with which a stage begins")

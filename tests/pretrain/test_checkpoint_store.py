@@ -240,13 +240,14 @@ def test_read_manifest__refuses_what_it_does_not_know(tmp_path: Path) -> None:
         checkpoint.read_manifest(tmp_path)
 
 
-def test_prune__removes_training_states_and_keeps_backbones(run_dir: Path) -> None:
+def test_remove_training_state__keeps_the_backbone(run_dir: Path) -> None:
     _complete(run_dir, 0, _stage(run_dir, 0, training_state=False))
     _publish(run_dir, 1, 2, 3, 4, 5)
-    assert checkpoint.prune(run_dir, keep_last=2, pinned={1}) == [2, 3]
+    for found in checkpoint.published(run_dir)[2:4]:
+        checkpoint.remove_training_state(found)
     assert _steps(run_dir) == [0, 1, 2, 3, 4, 5]
     assert _resumable(run_dir) == [1, 4, 5]
-    assert checkpoint.prune(run_dir, keep_last=2, pinned={1}) == []
+    assert checkpoint.survey(run_dir) == [(found, found.has_training_state) for found in checkpoint.published(run_dir)]
     for found in checkpoint.published(run_dir):
         using = copies.local(found)
         assert (using / "backbone.safetensors").read_bytes() == b"weights of step %d" % found.step
@@ -257,7 +258,7 @@ def test_prune__removes_training_states_and_keeps_backbones(run_dir: Path) -> No
         checkpoint.verify(copies.local(pruned))  # absent as a whole: no damage
 
 
-def test_prune__killed_half_way_leaves_a_checkpoint_without_training_state(
+def test_remove_training_state__killed_half_way_leaves_a_checkpoint_without_one(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _publish(run_dir, 1, 2)
@@ -270,7 +271,7 @@ def test_prune__killed_half_way_leaves_a_checkpoint_without_training_state(
 
     monkeypatch.setattr(type(first.storage), "remove", die_half_way)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.prune(run_dir, keep_last=1)
+        checkpoint.remove_training_state(first)
     assert _steps(run_dir) == [1, 2] and _resumable(run_dir) == [2]
     checkpoint.verify(copies.local(first), training_state=False)
     if (directory := first.storage.directory(first.name)) is not None:

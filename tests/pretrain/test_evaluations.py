@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from evaluation.protocol import ranked
 from pretrain.config.schema import EvaluationConfig, EvaluationTask, Recipe, TrainConfig
 from pretrain.config.stages import Plan, Stage
 from pretrain.evaluations import due, leaderboard, retention
 from pretrain.record.events import Evaluated
 from pretrain.record.run_dir import RunDir
+from pretrain.record.scores import Ranking, best_steps
 
 KNN, LINEAR = EvaluationTask("knn", "photos"), EvaluationTask("linear", "photos")
 
@@ -99,11 +101,37 @@ def test_due__what_has_scores_is_not_due_again() -> None:
 def test_retention__the_newest_and_the_best(
     changes: dict[str, Any], scores: list[Evaluated], expected: set[int]
 ) -> None:
-    assert retention(recipe(**changes), STEPS, scores) == expected
+    asked = recipe(**changes)
+    best = [step for step in best_steps(asked.evaluation.select, scores) if step in STEPS]
+    assert retention(asked.train, STEPS[1:], best) == expected
 
 
 def test_retention__of_a_run_that_has_only_begun() -> None:
-    assert retention(recipe(), [], []) == retention(recipe(), [0], [score(0, 0.5)]) == set()
+    assert retention(recipe().train, [], []) == set()
+
+
+def test_retention__takes_no_more_than_it_needs_of_the_best() -> None:
+    best = iter([30, 20, 10])
+    assert retention(replace(recipe().train, keep_last=1, keep_best=1), STEPS[1:], best) == {30, 45}
+    assert list(best) == [20, 10]
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_ranking__is_the_order_of_all_scores_after_each(better: str) -> None:
+    """Scores that come in any order, repeat a step, are equal or not finite; the direction may change on the way."""
+    values = [0.5, 0.25, 0.5, math.nan, 0.75, 0.125, math.inf, 0.5]
+    steps = [30, 10, 20, 40, 10, 50, 60, 5]
+    ranking, last = Ranking("own/photos/top1"), {}
+    for step, value in zip(steps, values, strict=True):
+        direction = "lower" if step == 50 and better == "higher" else better
+        described = ({"name": "top1", "unit": "", "better": direction, "headline": True},)
+        event = replace(score(step, value, "own/photos"), described=described)
+        ranking.add(event)
+        last[step] = event
+        newest = last[max(last)].reported[0]
+        scores = {step: event.metrics["top1"] for step, event in last.items()}
+        assert list(ranking.best()) == ranked(scores, newest)
+    assert list(ranking.best())
 
 
 def test_leaderboard__what_is_damaged_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
