@@ -1,21 +1,18 @@
 """The line charts of the report, as SVG data URIs: nothing to load, and an image runs no scripts.
 
-Not here: which numbers are drawn (`pretrain.reporting.page`). Importing this module imports matplotlib (about a
-second).
+Lines, points, bands and ticks are all that a report draws, so they are written here: importing a plotting library would
+take as long as everything else between the last step and the prompt.
+
+Not here: which numbers are drawn (`pretrain.reporting.page`).
 """
 
 from __future__ import annotations
 
 import base64
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from html import escape
 
 from evaluation.protocol import FRACTION, format_value
 
@@ -23,26 +20,12 @@ __all__ = ["Curve", "line_chart", "score_chart"]
 
 INK, MUTED, GRID, ACCENT, FLOOR = "#1f2933", "#616e7c", "#e4e7eb", "#2563eb", "#b45309"
 MAX_POINTS = 1500
-STYLE = {
-    "svg.hashsalt": "pretrain",  # the same numbers give the same bytes
-    "font.size": 9,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-}
+WIDTH, HEIGHT, RIGHT, BOTTOM = 520, 290, 20, 44  # of the page and of its margins, pixels
+LETTER = 6.6  # pixels that a letter of the small text takes at most, on average
+MARGINS = 0.02, 0.05  # free beside the first and last step, and beyond the extreme values, of their range
+MOST_TICKS = 6
+LARGEST = 1e300  # the range of larger ones would overflow
+ROUND = (1, 2, 2.5, 5, 10)  # what people like to count by
 
 
 @dataclass(frozen=True)
@@ -58,45 +41,170 @@ class Curve:
 def line_chart(title: str, curve: Curve) -> str:
     """A metric of training over steps. Non-finite values leave a gap."""
     stride = math.ceil(len(curve.steps) / MAX_POINTS) or 1
-    with rc_context(STYLE):  # type: ignore[arg-type]
-        figure, axes = _axes(title)
-        axes.plot(curve.steps[::stride], curve.values[::stride], color=ACCENT, linewidth=1.4, solid_capstyle="round")
-        if len(curve.steps) == 1:
-            axes.plot(curve.steps, curve.values, "o", color=ACCENT, markersize=4)
-        return _data_uri(figure)
+    thinned = Curve(curve.steps[::stride], curve.values[::stride])
+    axes = _Axes.around(thinned.steps, thinned.values, unit="", top=36)
+    return _data_uri(title, [*axes.grid(), *axes.line(thinned)])
 
 
 def score_chart(title: str, curve: Curve, floor: float | None, unit: str) -> str:
     """A score of each checkpoint in its unit, beside the dashed line of the random backbone."""
-    with rc_context(STYLE):  # type: ignore[arg-type]
-        figure, axes = _axes(title)
-        if floor is not None:
-            label = f"random backbone {format_value(floor, unit)}"
-            axes.axhline(floor, color=FLOOR, linestyle=(0, (4, 3)), linewidth=1.2, label=label)
-        axes.plot(curve.steps, curve.values, "o-", color=ACCENT, linewidth=1.6, markersize=4.5, label="checkpoints")
-        if curve.low:
-            axes.fill_between(
-                curve.steps, curve.low, curve.high, color=ACCENT, alpha=0.13, linewidth=0, label="95 % interval"
-            )
-        if unit == FRACTION:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        else:
-            axes.set_ylabel(unit)
-        axes.legend(loc="best", fontsize=8, labelcolor=MUTED)
-        return _data_uri(figure)
+    floors = [] if floor is None or not math.isfinite(floor) else [floor]
+    axes = _Axes.around(curve.steps, [*curve.values, *curve.low, *curve.high, *floors], unit=unit, top=58)
+    shapes = [*axes.grid()]
+    legend = [(f'<path d="M0 0h18"/><circle cx="9" r="3.2" fill="{ACCENT}"/>', ACCENT, "checkpoints")]
+    if curve.low:
+        shapes += axes.band(curve)
+        legend.append((f'<path d="M0 -5h18v10h-18z" fill="{ACCENT}" opacity=".16"/>', "none", "95 % interval"))
+    if floors:
+        shapes.append(axes.floor(floors[0]))
+        words = f"random backbone {format_value(floors[0], unit)}"
+        legend.append(('<path d="M0 0h18" stroke-dasharray="5 4"/>', FLOOR, words))
+    return _data_uri(title, [*shapes, *axes.line(curve, points=True), *_legend(legend)])
 
 
-def _axes(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, pad=8)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    axes.margins(x=0.02)
-    return figure, axes
+@dataclass(frozen=True)
+class _Axes:
+    """From steps and values to pixels.
+
+    Attributes:
+        steps, values: The lowest and the highest that are drawn; never the same.
+        left, top: Margins, pixels.
+        labels: Of the values that have a line.
+        unit: Of the values.
+    """
+
+    steps: tuple[float, float]
+    values: tuple[float, float]
+    left: float
+    top: float
+    labels: dict[float, str]
+    unit: str
+
+    @classmethod
+    def around(cls, steps: Iterable[int], values: Iterable[float], *, unit: str, top: float) -> _Axes:
+        """Axes that hold all of these; values that are not finite are passed over."""
+        shown = _range(values, MARGINS[1])
+        labels = _labels(_ticks(*shown), unit)
+        width = 18 + LETTER * max(map(len, labels.values()), default=0) + 18 * _is_written(unit)
+        return cls(_range(steps, MARGINS[0]), shown, width, top, labels, unit)
+
+    def x(self, step: float) -> float:
+        low, high = self.steps
+        return round(self.left + (step - low) / (high - low) * (WIDTH - RIGHT - self.left), 1)
+
+    def y(self, value: float) -> float:
+        low, high = self.values
+        return round(HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - BOTTOM - self.top), 1)
+
+    def grid(self) -> Iterator[str]:
+        """Lines behind the curves, with their labels and what the axes are of."""
+        right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+        for value, label in self.labels.items():
+            y = self.y(value)
+            yield f'<path d="M{self.left} {y}H{right}" stroke="{GRID}"/>'
+            yield _text(label, self.left - 7, y + 4, "end")
+        for step in _ticks(*self.steps, whole=True):
+            x = self.x(step)
+            yield f'<path d="M{x} {bottom}V{self.top}" stroke="{GRID}"/>'
+            label = f"{step:.0f}"
+            yield _text(label, min(x, WIDTH - LETTER * len(label) / 2), bottom + 17, "middle")
+        yield _text("step", (self.left + right) / 2, HEIGHT - 8, "middle")
+        if _is_written(self.unit):
+            x, y = 16, (self.top + bottom) / 2
+            yield f'<g transform="rotate(-90 {x} {y})">{_text(self.unit, x, y, "middle")}</g>'
+
+    def line(self, curve: Curve, *, points: bool = False) -> Iterator[str]:
+        """Through the finite values; with a point at each of them if asked, and where one has no neighbors."""
+        for stretch in _stretches(curve.values):
+            places = [(self.x(curve.steps[index]), self.y(curve.values[index])) for index in stretch]
+            yield f'<path d="{_through(places)}" stroke="{ACCENT}" stroke-width="2"/>'
+            for x, y in places if points or len(places) == 1 else ():
+                yield f'<circle cx="{x}" cy="{y}" r="3.2" fill="{ACCENT}"/>'
+
+    def band(self, curve: Curve) -> Iterator[str]:
+        """Between the bounds, where both are known; as wide as a bar where that is one checkpoint."""
+        known = [low + high for low, high in zip(curve.low, curve.high, strict=True)]
+        for stretch in _stretches(known):
+            lower = [(self.x(curve.steps[index]), self.y(curve.low[index])) for index in stretch]
+            upper = [(self.x(curve.steps[index]), self.y(curve.high[index])) for index in stretch]
+            path = _through([*lower, *reversed(upper)])
+            yield f'<path d="{path}Z" fill="{ACCENT}" stroke="{ACCENT}" stroke-width="3" opacity=".13"/>'
+
+    def floor(self, value: float) -> str:
+        y = self.y(value)
+        return (
+            f'<path d="M{self.left} {y}H{WIDTH - RIGHT}" stroke="{FLOOR}" stroke-width="1.6" stroke-dasharray="5 4"/>'
+        )
 
 
-def _data_uri(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _range(numbers: Iterable[float], margin: float) -> tuple[float, float]:
+    """The lowest and the highest number, of finite ones that are not huge, with room beside them."""
+    finite = [number for number in numbers if abs(number) < LARGEST] or [0.0]
+    low, high = min(finite), max(finite)
+    room = (high - low) * margin or abs(high) * margin or 0.5  # around a single one, too
+    return low - room, high + room
+
+
+def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """At most `MOST_TICKS` round numbers, evenly spaced, from `low` to `high`."""
+    least = (high - low) / MOST_TICKS
+    power = 10.0 ** math.floor(math.log10(least))
+    spacing = next(factor * power for factor in ROUND if factor * power >= least)
+    if whole:
+        spacing = max(1.0, spacing if spacing % 1 == 0 else math.ceil(spacing))
+    return [number * spacing for number in range(math.ceil(low / spacing), math.floor(high / spacing) + 1)]
+
+
+def _labels(values: Sequence[float], unit: str) -> dict[float, str]:
+    """As many digits as tell neighbors apart."""
+    percent = unit == FRACTION
+    scaled = [value * 100 for value in values] if percent else values
+    for digits in range(7):
+        texts = [f"{value:.{digits}f}" for value in scaled]
+        if all(math.isclose(float(text), value, rel_tol=1e-6) for text, value in zip(texts, scaled, strict=True)):
+            break
+    else:
+        texts = [f"{value:.3g}" for value in scaled]
+    return {value: text + "%" * percent for value, text in zip(values, texts, strict=True)}
+
+
+def _is_written(unit: str) -> bool:
+    return unit not in ("", FRACTION)  # a fraction has its percent sign at each label
+
+
+def _stretches(values: Sequence[float]) -> Iterator[list[int]]:
+    """Indices of finite values that follow one another."""
+    stretch: list[int] = []
+    for index, value in enumerate(values):
+        if math.isfinite(value):
+            stretch.append(index)
+        elif stretch:
+            yield stretch
+            stretch = []
+    if stretch:
+        yield stretch
+
+
+def _through(places: Iterable[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x} {y}" for x, y in places)
+
+
+def _legend(entries: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+    """One line below the title: sign, color of its strokes, words."""
+    x = 16.0
+    for sign, color, words in entries:
+        yield f'<g transform="translate({x} 40)" stroke="{color}" stroke-width="1.6">{sign}</g>'
+        yield _text(words, x + 24, 44, "start")
+        x += 24 + LETTER * len(words) + 14
+
+
+def _text(words: str, x: float, y: float, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{MUTED}">{escape(words)}</text>'
+
+
+def _data_uri(title: str, shapes: Iterable[str]) -> str:
+    head = f'<text x="16" y="22" fill="{INK}" font-size="14.5" font-weight="bold">{escape(title)}</text>'
+    style = 'font-family="system-ui, -apple-system, Segoe UI, sans-serif" font-size="12" fill="none"'
+    begin = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {style} stroke-linejoin="round">'
+    image = "".join([begin, head, *shapes, "</svg>"])
+    return f"data:image/svg+xml;base64,{base64.b64encode(image.encode()).decode()}"

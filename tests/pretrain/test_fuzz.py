@@ -31,7 +31,6 @@ from pretrain.config.stages import plan_yaml
 from pretrain.errors import RunFailed
 from pretrain.record.events import CheckpointPublished, Evaluated, Metrics, Start, Visualizations, Warned
 from pretrain.record.journal import Journal
-from pretrain.reporting import charts
 
 RUN = "mine-1"
 SEED = 0
@@ -226,8 +225,6 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, migrated_database: Pa
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(driver._Driver, "drive", lambda self, on_start: None)
     monkeypatch.setattr(runner, "evaluate", refuse)
-    for chart in ("line_chart", "score_chart"):  # a second each
-        monkeypatch.setattr(charts, chart, lambda *given: "")
     yield
 
 
