@@ -12,7 +12,9 @@
   numbers and texts.
 * `engine.destroy`, `Parameter.ds_tensor` and whatever tensors a ZeRO optimizer has: what is freed with an engine.
 * `Parameter.ds_shape`: the shape before ZeRO-3 partitioned it.
-* `Parameter._hp_mapping`: which slice of a parameter's float32 master is this rank's, below ZeRO-3.
+* `Parameter._hp_mapping`, `Parameter._index_in_param_group`: which slice of a parameter's float32 master, and of its
+  gradient, is this rank's, below ZeRO-3.
+* `engine.enable_backward_allreduce`: whether DeepSpeed averages gradients when a backward pass is done.
 * What DeepSpeed imports and compiles before anybody asks for it: MLflow for its autotuner, and Muon's functions, for
   which torch loads its whole compiler.
 
@@ -31,12 +33,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 __all__ = [
     "compiling_at_first_call",
     "full_shape",
     "gather_persistent_parameters",
+    "gradient_share",
     "importing_without_mlflow",
+    "leave_averaging_to_us",
     "leave_out_shared_memory_op",
     "master_slice",
     "reading_tensors_only",
@@ -182,6 +188,28 @@ def master_slice(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor] | No
     """Where in the flat parameter this rank's slice of its float32 master starts, and the slice; None: it has none."""
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     return None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment())
+
+
+def gradient_share(parameter: nn.Parameter) -> torch.Tensor | None:
+    """This rank's share of a parameter's mean gradient under ZeRO 1 to 3, when the step's backward passes are done.
+
+    Shares do not overlap and hold no padding. None: it has none.
+    """
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_local_grad
+
+        share: torch.Tensor = safe_get_local_grad(parameter).flatten()  # of one length on all ranks
+        return share[: max(0, full_shape(parameter).numel() - dist.get_rank() * len(share))]
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    own: torch.Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
+    return own
+
+
+def leave_averaging_to_us(engine: Any) -> None:
+    """Stage 0: gradients stay each rank's own, where DeepSpeed would copy them to a buffer, average and copy back."""
+    engine.enable_backward_allreduce = False
 
 
 def release(engine: Any) -> None:

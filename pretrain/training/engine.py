@@ -9,6 +9,7 @@ DeepSpeed that are not public (`pretrain.training.deepspeed_internals`).
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import warnings
@@ -24,6 +25,7 @@ from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import Recipe
 from pretrain.training import deepspeed_internals
 from pretrain.training.blocks import compile_blocks, recompute_blocks
+from pretrain.training.gradients import Gradients
 from pretrain.training.master_weights import read_weights
 from pretrain.training.optimizers import create_optimizer
 from pretrain.training.running_statistics import RunningStatistics
@@ -91,47 +93,60 @@ class StepResult(NamedTuple):
         return dict(zip(["loss", *self.metrics], (values / dist.get_world_size()).tolist(), strict=True))
 
 
+class _Verdict(NamedTuple):
+    """What the host knows of a step before its update.
+
+    Attributes:
+        bad_ranks: Ranks with a loss that is not finite.
+        stops: Whether any rank was asked to stop.
+        norm: Of the gradient; 0 where nobody but DeepSpeed looks.
+    """
+
+    bad_ranks: tuple[int, ...]
+    stops: bool
+    norm: float
+
+    @property
+    def drops(self) -> bool:
+        """Whether the step does nothing."""
+        return bool(self.bad_ranks) or not math.isfinite(self.norm)
+
+
 class _StepGuard:
     """Makes a step of a torch optimizer do nothing when something of that step is not finite.
 
     Whatever is around the optimizer (gradient reduction, master weights, shards) goes through its usual motions and
     drops the gradients; weights and moments stay as they are, in every ZeRO stage.
 
-    All checks stay on the device until the optimizer is about to step. ZeRO 1 to 3 have brought the norm of the
-    gradient to the host by then (their own check), so reading the losses' costs a copy and no waiting. Stage 0 has no
-    such check: there the one wait of a step is here, at the end of its backward pass.
+    All checks stay on the device until the optimizer is about to step: the one wait of a step is then, at the end of
+    its backward pass. Where DeepSpeed looks at the norm as well (see `Engine`), it has waited by then.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._step = optimizer.step
         optimizer.step = self._guarded  # type: ignore[method-assign]
-        self._flags: torch.Tensor | None = None
-        self._read: tuple[bool, bool] | None = None
+        self._on_device: torch.Tensor | None = None
+        self._verdict: _Verdict | None = None
 
-    def expect(self, is_sound: torch.Tensor, stops: torch.Tensor) -> None:
-        """The next step counts if `is_sound`; both are boolean scalars on the device, the same on all ranks."""
-        self._flags, self._read = torch.stack([is_sound, stops]), None
+    def expect(self, counts: torch.Tensor, norm: torch.Tensor) -> None:
+        """The next step depends on the `counts` of `_tell_all_ranks` and the gradient's norm, a scalar.
 
-    @property
-    def drops(self) -> bool:
-        """Whether the step does nothing."""
-        return not self._on_host()[0]
+        Both are on the device, and the same on all ranks.
+        """
+        self._on_device, self._verdict = torch.cat([counts, norm.reshape(1)]), None
 
     @property
-    def stops(self) -> bool:
-        """Whether a rank was asked to stop, which travels along."""
-        return self._on_host()[1]
-
-    def _on_host(self) -> tuple[bool, bool]:
+    def verdict(self) -> _Verdict:
         """A host sync, once per step."""
-        if self._read is None:
-            assert self._flags is not None
-            is_sound, stops = self._flags.tolist()
-            self._read = is_sound, stops
-        return self._read
+        if self._verdict is None:
+            assert self._on_device is not None
+            *bad_losses, stops, norm = self._on_device.tolist()
+            bad_ranks = tuple(rank for rank, count in enumerate(bad_losses) if count)
+            self._verdict = _Verdict(bad_ranks, stops > 0, norm)
+        return self._verdict
 
     def _guarded(self, *arguments: Any, **options: Any) -> Any:
-        return None if self.drops else self._step(*arguments, **options)
+        return None if self.verdict.drops else self._step(*arguments, **options)
 
 
 class Engine:
@@ -171,6 +186,11 @@ class Engine:
         self.device = device
         self.stage = recipe.train.zero_stage or 0
         self.precision = recipe.train.precision
+        self._gradients = Gradients(objective, self.stage, REDUCE_BUCKET_ELEMENTS)
+        if self.stage == 0:
+            deepspeed_internals.leave_averaging_to_us(self._engine)
+        self._clip_grad = recipe.optimizer.clip_grad if self.stage == 0 else None  # DeepSpeed clips in other stages
+        self._looks_itself = self.stage > 0 and self._engine.zero_compute_grad_norm()  # DeepSpeed, at the norm
         self._accumulation = self._engine.gradient_accumulation_steps()
         # Read once: a checkpoint brings its own groups, which may be older than their scales.
         groups = self._engine.optimizer.param_groups
@@ -210,16 +230,16 @@ class Engine:
             outputs.append(Output(output.loss.detach(), output.metrics))
             is_last = len(outputs) == self._accumulation
             if is_last:  # before the backward pass, which hides the collective
-                bad_losses, stops = self._tell_all_ranks(outputs, stop)
+                counts = self._tell_all_ranks(outputs, stop)
             self._engine.backward(output.loss)  # divides by the number of micro-batches
             del batch, output
             if is_last:
-                norms = self._grad_norms() if progress.is_logged else {}
-                self._guard.expect((bad_losses.sum() == 0) & self._has_finite_gradient(), stops)
+                norms = self._judge_gradient(counts, is_logged=progress.is_logged)
             self._engine.step()  # updates at the last micro-batch only
         if len(outputs) != self._accumulation:
             raise ValueError(f"{len(outputs)} micro-batches in a step, but train.accumulation={self._accumulation}")
-        applied = self._engine.was_step_applied() and not self._guard.drops
+        verdict = self._guard.verdict
+        applied = self._engine.was_step_applied() and not verdict.drops
         if applied:
             self._statistics.average()
             self.objective.after_step(progress, self.read_weights)
@@ -228,48 +248,36 @@ class Engine:
             if self.stage == 3:
                 deepspeed_internals.gather_persistent_parameters(self._engine)
         metrics = {name: _mean([output.metrics[name] for output in outputs]) for name in outputs[0].metrics}
-        bad_ranks = () if applied else tuple(torch.nonzero(bad_losses).flatten().tolist())
         loss = _mean([output.loss for output in outputs])
-        return StepResult(loss, metrics | norms, applied, bad_ranks, self._guard.stops)
+        return StepResult(loss, metrics | norms, applied, verdict.bad_ranks, verdict.stops)
 
     @torch.no_grad()
-    def _tell_all_ranks(self, outputs: Sequence[Output], stop: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tell_all_ranks(self, outputs: Sequence[Output], stop: bool) -> torch.Tensor:
         """What all ranks have to know of a step, in one small collective.
 
         Returns:
-            Number of losses of each rank that are not finite, (ranks,), and whether any rank is to stop, a boolean
-            scalar; both on the device.
+            (ranks + 1,) on the device: of each rank how many of its losses are not finite, then how many are to stop.
         """
         counts = torch.zeros(dist.get_world_size() + 1, device=self.device)
         counts[dist.get_rank()] = (~torch.stack([output.loss for output in outputs]).isfinite()).sum()
         if stop:
             counts[-1] = 1
         dist.all_reduce(counts)
-        return counts[:-1], counts[-1] > 0
+        return counts
 
-    @torch.no_grad()
-    def _has_finite_gradient(self) -> torch.Tensor:
-        """Whether the gradient's norm is finite, a boolean scalar on the device; ZeRO 1 to 3 look themselves."""
-        if self.stage > 0:
-            return torch.ones((), dtype=torch.bool, device=self.device)
-        gradients = [parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients).isfinite()  # reduced: the same on all ranks
+    def _judge_gradient(self, counts: torch.Tensor, *, is_logged: bool) -> dict[str, torch.Tensor]:
+        """Tell the guard what the step is worth, and make its gradient ready for the update.
 
-    @torch.no_grad()
-    def _grad_norms(self) -> dict[str, torch.Tensor]:
-        """`grad_norm` of everything and `grad_norm/PART` of each part of the objective. Collective under ZeRO."""
-        from deepspeed.utils import safe_get_full_grad
-
-        squares: dict[str, torch.Tensor] = {}
-        for name, parameter in self.objective.named_parameters():
-            if parameter.requires_grad:
-                gradient = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
-                if gradient is not None:
-                    part, square = name.partition(".")[0], gradient.float().square().sum()
-                    squares[part] = squares[part] + square if part in squares else square
-        total = torch.stack(list(squares.values())).sum()
-        parts = {f"grad_norm/{part}": square.sqrt() for part, square in squares.items()}
-        return {"grad_norm": total.sqrt(), **(parts if len(parts) > 1 else {})}
+        Returns:
+            The gradient norms of a logged step.
+        """
+        if self.stage == 0:
+            self._gradients.average()
+        norms = self._gradients.norms() if is_logged or not self._looks_itself else {}
+        self._guard.expect(counts, norms["grad_norm"] if norms else counts.new_zeros(()))
+        if self._clip_grad is not None and self._guard.verdict.norm > self._clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(self.objective.parameters(), self._clip_grad, norms["grad_norm"])
+        return norms if is_logged else {}
 
     def read_weights(self, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
         """The whole float32 values of parameters; see `master_weights.read_weights`. A collective under ZeRO."""
@@ -390,14 +398,17 @@ def _prepare_blocks(objective: Objective, recipe: Recipe) -> None:
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     """The DeepSpeed configuration of a recipe; raw keys of `deepspeed:` are merged in last."""
-    train = recipe.train
+    train, clip_grad = recipe.train, recipe.optimizer.clip_grad
+    stage = train.zero_stage or 0
     config: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": recipe.optimizer.clip_grad or 0.0,
+        "gradient_clipping": clip_grad or 0.0
+        if stage > 0
+        else 0.0,  # in stage 0 the engine clips, with the norm it has
         "zero_optimization": {
-            "stage": train.zero_stage or 0,
+            "stage": stage,
             "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
             "allgather_bucket_size": REDUCE_BUCKET_ELEMENTS,
         },
@@ -405,6 +416,9 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         "bf16": {"enabled": train.precision == "bf16"},
         "steps_per_print": None,
     }
+    if stage in (1, 2) and clip_grad is None and not recipe.deepspeed.keys() & {"zero_optimization", "data_types"}:
+        # DeepSpeed would take the norm a second time, in float64. With offloading and the like it insists.
+        config["zero_optimization"]["compute_grad_norm"] = False
     return _merged(config, recipe.deepspeed)
 
 

@@ -1,17 +1,26 @@
 """What this package uses of torch that torch does not document; `tests/pretrain/test_torch_internals.py` touches all.
 
 * `TCPStore(master_listen_fd=...)`: a socket that listens already. The documented form listens on every address.
+* `torch._foreach_norm`: the norms of many tensors by few kernels. The documented form, `torch.nn.utils.get_total_norm`,
+  keeps to the tensors' type, and bf16 has three digits.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed
 
-__all__ = ["loopback_store"]
+__all__ = ["loopback_store", "norms_of"]
+
+
+def norms_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm of each of some tensors on one device, (n,) float32; at least one tensor."""
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32))
 
 
 def loopback_store(rank: int, world_size: int) -> Any:

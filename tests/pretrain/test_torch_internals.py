@@ -6,8 +6,19 @@ import socket
 
 import psutil
 import pytest
+import torch
 
-from pretrain.training.torch_internals import loopback_store
+from pretrain.training.torch_internals import loopback_store, norms_of
+
+
+def test_norms_of__are_float32_whatever_the_tensors_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(4, 30, generator=generator), torch.randn(1000, generator=generator).bfloat16()]
+    found = norms_of([*tensors, torch.zeros(3), torch.ones(0)])
+    assert found.dtype == torch.float32
+    expected = torch.stack([tensor.double().square().sum().sqrt() for tensor in tensors]).float()
+    torch.testing.assert_close(found, torch.cat([expected, torch.zeros(2)]), rtol=1e-6, atol=0)
+    assert norms_of([torch.tensor([1.0, torch.inf]), torch.tensor([torch.nan])]).isfinite().tolist() == [False, False]
 
 
 def test_loopback_store__listens_on_the_loopback_interface_only(monkeypatch: pytest.MonkeyPatch) -> None:
