@@ -50,7 +50,10 @@ class WorkerGroup:
 
 
 class WorkersFailed(RuntimeError):
-    """The group ended and is not started again; the last line says why in one sentence, above it is the traceback."""
+    """The group ended and is not started again; the last line says why in one sentence, above it is the traceback.
+
+    What the function raised, if it did, is the cause.
+    """
 
     def __init__(self, end: End, attempts: int) -> None:
         tries = f" (attempt {attempts})" if attempts > 1 else ""
@@ -66,12 +69,14 @@ class End:
         rank: The worker to blame.
         reason: One line for people.
         traceback: Of the function, where it raised.
+        cause: What it raised.
     """
 
     kind: Literal["fatal", "preempted", "failed"]
     rank: int
     reason: str
     traceback: str = ""
+    cause: BaseException | None = None
 
 
 def run_workers(
@@ -106,7 +111,7 @@ def run_workers(
             failures, reached = 0, progress()
         failures += end.kind != "preempted"
         if end.kind == "fatal" or failures > group.max_failures:
-            raise WorkersFailed(end, attempts)
+            raise WorkersFailed(end, attempts) from end.cause
         pause_s = min(2.0 ** (failures - 1), LONGEST_PAUSE_S) if failures > 1 else 0.0
         restarting(end, pause_s)
         time.sleep(pause_s)
@@ -248,7 +253,7 @@ def classify(errors: Mapping[int, BaseException], fatal: tuple[type[BaseExceptio
     if rank in raised:
         name = type(raised[rank])
         reason = f"{name.__module__}.{name.__qualname__}: {raised[rank]}".removeprefix("builtins.")
-        return End("fatal" if wrong else "failed", rank, _one_line(reason), str(error))
+        return End("fatal" if wrong else "failed", rank, _one_line(reason), str(error), raised[rank])
     preempted = isinstance(error, RayActorError) and error.preempted
     detail = str(error).rpartition("Worker exit detail: ")[2]  # Ray puts ids and addresses before it
     return End("preempted" if preempted else "failed", rank, _one_line(f"worker {rank} died: {detail}"))

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,18 +110,21 @@ def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = (), *, on_start:
     run_id = f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dir = RunDir(Path(plan.recipe.storage) / run_id)
     plan = checked_plan(plan, run_dir.path)
-    with shown_while("looking at the model and the data"):
-        from pretrain.training.preflight import look_ahead  # imports torch
+    if _address(plan.recipe):  # a cluster may be long in giving workers a place; those of a private Ray look themselves
+        with shown_while("looking at the model and the data"):
+            from pretrain.training.preflight import look_ahead  # imports torch
 
-        size = look_ahead(plan)
+            look_ahead(plan)
+    new = [folder for folder in run_dir.path.parents if not folder.exists()]
     run_dir.path.mkdir(parents=True)
     try:
-        return _Driver(plan, run_dir, launched, size).drive(on_start)
+        return _Driver(plan, run_dir, launched).drive(on_start)
     except RequestError:
-        if not run_dir.journal.exists():
-            shutil.rmtree(
-                run_dir.path
-            )  # a wrong request leaves nothing behind; a run that began to train is never deleted
+        if not run_dir.journal.exists():  # a wrong request leaves nothing behind; a run that began is never deleted
+            shutil.rmtree(run_dir.path)
+            with suppress(OSError):  # another run has been put there meanwhile
+                for folder in new:
+                    folder.rmdir()
         raise
 
 
@@ -161,26 +164,33 @@ def resume(
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """What Ray runs on each worker: the same loop as under torchrun, with its output in the run's log files."""
+    """What Ray runs on each worker: the same loop as under torchrun, with its output in the run's log files.
+
+    Raises:
+        RequestError: On rank 0 of a run that is to begin, before it has written anything: the model or the data refuse
+            it. A worker looks at them since it imports torch anyway.
+    """
     placed = time.time()
     run_dir = RunDir(Path(settings["run_dir"]))
     with run_dir.worker_log(int(os.environ["RANK"])).open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
+    from pretrain.training.preflight import look_ahead
     from pretrain.worker import train
 
+    is_new = os.environ["RANK"] == "0" and not run_dir.journal.exists()
     try:
+        size = look_ahead(settings["plan"]) if is_new else ""
         with naming_disk(run_dir.path, "what belongs to the run"):
-            train(settings["plan"], run_dir.path, launched=settings["launched"], placed=placed)
+            train(settings["plan"], run_dir.path, size=size, launched=settings["launched"], placed=placed)
     except BaseException:
         traceback.print_exc()  # into the log; the driver gets the exception as well
         raise
 
 
 class _Driver:
-    def __init__(self, plan: Plan, run_dir: RunDir, launched: float, size: str = "") -> None:
+    def __init__(self, plan: Plan, run_dir: RunDir, launched: float) -> None:
         self.plan, self.run_dir, self.launched = plan, run_dir, launched
-        self._size = size
         self.recipe = plan.recipe  # what is asked of it below is the same in all stages
         self.terminal = Terminal(plan, run_dir=run_dir.path)
         self.known = KnownCheckpoints(plan, run_dir.path)
@@ -198,8 +208,7 @@ class _Driver:
             if on_start is not None:
                 on_start(self.run_dir.path)
             self.run_dir.stop_request.unlink(missing_ok=True)  # it was for the workers that it has stopped
-            size = f"; {self._size}" if self._size else ""
-            self.terminal.say(f"run {self.run_dir.run_id} in {self.run_dir.path}{size}")
+            self.terminal.say(f"run {self.run_dir.run_id} in {self.run_dir.path}")
             for event in read_events(self.run_dir.evaluations)[0]:
                 self.known.see(event)
             self.known.look()
@@ -231,8 +240,9 @@ class _Driver:
                 if status is not None:  # connected once: a lost cluster, not a wrong address
                     message = f"lost the cluster; go on with: {resume_command(self.run_dir)}"
                     raise RunFailed(message, self.run_dir.logs) from error
-                address = self.recipe.cluster.address or os.environ.get("RAY_ADDRESS")
-                raise RequestError(f"cluster.address={address}: no Ray answers there ({_last_line(error)})") from None
+                raise RequestError(
+                    f"cluster.address={_address(self.recipe)}: no Ray answers there ({_last_line(error)})"
+                ) from None
             except AlreadyConnected as error:
                 raise RequestError(str(error)) from None
             except KeyboardInterrupt:
@@ -249,7 +259,7 @@ class _Driver:
         write_atomically(self.run_dir.recipe, plan_yaml(self.plan).encode())
 
     def _place(self) -> str:
-        address = self.recipe.cluster.address or os.environ.get("RAY_ADDRESS")
+        address = _address(self.recipe)
         return f"connecting to Ray at {redact(address)}" if address else "starting Ray"
 
     def _cluster(self) -> AbstractContextManager[Cluster]:
@@ -277,7 +287,7 @@ class _Driver:
             cpus_per_worker=self.recipe.cluster.cpus_per_worker,
             gpus_per_worker=gpus_per_worker,
             max_failures=self.recipe.train.max_failures,
-            fatal=(ValueError, ArithmeticError, DiskFull, store.CheckpointError),
+            fatal=(RequestError, ValueError, ArithmeticError, DiskFull, store.CheckpointError),
         )
         arguments = {"plan": self.plan, "run_dir": str(self.run_dir.path), "launched": self.launched}
         training = _Background(
@@ -313,6 +323,9 @@ class _Driver:
             done = "stopped before the last evaluations, all steps are done"
             raise RunStopped(f"{done}; go on with: {resume_command(self.run_dir)}")
         if training.error is not None:
+            refused = training.error.__cause__
+            if isinstance(refused, RequestError) and not self.run_dir.journal.exists():
+                raise refused
             store.discard_unpublished(self.run_dir.path)
             self._record_failure(training.error)
             raise RunFailed(f"training failed: {_last_line(training.error)}", self.run_dir.logs)
@@ -447,6 +460,11 @@ class _Driver:
             last.update({f"{event.task}/{name}": value for name, value in event.metrics.items()})
         newest = store.latest(self.run_dir.path)
         return RunResult(self.run_dir.run_id, self.run_dir.path, copies.local(newest) if newest else None, last)
+
+
+def _address(recipe: Recipe) -> str | None:
+    """Of the cluster that a run is for; None: a private Ray."""
+    return recipe.cluster.address or os.environ.get("RAY_ADDRESS")
 
 
 class _Background(threading.Thread):

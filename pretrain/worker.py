@@ -70,6 +70,7 @@ class Process:
         emit: Takes events; of other ranks than the first they go nowhere.
         clock: Runs until the first step is done.
         stop: Whether this process was asked to stop.
+        size: Of the model, one line for people.
     """
 
     plan: Plan
@@ -78,12 +79,14 @@ class Process:
     emit: Emit
     clock: StartupClock
     stop: StopRequest
+    size: str
 
 
 def train(
     plan: Plan,
     run_dir: Path,
     *,
+    size: str = "",
     listener: Emit | None = None,
     launched: float | None = None,
     placed: float | None = None,
@@ -95,6 +98,7 @@ def train(
     Args:
         plan: Resolved recipe of each stage.
         run_dir: Directory of the run, the same on all ranks (shared storage when they are on several nodes).
+        size: What the start event says of the model's size.
         listener: Gets each event on rank 0 as well.
         launched: Unix time at which the user asked for the run; the start-up event counts from there.
         placed: Unix time at which this process was ready to import this module.
@@ -131,7 +135,7 @@ def train(
                 if listener is not None:
                     listener(event)
 
-        process = Process(plan, run, device, emit, clock, stop)
+        process = Process(plan, run, device, emit, clock, stop, size)
         first = 0 if found is None else plan.index_at(found.step)
         handed: dict[str, torch.Tensor] = {}  # weights of the stage before
         stopped: int | None = None
@@ -272,6 +276,7 @@ def _announce(process: Process, stage: Stage, objective: Objective, stream: Stre
         exact=stream.order_signature.get("exact", True),
         pids=tuple(pids),
         decoder=stream.decoder,
+        size=process.size,
         epochs=recipe.train.steps * recipe.train.global_batch_size / stream.dataset.num_samples if counted else 0.0,
     )
     process.emit(start)

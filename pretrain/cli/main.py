@@ -37,6 +37,7 @@ from pretrain.errors import (
 from pretrain.record.destinations import require_local
 from pretrain.record.run_dir import find_run
 from pretrain.screen import escape_diagnostics, escaping_console, printable, say
+from pretrain.tracking.mlflow_internals import leave_out_pandas
 from pretrain.version import __version__
 
 if TYPE_CHECKING:
@@ -203,6 +204,7 @@ cli.add_command(export)
 
 def console() -> NoReturn:
     """The command `pretrain` of a shell; runs are watched over by a parent process."""
+    leave_out_pandas()
     parent = Parent(wanted=True)
     code = main(parent=parent)
     parent.ended()

@@ -89,6 +89,7 @@ class Start(Event):
         pids: Process of each rank.
         decoder: Of JPEGs.
         epochs: Passes over the data that the steps of this stage are; 0 where nobody can say.
+        size: Parameters of the model and what they take, one line; empty where nobody has looked.
     """
 
     kind: ClassVar[str] = "start"
@@ -100,6 +101,7 @@ class Start(Event):
     pids: tuple[int, ...] = ()
     decoder: str = ""
     epochs: float = 0.0
+    size: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

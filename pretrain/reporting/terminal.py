@@ -136,6 +136,8 @@ class Terminal:
     def _show_start(self, event: Start) -> None:
         place = f"{event.world_size} x {event.device}"
         epochs = f", {event.epochs:.3g} epochs of the data" if event.epochs else ""
+        if event.size:
+            self.say(event.size)
         self.say(f"training on {place}, steps {event.step} to {event.total_steps}{epochs}")
         self._step = event.step
         self.wait_for("reading the first batch")

@@ -9,10 +9,12 @@ from pathlib import Path
 from pretrain.checkpoints.copies import exported
 from pretrain.errors import RequestError
 from pretrain.screen import escape_diagnostics, say
+from pretrain.tracking.mlflow_internals import leave_out_pandas
 from pretrain.tracking.sync import sync
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 escape_diagnostics()
+leave_out_pandas()
 if len(sys.argv) != 2:
     sys.exit("usage: python -m pretrain.tracking RUN_DIR")
 try:

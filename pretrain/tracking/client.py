@@ -26,6 +26,7 @@ from evaluation.protocol import Metric, best
 from pretrain.errors import RequestError
 from pretrain.record.lock import hold, holder
 from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RECIPE
+from pretrain.tracking.mlflow_internals import importing_without_pandas
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -105,7 +106,7 @@ def checked_model_name(name: str) -> str:
 
 
 def connect(uri: str, *, create: bool = True) -> MlflowClient:
-    """A client that fails within seconds instead of minutes. Importing MLflow takes about 3 CPU-seconds.
+    """A client that fails within seconds instead of minutes. Importing MLflow takes about 2 CPU-seconds.
 
     The environment variables concern the whole process; those the user has set stay as they are.
 
@@ -121,12 +122,16 @@ def connect(uri: str, *, create: bool = True) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if (database := _database(uri)) and not database.exists():
-        if not create:
-            raise RequestError(f"{database}: no such MLflow database; name the directory of the runs with --storage")
-        _make(database)
-    from mlflow import MlflowClient
+    database = _database(uri)
+    if database and not (create or database.exists()):
+        raise RequestError(f"{database}: no such MLflow database; name the directory of the runs with --storage")
+    with importing_without_pandas():
+        from mlflow import MlflowClient
 
+        if database:
+            import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # the client would do so later
+    if database and not database.exists():
+        _make(database)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

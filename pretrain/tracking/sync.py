@@ -211,7 +211,7 @@ class Tracker:
     def _push(self) -> bool:
         """Send what is on disk; True when all of it has arrived."""
         if self._mlflow is None:
-            if not self._closing.is_set() and next(self._unsent(self.run.journal, 0), None) is None:
+            if next(self._unsent(self.run.journal, 0), None) is None:
                 return True
             self._mlflow = self._bind()
         # Evaluations are read before the event log is emptied, so that the checkpoint of each is registered by then.
@@ -248,8 +248,9 @@ class Tracker:
         return run
 
     def _finish(self) -> None:
-        assert self._mlflow is not None and self._cursor.status is not None
-        self._mlflow.end(self._cursor.status)
+        assert self._cursor.status is not None
+        if self._mlflow is not None:  # else there is no event: the run never began, and MLflow need not know
+            self._mlflow.end(self._cursor.status)
         self._save()
         self._sent = True
 

@@ -1,4 +1,4 @@
-"""What only the model and the data can tell of a request, asked before Ray starts and before anything is written.
+"""What only the model and the data can tell of a request, asked before a run writes anything.
 
 The model is built without its numbers (on torch's meta device), so that a large one costs no memory; of the data one
 shard of each source on this machine is looked at. What a store elsewhere holds, the workers find out.

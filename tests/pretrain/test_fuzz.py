@@ -31,6 +31,7 @@ from pretrain.config.stages import plan_yaml
 from pretrain.errors import RunFailed
 from pretrain.record.events import CheckpointPublished, Evaluated, Metrics, Start, Visualizations, Warned
 from pretrain.record.journal import Journal
+from pretrain.training.preflight import look_ahead
 
 RUN = "mine-1"
 SEED = 0
@@ -223,7 +224,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, migrated_database: Pa
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(driver._Driver, "drive", lambda self, on_start: None)
+    monkeypatch.setattr(driver._Driver, "drive", lambda self, on_start: look_ahead(self.plan))
     monkeypatch.setattr(runner, "evaluate", refuse)
     yield
 

@@ -1,17 +1,19 @@
-"""What is refused before Ray starts because the model or the data say so; nothing is left of it."""
+"""What is refused because the model or the data say so, before anything of a run is written."""
 
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain import driver
 from pretrain.cli.main import main
 from pretrain.config.load import load_plan
+from pretrain.errors import RequestError
 from pretrain.training.preflight import look_ahead
 
 
@@ -44,21 +46,34 @@ def points(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_run__what_model_and_data_refuse_starts_nothing(
-    points: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    settings: list[str],
-    said: str,
+def test_look_ahead__refuses_what_model_and_data_do(
+    points: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], said: str
 ) -> None:
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(driver._Driver, "drive", lambda self: pytest.fail("Ray would start"))
     settings = [text.replace("{points}", str(points)) for text in settings]
     select = ["evaluation.select=null"] if any("evaluation" in text for text in settings) else []
-    assert main(["run", "demo", *settings, *select, f"storage={tmp_path}/runs"]) == 2
-    assert said.replace("{points}", str(points)) in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
+    with pytest.raises(RequestError) as refused:
+        look_ahead(load_plan("demo", [*settings, *select]))
+    assert said.replace("{points}", str(points)) in str(refused.value)
+
+
+@pytest.mark.integration
+def test_run__what_the_look_refuses_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """The worker looks, since it has torch; neither MLflow nor a log of the failure is begun."""
+    command = [sys.executable, "-m", "pretrain", "run", "demo", "train.workers=2"]
+    wrong = ["objective.decoder_heads=5", f"storage={tmp_path}/new/runs"]
+    done = subprocess.run([*command, *wrong], capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr == "error: decoder_dim 96 is not a multiple of decoder_heads 5\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run__on_a_cluster_looks_before_it_connects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cluster may have no place for the workers for hours."""
+    wrong = ["objective.decoder_heads=5", f"storage={tmp_path}/runs"]
+    assert main(["run", "demo", *wrong, "--address", "127.0.0.1:1"]) == 2
+    assert capsys.readouterr().err == "error: decoder_dim 96 is not a multiple of decoder_heads 5\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
