@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from objectives.distributed import mean_over_ranks
 
@@ -45,7 +46,7 @@ class Center(nn.Module):
         """Adds logits (..., K) to what the center will move towards after `step`."""
         rows = logits.flatten(0, -2)  # (n, K)
         total = rows.sum(0, dtype=self.value.dtype)
-        seen = torch.cat([total, total.new_tensor([len(rows)])])  # (K + 1,)
+        seen = functional.pad(total, (0, 1), value=len(rows))  # (K + 1,), without a copy from the host
         self._sum = seen if step != self._step else self._sum + seen
         self._step = step
 

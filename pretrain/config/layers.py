@@ -48,6 +48,7 @@ HABITS = {
     **dict.fromkeys(("data_path", "data_dir", "dataset", "train_dir"), "data.train"),
     **dict.fromkeys(("output_dir", "save_dir", "log_dir"), "storage"),
     **dict.fromkeys(("fp16", "bf16", "amp", "dtype"), "train.precision"),
+    "allow_tf32": "train.tf32",
 }
 # What may be counted in passes over the data, and what it is in steps.
 IN_EPOCHS = {

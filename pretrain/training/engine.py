@@ -165,6 +165,7 @@ class Engine:
         import deepspeed
 
         optimizer = recipe.optimizer
+        set_matmul_precision(recipe, device)
         groups = objective.param_groups(optimizer.weight_decay, optimizer.layer_decay)
         torch_optimizer = create_optimizer(groups, optimizer, recipe.peak_lr)
         self._guard = _StepGuard(torch_optimizer)
@@ -177,7 +178,7 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=objective.to(device),
                 optimizer=torch_optimizer,
-                config=deepspeed_config(recipe),
+                config=deepspeed_config(recipe, device),
                 dist_init_required=False,
             )
         moving = [companion.module for companion in companions if companion.moves == "ema"]
@@ -291,18 +292,23 @@ class Engine:
         return 4 * 4 * numbers // dist.get_world_size()
 
     @torch.no_grad()
-    def backbone_weights(self) -> dict[str, torch.Tensor]:
+    def backbone_weights(self, *, is_wanted: bool = True) -> dict[str, torch.Tensor]:
         """The exported backbone in fp32 under its own names, on the CPU. A collective under ZeRO: all ranks
         call it.
 
         That is the teacher's if the objective has one.
+
+        Args:
+            is_wanted: False: this rank takes part in the collective only, and gets and copies nothing.
         """
         exported = self.objective.exported
         weights = exported.weights()  # order and persistent buffers, as the encoder's own
         own = self.objective.backbone
         names, parameters = zip(*own.network.named_parameters(), strict=True)
         full = dict(zip(names, self.read_weights(parameters), strict=True)) if exported is own else {}
-        return {name: full.get(name, tensor.detach()).cpu().clone() for name, tensor in weights.items()}
+        if not is_wanted:
+            return {}
+        return {name: full.get(name, tensor.detach()).to("cpu", copy=True) for name, tensor in weights.items()}
 
     def pictures(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the objective has to show for a batch. A collective under ZeRO-3, which must gather the parameters."""
@@ -396,8 +402,14 @@ def _prepare_blocks(objective: Objective, recipe: Recipe) -> None:
         recompute_blocks(blocks)
 
 
-def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """The DeepSpeed configuration of a recipe; raw keys of `deepspeed:` are merged in last."""
+def set_matmul_precision(recipe: Recipe, device: torch.device) -> None:
+    """On CUDA, multiply float32 matrices as `train.tf32` says, in this process. Nothing changes on CPUs."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if recipe.train.tf32 else "highest")
+
+
+def deepspeed_config(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """The DeepSpeed configuration of a recipe on a device; raw keys of `deepspeed:` are merged in last."""
     train, clip_grad = recipe.train, recipe.optimizer.clip_grad
     stage = train.zero_stage or 0
     config: dict[str, Any] = {
@@ -419,6 +431,8 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     if stage in (1, 2) and clip_grad is None and not recipe.deepspeed.keys() & {"zero_optimization", "data_types"}:
         # DeepSpeed would take the norm a second time, in float64. With offloading and the like it insists.
         config["zero_optimization"]["compute_grad_norm"] = False
+    if stage in (1, 2) and device.type == "cuda":  # gradients travel during the backward pass; stage 3 does so anyway
+        config["zero_optimization"]["overlap_comm"] = True
     return _merged(config, recipe.deepspeed)
 
 

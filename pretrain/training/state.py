@@ -116,7 +116,7 @@ def _write(
         engine.save(state_dir)
         save_file(_rng_states(engine.device), state_dir / f"rng-{rank:05d}.safetensors")
         _save_objective(engine.objective, state_dir)
-    weights = engine.backbone_weights()
+    weights = engine.backbone_weights(is_wanted=rank == 0)
     if rank == 0:
         save_backbone(own / BACKBONE, weights, engine.objective.exported.spec)
         (own / RECIPE).write_text(to_yaml(recipe))

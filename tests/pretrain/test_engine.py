@@ -17,7 +17,7 @@ from backbones.images.config import ImageConfig
 from objectives.base import Progress
 from objectives.mae.config import MAEConfig
 from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
-from pretrain.training.engine import Engine, deepspeed_config, init_distributed
+from pretrain.training.engine import Engine, deepspeed_config, init_distributed, set_matmul_precision
 from pretrain.training.model import build_objective
 from pretrain.training.schedules import learning_rate, weight_decay
 
@@ -233,11 +233,28 @@ def test_engine__pictures_under_every_partitioning(stage: int, found: dict[str, 
 
 def test_deepspeed_config__raw_keys_are_merged_last() -> None:
     recipe = replace(RECIPE, deepspeed={"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True})
-    config = deepspeed_config(recipe)
+    config = deepspeed_config(recipe, torch.device("cuda"))
     assert config["zero_optimization"]["overlap_comm"] is False
     assert config["zero_optimization"]["stage"] == RECIPE.train.zero_stage
     assert config["wall_clock_breakdown"] is True
     assert copy.deepcopy(recipe.deepspeed)["zero_optimization"] == {"overlap_comm": False}  # the recipe is not changed
+
+
+def test_deepspeed_config__gradients_travel_during_the_backward_pass_on_gpus() -> None:
+    on = {device: deepspeed_config(RECIPE, torch.device(device))["zero_optimization"] for device in ("cpu", "cuda")}
+    assert on["cuda"]["overlap_comm"] is True and "overlap_comm" not in on["cpu"]
+
+
+def test_set_matmul_precision__is_of_gpus_only() -> None:
+    before, found = torch.get_float32_matmul_precision(), []
+    try:
+        for device, tf32 in (("cpu", True), ("cuda", True), ("cuda", False)):
+            recipe = replace(RECIPE, train=replace(RECIPE.train, tf32=tf32))
+            set_matmul_precision(recipe, torch.device(device))
+            found.append(torch.get_float32_matmul_precision())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == [before, "high", "highest"]
 
 
 @pytest.mark.gpu

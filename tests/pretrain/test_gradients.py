@@ -158,6 +158,6 @@ def test_deepspeed_config__a_norm_is_taken_twice_only_where_deepspeed_needs_it(
         train=replace(RECIPE.train, zero_stage=stage),
         deepspeed=raw,
     )
-    config = deepspeed_config(recipe)
+    config = deepspeed_config(recipe, torch.device("cpu"))
     assert config["zero_optimization"].get("compute_grad_norm") is computes
     assert config["gradient_clipping"] == (clip_grad if clip_grad and stage else 0.0)
