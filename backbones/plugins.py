@@ -15,6 +15,7 @@ from typing import Any
 __all__ = ["by_name", "entry_points", "load_entry", "origin"]
 
 
+@cache
 def entry_points(group: str) -> EntryPoints:
     """Those of one group; the installed packages are looked through once per process."""
     return _all_entry_points().select(group=group)

@@ -3,7 +3,8 @@
     RUN_ID/  recipe.yaml          the resolved recipe; whatever holds one is a run
              journal.jsonl        the event log, written by rank 0 and the driver
              evaluations.jsonl    scores of its checkpoints, written by the driver
-             mlflow.json          how much of the two has reached MLflow (tracking-rejected.jsonl: what never will)
+             mlflow.json          how much of the two has reached MLflow (mlflow-sent.jsonl: which checkpoints and
+                                  scores; tracking-rejected.jsonl: what never will)
              checkpoints/         by step (`pretrain.checkpoints.store`)
              visualizations/      by step
              samples/             which samples each rank took, if asked for
@@ -71,6 +72,11 @@ class RunDir:
     def cursor(self) -> Path:
         """What has reached MLflow (`pretrain.tracking.cursor`)."""
         return self.path / "mlflow.json"
+
+    @property
+    def sent(self) -> Path:
+        """Which checkpoints and evaluations have reached MLflow (`pretrain.tracking.cursor`)."""
+        return self.path / "mlflow-sent.jsonl"
 
     @property
     def sender_lock(self) -> Path:

@@ -264,16 +264,16 @@ class MlflowRun:
     def promote(self, model_name: str, version: str) -> None:
         """Move the alias `best` to `version`; the version that had it becomes `previous`."""
         holder = self._best(model_name)
-        if holder == version:
-            return
         if holder is not None:
-            self.client.set_registered_model_alias(model_name, "previous", holder)
+            if str(holder.version) == version:
+                return
+            self.client.set_registered_model_alias(model_name, "previous", str(holder.version))
         self.client.set_registered_model_alias(model_name, "best", version)
 
     def promote_unscored(self, model_name: str, version: str, score_tag: str) -> None:
         """Move the alias `best` to `version`, which has no score yet, unless the one that has it has the tag of one."""
         holder = self._best(model_name)
-        if holder is None or self._score(model_name, holder, score_tag) is None:
+        if holder is None or _score(holder, score_tag) is None:
             self.client.set_registered_model_alias(model_name, "best", version)
 
     def promote_best(self, model_name: str, version: str, score_tag: str, metric: Metric, score: float) -> None:
@@ -282,21 +282,21 @@ class MlflowRun:
         Of equal scores the older version keeps the alias; a score that is not finite never gets it.
         """
         holder = self._best(model_name)
-        held = None if holder is None else self._score(model_name, holder, score_tag)
+        held = None if holder is None else _score(holder, score_tag)
         if holder is None or held is None:
             if best({int(version): score}, metric) is not None:
                 self.client.set_registered_model_alias(model_name, "best", version)
-        elif best({int(version): score, int(holder): held}, metric) == int(version):
+        elif best({int(version): score, int(holder.version): held}, metric) == int(version):
             self.promote(model_name, version)
 
-    def _score(self, model_name: str, version: str, score_tag: str) -> float | None:
-        held = self.client.get_model_version(model_name, version).tags.get(_name(score_tag))
-        return None if held is None else float(held)
-
-    def _best(self, model_name: str) -> str | None:
-        """The version that has the alias `best`."""
-        version = self.client.get_registered_model(model_name).aliases.get("best")
-        return None if version is None else str(version)
+    def _best(self, model_name: str) -> ModelVersion | None:
+        """The version that has the alias `best`. Asked for the model, MLflow would look through all its versions."""
+        try:
+            return self.client.get_model_version_by_alias(model_name, "best")
+        except Exception as error:
+            if verdict(error) not in ("invalid", "missing"):  # how an alias that there is not is refused
+                raise
+            return None
 
     def _logged_model(self, checkpoint: Path, name: str, tags: Mapping[str, str]) -> LoggedModel:
         known = self.client.search_logged_models(
@@ -314,8 +314,8 @@ class MlflowRun:
         return model
 
     def _version_of(self, step: int, model_name: str) -> ModelVersion | None:
-        mine = self.client.search_model_versions(f"name='{model_name}' and run_id='{self.mlflow_run_id}'")
-        return next((version for version in mine if version.tags.get("step") == str(step)), None)
+        mine = f"name='{model_name}' and run_id='{self.mlflow_run_id}' and tags.`step`='{step}'"
+        return next(iter(self.client.search_model_versions(mine)), None)
 
     def _ensure_registered_model(self, model_name: str) -> None:
         try:
@@ -323,6 +323,11 @@ class MlflowRun:
         except Exception as error:
             if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
                 raise
+
+
+def _score(version: ModelVersion, score_tag: str) -> float | None:
+    held = version.tags.get(_name(score_tag))
+    return None if held is None else float(held)
 
 
 def _experiment_id(client: MlflowClient, uri: str, experiment: str) -> str:

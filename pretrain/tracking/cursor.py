@@ -1,8 +1,10 @@
 """The sync cursor of a run: where in MLflow the run goes and how much of it has arrived there.
 
-It is written after every acknowledged batch. Losing it costs nothing but sending the run again.
+It is written anew after every acknowledged batch, so its size does not depend on that of the run. What grows with the
+run, the checkpoints and evaluations that have arrived, is in a second file, `Sent`, to which lines are appended. Losing
+either costs nothing but sending the run again.
 
-Not here: sending (`pretrain.tracking.sync`), the name of the file (`pretrain.record.run_dir`).
+Not here: sending (`pretrain.tracking.sync`), the names of the files (`pretrain.record.run_dir`).
 """
 
 from __future__ import annotations
@@ -10,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data_pipelines.files import write_atomically
 from data_pipelines.parsing import parse_json
 
-__all__ = ["BESIDE", "Cursor", "Status"]
+__all__ = ["BESIDE", "Cursor", "Sent", "Status"]
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +37,6 @@ class Cursor:
         created_ms: When the run was first tracked, Unix milliseconds.
         journal_offset, evaluations_offset: Bytes of the two files that have arrived.
         last_step: Highest step sent, per metric name.
-        versions: Step -> (model id, version) of registered checkpoints.
-        evaluated: `STEP PROTOCOL/DATA` of every evaluation sent.
         status: How the run ended, once it has.
     """
 
@@ -49,8 +50,6 @@ class Cursor:
     journal_offset: int = 0
     evaluations_offset: int = 0
     last_step: dict[str, int] = field(default_factory=dict)
-    versions: dict[str, tuple[str, str]] = field(default_factory=dict)
-    evaluated: list[str] = field(default_factory=list)
     status: Status | None = None
 
     def continuing(self, before: Cursor | None) -> Cursor:
@@ -63,7 +62,7 @@ class Cursor:
     def forget_progress(self) -> None:
         self.mlflow_run_id = None
         self.journal_offset = self.evaluations_offset = 0
-        self.last_step, self.versions, self.evaluated = {}, {}, []
+        self.last_step = {}
 
     def save(self, path: Path) -> None:
         write_atomically(path, json.dumps(dataclasses.asdict(self), indent=1).encode())
@@ -72,9 +71,59 @@ class Cursor:
     def load(cls, path: Path) -> Cursor | None:
         """The cursor at `path`; None if there is none or it is damaged (sending everything again is harmless)."""
         try:
-            return cls(**parse_json(path.read_text()))
+            record = parse_json(path.read_text())
+            if "versions" in record:  # of an older version, which had no `Sent`: lines of both files are sent again
+                record = {key: record[key] for key in record.keys() - {"versions", "evaluated"}}
+                record["journal_offset"] = record["evaluations_offset"] = 0
+            return cls(**record)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             log.warning("%s is damaged (%s); the run is sent to MLflow from its beginning", path, error)
             return None
+
+
+class Sent:
+    """Checkpoints and evaluations of a run that have arrived in MLflow.
+
+    Args:
+        path: The file; read here, and made with the first record.
+
+    Attributes:
+        versions: Step -> (model id, version) of registered checkpoints.
+        evaluations: `STEP PROTOCOL/DATA` of every evaluation.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.versions: dict[int, tuple[str, str]] = {}
+        self.evaluations: set[str] = set()
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            try:
+                record = parse_json(line)
+                if "evaluation" in record:
+                    self.evaluations.add(record["evaluation"])
+                else:
+                    self.versions[record["step"]] = (record["model_id"], record["version"])
+            except (ValueError, TypeError, LookupError):
+                continue  # torn by a kill or a power cut: that one is sent again
+
+    def add_version(self, step: int, model_id: str, version: str) -> None:
+        self._append({"step": step, "model_id": model_id, "version": version})
+        self.versions[step] = (model_id, version)
+
+    def add_evaluation(self, name: str) -> None:
+        self._append({"evaluation": name})
+        self.evaluations.add(name)
+
+    def forget(self) -> None:
+        """The run goes to another place, or to one that has forgotten it."""
+        self.versions, self.evaluations = {}, set()
+        self._path.unlink(missing_ok=True)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        """On disk when it returns: the cursor, which is saved next, must not know more than this file."""
+        with open(self._path, "ab") as file:
+            file.write(f"\n{json.dumps(record)}".encode())  # begins a line, so that a torn one before it stays alone
+            file.flush()
+            os.fsync(file.fileno())

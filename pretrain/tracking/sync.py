@@ -1,9 +1,9 @@
 """Sends a run to MLflow from what the run writes to disk, so that no server can stop or slow training.
 
-A daemon thread tails the event log and the evaluations. How far the server has acknowledged them is kept in the sync
-cursor beside them; everything else waits on disk, for as long as it takes, until the server answers or somebody runs
-`python -m pretrain.tracking RUN_DIR`. The MLflow run is created on first contact and found again by the tag
-`pretrain.run_id`, so the server may be down when training starts and the driver may die half-way.
+A daemon thread tails the event log and the evaluations. How far the server has acknowledged them is kept beside them
+(`pretrain.tracking.cursor`); everything else waits on disk, for as long as it takes, until the server answers or
+somebody runs `python -m pretrain.tracking RUN_DIR`. The MLflow run is created on first contact and found again by the
+tag `pretrain.run_id`, so the server may be down when training starts and the driver may die half-way.
 
 What arrives:
     metrics       `train/NAME` with the time they were measured. After a restart training repeats the steps since its
@@ -63,7 +63,7 @@ from pretrain.tracking.client import (
     default_database,
     verdict,
 )
-from pretrain.tracking.cursor import BESIDE, Cursor, Status
+from pretrain.tracking.cursor import BESIDE, Cursor, Sent, Status
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -135,6 +135,7 @@ class Tracker:
             created_ms=int(time.time() * 1000),
         )
         self._cursor = asked.continuing(Cursor.load(self.run.cursor))
+        self._arrived = Sent(self.run.sent)
         self._client: MlflowClient | None = None
         self._mlflow: MlflowRun | None = None
         self._lock: IO[str] | None = None
@@ -242,6 +243,7 @@ class Tracker:
         )
         if run.mlflow_run_id != cursor.mlflow_run_id:
             cursor.forget_progress()  # new to this server, or its database was replaced
+            self._arrived.forget()
             cursor.mlflow_run_id = run.mlflow_run_id
             self._save()
         run.describe(self._recipe_yaml, self._params, cursor.tags)
@@ -346,11 +348,11 @@ class Tracker:
         return None
 
     def _is_sent(self, event: Evaluated | EvaluationFailed) -> bool:
-        return f"{event.step} {event.task}" in self._cursor.evaluated
+        return f"{event.step} {event.task}" in self._arrived.evaluations
 
     def _send_checkpoint(self, step: int, run: MlflowRun) -> None:
         cursor = self._cursor
-        if str(step) in cursor.versions:
+        if step in self._arrived.versions:
             return
         found = self._exported(self.run.path, step)
         if found is None:
@@ -363,11 +365,11 @@ class Tracker:
             run.promote(cursor.model_name, version.version)
         else:
             run.promote_unscored(cursor.model_name, version.version, f"eval/{cursor.select}")
-        cursor.versions[str(step)] = (version.model_id, version.version)
+        self._arrived.add_version(step, version.model_id, version.version)
 
     def _send_scores(self, event: Evaluated, time_ms: int, run: MlflowRun) -> None:
         cursor = self._cursor
-        model_id, version = cursor.versions.get(str(event.step), (None, None))
+        model_id, version = self._arrived.versions.get(event.step, (None, None))
         scores = {f"eval/{event.task}/{name}": value for name, value in event.metrics.items()}
         run.log_metrics([Point(name, value, time_ms, event.step) for name, value in scores.items()], model_id)
         if version is not None:
@@ -375,7 +377,7 @@ class Tracker:
             if (choice := selected(cursor.select, event)) is not None:
                 metric, score = choice
                 run.promote_best(cursor.model_name, version, f"eval/{cursor.select}", metric, score)
-        cursor.evaluated.append(f"{event.step} {event.task}")
+        self._arrived.add_evaluation(f"{event.step} {event.task}")
 
     # What can go wrong ----------------------------------------------------------------------------------------------
 

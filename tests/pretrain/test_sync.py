@@ -35,8 +35,10 @@ from pretrain.record.events import (
     Warned,
 )
 from pretrain.record.journal import Journal, read_events
+from pretrain.record.run_dir import RunDir
 from pretrain.tracking import sync as sync_module
 from pretrain.tracking.client import connect, default_database, default_uri
+from pretrain.tracking.cursor import Cursor, Sent
 from pretrain.tracking.sync import Tracker, sync
 
 SELECT = "linear/photos/top1"
@@ -52,6 +54,7 @@ class Run:
         (self.dir / "recipe.yaml").write_text("name: tiny\ntrain:\n  steps: 40\n")
         self.journal = Journal(self.dir / "journal.jsonl")
         self.evaluations = Journal(self.dir / "evaluations.jsonl")
+        self.sent = RunDir(self.dir).sent
         self.slowest_write_s = 0.0
 
     def train(self, steps: range, scale: float = 1.0) -> None:
@@ -206,14 +209,61 @@ def test_tracker__a_lost_cursor_costs_nothing(run: Run, mlflow_uri: str, make_ch
     run.publish(make_checkpoint, 4)
     run.evaluate(4, 0.5)
     run.send(mlflow_uri)
-    before = cursor(run)
+    before, sent = cursor(run), Sent(run.sent)
+    assert sent.versions and sent.evaluations == {"4 linear/photos"}
     (run.dir / "mlflow.json").write_text("{ torn")
     run.send(mlflow_uri)
     assert cursor(run)["mlflow_run_id"] == before["mlflow_run_id"]
-    assert cursor(run)["versions"] == before["versions"]
+    assert Sent(run.sent).versions == sent.versions
     for name in ("train/loss", "eval/linear/photos/top1"):
         found = history(mlflow_uri, before["mlflow_run_id"], name)
         assert len(found) == len({step for step, _, _ in found})
+    assert len(connect(mlflow_uri).search_model_versions("name='tiny'")) == 1
+
+
+def test_tracker__the_cursor_does_not_grow_with_checkpoints_and_evaluations(
+    run: Run, mlflow_uri: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    """It is written anew after each of them."""
+    sizes = []
+    for step in (11, 22, 33):
+        run.publish(make_checkpoint, step)
+        run.evaluate(step, 0.5)
+        run.send(mlflow_uri)
+        sizes.append(len(json.dumps(cursor(run) | {"journal_offset": 0, "evaluations_offset": 0})))
+    assert sizes[0] == sizes[1] == sizes[2]
+    sent = Sent(run.sent)
+    assert list(sent.versions) == [11, 22, 33] and len(sent.evaluations) == 3
+
+
+def test_sent__a_torn_line_costs_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "sent.jsonl"
+    sent = Sent(path)
+    sent.add_version(10, "m-1", "1")
+    sent.add_evaluation("10 knn/photos")
+    path.write_bytes(path.read_bytes()[:-4])
+    Sent(path).add_evaluation("20 knn/photos")
+    found = Sent(path)
+    assert found.versions == {10: ("m-1", "1")} and found.evaluations == {"20 knn/photos"}
+    found.forget()
+    assert not path.exists() and not found.versions and not Sent(path).evaluations
+
+
+def test_cursor__of_a_version_that_kept_checkpoints_in_it_has_its_lines_sent_again(
+    run: Run, mlflow_uri: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    run.train(range(5))
+    run.publish(make_checkpoint, 4)
+    run.evaluate(4, 0.5)
+    run.send(mlflow_uri)
+    sent, saved = Sent(run.sent), cursor(run)
+    old = saved | {"versions": {"4": list(sent.versions[4])}, "evaluated": ["4 linear/photos"]}
+    (run.dir / "mlflow.json").write_text(json.dumps(old))
+    run.sent.unlink()
+    loaded = Cursor.load(run.dir / "mlflow.json")
+    assert loaded is not None and loaded.journal_offset == 0 and loaded.mlflow_run_id == saved["mlflow_run_id"]
+    run.send(mlflow_uri)
+    assert Sent(run.sent).versions == sent.versions and cursor(run) == saved
     assert len(connect(mlflow_uri).search_model_versions("name='tiny'")) == 1
 
 
@@ -516,7 +566,7 @@ def test_tracker__server_down_started_killed_and_restarted(
     wait_for(lambda: tracker.problem is not None)
 
     with serving(database, tmp_path / "artifacts", port) as server:
-        wait_for(lambda: cursor(run)["evaluated"] == ["99 linear/photos"])
+        wait_for(lambda: Sent(run.sent).evaluations == {"99 linear/photos"})
         run.train(range(100, 3000))
         wait_for(lambda: cursor(run)["last_step"]["train/loss"] > 100)
         os.killpg(server.pid, signal.SIGKILL)  # in the middle of sending
