@@ -25,12 +25,13 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from evaluation.protocol import CI_SUFFIXES, Metric, described
 from pretrain.config.load import load_plan, to_yaml
 from pretrain.config.stages import Plan
 from pretrain.record.events import CheckpointPublished, Evaluated, Finished, Metrics
@@ -43,7 +44,9 @@ SETTINGS = (
     "evaluation.select=knn/grocery/top1",
     "train.checkpoint_every=10",
 )
+BOUNDS = [Metric(f"top1{suffix}", better=None) for suffix in CI_SUFFIXES]
 VALUES = ("loss", "lr", "weight_decay", "grad_norm", "samples_per_s", "step_s", "data_wait_fraction", "memory_mb")
+DESCRIBED = tuple(asdict(metric) for metric in described([Metric("top1"), *BOUNDS]))
 SMALLEST = [sys.executable, "-c", "import data_pipelines.shards.dataset"]
 
 
@@ -56,7 +59,7 @@ def score(step: int, protocol: str) -> Evaluated:
     metrics = {"top1": top1, "top1_ci_low": top1 - 0.02, "top1_ci_high": top1 + 0.02}
     return Evaluated(
         step=step, protocol=protocol, data="grocery", metrics=metrics, key=f"{protocol}-{step}", seconds=1.0,
-        cached=False, num_test=200,
+        cached=False, num_test=200, described=DESCRIBED,
     )  # fmt: skip
 
 

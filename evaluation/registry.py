@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -75,9 +76,16 @@ def describe(name: str, reported: Iterable[str], facts: Iterable[Mapping[str, An
         facts: what the record says of them, the fields of a `Metric` each. A record of an older version says nothing:
             then they mean what the protocol says now, and without the protocol fractions, the headline first.
     """
+    if told := tuple(tuple(fact.items()) for fact in facts):
+        return _as_told(tuple(reported), told)
+    known = {metric.name: metric for metric in protocol(name).metrics} if name in names() else {}
+    return described(known.get(metric, metric) for metric in reported)
+
+
+@lru_cache(maxsize=256)  # the records of a protocol all say the same, and a leaderboard reads thousands
+def _as_told(reported: tuple[str, ...], told: tuple[tuple[tuple[str, Any], ...], ...]) -> tuple[Metric, ...]:
+    facts = map(dict, told)
     known = {str(fact["name"]): Metric(**{key: fact[key] for key in _FACTS if key in fact}) for fact in facts}
-    if not known and name in names():
-        known = {metric.name: metric for metric in protocol(name).metrics}
     return described(known.get(metric, metric) for metric in reported)
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,12 +26,12 @@ from pretrain.config.values import parse_yaml
 from pretrain.errors import RequestError
 from pretrain.record.events import Evaluated, from_json
 from pretrain.record.journal import read_events
-from pretrain.record.run_dir import RECIPE, RunDir, runs_in
+from pretrain.record.run_dir import RECIPE, runs_in
 
 if TYPE_CHECKING:
     from evaluation.runner import EvaluationResult
 
-__all__ = ["Place", "due", "evaluate", "evaluate_task", "leaderboard", "retention"]
+__all__ = ["Place", "due", "evaluate", "evaluate_task", "excerpt", "leaderboard", "retention"]
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class Place:
         num_test: Samples that were tested on; 0: not recorded.
         run: "(by hand)" for a checkpoint evaluated outside a run.
         step: None for such a checkpoint.
-        start: Of step 0, what the run began with: "random" or, where it was given weights, "initial"; else empty.
+        recipe: Of the run.
     """
 
     protocol: str
@@ -160,7 +161,15 @@ class Place:
     num_test: int
     run: str
     step: int | None
-    start: str = ""
+    recipe: Path | None = None
+
+    @property
+    def start(self) -> str:
+        """Of step 0, what the run began with: "random" or, where it was given weights, "initial"; else empty.
+
+        This reads the recipe: most places are never shown.
+        """
+        return "" if self.step != 0 or self.recipe is None else _began_with(self.recipe)
 
 
 def leaderboard(storage: str | os.PathLike[str] = "runs") -> list[Place]:
@@ -179,9 +188,22 @@ def leaderboard(storage: str | os.PathLike[str] = "runs") -> list[Place]:
     ]
 
 
+def excerpt(places: Sequence[Place], number: int) -> list[Place]:
+    """Of one group of the leaderboard the best `number`, and what their runs began with.
+
+    Where none of these runs was evaluated at step 0, the best of the others' is there to compare with.
+    """
+    shown = list(places[:number])
+    runs = {place.run for place in shown}
+    starts = [place for place in places[number:] if place.step == 0]
+    shown += [place for place in starts if place.run in runs]
+    return shown if any(place.step == 0 for place in shown) else shown + starts[:1]
+
+
 def _places(storage: Path) -> list[Place]:
     """Newest runs first, then what was evaluated by hand."""
-    found, of_runs = [], set()
+    found: list[Place] = []
+    of_runs: set[str] = set()
     for run in reversed(runs_in(storage)):
         try:
             events, _ = read_events(run.evaluations)
@@ -191,8 +213,7 @@ def _places(storage: Path) -> list[Place]:
         for event in events:
             if isinstance(event, Evaluated):
                 of_runs.add(event.key)
-                start = _began_with(run) if event.step == 0 else ""
-                found.append(_place(event, run.run_id, event.step, start))
+                found.append(_place(event, run.run_id, event.step, run.recipe))
     for path in sorted((storage / "evaluations").glob("*.json")):
         if path.stem in of_runs:
             continue
@@ -210,16 +231,17 @@ def _places(storage: Path) -> list[Place]:
     return found
 
 
-def _place(event: Evaluated, run: str, step: int | None, start: str = "") -> Place:
+def _place(event: Evaluated, run: str, step: int | None, recipe: Path | None = None) -> Place:
     headline = event.headline
     score, interval = event.metrics[headline.name], event.interval
-    return Place(event.protocol, event.data, headline, score, interval, event.num_test, run, step, start)
+    return Place(event.protocol, event.data, headline, score, interval, event.num_test, run, step, recipe)
 
 
-def _began_with(run: RunDir) -> str:
+@cache  # by protocol and data, the leaderboard asks several times
+def _began_with(recipe: Path) -> str:
     """What the closing table of a run, too, calls the weights of its step 0."""
     try:
-        first = written_stages(parse_yaml(run.recipe.read_text(encoding="utf-8")))[0]
+        first = written_stages(parse_yaml(recipe.read_text(encoding="utf-8")))[0]
     except (ValueError, OSError, YAMLError):
         return "initial"
     return "random" if first.get("init_from") is None else "initial"

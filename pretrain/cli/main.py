@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -47,6 +47,8 @@ __all__ = ["cli", "main"]
 
 MOST_MISTAKES = 6  # that are shown of one request
 LONGEST_LINE = 400  # characters
+BEST = 20  # scores of a task that are shown
+LONG_TABLE = 200  # rows; rich takes a millisecond for each
 
 _storage = click.option("--storage", metavar="DIR", default="runs", show_default=True, help="Directory of the runs.")
 
@@ -148,27 +150,32 @@ def evaluate(checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...],
 @cli.command()
 @click.option("--protocol", metavar="NAME", help="Only this protocol.")
 @click.option("--data", metavar="NAME", help="Only this data set.")
+@click.option("--all", "everything", is_flag=True, help="Every score; default: the best 20 of each task.")
 @_storage
-def leaderboard(protocol: str | None, data: str | None, storage: str) -> None:
+def leaderboard(protocol: str | None, data: str | None, everything: bool, storage: str) -> None:
     """List the headline scores of all runs, best first; step 0 is what a run began with."""
     if protocol is not None:
         _check_protocols([protocol])
-    from pretrain.evaluations import leaderboard
+    from pretrain.evaluations import excerpt, leaderboard
 
-    everything = leaderboard(storage)
-    _check_filter("data", data, {place.data for place in everything})
-    chosen = [place for place in everything if protocol in (None, place.protocol) and data in (None, place.data)]
+    found = leaderboard(storage)
+    _check_filter("data", data, {place.data for place in found})
+    chosen = [place for place in found if protocol in (None, place.protocol) and data in (None, place.data)]
     if not chosen:
         say(f"no evaluation in {Path(storage).absolute()} yet")
         return
-    for (protocol, data, metric), places in groupby(chosen, lambda place: (place.protocol, place.data, place.metric)):
+    for (protocol, data, metric), group in groupby(chosen, lambda place: (place.protocol, place.data, place.metric)):
         say(f"{protocol}/{data} {metric.name}")
+        places = list(group)
+        shown = places if everything else excerpt(places, BEST)
         rows = []
-        for place in places:
+        for place in shown:
             step = "" if place.step is None else f"{place.step} {place.start}".rstrip()
             score = format_value(place.score, metric.unit)
             rows.append([score, place.interval, str(place.num_test or ""), step, place.run])
         _print_table(("score", "95 % CI", "n", "step", "run"), rows)
+        if len(shown) < len(places):
+            say(f"and {len(places) - len(shown)} more; --all shows them")
 
 
 @cli.command()
@@ -345,7 +352,13 @@ def _check_filter(option: str, name: str | None, known: set[str]) -> None:
         raise RequestError(f"--{option} {name}: no such results; known are {listing}{nearest(name, known)}")
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns, folded where there is no room for them; of a table that is longer than a screen as wide as they are."""
+    if len(rows) > LONG_TABLE:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        for row in (header, *rows):
+            say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)

@@ -13,8 +13,9 @@ Not here: the file (`pretrain.record.journal`), where it lies (`pretrain.record.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache, cached_property
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from evaluation.protocol import CI_SUFFIXES, Metric, format_interval
@@ -287,7 +288,7 @@ class Evaluated(Event):
     described: tuple[Mapping[str, Any], ...] = ()
     num_test: int = 0
 
-    @property
+    @cached_property
     def reported(self) -> tuple[Metric, ...]:
         """What each of `metrics` means."""
         return describe(self.protocol, self.metrics, self.described)
@@ -358,7 +359,17 @@ _KINDS: dict[str, type[Event]] = {
         Rejected,
     )
 }
-_PARTS: dict[type[Event], list[tuple[Field[Any], Any]]] = {}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One field of a class of events, as it is read."""
+
+    name: str
+    hint: Any
+    fits: Callable[[Any], bool]
+    is_tuple: bool
+    is_needed: bool
 
 
 def from_json(record: Mapping[str, Any]) -> Event | None:
@@ -380,10 +391,14 @@ def from_json(record: Mapping[str, Any]) -> Event | None:
     if isinstance(when := record.get("time"), float | int) and not 0 <= when < LAST_TIME:
         raise DamagedEvent(f"{kind}: 'time' is {when}, expected Unix seconds")
     given = {}
-    for part, hint in _parts(event):
+    for part in _parts(event):
         if part.name in record:
-            given[part.name] = _value(kind, part.name, hint, record[part.name])
-        elif part.name == "time" or (part.default is MISSING and part.default_factory is MISSING):
+            value = record[part.name]
+            if not part.fits(value):
+                expected = getattr(part.hint, "__name__", part.hint)
+                raise DamagedEvent(f"{kind}: {part.name!r} is {value!r:.80}, expected {expected}")
+            given[part.name] = tuple(value) if part.is_tuple else value
+        elif part.is_needed:
             raise DamagedEvent(f"{kind}: no {part.name!r}")
     made = event(**given)
     if isinstance(made, Evaluated):
@@ -394,30 +409,31 @@ def from_json(record: Mapping[str, Any]) -> Event | None:
     return made
 
 
-def _parts(event: type[Event]) -> list[tuple[Field[Any], Any]]:
-    """The fields of a class of events with their types; looked up once per class."""
-    if event not in _PARTS:
-        hints = get_type_hints(event)
-        _PARTS[event] = [(part, hints[part.name]) for part in fields(event)]
-    return _PARTS[event]
+@cache
+def _parts(event: type[Event]) -> tuple[_Part, ...]:
+    """The fields of a class of events; looked up once per class, as a long run has a million events."""
+    hints = get_type_hints(event)
+
+    def part_of(part: Field[Any]) -> _Part:
+        hint = hints[part.name]
+        is_needed = part.name == "time" or (part.default is MISSING and part.default_factory is MISSING)
+        return _Part(part.name, hint, _fitting(hint), get_origin(hint) is tuple, is_needed)
+
+    return tuple(map(part_of, fields(event)))
 
 
-def _value(kind: str, name: str, hint: Any, value: Any) -> Any:
-    if not _fits(value, hint):
-        raise DamagedEvent(f"{kind}: {name!r} is {value!r:.80}, expected {getattr(hint, '__name__', hint)}")
-    return tuple(value) if get_origin(hint) is tuple else value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON has the type of a field."""
+def _fitting(hint: Any) -> Callable[[Any], bool]:
+    """The test whether a value of JSON has the type of a field."""
     if get_origin(hint) is tuple:
-        return isinstance(value, Sequence) and all(_fits(item, get_args(hint)[0]) for item in value)
+        is_item = _fitting(get_args(hint)[0])
+        return lambda value: isinstance(value, list | tuple) and all(map(is_item, value))
     if get_origin(hint) is Mapping:
-        return isinstance(value, Mapping) and all(_fits(item, get_args(hint)[1]) for item in value.values())
+        is_value = _fitting(get_args(hint)[1])
+        return lambda value: isinstance(value, Mapping) and all(map(is_value, value.values()))
     if hint is Any:
-        return True
+        return lambda value: True
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return lambda value: isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, hint)
+        return lambda value: isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return lambda value: isinstance(value, hint)

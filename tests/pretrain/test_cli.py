@@ -19,6 +19,7 @@ from pretrain import driver
 from pretrain.cli.main import cli, main
 from pretrain.errors import RequestError, RunFailed
 from pretrain.record.events import Evaluated
+from pretrain.record.journal import Journal
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "numpy", "ray", "mlflow", "deepspeed", "timm", "torchvision", "pandas", "matplotlib")
@@ -40,7 +41,7 @@ def test_cli__surface_is_frozen() -> None:
         "run": ["RECIPE", "[KEY=VALUE]...", "--address", "--dry-run"],
         "resume": ["RUN_ID", "[KEY=VALUE]...", "--storage"],
         "evaluate": ["CHECKPOINT", "--protocol", "--data", "--storage"],
-        "leaderboard": ["--protocol", "--data", "--storage"],
+        "leaderboard": ["--protocol", "--data", "--all", "--storage"],
         "pull": ["NAME[@ALIAS]", "DEST", "--full", "--storage"],
         "report": ["RUN_ID", "--storage"],
         "recipes": ["NAME"],
@@ -278,6 +279,65 @@ def test_main__leaderboard_of_an_error_has_the_lowest_first_with_its_unit(
         ["0.5", "m", "10", "c"],
         ["0.75", "m", "10", "a"],
     ]
+
+
+def test_main__leaderboard_shows_the_best_and_what_their_runs_began_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in ("a", "b", "c"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "recipe.yaml").write_text("init_from: null\n")
+
+    def record(run: str, protocol: str, step: int, top1: float) -> None:
+        event = Evaluated(
+            step=step, protocol=protocol, data="photos", metrics={"top1": top1}, key=f"{run}{step}", seconds=1.0,
+            cached=False,
+        )  # fmt: skip
+        with (tmp_path / run / "evaluations.jsonl").open("a") as file:
+            file.write(json.dumps(event.to_json()) + "\n")
+
+    for step in range(110):
+        record("a", "knn", step, 0.1 + step / 1000)
+        record("b", "knn", step, 0.05 + step / 10000)
+    record("c", "knn", 0, 0.01)
+    for step in range(30):
+        record("a", "linear", step + 1, 0.5)
+    record("b", "linear", 0, 0.2)
+    record("c", "linear", 0, 0.1)
+    record("c", "linear", 9, 0.1)
+    assert main(["leaderboard", "--storage", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    knn, linear = lines[:24], lines[24:]
+    assert [line.split()[1:] for line in knn[2:22]] == [[str(step), "a"] for step in range(109, 89, -1)]
+    assert knn[22].split() == ["10.0%", "0", "random", "a"] and knn[23] == "and 200 more; --all shows them"
+    assert linear[22].split() == ["20.0%", "0", "random", "b"]  # the best of those that others began with
+    assert linear[23:] == ["and 12 more; --all shows them"]
+
+    assert main(["leaderboard", "--storage", str(tmp_path), "--all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 221 + 2 + 33 and lines[1].split() == ["score", "95", "%", "CI", "n", "step", "run"]
+    assert {len(line) for line in lines[1:221]} == {lines[1].index("run") + len("run"), lines[1].index("run") + 1}
+
+
+def test_main__leaderboard_reads_no_more_recipes_than_it_shows_beginnings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading them took most of the time where there were hundreds of runs."""
+    from pretrain import evaluations
+
+    read: list[str] = []
+    monkeypatch.setattr(evaluations, "parse_yaml", lambda text: read.append(text) or {"init_from": text})
+    for number in range(30):
+        run = f"run-{number:02d}"
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "recipe.yaml").write_text(run)
+        with Journal(tmp_path / run / "evaluations.jsonl") as journal:
+            for step in (0, 10):
+                top1 = (number + step) / 100
+                score = {"protocol": "knn", "data": "photos", "metrics": {"top1": top1}, "key": f"{run}{step}"}
+                journal.write(Evaluated(step=step, seconds=1.0, cached=False, **score))
+    assert main(["leaderboard", "--storage", str(tmp_path)]) == 0
+    assert sorted(read) == [f"run-{number:02d}" for number in range(15, 30)]
 
 
 def test_main__leaderboard_marks_what_a_run_began_with_and_gives_intervals(
