@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from evaluation.protocol import CI_SUFFIXES, Metric, format_interval
@@ -372,6 +372,9 @@ class _Part:
     is_needed: bool
 
 
+_PARTS: dict[type[Event], list[_Part]] = {}
+
+
 def from_json(record: Mapping[str, Any]) -> Event | None:
     """The event that a record tells; None when its kind is not known here.
 
@@ -390,7 +393,7 @@ def from_json(record: Mapping[str, Any]) -> Event | None:
         record = {**record, "values": {OLD_METRICS.get(name, name): value for name, value in values.items()}}
     if isinstance(when := record.get("time"), float | int) and not 0 <= when < LAST_TIME:
         raise DamagedEvent(f"{kind}: 'time' is {when}, expected Unix seconds")
-    given = {}
+    given: dict[str, Any] = {}
     for part in _parts(event):
         if part.name in record:
             value = record[part.name]
@@ -409,17 +412,17 @@ def from_json(record: Mapping[str, Any]) -> Event | None:
     return made
 
 
-@cache
-def _parts(event: type[Event]) -> tuple[_Part, ...]:
+def _parts(event: type[Event]) -> list[_Part]:
     """The fields of a class of events; looked up once per class, as a long run has a million events."""
-    hints = get_type_hints(event)
+    if event not in _PARTS:
+        hints = get_type_hints(event)
+        _PARTS[event] = [_part_of(part, hints[part.name]) for part in fields(event)]
+    return _PARTS[event]
 
-    def part_of(part: Field[Any]) -> _Part:
-        hint = hints[part.name]
-        is_needed = part.name == "time" or (part.default is MISSING and part.default_factory is MISSING)
-        return _Part(part.name, hint, _fitting(hint), get_origin(hint) is tuple, is_needed)
 
-    return tuple(map(part_of, fields(event)))
+def _part_of(part: Field[Any], hint: Any) -> _Part:
+    is_needed = part.name == "time" or (part.default is MISSING and part.default_factory is MISSING)
+    return _Part(part.name, hint, _fitting(hint), get_origin(hint) is tuple, is_needed)
 
 
 def _fitting(hint: Any) -> Callable[[Any], bool]:

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -62,14 +62,14 @@ class Score:
     high: float = math.nan
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
     """A protocol on a data set: its headline metric by step, and the steps where it failed; None if it always did."""
 
     name: str
-    metric: Metric | None
-    scores: Mapping[int, Score]
-    errors: Mapping[int, str]
+    metric: Metric | None = None
+    scores: dict[int, Score] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -159,16 +159,15 @@ def _by_step(events: Iterable[Event]) -> dict[int, Mapping[str, float]]:
 def _tasks(evaluations: Iterable[Event]) -> list[Task]:
     tasks: dict[str, Task] = {}
     for event in evaluations:
-        match event:
-            case EvaluationFailed():
-                known = tasks.get(event.task, Task(event.task, None, {}, {}))
-                tasks[event.task] = replace(known, errors={**known.errors, event.step: event.error})
-            case Evaluated():
-                known = tasks.get(event.task, Task(event.task, None, {}, {}))
-                metric = known.metric or event.headline
-                scores = {**known.scores, event.step: _score(event.metrics, metric.name)}
-                errors = {step: text for step, text in known.errors.items() if step != event.step}  # repaired later
-                tasks[event.task] = Task(event.task, metric, scores, errors)
+        if not isinstance(event, Evaluated | EvaluationFailed):
+            continue
+        task = tasks.setdefault(event.task, Task(event.task))
+        if isinstance(event, EvaluationFailed):
+            task.errors[event.step] = event.error
+        else:
+            task.metric = task.metric or event.headline
+            task.scores[event.step] = _score(event.metrics, task.metric.name)
+            task.errors.pop(event.step, None)  # repaired later
     return list(tasks.values())
 
 
