@@ -26,7 +26,7 @@ from data_pipelines.errors import CorruptSampleError, DataError, MissingFieldErr
 from data_pipelines.field_kinds import cut_names, picture_names, shared_names, under_shared_names
 from data_pipelines.order import SampleOrder
 from data_pipelines.parsing import parse_json
-from data_pipelines.shards.index import ShardIndex, is_newer, load_index, sidecar
+from data_pipelines.shards.index import ShardIndex, is_newer, load_index, load_indices, sidecar
 from data_pipelines.shards.manifest import MANIFEST_BYTES, MANIFEST_NAME, Manifests, split_digest
 from data_pipelines.shards.source import expand_source
 from data_pipelines.storage.locations import is_local, redact, sibling, split_location
@@ -65,7 +65,8 @@ def open_dataset(
 ) -> Dataset:
     """Open the shards of a source (see `expand_source`).
 
-    A shard that is neither listed in a `dataset.json` nor has an index beside it is read whole, the first time.
+    A shard that is neither listed in a `dataset.json` nor has an index beside it is read whole, the first time, by one
+    of the processes that open it at once (`load_indices`).
 
     Args:
         source: what `expand_source` takes.
@@ -84,13 +85,19 @@ def open_dataset(
     opened: dict[int, ShardIndex] = {}
     fields: set[frozenset[str]] = set()
     num_samples = 0
-    for number, location in enumerate(expand_source(source, allow_pipe=fetch.allow_pipe, manifests=manifests)):
+    locations = expand_source(source, allow_pipe=fetch.allow_pipe, manifests=manifests)
+    entries = [
+        manifest.shards.get(split_location(location)[1]) if (manifest := manifests.of(location)) else None
+        for location in locations
+    ]
+    unlisted = [location for location, entry in zip(locations, entries, strict=True) if entry is None]
+    indices = load_indices(unlisted, store) if limit is None else {}  # how many shards a limit takes shows on the way
+    for number, (location, entry) in enumerate(zip(locations, entries, strict=True)):
         manifest = manifests.of(location)
-        entry = manifest and manifest.shards.get(split_location(location)[1])
         if manifest and entry:
             shard, has = Shard(location, entry.samples, entry.bytes, entry.index_digest), frozenset(manifest.fields)
         else:
-            index = opened[number] = load_index(location, store)
+            index = opened[number] = indices.get(location) or load_index(location, store)
             shard = Shard(location, index.num_samples, index.num_bytes, index.digest)
             has = index.common_fields
         shards.append(shard)

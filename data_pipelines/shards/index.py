@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_pipelines.claims import claimed
 from data_pipelines.errors import DataError, TooLargeError
 from data_pipelines.field_kinds import picture_names
 from data_pipelines.files import cache_root, write_atomically
@@ -37,7 +38,7 @@ from data_pipelines.shards.tar_walk import Damage, LeftOut, Member, walk
 from data_pipelines.storage.locations import PIPE, is_local, redact, scheme_of, split_location
 from data_pipelines.storage.stores import Store
 
-__all__ = ["ShardIndex", "is_newer", "load_index", "read_sidecar", "scan_shard", "sidecar"]
+__all__ = ["ShardIndex", "is_newer", "load_index", "load_indices", "read_sidecar", "scan_shard", "sidecar"]
 
 INDEX_FORMAT = "pretrain-index/1"
 _HEADER_BYTES = 1 << 20  # the most that an index may take before its arrays
@@ -260,6 +261,31 @@ def load_index(location: str, store: Store, *, num_bytes: int | None = None, dig
     Raises:
         DataError: the shard is missing, does not have `num_bytes`, is damaged, or was changed since it was indexed.
     """
+    index = _loaded(location, store, num_bytes, digest, wait=True)
+    assert index is not None  # it was waited for
+    return index
+
+
+def load_indices(locations: Sequence[str], store: Store) -> dict[str, ShardIndex]:
+    """The indices of several shards by location, as `load_index` gives them.
+
+    Processes that open the same shards at once, such as the ranks of a machine, share the scans: each takes those that
+    no other is at, and waits for what the others are at only when nothing else is left.
+
+    Raises:
+        DataError: as `load_index`.
+    """
+    found: dict[str, ShardIndex] = {}
+    for location in locations:
+        if (index := _loaded(location, store, wait=False)) is not None:
+            found[location] = index
+    return {location: found.get(location) or load_index(location, store) for location in locations}
+
+
+def _loaded(
+    location: str, store: Store, num_bytes: int | None = None, digest: str = "", *, wait: bool
+) -> ShardIndex | None:
+    """What `load_index` describes; without `wait`, None while another process scans the shard."""
     local = is_local(location)
     size = store.size(location) if local or num_bytes is None else num_bytes
     if num_bytes not in (None, size):
@@ -274,8 +300,8 @@ def load_index(location: str, store: Store, *, num_bytes: int | None = None, dig
         return beside
     cached = _cached(identity)
     index = ShardIndex.open(cached, size) if cached is not None else None
-    index = index or _made(location, store, size, cached)
-    if beside is not None and beside.digest != index.digest:
+    index = index or _made_once(location, store, size, cached, wait=wait)
+    if beside is not None and index is not None and beside.digest != index.digest:
         raise DataError(
             f"shard {location} was changed after the index beside it was written, and holds something else now; copy "
             f"both again, or remove {sidecar(location)} to read the shard as it is"
@@ -295,19 +321,31 @@ def is_newer(path: str, other: str) -> bool:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
-def _made(location: str, store: Store, size: int, cached: Path | None) -> ShardIndex:
-    """The index beside a remote shard, or that of a scan; written to the cache."""
-    index = None
-    if not is_local(location) and scheme_of(location) != PIPE and (content := read_sidecar(location, store, size)):
-        index = ShardIndex.open(content, size)
-    index = index or scan_shard(store.local_copy(location), redact(location))
+def _made_once(location: str, store: Store, size: int, cached: Path | None, *, wait: bool) -> ShardIndex | None:
+    """A new index, in the cache, of which each is made by one process; None while another one is at it."""
     if cached is None:
-        return index
+        return _made(location, store, size)
+    index = None
     try:
-        index.save(cached)
+        with claimed(cached, wait=wait) as is_mine:
+            if not is_mine:
+                return None
+            index = ShardIndex.open(cached, size)  # made by another between the look before and the claim
+            if index is None:
+                index = _made(location, store, size)
+                index.save(cached)
     except OSError as error:  # a read-only home costs a scan per process, no more
         warnings.warn(f"cannot keep shard indices in {cached.parent} ({error}); set PRETRAIN_CACHE", stacklevel=2)
-    return index
+    return index or _made(location, store, size)
+
+
+def _made(location: str, store: Store, size: int) -> ShardIndex:
+    """The index beside a remote shard, or that of a scan."""
+    if not is_local(location) and scheme_of(location) != PIPE and (content := read_sidecar(location, store, size)):
+        index = ShardIndex.open(content, size)
+        if index is not None:
+            return index
+    return scan_shard(store.local_copy(location), redact(location))
 
 
 def _cached(identity: str) -> Path | None:

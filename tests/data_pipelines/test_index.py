@@ -6,9 +6,12 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -367,6 +370,89 @@ def test_shard_index__range_outside_is_not_used(shard: Path, column: str) -> Non
     rows[column][-1] = 0xFFFFFFF0
     damaged = ShardIndex(index.num_bytes, index.field_names, rows, index.keys)
     assert ShardIndex.open(damaged.to_bytes(), index.num_bytes) is None
+
+
+OPEN = """
+import sys, time
+from pathlib import Path
+from data_pipelines.shards import index
+from data_pipelines.storage.stores import Store
+
+folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
+plain = index.scan_shard
+def scan(path, name=None):
+    with open(folder / "scans", "a") as file:
+        file.write(f"{path.name} ")
+    time.sleep(seconds)
+    return plain(path, name)
+index.scan_shard = scan
+shards = sorted(map(str, folder.glob("*.tar")))
+print("begins", flush=True)
+sys.stdin.readline()
+found = index.load_indices(shards, Store())
+assert list(found) == shards
+print(sum(index.num_samples for index in found.values()), flush=True)
+"""
+
+
+def open_together(folder: Path, processes: int, seconds: float) -> list[subprocess.Popen[str]]:
+    """Processes that have begun to open all shards of a folder; a scan takes them `seconds` more."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", OPEN, str(folder), str(seconds)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, env=environment, **pipes) for _ in range(processes)]
+    for rank in ranks:
+        assert rank.stdout.readline() == "begins\n"
+    for rank in ranks:
+        rank.stdin.write("\n")
+        rank.stdin.flush()
+    return ranks
+
+
+@pytest.fixture
+def read_only_shards(tmp_path: Path, write_tar: Write, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Eight shards of one sample without an index, in a folder where nothing is written but the list of scans."""
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(8):
+        write_tar(folder / f"{number}.tar", [(f"{number}.jpg", b"x" * 600)])
+    (folder / "scans").touch()
+    folder.chmod(0o555)
+    yield folder
+    folder.chmod(0o755)
+    assert len(list(folder.iterdir())) == 9  # the mode does not hold for root
+
+
+def test_load_indices__processes_that_open_the_same_shards_at_once_share_the_scans(read_only_shards: Path) -> None:
+    ranks = open_together(read_only_shards, 3, seconds=0.1)
+    assert [rank.communicate()[0] for rank in ranks] == ["8\n"] * 3 and not any(rank.returncode for rank in ranks)
+    scans = (read_only_shards / "scans").read_text().split()
+    assert sorted(scans) == [f"{number}.tar" for number in range(8)]
+    assert not list((read_only_shards.parent / "cache" / "index").glob("*.lock"))
+
+
+def test_load_indices__a_process_that_dies_in_a_scan_leaves_it_to_those_that_wait(read_only_shards: Path) -> None:
+    (dying,) = open_together(read_only_shards, 1, seconds=60)
+    while not (read_only_shards / "scans").read_text():
+        time.sleep(0.01)
+    (waiting,) = open_together(read_only_shards, 1, seconds=0)
+    while len((read_only_shards / "scans").read_text().split()) < 8:  # all but the one that the first is at
+        time.sleep(0.01)
+    assert waiting.poll() is None
+    dying.kill()
+    assert waiting.communicate()[0] == "8\n" and waiting.returncode == 0
+    scans = (read_only_shards / "scans").read_text().split()
+    assert sorted(scans) == ["0.tar", *(f"{number}.tar" for number in range(8))]
+    dying.communicate()
+
+
+def test_load_indices__a_damaged_shard_is_named_to_each_process(read_only_shards: Path) -> None:
+    os.truncate(read_only_shards / "5.tar", 600)
+    ranks = open_together(read_only_shards, 2, seconds=0.05)
+    for rank in ranks:
+        rank.communicate()
+        assert rank.returncode == 1
 
 
 def test_load_index__unwritable_cache_costs_a_warning(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
