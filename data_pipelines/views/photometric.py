@@ -20,7 +20,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -39,8 +39,13 @@ MODES = ("linear", "reference")
 _UNTOUCHED = (1.0, 1.0, 1.0, 0.0)  # brightness, contrast, saturation, hue that change nothing
 _NEVER = 256.0  # a solarize level that no pixel reaches
 _RADIUS = 4  # pixels the blur looks to each side
-_STRIP = 56  # rows of a blur matrix multiplied at once, so that most of its zeros are left out
+_STRIP = 48  # rows of a blur matrix multiplied at once, so that most of its zeros are left out
 _PIECE_BYTES = 1 << 19  # float pixels changed together on a CPU: they and a copy fit its level-2 cache
+
+# Columns of the table that goes to the device, see `_Plan`.
+_OWN, _MEAN, _TAPS = slice(0, 9), slice(9, 18), slice(18, 18 + _RADIUS + 1)
+_LEVEL, _BLURRED, _SOLARIZED = range(_TAPS.stop, _TAPS.stop + 3)
+_NUM_SETTINGS = _SOLARIZED + 1
 
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's grayscale
 _YIQ = (_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
@@ -155,17 +160,16 @@ def finish(batch: Mapping[str, Tensor], views: Sequence[View]) -> dict[str, Tens
     """
     settings = {view.name: getattr(view, "photometric", None) for view in views}
     names = [name for name, setting in settings.items() if setting is not None and setting.mode == "linear"]
+    images = {name: batch[name].flatten(0, -4) for name in names}  # (B, 3, H, W)
     # All rows come to the host before any work is queued: at most one wait for the device, none if they never left.
-    rows = {name: batch[name + PARAMS_SUFFIX].cpu() for name in names}
-    finished = {name: value for name, value in batch.items() if name.removesuffix(PARAMS_SUFFIX) not in rows}
-    for name in names:
-        images = batch[name]
-        changed = apply(images.flatten(0, -4), rows[name].flatten(0, -2))
-        finished[name] = changed.view(images.shape)
+    plans = {name: _Plan.of(images[name], batch[name + PARAMS_SUFFIX].flatten(0, -2).cpu()) for name in names}
+    tables = _on_device([plan.table for plan in plans.values()], [x.device for x in images.values()])
+    finished = {name: value for name, value in batch.items() if name.removesuffix(PARAMS_SUFFIX) not in names}
+    for name, table in zip(names, tables, strict=True):
+        finished[name] = _changed(images[name], plans[name], table).view(batch[name].shape)
     return finished
 
 
-@torch.no_grad()
 def apply(images: Tensor, params: Tensor) -> Tensor:
     """Change each image by its row, in mode `linear`.
 
@@ -178,49 +182,106 @@ def apply(images: Tensor, params: Tensor) -> Tensor:
         params: (B, NUM_PARAMS), rows of `Photometric.draw`.
 
     Returns:
-        (B, 3, H, W) float32 in [0, 1]; rows that change nothing give `images / 255`.
+        (B, 3, H, W) float32 in [0, 1]; rows that change nothing give `images / 255`, beside others to the last bit.
 
     Raises:
         DataError: another shape or type.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        raise DataError(
-            f"photometric: images of shape {tuple(images.shape)} and type {images.dtype} are not (B, 3, H, W) uint8; "
-            "colors need three channels of 8 bits"
-        )
-    if params.shape != (len(images), NUM_PARAMS):
-        raise DataError(f"photometric: parameters of shape {tuple(params.shape)} are not ({len(images)}, {NUM_PARAMS})")
-    device, params = images.device, params.cpu().double()
-    sigma, level = params[:, 5], params[:, 6]
-    is_colored = (params[:, :4] != params.new_tensor(_UNTOUCHED)).any(1) | (params[:, 4] > 0)
-    steps: list[tuple[list[bool], Callable[..., None], tuple[Tensor, ...]]] = [
-        (chosen.tolist(), step, tuple(setting.float().to(device) for setting in settings))
-        for chosen, step, settings in (
-            (is_colored, _recolor, _color_matrices(params)),
-            (sigma > 0, _blur, (_blur_taps(sigma),)),
-            (level < _NEVER, _solarize, (level / 255,)),
-        )
-    ]
-    finished = torch.empty(images.shape, device=device)
-    piece = max(1, _PIECE_BYTES // (4 * images.shape[1:].numel()) if device.type == "cpu" else len(images))
-    with torch.autocast(device.type, enabled=False):
+    plan = _Plan.of(images, params.cpu())
+    (table,) = _on_device([plan.table], [images.device])
+    return _changed(images, plan, table)
+
+
+class _Plan(NamedTuple):
+    """What is to be done to the images of a view.
+
+    Attributes:
+        is_colored: which images get other colors.
+        num_blurred, num_solarized: how many go through these steps.
+        table: (B, _NUM_SETTINGS) float32, for the device. Settings of image i are in row i; `_BLURRED` and `_SOLARIZED`
+            list the places of the images that go through these steps, in its first rows.
+    """
+
+    is_colored: list[bool]
+    num_blurred: int
+    num_solarized: int
+    table: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor, params: Tensor) -> _Plan:
+        """For images (B, 3, H, W) uint8 on any device, by rows (B, NUM_PARAMS) in host memory.
+
+        Raises:
+            DataError: another shape or type.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+            raise DataError(
+                f"photometric: images of shape {tuple(images.shape)} and type {images.dtype} are not (B, 3, H, W) "
+                "uint8; colors need three channels of 8 bits"
+            )
+        if params.shape != (len(images), NUM_PARAMS):
+            raise DataError(
+                f"photometric: parameters of shape {tuple(params.shape)} are not ({len(images)}, {NUM_PARAMS})"
+            )
+        params = params.double()
+        sigma, level = params[:, 5], params[:, 6]
+        is_colored = (params[:, :4] != params.new_tensor(_UNTOUCHED)).any(1) | (params[:, 4] > 0)
+        table = torch.zeros(len(params), _NUM_SETTINGS)
+        for columns, matrices in zip((_OWN, _MEAN), _color_matrices(params), strict=True):
+            table[:, columns] = (matrices / 255).flatten(1).float()  # of bytes
+        table[:, _TAPS] = _blur_taps(sigma).float()
+        table[:, _LEVEL] = (level / 255).float()
+        num_chosen = []
+        for column, is_chosen in ((_BLURRED, sigma > 0), (_SOLARIZED, level < _NEVER)):
+            places = is_chosen.nonzero().squeeze(1)
+            table[: len(places), column] = places.float()  # exact up to 2^24 images
+            num_chosen.append(len(places))
+        num_blurred, num_solarized = num_chosen
+        return cls(is_colored.tolist(), num_blurred, num_solarized, table)
+
+
+def _on_device(tables: list[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
+    """Tables (b, _NUM_SETTINGS) on the device of all images, by one copy for which the host does not wait.
+
+    It starts in a page-locked buffer, whose memory torch's allocator keeps and does not give to others before its end.
+    """
+    if not tables or devices[0].type == "cpu":
+        return tables
+    buffer = torch.empty(sum(map(len, tables)), _NUM_SETTINGS, pin_memory=devices[0].type == "cuda")
+    together = torch.cat(tables, out=buffer).to(devices[0], non_blocking=True)
+    return list(together.split([len(table) for table in tables]))
+
+
+@torch.no_grad()
+def _changed(images: Tensor, plan: _Plan, table: Tensor) -> Tensor:
+    """(B, 3, H, W) float32 in [0, 1]: images (B, 3, H, W) uint8 by their plan, whose table is on their device."""
+    finished = torch.empty(images.shape, device=images.device)
+    piece = max(1, _PIECE_BYTES // (4 * images.shape[1:].numel()) if images.device.type == "cpu" else len(images))
+    with torch.autocast(images.device.type, enabled=False):
         for first in range(0, len(images), piece):
             part = slice(first, first + piece)
-            pixels = finished[part].copy_(images[part]).div_(255)  # a view: what follows changes `finished`
-            for chosen, step, settings in steps:
-                _change(pixels, chosen[part], step, [setting[part] for setting in settings])
+            if any(plan.is_colored[part]):  # the rows of others hold the identity
+                _recolor(images[part], table[part], out=finished[part])
+            else:
+                finished[part].copy_(images[part]).div_(255)
+        _change(finished, plan.num_blurred, _blur, table, _BLURRED, piece)
+        _change(finished, plan.num_solarized, _solarize, table, _SOLARIZED, piece)
     return finished
 
 
-def _change(pixels: Tensor, chosen: list[bool], step: Callable[..., None], settings: Sequence[Tensor]) -> None:
-    """Put the images that a step is drawn for through it, in place."""
-    if all(chosen):
-        step(pixels, *settings)
-    elif any(chosen):
-        index = torch.tensor(chosen).nonzero().squeeze(1).to(pixels.device)
-        some = pixels.index_select(0, index)
-        step(some, *(setting.index_select(0, index) for setting in settings))
-        pixels.index_copy_(0, index, some)
+def _change(
+    pixels: Tensor, count: int, step: Callable[[Tensor, Tensor], None], table: Tensor, column: int, piece: int
+) -> None:
+    """Put the images that a step is drawn for through it, in place: `count`, whose places are in that column."""
+    for first in range(0, count, piece):
+        part = slice(first, min(first + piece, count))
+        if count == len(pixels):
+            step(pixels[part], table[part])
+        else:
+            places = table[part, column].long()
+            some = pixels.index_select(0, places)
+            step(some, table.index_select(0, places))
+            pixels.index_copy_(0, places, some)
 
 
 def _color_matrices(params: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,9 +302,11 @@ def _color_matrices(params: Tensor) -> tuple[Tensor, Tensor]:
     return brightness * contrast * mix, brightness * (1 - contrast) * mix @ gray
 
 
-def _recolor(pixels: Tensor, own: Tensor, mean: Tensor) -> None:
-    flat = pixels.flatten(2)  # (n, 3, H W)
-    torch.clamp(torch.baddbmm(mean @ flat.mean(2, keepdim=True), own, flat), 0, 1, out=flat)
+def _recolor(images: Tensor, table: Tensor, out: Tensor) -> None:
+    """Images (n, 3, H, W) uint8 to `out` in [0, 1]; what scales them to it is in their matrices."""
+    flat = images.flatten(2).float()  # (n, 3, H W)
+    own, mean = (table[:, columns].unflatten(1, (3, 3)) for columns in (_OWN, _MEAN))
+    torch.baddbmm(mean @ flat.mean(2, keepdim=True), own, flat, out=out.flatten(2)).clamp_(0, 1)
 
 
 def _blur_taps(sigma: Tensor) -> Tensor:
@@ -254,13 +317,16 @@ def _blur_taps(sigma: Tensor) -> Tensor:
     return taps / (2 * taps.sum(1, keepdim=True) - taps[:, :1])
 
 
-def _blur(pixels: Tensor, taps: Tensor) -> None:
+def _blur(pixels: Tensor, table: Tensor) -> None:
     """Rows, then columns, as products with banded matrices: cheaper than convolutions on a CPU and at home on a GPU."""
-    lines, blurred = pixels.flatten(1, 2), torch.empty_like(pixels)  # lines (n, 3 H, W)
+    taps = table[:, _TAPS]
+    blurred = torch.empty_like(pixels)
+    lines, blurred_lines = pixels.flatten(1, 2), blurred.flatten(1, 2)  # (n, 3 H, W)
     for strip, near, band in _bands(pixels.shape[3], taps):
-        torch.bmm(lines[..., near], band.mT, out=blurred.flatten(1, 2)[..., strip])
+        torch.bmm(lines[..., near], band.mT, out=blurred_lines[..., strip])
+    planes, blurred_planes = pixels.flatten(0, 1), blurred.flatten(0, 1)  # (3 n, H, W)
     for strip, near, band in _bands(pixels.shape[2], taps):
-        torch.matmul(band[:, None], blurred[:, :, near], out=pixels[:, :, strip])
+        torch.bmm(band.repeat_interleave(3, 0), blurred_planes[:, near], out=planes[:, strip])
 
 
 def _bands(size: int, taps: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -287,8 +353,8 @@ def _spread(size: int, device: torch.device) -> list[tuple[slice, slice, Tensor]
     return [(strip, near, spread[:, strip, near].contiguous().to(device)) for strip, near in strips]
 
 
-def _solarize(pixels: Tensor, level: Tensor) -> None:
-    is_bright = pixels.clone().ge_(level.view(-1, 1, 1, 1))  # 1.0 or 0.0
+def _solarize(pixels: Tensor, table: Tensor) -> None:
+    is_bright = pixels.clone().ge_(table[:, _LEVEL].view(-1, 1, 1, 1))  # 1.0 or 0.0
     torch.sub(is_bright, pixels, out=pixels).abs_()  # exactly 1 - pixel or pixel; torch.where is slow on a CPU
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data_pipelines.errors import DataError
 from data_pipelines.randomness import ViewRandom
@@ -258,6 +261,55 @@ def test_finish__changes_the_asked_views_and_drops_their_rows() -> None:
     for name in ("plain", "exact", "seed"):
         assert finished[name] is batch[name]
     assert "global.photometric" in batch  # the given batch is as it was
+
+
+class CopiesToDevice(TorchDispatchMode):
+    """Counts operations that bring numbers of the host to another device, or the other way."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = {x.device.type for x in tree_leaves(result) if isinstance(x, Tensor)}
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            self.count += len(given | made) > 1
+        else:
+            assert len(given) < 2, func
+        return result
+
+
+def test_finish__settings_of_all_views_go_to_the_device_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device without memory, where whatever would wait for a number of it raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # does not know that device
+    views = [FakeView(name, Photometric(**DINO)) for name in ("global_1", "global_2", "local")]
+    batch = {"global_1": noise(16, 3, 32, 32), "global_2": noise(16, 3, 32, 32), "local": noise(4, 16, 3, 24, 24)}
+    params = {name + PARAMS_SUFFIX: rows(DINO, x[..., 0, 0, 0].numel()) for name, x in batch.items()}
+    params["local" + PARAMS_SUFFIX] = params["local" + PARAMS_SUFFIX].view(4, 16, NUM_PARAMS)
+    on_device = {name: x.to("meta") for name, x in batch.items()}
+    finish(on_device | params, views)  # the patterns of blur are there from now on
+    with CopiesToDevice() as copies:
+        finished = finish(on_device | params, views)
+    assert copies.count == 1
+    assert all(x.is_meta and x.dtype == torch.float32 for x in finished.values())
+    assert {name: x.shape for name, x in finished.items()} == {name: x.shape for name, x in batch.items()}
+
+
+@pytest.mark.gpu
+def test_finish__a_gpu_is_not_waited_for() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    views = [FakeView("global", Photometric(**DINO)), FakeView("local", Photometric(**DINO))]
+    batch = {"global": noise(16, 3, 32, 32).cuda(), "local": noise(16, 3, 24, 24).cuda()}
+    batch |= {name + PARAMS_SUFFIX: rows(DINO, 16) for name in ("global", "local")}
+    expected = finish(batch, views)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        finished = finish(batch, views)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, images in expected.items():
+        torch.testing.assert_close(finished[name], images)
 
 
 def photo() -> Image.Image:
