@@ -33,6 +33,7 @@ __all__ = ["absolute_reference", "data_folder_problem", "evaluation_data_problem
 
 _PACKAGE = Path(__file__).parents[1]
 _TRACKERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",)}  # and what writes for them
+_MOST_LOADER_WORKERS = 8  # unless asked for; each decodes for a fast GPU, and keeps batches in memory
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MODEL_SIZES = re.compile(r"_patch(\d+)(?:_[a-z]\w*?)?_(\d+)(?:_|\.|$)")
@@ -69,6 +70,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
         _check_root(draft, mistakes)
     draft = _counted_in_steps(draft, mistakes, check_files=check_files)
     draft = replace(draft, train=replace(draft.train, zero_stage=_zero_stage(draft)))
+    draft = replace(draft, data=replace(draft.data, loader_workers=_loader_workers(draft)))
     _check_names(draft, mistakes)
     if isinstance(draft.backbone, ImageConfig):  # of another kind, its own constructor knows what is right
         _check_image_encoder(draft.backbone, mistakes)
@@ -306,6 +308,21 @@ def _check_optimizer_shards(draft: Recipe, mistakes: Mistakes) -> None:
             "train.zero_stage=0 (and train.precision=fp32) with it, or one of adamw, nadamw, adoptw, lion, sgdw"
         )
         mistakes.add("optimizer.name", name, problem)
+
+
+def _loader_workers(draft: Recipe) -> int:
+    """Loader processes per worker: as asked for, else one on each core that the worker has beside its own, 1 to 8.
+
+    The cores are those that this process may use; on a given cluster, those that Ray reserves for a worker. What a step
+    sees does not depend on the number.
+    """
+    if draft.data.loader_workers is not None:
+        return draft.data.loader_workers
+    if draft.cluster.address or os.environ.get("RAY_ADDRESS"):
+        cores = draft.cluster.cpus_per_worker
+    else:
+        cores = len(os.sched_getaffinity(0)) // draft.train.workers
+    return max(1, min(cores - 1, _MOST_LOADER_WORKERS))
 
 
 def _check_zero_stage(train: TrainConfig, mistakes: Mistakes) -> None:

@@ -85,7 +85,12 @@ class DataConfig:
         "index",
         choices=("index", "stream"),
     )
-    loader_workers: int = setting("decoding processes per training worker; 0: in the worker itself", 1, range=(0, 256))
+    loader_workers: int | None = setting(
+        "decoding processes per training worker; 0: in the worker itself; null: a core each of those that this machine "
+        "has for the worker beside its own, 1 to 8",
+        None,
+        range=(0, 256),
+    )
     prefetch_batches: int = setting("micro-batches each decoding process prepares ahead", 2, range=(1, 1024))
     loader_timeout_s: float = setting(
         "seconds to wait for a micro-batch of the decoding processes before they are given up",

@@ -45,7 +45,9 @@ _FIELDS = {  # what a person sees of a logged step, where it is known
     "data_wait_fraction": "waiting for data {:.0%}",
 }
 _FIRST = ("loss", "samples_per_s", "score", "lr", "data_wait_fraction")  # where there is not room for all
+_LONG_WAIT = 0.05  # share of the time; in two reports one after the other it is worth a word
 _LONGEST_LABEL = 20  # characters
+_SMALLER = "; data.scaled_decoding=true decodes large photos in less time (a new run: it changes pixels)"
 _BARS = (4, 24)  # the shortest and the longest
 
 
@@ -76,6 +78,7 @@ class Terminal:
         self._waits_for = ""
         self._step = 0
         self._newest_score = ""
+        self._long_waits = 0  # reports in which training waited long for data, the last of them being the latest one
 
     def __enter__(self) -> Terminal:
         self._bar.start()
@@ -144,6 +147,7 @@ class Terminal:
 
     def _show_metrics(self, event: Metrics) -> None:
         values = event.values
+        self._advise_on_data(values.get("data_wait_fraction", 0.0))
         fields = {name: text.format(values[name]) for name, text in _FIELDS.items() if name in values}
         if self._newest_score:
             fields["score"] = self._newest_score
@@ -159,6 +163,18 @@ class Terminal:
         assert self._task is not None
         label = shortened(printable(stage or "training"), _LONGEST_LABEL)
         self._bar.update(self._task, description=label, completed=event.step, eta=left, fields=fields)
+
+    def _advise_on_data(self, waited: float) -> None:
+        """Say what to do, once, when training keeps waiting for data."""
+        if self._long_waits >= 2:
+            return
+        self._long_waits = self._long_waits + 1 if waited > _LONG_WAIT else 0
+        if self._long_waits == 2:
+            data = self._plan.recipe.data
+            self.say(
+                f"training waits for data {waited:.0%} of the time: with cores to spare, raise data.loader_workers "
+                f"(now {data.loader_workers} per worker){'' if data.scaled_decoding else _SMALLER}"
+            )
 
     def _restart_bar(self, label: str, total: int | None) -> None:
         """A new bar in the place of the one there is; without a total it counts the seconds."""

@@ -28,7 +28,8 @@ def build_stream(
     recipe: Recipe, objective: Objective, rank: int, state: StreamState, *, pin_memory: bool = False
 ) -> Stream:
     """This rank's share of the recipe's sample order, from `state` on, in the views that the objective asks for."""
-    assert recipe.train.micro_batch_size is not None  # filled in by `pretrain.config.checks`
+    assert recipe.train.micro_batch_size is not None  # filled in by `pretrain.config.checks`, as is the next one
+    assert recipe.data.loader_workers is not None
     return _stream_of(recipe.data)(
         views_from(objective.views()),
         global_batch_size=recipe.train.global_batch_size,

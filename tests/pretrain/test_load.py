@@ -162,6 +162,31 @@ def test_load_recipe__batch_arithmetic_is_filled_in(
 
 
 @pytest.mark.parametrize(
+    ("cores", "overrides", "loaders"),
+    [
+        (2, [], 1),
+        (2, ["train.workers=1"], 1),
+        (16, ["train.workers=4"], 3),  # each worker computes on a core of its own
+        (256, ["train.workers=8"], 8),
+        (16, ["train.workers=4", "data.loader_workers=0"], 0),
+        (16, ["cluster.address=somewhere:6379"], 1),  # where cores are those that Ray reserves
+        (1, ["cluster.address=somewhere:6379", "cluster.cpus_per_worker=6"], 5),
+    ],
+)
+def test_load_recipe__loader_workers_fit_the_cores_and_are_written_down(
+    minimal: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cores: int, overrides: list[str], loaders: int
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    recipe = load_recipe(minimal, overrides)
+    assert recipe.data.loader_workers == loaders
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(to_yaml(recipe))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    assert load_for_resume(saved, []).recipe.data.loader_workers == loaders
+
+
+@pytest.mark.parametrize(
     ("overrides", "stage"),
     [
         ([], 1),

@@ -142,6 +142,24 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]
 
 
 @pytest.mark.parametrize(
+    ("waits", "said_at"),
+    [((0.3, 0.04, 0.2, 0.051, 0.4), 3), ((0.06, 0.07, 0.5), 1), ((0.5, 0.05, 0.5, 0.01), None)],
+)
+def test_show__says_once_what_to_do_when_training_keeps_waiting_for_data(
+    waits: tuple[float, ...], said_at: int | None
+) -> None:
+    plan, written = load_plan("demo", ["train.steps=150", "data.loader_workers=3"]), io.StringIO()
+    terminal, found = Terminal(plan, Console(file=written, highlight=False, soft_wrap=True)), []
+    for number, waited in enumerate(waits):
+        terminal.show(Metrics(step=number + 1, values=VALUES | {"data_wait_fraction": waited}))
+        found += [number] * (written.getvalue().count("training waits for data") - len(found))
+    assert found == ([] if said_at is None else [said_at])
+    if said_at is not None:
+        advice = f"training waits for data {waits[said_at]:.0%} of the time: with cores to spare, raise "
+        assert f"{advice}data.loader_workers (now 3 per worker); data.scaled_decoding=true" in written.getvalue()
+
+
+@pytest.mark.parametrize(
     ("columns", "fields"),
     [
         (40, ""),
