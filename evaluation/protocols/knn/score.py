@@ -85,13 +85,15 @@ def vote(
     for chunk in queries.split(rows):
         similarity = F.normalize(chunk.to(device).float(), dim=1) @ bank.T  # (q, B)
         best = similarity.topk(min(max(ks), len(bank)), dim=1).values  # (q, max k), descending
+        # The neighbours of the largest k, found once; those of each smaller k are among them.
+        row, column = (similarity >= best[:, -1:] - TIE).nonzero(as_tuple=True)
+        near, label = similarity[row, column], bank_labels[column]
+        # relative to the best match: a common factor per query, and exp cannot overflow
+        weight = torch.exp((near - best[row, 0]).double() / temperature)
         for k in ks:
-            is_neighbour = similarity >= best[:, min(k, len(bank)) - 1, None] - TIE
-            row, column = is_neighbour.nonzero(as_tuple=True)
-            # relative to the best match: a common factor per query, and exp cannot overflow
-            weight = torch.exp((similarity[row, column] - best[row, 0]).double() / temperature)
+            is_neighbour = near >= best[row, min(k, len(bank)) - 1] - TIE
             votes = torch.zeros(len(chunk), num_classes, dtype=torch.float64, device=device)
-            votes.index_put_((row, bank_labels[column]), weight, accumulate=True)
+            votes.index_put_((row[is_neighbour], label[is_neighbour]), weight[is_neighbour], accumulate=True)
             shares[k].append((votes / votes.sum(dim=1, keepdim=True)).cpu())
     # rounding makes mathematically tied classes equal whatever the order of summation
     return {k: torch.cat(parts).round(decimals=9) for k, parts in shares.items()}

@@ -121,23 +121,22 @@ def fit_heads(
     losses = torch.empty(steps, *shape[1:], dtype=x.dtype, device=x.device)
     for step, rows in enumerate(_batch_rows(len(x), batch_size, steps, seed)):
         rows = rows.to(x.device)
-        x_batch, y_batch = x[rows], y[rows]
+        x_batch, y_batch = x.index_select(0, rows), y[rows]
         is_used = (fold[rows, None] != left_out).to(x.dtype)  # (B, folds + 1)
         share = (is_used / is_used.sum(dim=0).clamp(min=1))[:, :, None]  # (B, folds + 1, 1): mean over used rows
-        logits = (x_batch @ parameters[:-1] + parameters[-1]).unflatten(1, shape)  # (B, C, folds + 1, lrs)
+        logits = (x_batch @ parameters[:-1]).add_(parameters[-1]).unflatten(1, shape)  # (B, C, folds + 1, lrs)
         residual = logits.softmax(dim=1)
-        own = residual[torch.arange(len(rows), device=x.device), y_batch]  # (B, folds + 1, lrs)
+        of_row = torch.arange(len(rows), device=x.device)
+        own = residual[of_row, y_batch]  # (B, folds + 1, lrs)
         losses[step] = -(own.clamp(min=NEGLIGIBLE).log() * share).sum(dim=0)
-        residual = torch.where(residual > NEGLIGIBLE, residual, 0)
-        residual[torch.arange(len(rows), device=x.device), y_batch] -= 1
-        residual = (residual * share[:, None]).flatten(1)  # (B, C * K)
+        torch.nn.functional.threshold_(residual, NEGLIGIBLE, 0)
+        residual[of_row, y_batch] -= 1
+        residual = residual.mul_(share[:, None]).flatten(1)  # (B, C * K)
         velocity.mul_(momentum)
         velocity[:-1] += x_batch.T @ residual
         velocity[-1] += residual.sum(dim=0)
         decay = 0.5 * (1 + math.cos(math.pi * step / steps))
-        parameters.view(-1, math.prod(shape[:2]), len(lrs)).sub_(
-            velocity.view(-1, math.prod(shape[:2]), len(lrs)) * (rates * decay)
-        )
+        parameters.unflatten(1, shape).sub_(velocity.unflatten(1, shape) * (rates * decay))
     return Heads(weight=parameters[:-1].unflatten(1, shape), bias=parameters[-1].view(shape), losses=losses)
 
 
