@@ -40,12 +40,20 @@ class AlreadyConnected(RuntimeError):
 
 @dataclass(frozen=True)
 class Cluster:
-    """A live connection. `private` is True when this process started the instance and takes it down again."""
+    """A live connection.
+
+    Attributes:
+        private: This process started the instance and takes it down again.
+        has_evaluation_slots: Nodes declare `EVALUATION_SLOT`.
+        spare_cores: Cores of a node that all may be used when nothing trains: those of this machine, or 1 of a cluster,
+            where others have theirs.
+    """
 
     address: str
     private: bool
     num_gpus: float
     has_evaluation_slots: bool
+    spare_cores: int = 1
 
 
 def _quiet_environment() -> None:
@@ -125,7 +133,8 @@ def _described(address: str, *, private: bool) -> Cluster:
     import ray
 
     resources: Mapping[str, float] = ray.cluster_resources()
-    return Cluster(address, private, resources.get("GPU", 0.0), EVALUATION_SLOT in resources)
+    cores = len(os.sched_getaffinity(0)) if private else 1
+    return Cluster(address, private, resources.get("GPU", 0.0), EVALUATION_SLOT in resources, cores)
 
 
 @contextmanager

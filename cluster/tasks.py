@@ -1,6 +1,6 @@
 """Functions as Ray tasks that take what the trainers leave over.
 
-On a private instance a task asks for a slot (a custom resource) and no CPU, and runs at low priority; on a given
+On a private instance a task asks for a slot (a custom resource) and no CPU, and keeps its own priority low; on a given
 cluster it asks for one CPU (or a slot where the nodes declare them) and waits until that is free. Where GPUs are left
 over it asks for a share of one, and Ray shows it that GPU and no other. Either way it is a process of its own: it can
 fail, hang or be killed without touching training.
@@ -51,12 +51,12 @@ class TaskQueue:
         self._labels: dict[ray.ObjectRef, Any] = {}
         self._seen: set[Any] = set()
 
-    def submit(self, label: Any, function: Callable[..., Any], *arguments: Any) -> None:
-        """Queue `function(*arguments)`; `label` (hashable) comes back with its result."""
+    def submit(self, label: Any, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """Queue `function(*arguments, **options)`; `label` (hashable) comes back with its result."""
         if label in self._seen:
             return
         self._seen.add(label)
-        self._labels[ray.remote(function).options(**self._options).remote(*arguments)] = label
+        self._labels[ray.remote(function).options(**self._options).remote(*arguments, **options)] = label
 
     @property
     def pending(self) -> set[Any]:

@@ -28,10 +28,10 @@ from data_pipelines.storage.locations import redact, redacted
 from pretrain.checkpoints import copies, store
 from pretrain.checkpoints.initialization import checked_plan
 from pretrain.config.load import load_for_resume
-from pretrain.config.schema import Recipe
+from pretrain.config.schema import EvaluationTask, Recipe
 from pretrain.config.stages import Plan, plan_yaml
-from pretrain.errors import RequestError, RunFailed, RunStopped, said_by_system
-from pretrain.evaluations import evaluate_task
+from pretrain.errors import RequestError, RunFailed, RunStopped, last_line, said_by_system
+from pretrain.evaluations import evaluate_tasks
 from pretrain.known_checkpoints import KnownCheckpoints
 from pretrain.record.disk import DiskFull, naming_disk
 from pretrain.record.events import (
@@ -197,7 +197,7 @@ class _Driver:
         self._trained = TrainingSoFar()
         self._last_event: Event | None = None
         self._offset = 0
-        self._evaluation_device: str | None = "cpu"
+        self._evaluation_options: dict[str, Any] = {}  # known when Ray is connected
         self._is_training = False  # from the first event of the workers to their end
         self._stop_asked: float | None = None  # when, by the monotonic clock
 
@@ -208,6 +208,7 @@ class _Driver:
             if on_start is not None:
                 on_start(self.run_dir.path)
             self.run_dir.stop_request.unlink(missing_ok=True)  # it was for the workers that it has stopped
+            self.run_dir.training.unlink(missing_ok=True)  # of a driver that was killed
             self.terminal.say(f"run {self.run_dir.run_id} in {self.run_dir.path}")
             for event in read_events(self.run_dir.evaluations)[0]:
                 self.known.see(event)
@@ -241,7 +242,7 @@ class _Driver:
                     message = f"lost the cluster; go on with: {resume_command(self.run_dir)}"
                     raise RunFailed(message, self.run_dir.logs) from error
                 raise RequestError(
-                    f"cluster.address={_address(self.recipe)}: no Ray answers there ({_last_line(error)})"
+                    f"cluster.address={_address(self.recipe)}: no Ray answers there ({last_line(error)})"
                 ) from None
             except AlreadyConnected as error:
                 raise RequestError(str(error)) from None
@@ -280,7 +281,11 @@ class _Driver:
 
         trainer_gpus = self.recipe.train.workers * gpus_per_worker
         share = gpu_share(cluster, trainer_gpus=trainer_gpus, tasks=self.recipe.evaluation.slots)
-        self._evaluation_device = None if share else "cpu"
+        self._evaluation_options = {
+            "device": None if share else "cpu",
+            "threads": max(1, cluster.spare_cores // self.recipe.evaluation.slots),
+            "training": str(self.run_dir.training),
+        }
         queue = TaskQueue(cluster, gpus_per_task=share)
         group = WorkerGroup(
             num_workers=self.recipe.train.workers,
@@ -290,11 +295,17 @@ class _Driver:
             fatal=(RequestError, ValueError, ArithmeticError, DiskFull, store.CheckpointError),
         )
         arguments = {"plan": self.plan, "run_dir": str(self.run_dir.path), "launched": self.launched}
-        training = _Background(
-            lambda: run_workers(
-                cluster, train_worker, arguments, group, progress=self._newest_step, restarting=self._say_restart
-            )
-        )
+
+        def train() -> None:
+            self.run_dir.training.touch()
+            try:
+                run_workers(
+                    cluster, train_worker, arguments, group, progress=self._newest_step, restarting=self._say_restart
+                )
+            finally:
+                self.run_dir.training.unlink(missing_ok=True)
+
+        training = _Background(train)
         self._queue_evaluations(queue)
         if not self._is_trained():
             self.terminal.wait_for(f"starting workers: {self.recipe.train.workers}")
@@ -328,7 +339,7 @@ class _Driver:
                 raise refused
             store.discard_unpublished(self.run_dir.path)
             self._record_failure(training.error)
-            raise RunFailed(f"training failed: {_last_line(training.error)}", self.run_dir.logs)
+            raise RunFailed(f"training failed: {last_line(training.error)}", self.run_dir.logs)
 
     def _follow(self, *, show: bool = True) -> bool:
         """Read what the workers have written since the last call; returns whether it may tell of checkpoints."""
@@ -346,27 +357,41 @@ class _Driver:
         return any(isinstance(event, Start | CheckpointPublished | Finished) for event in new)
 
     def _queue_evaluations(self, queue: TaskQueue) -> None:
-        """What is due by now; the queue accepts a label once."""
-        for label, (checkpoint, task) in self.known.take_due().items():
-            directory = self.recipe.evaluation.data[task.data]
-            where = (directory, self.recipe.storage, self._evaluation_device)
-            queue.submit(label, evaluate_task, checkpoint.location, checkpoint.step, task, *where)
+        """What is due by now: the tasks of a checkpoint on one data set share a process, and so their features."""
+        groups: dict[tuple[store.Published, str], list[EvaluationTask]] = {}
+        for checkpoint, task in self.known.take_due().values():
+            groups.setdefault((checkpoint, task.data), []).append(task)
+        for (checkpoint, _), tasks in groups.items():
+            self._submit(queue, checkpoint, *tasks)
         self.known.prune()
+
+    def _submit(self, queue: TaskQueue, checkpoint: store.Published, *tasks: EvaluationTask) -> None:
+        data = self.recipe.evaluation.data[tasks[0].data]
+        arguments = (checkpoint.location, checkpoint.step, tasks, data, self.recipe.storage)
+        queue.submit((checkpoint, tasks), evaluate_tasks, *arguments, **self._evaluation_options)
 
     def _collect(self, queue: TaskQueue) -> None:
         """Write down the evaluations that have ended; a failed one is recorded and stops nothing."""
-        for (step, protocol, data), scores, error in queue.finished():
-            event: Evaluated | EvaluationFailed
-            if error is not None:
-                event = EvaluationFailed(step=step, protocol=protocol, data=data, error=_last_line(error))
+        for (checkpoint, tasks), events, error in queue.finished():
+            if error is None:
+                for event in events:
+                    self._record(event)
+            elif len(tasks) > 1:
+                # The process died, and nobody knows of which task: each has one of its own now. Scores are found again.
+                for task in tasks:
+                    self._submit(queue, checkpoint, task)
             else:
-                event = scores
-                self._mirrors.show([scores])
-            with Journal(self.run_dir.evaluations) as journal:
-                journal.write(event)
-            self.terminal.show(event)
-            self.known.see(event)
-            self.known.prune()
+                of = {"step": checkpoint.step, "protocol": tasks[0].protocol, "data": tasks[0].data}
+                self._record(EvaluationFailed(**of, error=last_line(error)))
+
+    def _record(self, event: Evaluated | EvaluationFailed) -> None:
+        if isinstance(event, Evaluated):
+            self._mirrors.show([event])
+        with Journal(self.run_dir.evaluations) as journal:
+            journal.write(event)
+        self.terminal.show(event)
+        self.known.see(event)
+        self.known.prune()
 
     def _is_trained(self) -> bool:
         return self.known.newest_step >= self.plan.total_steps
@@ -448,7 +473,7 @@ class _Driver:
         except OSError as problem:  # a full disk is what may have ended the run; the line that says so must not be lost
             self.terminal.say(f"the log of the failure could not be written: {said_by_system(problem)}")
         with Journal(self.run_dir.journal) as journal:
-            journal.write(Failed(error=_last_line(error)))
+            journal.write(Failed(error=last_line(error)))
 
     def _finish(self) -> RunResult:
         from pretrain.reporting.page import write_report
@@ -500,8 +525,3 @@ def _git_tags() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"git.commit": answer.stdout.strip(), "git.dirty": str(bool(dirty.stdout.strip())).lower()}
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -17,6 +17,7 @@ __all__ = [
     "RequestError",
     "RunFailed",
     "RunStopped",
+    "last_line",
     "listed",
     "nearest",
     "said_by_system",
@@ -85,6 +86,12 @@ def said_by_system(error: OSError) -> str:
     """What the operating system says, with the file it is about first."""
     file = f"{error.filename}: " if error.filename is not None else ""
     return f"{file}{error.strerror or error}"
+
+
+def last_line(error: BaseException) -> str:
+    """The end of what an error says, which of an error out of another process is the error itself."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def listed(items: Iterable[Any], limit: int = 20) -> str:

@@ -12,9 +12,10 @@ import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from yaml import YAMLError
 
@@ -23,40 +24,63 @@ from evaluation.protocol import Metric, ranked
 from pretrain.config.schema import EvaluationTask, Recipe, TrainConfig
 from pretrain.config.stages import Plan, written_stages
 from pretrain.config.values import parse_yaml
-from pretrain.errors import RequestError
-from pretrain.record.events import Evaluated, from_json
+from pretrain.errors import RequestError, last_line
+from pretrain.record.events import Evaluated, EvaluationFailed, from_json
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RECIPE, runs_in
 
 if TYPE_CHECKING:
     from evaluation.runner import EvaluationResult
 
-__all__ = ["Place", "due", "evaluate", "evaluate_task", "excerpt", "leaderboard", "retention"]
+__all__ = ["Place", "due", "evaluate", "evaluate_tasks", "excerpt", "leaderboard", "retention"]
 
 log = logging.getLogger(__name__)
 
-NICENESS = 10  # an evaluation beside the trainers gets about a tenth of a contended core
 
+def evaluate_tasks(
+    checkpoint: str,
+    step: int,
+    tasks: Sequence[EvaluationTask],
+    directory: str,
+    storage: str,
+    *,
+    device: str | None,
+    threads: int,
+    training: str,
+) -> list[Evaluated | EvaluationFailed]:
+    """Run the evaluation tasks of a checkpoint on one data set in a process of their own, which shares the features.
 
-def evaluate_task(
-    checkpoint: str, step: int, task: EvaluationTask, directory: str, storage: str, device: str | None
-) -> Evaluated:
-    """Run one evaluation task in a process of its own; returns what the run records about it.
+    One after the other; one that fails stops no other. While `training` exists, one thread of low priority computes.
 
     Args:
         checkpoint: A checkpoint directory or URI.
         step: Its optimizer step.
-        task: Protocol, name of the data, size.
+        tasks: Protocols and sizes.
         directory: Where the data lies.
         storage: Root of runs and evaluations.
         device: "cpu" where every GPU belongs to a trainer; None: CUDA if this process sees a device, else the CPU.
+        threads: How many may compute on the CPU.
+        training: A file that is there while trainers are at work.
+
+    Returns:
+        What the run records about each task.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
-    os.nice(max(0, NICENESS - os.nice(0)))
+    from evaluation.threads import Threads
     from pretrain.checkpoints.references import resolve
 
-    result = _evaluate(resolve(checkpoint, Path(storage)), task, Path(directory), Path(storage), device)
-    return _event(step, result)
+    computing = Threads(threads, beside_trainers=Path(training).exists)
+    computing.run(import_module, "evaluation.runner")
+    path = resolve(checkpoint, Path(storage))
+    events: list[Evaluated | EvaluationFailed] = []
+    for task in tasks:
+        try:
+            result = _evaluate(path, task, Path(directory), Path(storage), device=device, threads=computing)
+            events.append(_event(step, result))
+        except Exception as error:  # of any type: protocols of other packages raise what they like
+            said = f"{type(error).__name__}: {last_line(error)}"
+            events.append(EvaluationFailed(step=step, protocol=task.protocol, data=task.data, error=said))
+    return events
 
 
 def evaluate(
@@ -247,14 +271,13 @@ def _began_with(recipe: Path) -> str:
     return "random" if first.get("init_from") is None else "initial"
 
 
-def _evaluate(
-    path: Path, task: EvaluationTask, directory: Path, storage: Path, device: str | None = None
-) -> EvaluationResult:
+def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path, **options: Any) -> EvaluationResult:
+    """`options` as `evaluation.runner.evaluate` takes them."""
     from evaluation.data import EvaluationData
     from evaluation.runner import evaluate as run_protocol
 
     data = EvaluationData(task.data, directory)
-    return run_protocol(path, task.protocol, data, store=storage, image_size=task.image_size, device=device)
+    return run_protocol(path, task.protocol, data, store=storage, image_size=task.image_size, **options)
 
 
 def _event(step: int, result: EvaluationResult) -> Evaluated:

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "data_pipelines": (("",), ("storage",), ("shards",), ("views",), ("streaming",), ("packing", "inspection")),
     "evaluation": (
-        ("protocol", "keys", "lease", "metrics"),
+        ("protocol", "keys", "lease", "metrics", "threads"),
         ("selection", "results", "features", "data"),
         ("extraction",),
         ("protocols",),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -25,20 +25,22 @@ from torch.utils.data import default_collate
 
 from data_pipelines.content import content_hash
 from data_pipelines.errors import DataError
-from data_pipelines.shards.dataset import Dataset
 from evaluation.data import LabelMaps, OpenedData, class_label
 from evaluation.extraction.recipe import Extraction
 from evaluation.features import ArrayWriter
 from evaluation.protocol import EvaluationError
+from evaluation.threads import Threads
 
 if TYPE_CHECKING:  # timm takes seconds to import, and cached features need no backbone
     from backbones.encoder import Encoder
+    from backbones.features import Features
 
 __all__ = ["Dense", "Pooled", "Samples", "num_test_in_train", "pooled_batches", "splits_of", "write_features"]
 
 SPLITS = ("train", "test")
 
 Note = TypeVar("Note")
+Taken = TypeVar("Taken", bound=tuple[Tensor | None, ...])
 
 
 class Samples(Protocol):
@@ -82,6 +84,7 @@ def write_features(
     *,
     batch_size: int,
     device: torch.device,
+    threads: Threads,
 ) -> None:
     """Runs the backbone over both splits and writes `SPLIT.cls`, `.patch_mean`, `.labels` or `SPLIT.patches`.
 
@@ -102,12 +105,13 @@ def write_features(
             contents[sample_idx] = content_hash(sample[field])
             return class_label(sample, data.classes) if recipe["tokens"] == "pooled" else 0
 
+        settings: dict[str, Any] = {"batch_size": batch_size, "device": device, "threads": threads}
         if recipe["tokens"] == "pooled":
-            labelled = pooled_batches(dataset, backbone, extraction, recipe, note, batch_size=batch_size, device=device)
+            labelled = pooled_batches(dataset, backbone, extraction, recipe, note, **settings)
             _write_pooled(writer, split, dataset.num_samples, backbone.embed_dim, labelled)
         else:
-            batches = _batches(dataset, extraction, recipe, note, batch_size)
-            _write_patches(writer, split, dataset, backbone, batches, device)
+            batches = _batches(dataset, backbone, extraction, recipe, note, _patch_map, **settings)
+            _write_patches(writer, split, dataset.num_samples, batches)
 
 
 def pooled_batches(
@@ -119,6 +123,7 @@ def pooled_batches(
     *,
     batch_size: int,
     device: torch.device,
+    threads: Threads,
     start: int = 0,
     stop: int | None = None,
 ) -> Iterator[tuple[slice, Tensor | None, Tensor, list[Note]]]:
@@ -133,15 +138,20 @@ def pooled_batches(
     Raises:
         EvaluationError, DataError: As `write_features`.
     """
-    for rows, inputs, notes in _batches(samples, extraction, recipe, note, batch_size, start, stop):
-        with torch.inference_mode():
-            features = backbone.tokens(_moved(inputs, device))
-            mean = features.tokens.float().mean(dim=1)  # (B, D)
-            _check_finite(mean, samples, rows)
-            if features.cls is not None:
-                _check_finite(features.cls, samples, rows)
-            cls = None if features.cls is None else features.cls.float().cpu()
-            mean = mean.cpu()
+    batches = _batches(
+        samples,
+        backbone,
+        extraction,
+        recipe,
+        note,
+        _pooled_tokens,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
+        start=start,
+        stop=stop,
+    )
+    for rows, (cls, mean), notes in batches:
         yield rows, cls, mean, notes
 
 
@@ -206,71 +216,85 @@ def _write_pooled(
 
 
 def _write_patches(
-    writer: ArrayWriter,
-    split: str,
-    dataset: Dataset,
-    backbone: Encoder,
-    batches: Iterator[tuple[slice, Any, list[int]]],
-    device: torch.device,
+    writer: ArrayWriter, split: str, num_samples: int, batches: Iterator[tuple[slice, tuple[Tensor], list[int]]]
 ) -> None:
     patches_out: npt.NDArray[Any] | None = None
-    with torch.inference_mode():
-        for rows, inputs, _ in batches:
-            features = backbone.tokens(_moved(inputs, device))
-            patches = features.tokens.to(torch.float16)  # (B, N, D)
-            _check_finite(patches, dataset, rows)
-            if features.grid is None:
-                raise EvaluationError(f"backbone {backbone.spec['name']!r} has no grid of tokens to make a map of")
-            if patches_out is None:
-                shape = (dataset.num_samples, *features.grid, backbone.embed_dim)
-                patches_out = writer.create(f"{split}.patches", shape, np.float16)
-            patches_out[rows] = patches.unflatten(1, features.grid).cpu().numpy()
+    for rows, (patches,), _ in batches:
+        if patches_out is None:
+            patches_out = writer.create(f"{split}.patches", (num_samples, *patches.shape[1:]), np.float16)
+        patches_out[rows] = patches.numpy()
 
 
-def _check_finite(features: Tensor, samples: Samples, rows: slice) -> None:
-    is_bad = ~features.flatten(1).isfinite().all(dim=1)
-    if is_bad.any():
-        first = rows.start + int(is_bad.nonzero()[0])
-        key = samples.read(first)["__key__"]
-        raise EvaluationError(
-            f"features are not finite ({int(is_bad.sum())} of {len(is_bad)} samples of a batch, first {key!r}); "
-            "the weights hold NaN or have diverged"
-        )
+def _pooled_tokens(features: Features) -> tuple[Tensor | None, Tensor]:
+    """CLS tokens (B, D), if there are any, and means of patch tokens (B, D), both float32 on the CPU."""
+    mean = features.tokens.float().mean(dim=1)
+    return None if features.cls is None else features.cls.float().cpu(), mean.cpu()
+
+
+def _patch_map(features: Features) -> tuple[Tensor]:
+    """Patch tokens (B, rows, columns, D) float16 on the CPU."""
+    if features.grid is None:
+        raise EvaluationError("the backbone has no grid of tokens to make a map of")
+    return (features.tokens.to(torch.float16).unflatten(1, features.grid).cpu(),)
 
 
 def _batches(
     samples: Samples,
+    backbone: Encoder,
     extraction: Extraction,
     recipe: Mapping[str, Any],
     note: Callable[[int, Mapping[str, Any]], Note],
+    take: Callable[[Features], Taken],
+    *,
     batch_size: int,
+    device: torch.device,
+    threads: Threads,
     start: int = 0,
     stop: int | None = None,
-) -> Iterator[tuple[slice, Any, list[Note]]]:
-    """Yields (rows, inputs, notes) in sample order, one batch decoded ahead by as many threads as torch may use."""
+) -> Iterator[tuple[slice, Taken, list[Note]]]:
+    """Yields (rows, what `take` takes of their features, notes) in sample order.
+
+    Each batch is read, decoded and encoded in one of `threads`. A device other than the CPU gets one batch at a time:
+    it would be no faster with several, and would need the memory of all.
+    """
     field = samples.require_field(*extraction.inputs)
     end = samples.num_samples if stop is None else stop
     reading = threading.Lock()  # the data set opens and closes shard files as it reads
+    encoding = nullcontext() if device.type == "cpu" else threading.Lock()
+
+    def read(sample_idx: int) -> dict[str, Any]:
+        with reading:
+            return samples.read(sample_idx)
 
     def load(sample_idx: int) -> tuple[Any, Note]:
-        with reading:
-            sample = samples.read(sample_idx)
+        sample = read(sample_idx)
         try:
             noted = note(sample_idx, sample)
             return extraction.prepare(sample[field], recipe), noted
         except (DataError, EvaluationError) as error:
             raise type(error)(f"{samples.where(sample_idx)}: {error}") from error
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    def encode(first: int) -> tuple[slice, Taken, list[Note]]:
+        rows = slice(first, min(first + batch_size, end))
+        inputs, notes = zip(*map(load, range(rows.start, rows.stop)), strict=True)
+        batch = _moved(default_collate(list(inputs)), device)
+        with encoding, torch.inference_mode():
+            taken = take(backbone.tokens(batch))
+        for features in taken:
+            if features is not None:
+                require_finite(features, first)
+        return rows, taken, list(notes)
 
-        def submit(first: int) -> list[Future[tuple[Any, Note]]]:
-            return [pool.submit(load, i) for i in range(first, min(first + batch_size, end))]
+    def require_finite(features: Tensor, first: int) -> None:
+        is_bad = ~features.flatten(1).isfinite().all(dim=1)
+        if is_bad.any():
+            key = read(first + int(is_bad.nonzero()[0]))["__key__"]
+            raise EvaluationError(
+                f"features are not finite ({int(is_bad.sum())} of {len(is_bad)} samples of a batch, first {key!r}); "
+                "the weights hold NaN or have diverged"
+            )
 
-        ahead = submit(start)
-        for first in range(start, end, batch_size):
-            batch, ahead = ahead, submit(first + batch_size)
-            inputs, notes = zip(*(future.result() for future in batch), strict=True)
-            yield slice(first, first + len(inputs)), default_collate(list(inputs)), list(notes)
+    return threads.map(encode, range(start, end, batch_size))
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

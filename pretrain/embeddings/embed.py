@@ -224,7 +224,10 @@ def _computed(
     begin: int,
     end: int,
 ) -> Made:
+    import torch
+
     from evaluation.extraction.forward import pooled_batches
+    from evaluation.threads import Threads
 
     batches = pooled_batches(
         source.samples,
@@ -234,6 +237,7 @@ def _computed(
         lambda _, sample: str(sample["__key__"]),
         batch_size=batch_size,
         device=device,
+        threads=Threads(torch.get_num_threads()),
         start=begin,
         stop=end,
     )

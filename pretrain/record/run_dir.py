@@ -10,6 +10,7 @@
              samples/             which samples each rank took, if asked for
              logs/                output of the processes
              stop                 a request to end after the next step
+             training             there while workers train: evaluations leave the cores to them
              report.html
 
 Not here: what the files mean (`pretrain.record.events`), what a checkpoint holds beside the names of its files.
@@ -109,6 +110,11 @@ class RunDir:
     def stop_request(self) -> Path:
         """While it exists the workers end after their next step, with a checkpoint."""
         return self.path / "stop"
+
+    @property
+    def training(self) -> Path:
+        """While it exists workers train, and evaluations leave the cores to them."""
+        return self.path / "training"
 
     def worker_log(self, rank: int) -> Path:
         return self.logs / f"worker-{rank}.log"

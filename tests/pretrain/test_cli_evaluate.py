@@ -12,7 +12,11 @@ from PIL import Image
 from backbones.io import save_backbone
 from backbones.registry import create_backbone
 from data_pipelines.packing.pack import pack
+from evaluation import runner
 from pretrain.cli.main import main
+from pretrain.config.schema import EvaluationTask
+from pretrain.evaluations import evaluate_tasks
+from pretrain.record.events import Evaluated, EvaluationFailed
 from tests.pretrain.conftest import write_manifest
 
 
@@ -101,3 +105,25 @@ def test_evaluate__warns_of_test_samples_that_are_in_train(
         assert capsys.readouterr().err == (
             "warning: 2 of 6 test samples of photos are in its train split, too; scores on them say little\n"
         )
+
+
+def test_evaluate_tasks__one_that_fails_stops_no_other_and_features_are_taken_once(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run does with the tasks of a checkpoint on one data set."""
+    for name in ("ant", "bee"):
+        write_photos(tmp_path / "photos" / name, 30)
+    pack(tmp_path / "photos", tmp_path / "shards", splits={"train": 0.8, "test": 0.2}, workers=1)
+    extracted = []
+    write = runner.write_features
+    monkeypatch.setattr(runner, "write_features", lambda *a, **k: (extracted.append(a), write(*a, **k)))
+    tasks = [EvaluationTask(name, "mine") for name in ("linear", "segmentation", "knn")]
+    storage = str(tmp_path / "runs")
+    found = evaluate_tasks(
+        str(checkpoint), 7, tasks, str(tmp_path / "shards"), storage, device="cpu", threads=2, training="/nowhere"
+    )
+    linear, segmentation, knn = found
+    assert isinstance(linear, Evaluated) and isinstance(knn, Evaluated) and linear.step == knn.step == 7
+    assert isinstance(segmentation, EvaluationFailed) and segmentation.task == "segmentation/mine"
+    assert "seg.png" in segmentation.error and "\n" not in segmentation.error
+    assert len(extracted) == 1

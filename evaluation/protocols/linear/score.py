@@ -129,7 +129,7 @@ def fit_heads(
         of_row = torch.arange(len(rows), device=x.device)
         own = residual[of_row, y_batch]  # (B, folds + 1, lrs)
         losses[step] = -(own.clamp(min=NEGLIGIBLE).log() * share).sum(dim=0)
-        torch.nn.functional.threshold_(residual, NEGLIGIBLE, 0)
+        torch.threshold_(residual, NEGLIGIBLE, 0)
         residual[of_row, y_batch] -= 1
         residual = residual.mul_(share[:, None]).flatten(1)  # (B, C * K)
         velocity.mul_(momentum)
