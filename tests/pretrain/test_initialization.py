@@ -69,7 +69,7 @@ def change(checkpoint: Path, **facts: Any) -> None:
 @pytest.fixture
 def recipe(storage: Path) -> Recipe:
     settings = ["backbone.name=vit_tiny_patch16_224", "train.steps=40", f"storage={storage}"]
-    return load_recipe("demo", ["backbone.options={}", *settings])
+    return load_recipe("demo", ["backbone.options={}", "train.zero_stage=1", *settings])
 
 
 @pytest.mark.parametrize(
