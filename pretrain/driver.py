@@ -194,7 +194,7 @@ class _Driver:
         self.recipe = plan.recipe  # what is asked of it below is the same in all stages
         self.terminal = Terminal(plan, run_dir=run_dir.path)
         self.known = KnownCheckpoints(plan, run_dir.path)
-        self._trained = TrainingSoFar()
+        self._trained = TrainingSoFar(launched=launched)
         self._last_event: Event | None = None
         self._offset = 0
         self._evaluation_options: dict[str, Any] = {}  # known when Ray is connected

@@ -89,6 +89,7 @@ def evaluate(
     data: Mapping[str, str | os.PathLike[str]] | None = None,
     *,
     storage: str | os.PathLike[str] = "runs",
+    batch_size: int | None = None,
 ) -> list[EvaluationResult]:
     """Evaluate a checkpoint.
 
@@ -97,6 +98,7 @@ def evaluate(
         protocols: Names of protocols; default: those of the checkpoint's recipe, else every one that suits the data.
         data: Name -> directory with train-*.tar and test-*.tar; default: the data of the checkpoint's recipe.
         storage: Root of runs and evaluations.
+        batch_size: Samples at a time; decides speed and memory, no score. None: as suits the device.
 
     Returns:
         One result per protocol and data set, in the order asked for. Known results are not computed again.
@@ -126,7 +128,7 @@ def evaluate(
         ]
     if not asked:
         raise RequestError(f"{path}: its recipe has no such evaluation task; give --data NAME=DIRECTORY")
-    return [_evaluate(path, task, directory, root) for task, directory in asked]
+    return [_evaluate(path, task, directory, root, batch_size=batch_size) for task, directory in asked]
 
 
 def due(

@@ -8,6 +8,7 @@ torch, Ray, MLflow or DeepSpeed. The work itself is in `pretrain.driver`, `pretr
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import tempfile
 import traceback
@@ -118,12 +119,17 @@ def resume(parent: Parent, run_id: str, settings: tuple[str, ...], storage: str)
 @click.argument("checkpoint")
 @click.option("--protocol", "protocols", metavar="NAME", multiple=True, help="Repeatable; default: as its recipe.")
 @click.option("--data", metavar="NAME=DIRECTORY", multiple=True, help="Repeatable; default: the data of its recipe.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Samples at a time; decides speed and memory, no score.")
 @_storage
-def evaluate(checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...], storage: str) -> None:
+def evaluate(
+    checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...], batch_size: int | None, storage: str
+) -> None:
     """Evaluate CHECKPOINT: a directory, runs:/ID[/step] or models:/NAME@ALIAS. Known results are not computed again.
 
     DIRECTORY holds shards, or photos in a folder per class, which are packed into shards first, once.
     """
+    # Before torch is imported: its threads would burn the cores while they wait for each other's small shares.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     root = Path(storage).absolute()
     directories, photos = _check_evaluation(checkpoint, protocols, data, root)
     for name, listing in photos.items():
@@ -133,7 +139,7 @@ def evaluate(checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...],
             directories[name] = str(packed(Path(directories[name]), root, listing))
     from pretrain.evaluations import evaluate
 
-    results = evaluate(checkpoint, protocols or None, directories or None, storage=storage)
+    results = evaluate(checkpoint, protocols or None, directories or None, storage=storage, batch_size=batch_size)
     rows = []
     for result in results:
         metric = next(metric for metric in result.described if metric.headline)

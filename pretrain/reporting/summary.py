@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ from rich.table import Table
 from data_pipelines.storage.locations import redact
 from evaluation.protocol import format_value
 from pretrain.config.schema import Recipe
-from pretrain.record.events import Evaluated, EvaluationFailed, Event, Metrics
+from pretrain.record.events import Evaluated, EvaluationFailed, Event, Metrics, Start
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RunDir
+from pretrain.reporting.terminal import duration
 
 __all__ = ["TrainingSoFar", "print_summary"]
 
@@ -28,12 +30,25 @@ class TrainingSoFar:
     first: Metrics | None = None
     last: Metrics | None = None
     rates: array[float] = field(default_factory=lambda: array("d"))  # samples per second, of each logged step
+    launched: float = 0.0  # Unix seconds; when the command began
+    began: float | None = None  # when workers first began to train after that
+    ended: float = 0.0  # when they last wrote something
 
     def add(self, event: Event) -> None:
         """Take in the next event of the run."""
         if isinstance(event, Metrics):
             self.first, self.last = self.first or event, event
             self.rates.append(event.values["samples_per_s"])
+        if isinstance(event, Start) and self.began is None and event.time >= self.launched:
+            self.began = event.time
+        self.ended = event.time
+
+    def times(self, now: float, *, with_evaluations: bool) -> str:
+        """Where the time of this command went, for people; empty where it did not train."""
+        if self.began is None:
+            return ""
+        parts = [f"start {duration(self.began - self.launched)}", f"training {duration(self.ended - self.began)}"]
+        return ", ".join([*parts, f"evaluations after it {duration(now - self.ended)}"] if with_evaluations else parts)
 
 
 def print_summary(
@@ -74,6 +89,9 @@ def print_summary(
     console.print(table, soft_wrap=False)
     name = recipe.tracking.model_name or recipe.name
     storage = Path(recipe.storage)
+    is_evaluated = recipe.evaluation.enabled and bool(recipe.evaluation.tasks)
+    if times := training.times(time.time(), with_evaluations=is_evaluated):
+        console.print(f"time        {times}", markup=False)
     console.print(f"run         {run_dir}", markup=False)
     console.print(f"report      {report}", markup=False)
     console.print(f"MLflow      {_uri(storage)}", markup=False)

@@ -31,7 +31,7 @@ from pretrain.record.events import (
     Warned,
 )
 from pretrain.record.journal import Journal
-from pretrain.reporting.summary import print_summary
+from pretrain.reporting.summary import TrainingSoFar, print_summary
 from pretrain.reporting.terminal import Terminal, duration
 from pretrain.screen import escaping_console
 
@@ -232,14 +232,24 @@ def test_summary__intervals_fit_80_columns_and_only_what_failed_is_called_so(
         journal.write(EvaluationFailed(step=4, protocol="knn", data="grocery", error="out of memory"))
     bounds = {"top1_ci_low": 0.221, "top1_ci_high": 0.4207}
     scores = [scored(step, top1=0.3125, **bounds) for step in (0, 1000, 100000)]
+    trained = TrainingSoFar(launched=1000.0)
+    for began in (900.0, 1028.0, 1060.0):  # before a resume, after it, and again when a worker had died
+        trained.add(Start(time=began, step=0, total_steps=4, world_size=1, device="cpu"))
+    trained.add(Finished(time=1090.0, step=4))
 
     def closing(*overrides: str) -> list[str]:
         recipe = load_plan("demo", overrides).recipe
-        return shown(80, lambda console: print_summary(console, recipe, run_dir, [], scores, run_dir / "report.html"))
+        return shown(
+            80, lambda console: print_summary(console, recipe, run_dir, trained, scores, run_dir / "report.html")
+        )
 
     lines = closing()
     table = [line for line in lines if line.startswith(("│", "┏", "┡"))]
     assert max(map(len, table)) <= 80
+    assert any(
+        re.fullmatch(r"time +start 00:28, training 01:02, evaluations after it \S+( days)?", line) for line in lines
+    )
+    assert "evaluations after it" not in "\n".join(closing("evaluation.enabled=false"))
     said = "\n".join(table)
     assert "31.2% (step 100000)" in said and "22.1-42.1%" in said and "95 % CI, n = 80" in said
     assert re.search(r"knn/grocery +│ +failed", said) and re.search(r"segmentation/chair +│ +not run", said)
