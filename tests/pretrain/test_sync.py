@@ -236,6 +236,33 @@ def test_tracker__the_cursor_does_not_grow_with_checkpoints_and_evaluations(
     assert list(sent.versions) == [11, 22, 33] and len(sent.evaluations) == 3
 
 
+def test_tracker__mlflow_is_not_asked_for_all_versions_of_a_model(
+    run: Run, mlflow_uri: str, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint cost what there were checkpoints before: MLflow looks through all of them to answer."""
+    from mlflow import MlflowClient
+
+    found: list[int] = []
+    plain = MlflowClient.search_model_versions
+
+    def search(*arguments: Any, **options: Any) -> Any:
+        versions = plain(*arguments, **options)
+        found.append(len(versions))
+        return versions
+
+    monkeypatch.setattr(MlflowClient, "search_model_versions", search)
+    for step in (10, 20, 30):
+        run.publish(make_checkpoint, step)
+        run.evaluate(step, step / 100)
+    run.send(mlflow_uri)
+    run.sent.unlink()
+    (run.dir / "mlflow.json").unlink()
+    run.send(mlflow_uri)
+    assert found == [0, 0, 0, 1, 1, 1]
+    monkeypatch.undo()
+    assert steps_by_alias(mlflow_uri) == {"best": 30, "previous": 20}
+
+
 def test_sent__a_torn_line_costs_only_itself(tmp_path: Path) -> None:
     path = tmp_path / "sent.jsonl"
     sent = Sent(path)
