@@ -29,14 +29,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from evaluation.protocol import CI_SUFFIXES, Metric, described
 from pretrain.config.load import load_plan, to_yaml
 from pretrain.config.stages import Plan
 from pretrain.record.events import CheckpointPublished, Evaluated, Finished, Metrics
 from pretrain.record.journal import Journal
 from pretrain.record.run_dir import RunDir
+from pretrain.screen import escaping_console
 
 TASKS = ("knn", "linear")
 SETTINGS = (
@@ -104,7 +103,7 @@ def driver(checkpoints: int, folder: Path) -> float:
     run = RunDir(folder / "run")
     run.path.mkdir()
     driving = _Driver(plan_of(folder, checkpoints), run, time.time())
-    driving.terminal.console = Console(file=io.StringIO(), width=160)
+    driving.terminal.console = escaping_console(io.StringIO(), width=160)
     driving._mirrors = driving._open_mirrors()
     queue: Any = Evaluations()
     took = 0.0
