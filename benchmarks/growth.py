@@ -81,19 +81,15 @@ class Evaluations:
     """Answers for Ray: what is submitted has ended at the next look."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[int, str, str]] = []
+        self._waiting: list[Any] = []
 
-    @property
-    def pending(self) -> set[tuple[int, str, str]]:
-        return set(self._waiting)
-
-    def submit(self, label: tuple[int, str, str], *call: Any) -> None:
+    def submit(self, label: Any, *call: Any, **options: Any) -> None:
         self._waiting.append(label)
 
-    def finished(self) -> Iterator[tuple[tuple[int, str, str], Evaluated, None]]:
-        while self._waiting:
-            label = self._waiting.pop(0)
-            yield label, score(*label[:2]), None
+    def finished(self) -> Iterator[tuple[Any, list[Evaluated], None]]:
+        waiting, self._waiting = self._waiting, []
+        for checkpoint, tasks in waiting:
+            yield (checkpoint, tasks), [score(checkpoint.step, task.protocol) for task in tasks], None
 
 
 def driver(checkpoints: int, folder: Path) -> float:
