@@ -3,19 +3,30 @@
 The bare loop (`overhead.bare_steps`) does the same steps in one process, with its own imports: what a job costs more is
 the product around it. Rounds alternate; the figures are medians.
 
-    python benchmarks/job_cost.py [RECIPE] [key=value ...] [--steps 60] [--rounds 3]
+    python benchmarks/job_cost.py [RECIPE] [key=value ...] [--steps 60] [--rounds 3] [--short]
+    python benchmarks/job_cost.py --peers --cifar10 DIR [--peer-python PYTHON] [--steps 50] [--rounds 2] [--short]
+
+With `--peers` lightly-train takes the place of the bare loop, by another interpreter where it is installed apart (the
+extra `bench`). The job is one that both do: from a folder of JPEGs, the first of the shards in DIR, to a backbone: a
+ViT-Ti/16 at 64 pixels, DINO with two crops of 64 and six of 32 pixels and 1 024 prototypes, batches of 100, one thread
+and one loader process. Ours packs the pictures first; neither evaluates. Before the rounds each does a job of one step
+that does not count, so that byte code is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -36,26 +47,55 @@ KINDS = {  # a text in the command line of a process -> what it is; the first th
 }
 
 
+RECIPE = """
+name: dino_job
+objective: {name: dino, num_prototypes: 1024, num_local: 6, local_size: 32}
+backbone: {name: vit_tiny_patch16_224, image_size: 64}
+data: {root: "???", train: "${data.root}/train-*.tar", loader_workers: 1}
+optimizer: {base_lr: 5.0e-4, warmup_steps: 0}
+train: {steps: 50, micro_batch_size: 100, workers: 1, log_every: 10, pictures_every: 0}
+evaluation: {enabled: false, baseline: false}
+"""
+
+
+class Cost(NamedTuple):
+    """CPU-seconds of a process tree by kind, those until the first step was done, and seconds of wall time."""
+
+    cpu: dict[str, float]
+    start: float
+    wall_s: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.cpu.values())
+
+
 def kind_of(process: psutil.Process) -> str:
     """What a process of a job is, by its command line."""
     line = " ".join(process.cmdline())
     return next((kind for text, kind in KINDS.items() if text in line), "others")
 
 
-def job_cost(command: list[str]) -> tuple[dict[str, float], float]:
-    """Run a command to its end; CPU-seconds of its process tree by kind, and seconds of wall time.
+def job_cost(command: list[str], has_begun: Callable[[], bool] = lambda: False) -> Cost:
+    """Run a command to its end; `has_begun` says whether its first step is done.
 
     What a process uses after the last look at it, 0.05 s before its end at most, is not seen.
     """
     began = time.monotonic()
     seen: dict[int, tuple[str, float]] = {}
+    start = float("nan")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would fill up and halt the job
-        root = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        root = psutil.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=errors, env=environment | {"OMP_NUM_THREADS": "1"}
+        )
         while root.poll() is None:
             for process in [root, *root.children(recursive=True)]:
                 with suppress(psutil.Error):  # it has just ended
                     times = process.cpu_times()
                     seen[process.pid] = kind_of(process), times.user + times.system
+            if start != start and has_begun():
+                start = sum(seconds for _, seconds in seen.values())
             time.sleep(POLL_S)
         if root.wait():
             errors.seek(0)
@@ -64,16 +104,104 @@ def job_cost(command: list[str]) -> tuple[dict[str, float], float]:
     cpu: dict[str, float] = {}
     for kind, seconds in seen.values():
         cpu[kind] = cpu.get(kind, 0.0) + seconds
-    return cpu, time.monotonic() - began
+    return Cost(cpu, start, time.monotonic() - began)
+
+
+def our_job(pictures: Path, scratch: Path, batch: int, steps: int) -> Cost:
+    """`pretrain run` on a folder of pictures; its backbone is in the last checkpoint."""
+    recipe, storage = scratch / "dino_job.yaml", scratch / "runs"
+    recipe.write_text(RECIPE)
+    settings = [
+        f"data.root={pictures}",
+        f"train.steps={steps}",
+        f"train.checkpoint_every={steps}",
+        f"storage={storage}",
+    ]
+    settings += [f"train.micro_batch_size={batch}", f"train.global_batch_size={batch}"]
+
+    def has_begun() -> bool:
+        return any('"kind": "startup"' in journal.read_text() for journal in storage.glob("*/journal.jsonl"))
+
+    cost = job_cost([sys.executable, "-m", "pretrain", "run", str(recipe), *settings], has_begun)
+    _require(storage.glob(f"*/checkpoints/step-{steps:08d}/backbone.safetensors"), "pretrain")
+    return cost
+
+
+def lightly_train_job(python: str, pictures: Path, scratch: Path, batch: int) -> Cost:
+    """The same by lightly-train, in one epoch."""
+    program = str(Path(__file__).with_name("peer_lightly_train.py"))
+    started = scratch / "out.started"
+    cost = job_cost([python, program, str(pictures), str(scratch / "out"), "--batch", str(batch)], started.exists)
+    _require((scratch / "out" / "exported_models").iterdir(), "lightly-train")
+    return cost
+
+
+def _require(files: Iterable[Path], whose: str) -> None:
+    if not any(True for _ in files):
+        raise SystemExit(f"{whose} has exported no backbone")
+
+
+def unpack(shards: Path, folder: Path, number: int) -> None:
+    """The first JPEGs of WebDataset shards as files of one folder."""
+    folder.mkdir()
+    for shard in sorted(shards.glob("train-*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                if number and member.name.endswith(".jpg"):
+                    (folder / member.name).write_bytes(tar.extractfile(member).read())
+                    number -= 1
+    if number:
+        raise SystemExit(f"{shards}/train-*.tar: {number} JPEGs are missing")
+
+
+def beside_peers(python: str, shards: Path, steps: int, rounds: int, batch: int = 100) -> None:
+    """Both jobs in turn, and a table."""
+    look = "from importlib.util import find_spec; assert find_spec('lightly_train') and find_spec('timm')"
+    if subprocess.run([python, "-c", look], capture_output=True).returncode:
+        print(f"skipped: {python} has no lightly-train with timm; install the extra bench, or give --peer-python")
+        return
+    costs: dict[str, list[Cost]] = {"pretrain": [], "lightly-train": []}
+    for number in range(rounds + 1):
+        with tempfile.TemporaryDirectory() as place:
+            scratch, todo = Path(place), steps if number else 1
+            unpack(shards, scratch / "pictures", batch * todo)
+            for name in costs:
+                (scratch / name).mkdir()
+            ours = our_job(scratch / "pictures", scratch / "pretrain", batch, todo)
+            peer = lightly_train_job(python, scratch / "pictures", scratch / "lightly-train", batch)
+        for name, cost in (("pretrain", ours), ("lightly-train", peer)):
+            if number:
+                costs[name].append(cost)
+            counted = f"round {number}" if number else "not counted"
+            print(f"{counted}: {name} {cost.total:.1f} CPU-s, {cost.start:.1f} to the first step", flush=True)
+    print(f"{'CPU-s, median (spread)':24} {'whole job':>22} {'to the first step':>22}")
+    for name, found in costs.items():
+        cells = [_spread([cost.total for cost in found]), _spread([cost.start for cost in found])]
+        print(f"{name:24} {cells[0]:>22} {cells[1]:>22}")
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", default="mae_cifar10")
+    parser.add_argument("recipe", nargs="?", default="demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    parser.add_argument("--steps", type=int, help="default: 60; 50 beside peers")
+    parser.add_argument("--rounds", type=int, help="default: 3; 2 beside peers")
+    parser.add_argument("--short", action="store_true", help="one round of few steps")
+    parser.add_argument("--peers", action="store_true", help="beside lightly-train")
+    parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON", help="the interpreter that has it")
+    parser.add_argument("--cifar10", type=Path, metavar="DIR", help="its shards, for --peers")
+    arguments = parser.parse_intermixed_args()
+    usual = ((5, 1) if arguments.short else (50, 2)) if arguments.peers else ((20, 1) if arguments.short else (60, 3))
+    arguments.steps, arguments.rounds = arguments.steps or usual[0], arguments.rounds or usual[1]
+    if arguments.peers:
+        if arguments.cifar10 is None:
+            parser.error("--peers needs --cifar10")
+        beside_peers(arguments.peer_python, arguments.cifar10, arguments.steps, arguments.rounds)
+        return
     settings = [f"train.steps={arguments.steps}", "optimizer.warmup_steps=10", *ALONE, *arguments.overrides]
     jobs: list[dict[str, float]] = []
     bare: list[float] = []
@@ -81,12 +209,12 @@ def main() -> None:
     for _ in range(arguments.rounds):
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import overhead; "
         code += f"overhead.bare_steps({arguments.recipe!r}, {settings!r})"
-        bare.append(sum(job_cost([sys.executable, "-c", code])[0].values()))
+        bare.append(job_cost([sys.executable, "-c", code]).total)
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, "-m", "pretrain", "run", arguments.recipe, *settings, f"storage={scratch}"]
-            cpu, wall_s = job_cost(command)
-        jobs.append(cpu)
-        walls.append(wall_s)
+            cost = job_cost(command)
+        jobs.append(cost.cpu)
+        walls.append(cost.wall_s)
     for kind in sorted({kind for job in jobs for kind in job}):
         print(f"{kind:40} {statistics.median(job.get(kind, 0.0) for job in jobs):7.1f} CPU-s")
     totals = [sum(job.values()) for job in jobs]
