@@ -13,6 +13,10 @@ server, which runs even when no dashboard is wanted, the autoscaler's monitor, a
 to the driver, where they write into files of the run. They took 4 CPU-seconds of every start and some of every hour.
 Only methods of `Node`, which Ray does not document, start them; the same test looks for the processes.
 
+Its processes get memory in huge pages, where the kernel gives those to who asks: glibc's malloc returns large blocks to
+the kernel, and every training step pays for the zeros of new ones again. It reads its settings when a process begins,
+so they are in the environment before; on a given cluster they are its owner's to set, where `ray start` runs.
+
 What is not here: placing workers (`cluster.workers`) and evaluation tasks (`cluster.tasks`).
 """
 
@@ -25,6 +29,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = ["EVALUATION_SLOT", "AlreadyConnected", "Cluster", "connect", "gpus_per_worker", "is_alive"]
 
@@ -32,6 +37,8 @@ EVALUATION_SLOT = "evaluation_slot"  # custom Ray resource: bounds the evaluatio
 OBJECT_STORE_BYTES = 200 * 2**20  # only functions, settings and small results travel through Ray; data does not
 ANSWER_S = 5.0  # for an address of a cluster to answer
 LOOPBACK = "127.0.0.1"
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_HUGE_PAGES_OF_MALLOC = "glibc.malloc.hugetlb"
 
 
 class AlreadyConnected(RuntimeError):
@@ -137,6 +144,17 @@ def _described(address: str, *, private: bool) -> Cluster:
     return Cluster(address, private, resources.get("GPU", 0.0), EVALUATION_SLOT in resources, cores)
 
 
+def _with_huge_pages(tunables: str) -> str:
+    """`GLIBC_TUNABLES` with huge pages for malloc; as it is where the user has decided, or the kernel gives none."""
+    try:
+        kernel = _HUGE_PAGES.read_text()
+    except OSError:  # a kernel without them
+        return tunables
+    if _HUGE_PAGES_OF_MALLOC in tunables or "[never]" in kernel:
+        return tunables
+    return f"{tunables}:{_HUGE_PAGES_OF_MALLOC}=1".removeprefix(":")
+
+
 @contextmanager
 def _private_settings() -> Iterator[None]:
     """What a private instance needs, for this process and those that it starts; undone afterwards."""
@@ -154,6 +172,7 @@ def _private_settings() -> Iterator[None]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # with none in the environment Ray writes one to the home directory
         # Ray starts its workers at niceness 15; here trainers run at ours and evaluations lower theirs.
         "RAY_worker_niceness": "0",
+        "GLIBC_TUNABLES": _with_huge_pages(os.environ.get("GLIBC_TUNABLES", "")),
     }
     before = {name: os.environ.get(name) for name in private}
     rewrites_addresses = ray_constants.ENABLE_RAY_CLUSTER

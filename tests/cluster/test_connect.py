@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.connect import Cluster, connect, gpus_per_worker
+import cluster.connect as connect_module
+from cluster.connect import Cluster, _with_huge_pages, connect, gpus_per_worker
 
 _LOOK_AT_A_PRIVATE_INSTANCE = """
 import json, os, sys
@@ -19,6 +20,10 @@ if sys.argv[1] == "ray first":
     import ray
 import psutil
 from cluster.connect import AlreadyConnected, connect
+
+def tunables():
+    began_with = open("/proc/self/environ").read().split(chr(0))
+    return [entry for entry in began_with if entry.startswith("GLIBC_TUNABLES=")]
 
 before = dict(os.environ)
 with connect(None, num_cpus=1, num_gpus=0, evaluation_slots=1):
@@ -29,6 +34,7 @@ with connect(None, num_cpus=1, num_gpus=0, evaluation_slots=1):
         "listens on": sorted({c.laddr.ip.removeprefix("::ffff:") for c in connections if c.status == "LISTEN"}),
         "token": os.environ["RAY_AUTH_TOKEN"],
         "commands": " ".join(" ".join(process.cmdline()) for process in processes),
+        "tunables": ray.get(ray.remote(tunables).options(num_cpus=0).remote()),
         "answer": ray.get(ray.remote(lambda: "a worker").options(num_cpus=0).remote()),
     }))
     os.environ["RAY_AUTH_TOKEN"] = "guessed"
@@ -43,7 +49,7 @@ with connect(None, num_cpus=1, num_gpus=0, evaluation_slots=1):
             pass
     except AlreadyConnected as error:
         print(json.dumps(str(error)))
-kept = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_worker_niceness"}
+kept = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_worker_niceness", "GLIBC_TUNABLES"}
 print(json.dumps([name for name in kept if os.environ.get(name) != before.get(name)]))
 print(json.dumps(ray._private.ray_constants.ENABLE_RAY_CLUSTER))
 """
@@ -64,11 +70,32 @@ def test_connect__a_private_instance_is_for_its_owner_alone_whoever_imported_ray
     for service in ("dashboard.py", "log_monitor.py", "monitor.py"):  # of the commands that start them
         assert service not in seen["commands"], "a service that nobody asks here"
     assert "raylet" in seen["commands"]
+    expected = _with_huge_pages(environment.get("GLIBC_TUNABLES", ""))
+    assert seen["tunables"] == [f"GLIBC_TUNABLES={expected}"], "glibc reads it before a worker is one"
     assert len(seen["token"]) == 64 and seen["token"] not in seen["commands"]
     assert "oken" in guessed and guessed != "no token is needed"
     assert twice.startswith("this process is connected to Ray already") and "ray.shutdown()" in twice
     assert left == [] and rewrites is True
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tunables", "expected"),
+    [
+        ("always [madvise] never", "", "glibc.malloc.hugetlb=1"),
+        ("[always] madvise never", "glibc.malloc.check=3", "glibc.malloc.check=3:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+        ("always madvise [never]", "glibc.malloc.check=3", "glibc.malloc.check=3"),
+        (None, "", ""),
+    ],
+)
+def test_with_huge_pages__where_the_kernel_gives_them_and_the_user_has_not_decided(
+    kernel: str | None, tunables: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect_module, "_HUGE_PAGES", tmp_path / "enabled")
+    if kernel is not None:
+        (tmp_path / "enabled").write_text(f"{kernel}\n")
+    assert _with_huge_pages(tunables) == expected
 
 
 def _cluster(num_gpus: float, *, private: bool = False) -> Cluster:
