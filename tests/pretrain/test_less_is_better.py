@@ -18,7 +18,7 @@ from evaluation import registry
 from evaluation.protocol import Metric, Protocol
 from evaluation.results import EvaluationResult
 from pretrain.checkpoints.references import best_step
-from pretrain.checkpoints.store import published
+from pretrain.checkpoints.store import Published, published
 from pretrain.cli.main import main
 from pretrain.config.load import load_recipe
 from pretrain.config.schema import EvaluationTask
@@ -26,7 +26,7 @@ from pretrain.config.stages import Plan
 from pretrain.driver import _Driver
 from pretrain.errors import RequestError
 from pretrain.evaluations import _event
-from pretrain.record.events import CheckpointPublished, Metrics
+from pretrain.record.events import CheckpointPublished, Evaluated, Metrics
 from pretrain.record.journal import Journal
 from pretrain.record.run_dir import RunDir
 from pretrain.tracking.client import connect
@@ -62,24 +62,20 @@ class Queue:
     """Answers for Ray: every task that is submitted ends at the next look, the newest first."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[int, EvaluationTask]] = []
+        self.waiting: list[tuple[Published, tuple[EvaluationTask]]] = []
 
-    @property
-    def pending(self) -> set[tuple[int, str, str]]:
-        return {(step, task.protocol, task.data) for step, task in self.waiting}
+    def submit(self, label: tuple[Published, tuple[EvaluationTask]], *call: Any, **options: Any) -> None:
+        self.waiting.append(label)
 
-    def submit(self, label: Any, function: Any, checkpoint: str, step: int, task: EvaluationTask, *rest: Any) -> None:
-        self.waiting.append((step, task))
-
-    def finished(self) -> Iterator[tuple[Any, Any, None]]:
+    def finished(self) -> Iterator[tuple[Any, list[Evaluated], None]]:
         while self.waiting:
-            step, task = self.waiting.pop()
-            error = ERRORS[step]
+            checkpoint, (task,) = label = self.waiting.pop()
+            error = ERRORS[step := checkpoint.step]
             metrics = {"within_25": 0.5, "rmse": error, "rmse_ci_low": error - 0.125, "rmse_ci_high": error + 0.125}
             result = EvaluationResult(
                 "k", task.protocol, 1, task.data, "d", f"w{step}", metrics, {}, 1.0, described=DEPTH.metrics
             )
-            yield (step, task.protocol, task.data), _event(step, result), None
+            yield label, [_event(step, result)], None
 
 
 @pytest.mark.usefixtures("plugin")
