@@ -366,12 +366,15 @@ class Engine:
         ]
         with deepspeed_internals.reading_universal(self._engine):
             self.load(scratch)
-        # Stage 3 gives every group the settings of the first one, and all shards one step counter to increment.
+        # Stage 3 gives every group the settings of the first one, and all shards one step counter to increment. A fused
+        # optimizer wants counters where its moments are.
         for group, own in zip(self._engine.optimizer.param_groups, groups, strict=True):
             group.update(own)
+        is_fused = any(group.get("fused") for group in groups)
         for state in deepspeed_internals.shard_states(self._engine):
             if "step" in state:
-                state["step"] = state["step"].clone()
+                own_step = state["step"].clone()
+                state["step"] = own_step.to(state["exp_avg"].device) if is_fused else own_step
         dist.barrier()  # all ranks have read it
         if rank == 0:
             shutil.rmtree(scratch)
