@@ -109,10 +109,25 @@ def patch_projection(vit: Any) -> Tensor:
     return weight
 
 
-def embedded_patches(vit: Any, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Patch tokens (B, N, D) of images (B, C, H, W) without positions, and their (rows, columns)."""
-    patches = vit.patch_embed(x)  # (B, rows, columns, D)
-    return patches.flatten(1, 2), (int(patches.shape[1]), int(patches.shape[2]))
+def embedded_patches(vit: Any, x: Tensor, keep_idx: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+    """Patch tokens (B, N, D) of images (B, C, H, W) without positions, and their (rows, columns).
+
+    Given `keep_idx` (B, K) only these patches are embedded, (B, K, D): the others would cost as much for nothing.
+    """
+    import torch
+    from torch.nn import functional
+
+    if keep_idx is None:
+        patches = vit.patch_embed(x)  # (B, rows, columns, D)
+        return patches.flatten(1, 2), (int(patches.shape[1]), int(patches.shape[2]))
+    projection = vit.patch_embed.proj
+    height, width = projection.kernel_size
+    cells = x.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, ...)
+    rows, columns = cells.shape[1:3]
+    sample = torch.arange(len(x), device=x.device)[:, None]
+    kept = cells[sample, keep_idx // columns, keep_idx % columns].flatten(2)  # (B, K, C p p)
+    tokens = functional.linear(kept, projection.weight.flatten(1), projection.bias)
+    return vit.patch_embed.norm(tokens), (rows, columns)
 
 
 def prefix(vit: Any) -> Tensor | None:

@@ -168,12 +168,12 @@ class ViTBackbone(ImageEncoder):
 
     def _embed(self, x: Tensor, keep_idx: Tensor | None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """What enters the first block: tokens (B, P + K, D), the grid, and the rotary table if there is one."""
-        patches, grid = timm_internals.embedded_patches(self.vit, x.to(self.dtype))  # (B, N, D)
+        patches, grid = timm_internals.embedded_patches(self.vit, x.to(self.dtype), keep_idx)  # (B, K, D)
         prefix_positions, patch_positions = self._positions(grid)
         if patch_positions is not None:
+            if keep_idx is not None:
+                patch_positions = take_tokens(patch_positions.expand(len(patches), -1, -1), keep_idx)
             patches = patches + patch_positions
-        if keep_idx is not None:
-            patches = take_tokens(patches, keep_idx)  # (B, K, D)
         tokens = torch.cat([*self._prefix(patches.shape[0], prefix_positions), patches], dim=1)  # (B, P + K, D)
         # Float32 position buffers promote a bf16 sum: back to the weights' type before the first block.
         tokens = timm_internals.enter_blocks(self.vit, tokens.to(self.dtype))

@@ -104,6 +104,14 @@ def test_features__dropped_patches_neither_run_nor_matter(backbone):
     assert used.nonzero().flatten().tolist() == [0, 5]
 
 
+def test_features__all_patches_kept_are_the_patches_of_a_rectangle():
+    """Kept patches are cut out and embedded one by one; nothing but rounding may come of that."""
+    backbone = create_backbone("vit_tiny_patch16_224", image_size=32, patch_size=8, options=SMALL).eval()
+    x = torch.randn(2, 3, 16, 40)
+    every = torch.arange(10).expand(2, -1)
+    torch.testing.assert_close(backbone.features(x, every).patches, backbone.features(x).patches, rtol=1e-5, atol=1e-5)
+
+
 def test_features__follow_the_order_of_keep_idx(backbone):
     x = images()
     order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(s)) for s in (2, 3)])
