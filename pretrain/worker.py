@@ -48,7 +48,7 @@ from pretrain.training.engine import Engine, init_distributed, pick_device
 from pretrain.training.guard import HealthCheck
 from pretrain.training.handover import take_over, weights_of
 from pretrain.training.image_grid import write_image_grid
-from pretrain.training.inputs import SampleRecord, build_stream, num_corrupt, to_device
+from pretrain.training.inputs import SampleRecord, Transfer, build_stream, num_corrupt
 from pretrain.training.model import build_objective
 from pretrain.training.schedules import learning_rate, weight_decay
 from pretrain.training.stopping import StopRequest, watched
@@ -221,8 +221,10 @@ def run_steps(
     rate, decay = learning_rate(recipe), weight_decay(recipe)
     throughput, health = Throughput(), HealthCheck(recipe.train, emit)
 
+    transfer = Transfer(engine.device)
+
     def on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return stream.finish(to_device(batch, engine.device))
+        return stream.finish(transfer(batch))
 
     for step in range(first_step - stage.first_step, total):
         done = stage.first_step + step + 1  # of the run
