@@ -71,8 +71,12 @@ def evaluate_tasks(
 
     computing = Threads(threads, beside_trainers=Path(training).exists)
     computing.run(import_module, "evaluation.runner")
-    path = resolve(checkpoint, Path(storage))
     events: list[Evaluated | EvaluationFailed] = []
+    try:
+        path = resolve(checkpoint, Path(storage))
+    except RequestError:  # the run itself names it, so it was there
+        gone = f"its checkpoint {checkpoint} is gone"
+        return [EvaluationFailed(step=step, protocol=task.protocol, data=task.data, error=gone) for task in tasks]
     for task in tasks:
         try:
             result = _evaluate(path, task, Path(directory), Path(storage), device=device, threads=computing)

@@ -164,6 +164,8 @@ def leaderboard(protocol: str | None, data: str | None, everything: bool, storag
         _check_protocols([protocol])
     from pretrain.evaluations import excerpt, leaderboard
 
+    if storage != "runs" and not Path(storage).is_dir():
+        raise RequestError(f"--storage {storage}: no such directory; give the one that holds the runs")
     found = leaderboard(storage)
     _check_filter("data", data, {place.data for place in found})
     chosen = [place for place in found if protocol in (None, place.protocol) and data in (None, place.data)]

@@ -327,7 +327,7 @@ def _loader_workers(draft: Recipe) -> int:
 
 def _check_zero_stage(train: TrainConfig, mistakes: Mistakes) -> None:
     if mistakes.sound("train.precision", "train.zero_stage") and train.precision == "bf16" and train.zero_stage == 0:
-        problem = "DeepSpeed's stage 0 trains worse in bf16 than its stages 1 to 3; use train.zero_stage=1 with it"
+        problem = "DeepSpeed's stage 0, which train.zero_stage says here, trains worse in bf16; add train.zero_stage=1"
         mistakes.add("train.precision", train.precision, problem)
     if mistakes.sound("train.compile", "train.zero_stage") and train.compile and train.zero_stage == 3:
         problem = "ZeRO stage 3 gathers parameters within the blocks that are compiled; use train.zero_stage=2 with it"

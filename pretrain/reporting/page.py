@@ -267,7 +267,8 @@ def _tiles(training: Mapping[int, Mapping[str, float]], tasks: Sequence[Task]) -
         if not trained:
             continue
         last, floor = trained[max(trained)].value, task.scores.get(0)
-        remark = f"{_change(last - floor.value, task.unit)} random" if floor else f"step {max(trained)}"
+        change = last - floor.value if floor else math.nan
+        remark = f"{_change(change, task.unit)} random" if math.isfinite(change) else f"step {max(trained)}"
         tiles.append((task.title, format_value(last, task.unit), remark))
     rates = [values["samples_per_s"] for values in training.values() if "samples_per_s" in values]
     if rates:

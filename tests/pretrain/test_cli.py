@@ -220,6 +220,13 @@ def test_main__unexpected_error_leaves_its_traceback_in_a_file(
     assert "Traceback" in Path(second.removeprefix("error: the traceback is in ")).read_text()
 
 
+def test_main__leaderboard_of_a_storage_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for name in ("nothing", "file"):
+        assert main(["leaderboard", "--storage", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: --storage {tmp_path / name}: no such directory; give")
+
+
 def test_main__leaderboard_is_sorted_and_filtered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     by_hand = tmp_path / "evaluations"
 

@@ -127,3 +127,12 @@ def test_evaluate_tasks__one_that_fails_stops_no_other_and_features_are_taken_on
     assert isinstance(segmentation, EvaluationFailed) and segmentation.task == "segmentation/mine"
     assert "seg.png" in segmentation.error and "\n" not in segmentation.error
     assert len(extracted) == 1
+
+
+def test_evaluate_tasks__of_a_checkpoint_that_was_deleted_meanwhile_say_so(tmp_path: Path) -> None:
+    tasks = [EvaluationTask(name, "mine") for name in ("linear", "knn")]
+    gone = tmp_path / "step-00000004"
+    found = evaluate_tasks(str(gone), 4, tasks, "/nowhere", str(tmp_path), device="cpu", threads=1, training="/nowhere")
+    assert [event.error for event in found if isinstance(event, EvaluationFailed)] == [
+        f"its checkpoint {gone} is gone"
+    ] * 2

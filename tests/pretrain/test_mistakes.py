@@ -229,8 +229,8 @@ def test_load_recipe__channels_and_pixel_statistics_belong_together(recipe: Path
         ),
         (
             ["train.precision=bf16", "train.zero_stage=0"],
-            "train.precision=bf16: DeepSpeed's stage 0 trains worse in bf16 than its stages 1 to 3; "
-            "use train.zero_stage=1 with it",
+            "train.precision=bf16: DeepSpeed's stage 0, which train.zero_stage says here, trains worse in bf16; "
+            "add train.zero_stage=1",
         ),
         (
             ["train.global_batch_size=65"],
