@@ -91,6 +91,12 @@ class Objective(nn.Module, ABC):
             progress: for schedules inside the objective.
         """
 
+    def begin(self, read: ReadWeights) -> None:
+        """Work before the first step of a stage, when all weights are what it begins with; nothing by default.
+
+        Not called where a stage goes on from a checkpoint, which has what came of it.
+        """
+
     def after_step(self, progress: Progress, read: ReadWeights) -> None:
         """Work after an optimizer step, such as moving the teacher or a center; nothing by default.
 
@@ -220,6 +226,14 @@ class Objective(nn.Module, ABC):
             }
             for layer, decays in sorted(groups, key=lambda key: (key[0], not key[1]))
         ]
+
+    def part_of(self, name: str) -> str:
+        """The part that a parameter belongs to, of which gradient norms are reported and may be clipped for itself.
+
+        Args:
+            name: of the parameter. By default its part is what comes before the first dot.
+        """
+        return name.partition(".")[0]
 
     def repeated_blocks(self) -> list[nn.Module]:
         """The parts, alike and one after the other, that may be compiled, and computed again in the backward pass.

@@ -12,7 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_rows", "mean_over_ranks", "num_ranks", "rank", "sum_over_ranks"]
+__all__ = [
+    "gather_rows",
+    "gather_rows_with_gradient",
+    "max_over_ranks",
+    "mean_over_ranks",
+    "num_ranks",
+    "rank",
+    "sum_over_ranks",
+    "total_over_ranks",
+]
 
 
 def num_ranks() -> int:
@@ -28,10 +37,25 @@ def rank() -> int:
 @torch.no_grad()
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """Mean of the ranks' tensors, the same on all of them; without gradient, and a new tensor."""
+    return total_over_ranks(tensor) / num_ranks()
+
+
+@torch.no_grad()
+def total_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum of the ranks' tensors, the same on all of them; without gradient, and a new tensor."""
     total = tensor.clone()
     if _has_group():
         dist.all_reduce(total)
-    return total / num_ranks()
+    return total
+
+
+@torch.no_grad()
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """Elementwise maximum of the ranks' tensors, the same on all of them; without gradient, and a new tensor."""
+    highest = tensor.clone()
+    if _has_group():
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return highest
 
 
 @torch.no_grad()
@@ -42,6 +66,14 @@ def gather_rows(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(num_ranks())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+def gather_rows_with_gradient(tensor: Tensor) -> Tensor:
+    """Rows of all ranks, rank 0's first: (n, ...) -> (W * n, ...) for W ranks.
+
+    What arrives at a rank's rows is the sum of all ranks' gradients of them, see `sum_over_ranks`.
+    """
+    return _Gather.apply(tensor) if _has_group() else tensor
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -63,6 +95,17 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
         return _Sum.forward(context, gradient.contiguous())
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        return gather_rows(tensor)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        total = total_over_ranks(gradient.contiguous())
+        return total.chunk(num_ranks())[rank()]
 
 
 def _has_group() -> bool:

@@ -11,26 +11,35 @@ H attention heads, d width of a head.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from backbones.errors import BackboneError
+
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 __all__ = [
     "VIT_ATTRIBUTES",
     "ViTSizes",
+    "attention_branch",
     "block_outputs",
+    "blocks",
     "class_attention",
     "embedded_patches",
     "enter_blocks",
     "final_norm",
     "is_plain_vit",
+    "mlp_branch",
     "model_arguments",
+    "moved_rotation",
     "patch_projection",
     "prefix",
     "registered_names",
+    "require_packable",
+    "rotary_at",
     "rotations",
     "vit_sizes",
 ]
@@ -158,6 +167,126 @@ def rotations(vit: Any, tokens: Tensor, grid: tuple[int, int], keep_idx: Tensor 
     return kept.transpose(0, 1) if vit.rope_mixed else kept.unsqueeze(1)
 
 
+def rotary_at(vit: Any, rotary: Tensor | None, depth: int) -> Tensor | None:
+    """The table of one block, of what `rotations` gave for all of them."""
+    return rotary[depth] if rotary is not None and vit.rope_mixed else rotary
+
+
+def moved_rotation(vit: Any, grid: tuple[int, int], shift: Tensor, factor: Tensor) -> Tensor:
+    """Rotary table of DINOv3's kind for patches at moved coordinates, (N, 2 d): all sines, then all cosines.
+
+    Patch centers lie in [-1, 1] along the axes (row, column); they become (center + shift) * factor.
+
+    Args:
+        vit: a plain ViT.
+        grid: (rows, columns) of patches.
+        shift, factor: (2,).
+
+    Raises:
+        BackboneError: its rotary positions are of another kind, or it has none.
+    """
+    import torch
+    from timm.layers import RotaryEmbeddingDinoV3
+
+    rope = getattr(vit, "rope", None)
+    if not isinstance(rope, RotaryEmbeddingDinoV3):
+        raise BackboneError("coordinates can be moved of rotary positions of DINOv3's kind only (rope_type='dinov3')")
+    whole = {"separate": grid, "min": (min(grid),) * 2, "max": (max(grid),) * 2}[rope.normalize_coords]
+    axes = [
+        (torch.arange(count, device=shift.device, dtype=torch.float32) + 0.5) / size * 2 - 1
+        for count, size in zip(grid, whole, strict=True)
+    ]
+    coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)  # (N, 2)
+    sin, cos = rope._get_pos_embed_from_coords((coords + shift) * factor)
+    return torch.cat([sin, cos], dim=-1)
+
+
+def blocks(vit: Any) -> Iterable[Any]:
+    """The blocks, first to last."""
+    found: Iterable[Any] = vit.blocks
+    return found
+
+
+def require_packable(block: Any) -> None:
+    """Refuse blocks whose two branches `attention_branch` and `mlp_branch` do not know.
+
+    Raises:
+        BackboneError: it is one.
+    """
+    from timm.layers import Attention, AttentionRope
+    from timm.models.eva import EvaAttention, EvaBlock
+    from timm.models.vision_transformer import Block
+
+    attention = getattr(block, "attn", None)
+    known = type(block) in (Block, EvaBlock) and type(attention) in (Attention, AttentionRope, EvaAttention)
+    if not known or getattr(attention, "num_kv_groups", 1) != 1:
+        raise BackboneError(
+            f"blocks of kind {type(block).__name__} with {type(attention).__name__} cannot run crops of several sizes "
+            "in one pass; use a plain pre-norm ViT"
+        )
+
+
+def attention_branch(
+    block: Any, tokens: Tensor, shapes: Sequence[torch.Size], rotary: Sequence[Tensor | None]
+) -> Tensor:
+    """What a block's attention adds to the token streams of crops of several sizes, before any stochastic depth.
+
+    Args:
+        block: one that `require_packable` takes.
+        tokens: (T, D), the streams flattened and one after the other.
+        shapes: (samples, P + N, D) of each.
+        rotary: table of each.
+    """
+    import torch
+    from timm.layers import apply_rot_embed_cat
+    from torch.nn import functional
+
+    attention = block.attn
+    normed = block.norm1(tokens)
+    if getattr(attention, "qkv", None) is None:
+        query, key, value = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+    elif getattr(attention, "q_bias", None) is None:
+        query, key, value = attention.qkv(normed).chunk(3, dim=-1)
+    else:  # keys without bias
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        query, key, value = functional.linear(normed, attention.qkv.weight, bias).chunk(3, dim=-1)
+
+    def rotated(heads: Tensor, table: Tensor | None) -> Tensor:
+        """(samples, H, P + N, d) with all but the prefix turned."""
+        if table is None:
+            return heads
+        num_prefix, half = attention.num_prefix_tokens, attention.rotate_half
+        turned = apply_rot_embed_cat(heads[:, :, num_prefix:], table, half=half)
+        return torch.cat([heads[:, :, :num_prefix], turned], dim=2).type_as(heads)
+
+    attended = []
+    sizes = [shape[0] * shape[1] for shape in shapes]
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    for q, k, v, shape, table in zip(*(x.split(sizes) for x in (query, key, value)), shapes, rotary, strict=True):
+        q, k, v = (x.view(shape[0], shape[1], attention.num_heads, -1).transpose(1, 2) for x in (q, k, v))
+        q, k = rotated(attention.q_norm(q), table), rotated(attention.k_norm(k), table)
+        heads = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        attended.append(heads.transpose(1, 2).flatten(2).flatten(0, 1))  # (samples (P + N), D)
+    joined = attention.norm(torch.cat(attended))
+    if getattr(attention, "gate", None) is not None:
+        joined = joined * attention.gate(normed).sigmoid()
+    return _scaled(block, 1, attention.proj_drop(attention.proj(joined)))
+
+
+def mlp_branch(block: Any, tokens: Tensor) -> Tensor:
+    """What a block's MLP adds to tokens (T, D), before any stochastic depth."""
+    return _scaled(block, 2, block.mlp(block.norm2(tokens)))
+
+
+def _scaled(block: Any, branch: int, added: Tensor) -> Tensor:
+    """LayerScale, which one of timm's classes has as a module and the other as a parameter."""
+    if hasattr(block, f"ls{branch}"):
+        scaled: Tensor = getattr(block, f"ls{branch}")(added)
+        return scaled
+    gamma = getattr(block, f"gamma_{branch}")
+    return added if gamma is None else gamma * added
+
+
 def block_outputs(vit: Any, tokens: Tensor, rotary: Tensor | None) -> Iterator[Tensor]:
     """The token stream (B, P + K, D) after each block."""
     import torch
@@ -165,9 +294,8 @@ def block_outputs(vit: Any, tokens: Tensor, rotary: Tensor | None) -> Iterator[T
 
     recompute = vit.grad_checkpointing and torch.is_grad_enabled()
     for depth, block in enumerate(vit.blocks):
-        extra: dict[str, Any] = {}
-        if rotary is not None:
-            extra["rope"] = rotary[depth] if vit.rope_mixed else rotary
+        table = rotary_at(vit, rotary, depth)
+        extra: dict[str, Any] = {} if table is None else {"rope": table}
         tokens = checkpoint(block, tokens, use_reentrant=False, **extra) if recompute else block(tokens, **extra)
         yield tokens
 

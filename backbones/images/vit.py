@@ -11,6 +11,7 @@ Legend: B batch, C channels, N patch tokens, K kept patch tokens, P prefix token
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from backbones.errors import BackboneError
 from backbones.features import ImageFeatures, take_tokens
 from backbones.images import timm_internals
 from backbones.images.base import ImageEncoder
+from backbones.images.packed_blocks import BlockDraw, Crops, pack_blocks
 from backbones.images.positions import RESAMPLINGS, moved_positions, resample_positions, sincos_positions
 from backbones.norms import make_norms_exact
 
@@ -107,12 +109,6 @@ class ViTBackbone(ImageEncoder):
         Raises:
             BackboneError: there is no such layer, or patches do not tile images of this size.
         """
-        height, width = x.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise BackboneError(
-                f"images of {height} x {width} pixels are not tiled by patches of {self.patch_size}; resize them, this "
-                f"backbone was trained at {self.image_size}"
-            )
         if layers and not 1 <= min(layers) <= max(layers) <= self.num_layers:
             raise BackboneError(
                 f"backbone {self.spec['name']!r} has layers 1 to {self.num_layers}, not {', '.join(map(str, layers))}"
@@ -124,6 +120,45 @@ class ViTBackbone(ImageEncoder):
             if depth in layers:
                 levels.append(stream)
         return self._sorted(timm_internals.final_norm(self.vit, tokens), grid, tuple(levels))
+
+    def copy_of_final_norm(self) -> nn.Module:
+        """A norm of the same kind, with the same weights."""
+        norm: nn.Module = copy.deepcopy(self.vit.norm)
+        return norm
+
+    def pack_blocks(self) -> None:
+        """Prepare the blocks for `streams`, before anything else (an engine, a compiler) has changed their `forward`.
+
+        Raises:
+            BackboneError: they are of a kind that cannot take several sizes.
+        """
+        pack_blocks(self.vit)
+
+    def streams(self, crops: Sequence[Crops], draws: Sequence[Sequence[BlockDraw]] = ()) -> list[Tensor]:
+        """Token streams (B, P + N, D) of crops of several sizes, before the final norm, in one pass through the blocks.
+
+        `read_out` makes features of them. What is random in the pass is drawn by the caller. Needs `pack_blocks`.
+
+        Args:
+            crops: the images of each size.
+            draws: for each block, one per size; empty: nothing is random.
+
+        Raises:
+            BackboneError: patches do not tile images of a size.
+        """
+        embedded = [self._embed(crop.images, None, crop.is_masked, crop.mask_token) for crop in crops]
+        streams = [tokens for tokens, _, _ in embedded]
+        tables = [rotary for _, _, rotary in embedded]
+        for depth, block in enumerate(timm_internals.blocks(self.vit)):
+            here = draws[depth] if draws else [BlockDraw()] * len(crops)
+            rotary = [
+                timm_internals.rotary_at(self.vit, table, depth)
+                if draw.coords is None
+                else timm_internals.moved_rotation(self.vit, grid, *draw.coords)
+                for (_, grid, _), table, draw in zip(embedded, tables, here, strict=True)
+            ]
+            streams = block(streams, rotary, here)
+        return streams
 
     def read_out(self, stream: Tensor, grid: tuple[int, int]) -> ImageFeatures:
         """Features of a token stream (B, P + N, D) of this encoder: the final norm of it, see `ImageEncoder`."""
@@ -166,9 +201,27 @@ class ViTBackbone(ImageEncoder):
             tokens = stream
         return timm_internals.final_norm(self.vit, tokens)
 
-    def _embed(self, x: Tensor, keep_idx: Tensor | None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
-        """What enters the first block: tokens (B, P + K, D), the grid, and the rotary table if there is one."""
+    def _embed(
+        self,
+        x: Tensor,
+        keep_idx: Tensor | None,
+        is_masked: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+        """What enters the first block: tokens (B, P + K, D), the grid, and the rotary table if there is one.
+
+        Where `is_masked` (B, N) says so, `mask_token` (1, D) takes the place of the patch before it gets its position;
+        all patches run then.
+        """
+        height, width = x.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise BackboneError(
+                f"images of {height} x {width} pixels are not tiled by patches of {self.patch_size}; resize them, this "
+                f"backbone was trained at {self.image_size}"
+            )
         patches, grid = timm_internals.embedded_patches(self.vit, x.to(self.dtype), keep_idx)  # (B, K, D)
+        if is_masked is not None and mask_token is not None:
+            patches = torch.where(is_masked[..., None], mask_token.to(patches.dtype), patches)
         prefix_positions, patch_positions = self._positions(grid)
         if patch_positions is not None:
             if keep_idx is not None:

@@ -22,6 +22,7 @@ __all__ = [
     "constant_features",
     "cross_view_loss",
     "head_metrics",
+    "masked_patch_loss",
     "over_smoothing",
     "soft_cross_entropy",
 ]
@@ -49,6 +50,20 @@ def cross_view_loss(targets: Tensor, scores: Tensor) -> Tensor:
     all_pairs = soft_cross_entropy(targets.mean(0), scores).mean(1).sum() * num_taught
     own_pairs = soft_cross_entropy(targets, scores[:num_taught]).mean(1).sum()
     return (all_pairs - own_pairs) / (num_taught * (num_views - 1))
+
+
+def masked_patch_loss(targets: Tensor, scores: Tensor, weight: Tensor, num_crops: int) -> Tensor:
+    """iBOT's loss (J. Zhou et al., 2022, arXiv:2111.07832): mean over a crop's masked patches, then over all crops.
+
+    A crop without masked patches counts 0, so that at the start, with half of them masked, it is ln(K) / 2.
+
+    Args:
+        targets: (M, K) distributions at the masked patches of all crops.
+        scores: (M, K) logits over the student's temperature.
+        weight: (M,), 1 / number of masked patches of the same crop.
+        num_crops: with the unmasked ones.
+    """
+    return (soft_cross_entropy(targets, scores) * weight).sum() / num_crops
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ class SelfPatch(ImageObjective):
             raise ObjectiveError(
                 f"objective.aggregation_heads {num_heads} does not divide the backbone's width of {dim}"
             )
-        widths = {"hidden_dim": config.head_hidden_dim, "bottleneck_dim": config.head_bottleneck_dim}
+        widths: dict[str, Any] = {"hidden_dim": config.head_hidden_dim, "bottleneck_dim": config.head_bottleneck_dim}
         self.config = config
         backbone.resample_positions_as("dino")
         self.aggregation = Aggregation(dim, num_heads, config.aggregation_depth)

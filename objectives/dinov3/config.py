@@ -1,0 +1,172 @@
+"""Settings of DINOv3. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from objectives.parts.settings import GLOBAL_SCALE, LOCAL_SCALE, DistillationConfig, MultiCropConfig
+
+__all__ = ["DINOv3Config"]
+
+_WEIGHT = {"range": (0.0, 1000.0)}
+_SHARE = {"range": (0.0, 1.0)}
+_WIDTH = {"range": (1, 65536)}
+_PROTOTYPES = {"range": (2, 2**20)}
+_STEPS = {"range": (0, 10**9)}
+
+
+@dataclass
+class DINOv3Config(DistillationConfig, MultiCropConfig):
+    """DINOv3 (Simeoni et al. 2025, arXiv:2508.10104); defaults are the authors' ViT-L/16 run on ImageNet-1k.
+
+    With `sinkhorn`, separate heads and no Gram anchoring it is DINOv2 (arXiv:2304.07193); with `targets: softmax`,
+    `shared_head` and `patch_center: all` iBOT (arXiv:2111.07832).
+    """
+
+    name: str = "dinov3"
+
+    # Crops
+    global_scale: list[float] = field(default_factory=lambda: [0.32, 1.0], metadata=GLOBAL_SCALE)
+    local_scale: list[float] = field(default_factory=lambda: [0.05, 0.32], metadata=LOCAL_SCALE)
+    # The released code blurs with the complement of the probabilities that it names (1.0, 0.1, 0.5), and so were all
+    # released weights made; DINO and BYOL used the named ones.
+    blur_p: list[float] = field(
+        default_factory=lambda: [0.0, 0.9, 0.5],
+        metadata=_SHARE | {"length": 3, "help": "probability of blur of the first global, second global, local crops"},
+    )
+
+    # Heads
+    num_prototypes: int = field(default=65536, metadata=_PROTOTYPES | {"help": "outputs of the head of class tokens"})
+    head_hidden_dim: int = field(default=2048, metadata=_WIDTH | {"help": "width of that head's layers"})
+    head_bottleneck_dim: int = field(default=256, metadata=_WIDTH | {"help": "width before its prototypes"})
+    shared_head: bool = field(default=False, metadata={"help": "patches go through the head of class tokens (iBOT)"})
+    patch_num_prototypes: int = field(default=65536, metadata=_PROTOTYPES | {"help": "outputs of the head of patches"})
+    patch_head_hidden_dim: int = field(default=2048, metadata=_WIDTH | {"help": "width of that head's layers"})
+    patch_head_bottleneck_dim: int = field(default=256, metadata=_WIDTH | {"help": "width before its prototypes"})
+    last_layer: str = field(
+        default="linear",
+        metadata={
+            "choices": ("linear", "weight_norm", "weight_norm_frozen"),
+            "help": "of both heads; weight_norm learns in short runs with few images, where linear stays at ln K",
+        },
+    )
+
+    # Targets
+    teacher_temp: float = field(
+        default=0.07, metadata={"range": (0.001, 10.0), "help": "softmax temperature of the teacher after its warm-up"}
+    )
+    teacher_temp_warmup: float = field(
+        default=0.3, metadata=_SHARE | {"help": "share of the steps in which it goes from start to end"}
+    )
+    patch_teacher_temp: float | None = field(
+        default=None,
+        metadata={
+            "range": (0.001, 10.0),
+            "help": "the same for patches, after the same warm-up; null: as class tokens",
+        },
+    )
+    teacher_momentum: float = field(
+        default=0.992, metadata=_SHARE | {"help": "share of the teacher kept per step at the start"}
+    )
+    teacher_momentum_end: float = field(
+        default=1.0, metadata=_SHARE | {"help": "and at the end, by half a cosine; as at the start: constant"}
+    )
+    targets: str = field(
+        default="sinkhorn",
+        metadata={"choices": ("sinkhorn", "softmax"), "help": "how the teacher's logits become targets"},
+    )
+    center_momentum: float = field(
+        default=0.9, metadata=_SHARE | {"help": "with softmax: share of the teacher's centers that is kept per step"}
+    )
+    patch_center: str = field(
+        default="masked", metadata={"choices": ("masked", "all"), "help": "with softmax: patches whose mean it is"}
+    )
+
+    # Masks
+    mask_share: float = field(default=0.5, metadata=_SHARE | {"help": "share of the global crops that is masked"})
+    mask_ratio: list[float] = field(
+        default_factory=lambda: [0.1, 0.5],
+        metadata={"range": (0.0, 0.9), "length": 2, "help": "least and greatest share of a masked crop's patches"},
+    )
+
+    # Weights of the losses
+    dino_weight: float = field(default=1.0, metadata=_WEIGHT | {"help": "of the loss of class tokens"})
+    local_weight: float = field(default=1.0, metadata=_WEIGHT | {"help": "of local crops within it"})
+    local_weight_start: float | None = field(
+        default=None, metadata=_WEIGHT | {"help": "the same at the start, see ramp_steps; null: no change"}
+    )
+    patch_weight: float = field(default=1.0, metadata=_WEIGHT | {"help": "of the loss of masked patches"})
+    koleo_weight: float = field(default=0.1, metadata=_WEIGHT | {"help": "of KoLeo, for each global crop"})
+    koleo_neighbors: int = field(default=1, metadata={"range": (1, 64), "help": "nearest rows that KoLeo averages"})
+    koleo_group: int | None = field(
+        default=None,
+        metadata={"range": (2, 2**20), "help": "images, of adjacent ranks, among which they are; null: a micro-batch"},
+    )
+    ramp_steps: int = field(
+        default=0, metadata=_STEPS | {"help": "steps in which weights with a start go to their end, by half a cosine"}
+    )
+
+    # Gram anchoring
+    gram_weight: float = field(default=0.0, metadata=_WEIGHT | {"help": "of Gram anchoring; 0: none"})
+    gram_weight_start: float | None = field(
+        default=None, metadata=_WEIGHT | {"help": "the same at the start, see ramp_steps; null: no change"}
+    )
+    gram_from: str = field(
+        default="checkpoint",
+        metadata={
+            "choices": ("checkpoint", "teacher", "live"),
+            "help": "the anchor: teacher_from, the teacher as it is at step gram_step, or the teacher of each step",
+        },
+    )
+    gram_step: int = field(default=0, metadata=_STEPS | {"help": "with gram_from=teacher: steps done when it is taken"})
+    gram_every: int | None = field(
+        default=None, metadata={"range": (1, 10**9), "help": "steps after which the anchor takes the teacher's weights"}
+    )
+    gram_first: int = field(default=0, metadata=_STEPS | {"help": "steps done before it does so for the first time"})
+    gram_most: int = field(default=3, metadata={"range": (1, 10**6), "help": "how many times it does so"})
+    gram_size: int | None = field(
+        default=None,
+        metadata={
+            "range": (1, 8192),
+            "help": "side in pixels of the anchor's crops, which are not distorted then; null: the global crops",
+        },
+    )
+    gram_level: str = field(
+        default="image", metadata={"choices": ("image", "batch"), "help": "compare patches of an image or of the batch"}
+    )
+    gram_tokens: str = field(
+        default="all",
+        metadata={"choices": ("all", "masked", "unmasked"), "help": "which patches; masked ones need gram_level=batch"},
+    )
+    gram_negatives: str = field(
+        default="keep",
+        metadata={"choices": ("keep", "remove", "remove_teacher"), "help": "negative similarities, or those set to 0"},
+    )
+    gram_normalize: bool = field(default=True, metadata={"help": "compare cosines, not products"})
+    gram_resize: str = field(
+        default="bicubic",
+        metadata={"choices": ("bicubic", "bilinear"), "help": "how the anchor's features come to the student's grid"},
+    )
+    gram_antialias: bool = field(default=False, metadata={"help": "with antialiasing"})
+
+    # The student while it trains
+    drop_path: float = field(
+        default=0.3, metadata={"range": (0.0, 0.9), "help": "share of the samples that each branch leaves out"}
+    )
+    rope_rescale: float | None = field(
+        default=None, metadata={"range": (1.0, 100.0), "help": "coordinates times up to this, or divided; per block"}
+    )
+    rope_jitter: float | None = field(
+        default=None, metadata={"range": (1.0, 100.0), "help": "the same, of each axis for itself"}
+    )
+    rope_shift: float | None = field(
+        default=None, metadata={"range": (0.0, 2.0), "help": "coordinates, which span 2, plus or minus up to this"}
+    )
+    local_norm: bool = field(
+        default=False, metadata={"help": "class tokens of local crops have a final norm of their own (7B)"}
+    )
+
+    # Its optimizer
+    patch_embed_lr: float = field(
+        default=0.2, metadata=_SHARE | {"help": "learning rate of the patch embedding, times"}
+    )

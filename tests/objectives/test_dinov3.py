@@ -1,0 +1,350 @@
+"""DINOv3 against numbers of the authors' code (tests/golden/dinov3.json), and what the numbers do not show."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backbones.registry import create_backbone
+from objectives import contract
+from objectives.base import Progress
+from objectives.dinov3.config import DINOv3Config
+from objectives.dinov3.gram import gram_loss, is_refreshed, on_grid
+from objectives.dinov3.objective import DINOv3
+from objectives.errors import ObjectiveError
+from objectives.parts import cross_view
+from objectives.parts.block_masks import BlockMasks
+from objectives.parts.centering import Center
+from objectives.parts.koleo import koleo
+from objectives.parts.sinkhorn import sinkhorn_knopp
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dinov3.json").read_text())
+VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2, "num_reg_tokens": 1, "init_values": 0.1}
+SMALL: dict[str, Any] = {
+    "num_prototypes": 48, "head_hidden_dim": 24, "head_bottleneck_dim": 8, "patch_num_prototypes": 40,
+    "patch_head_hidden_dim": 20, "patch_head_bottleneck_dim": 8, "num_local": 2, "local_size": 8,
+}  # fmt: skip
+LATE = Progress(step=900, total_steps=1000)
+
+
+def wave(shape: Sequence[int], a: float, c: float, scale: float, off: float = 0.0) -> Tensor:
+    """The golden values' inputs; the quadratic phase makes matrices full rank."""
+    i = np.arange(math.prod(shape), dtype=np.float64)
+    return torch.from_numpy((off + scale * np.sin(a * i + c * i * i)).astype(np.float32)).reshape(tuple(shape))
+
+
+def close(found: Tensor | float, wanted: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(
+        torch.as_tensor(found).detach().double(), torch.tensor(wanted, dtype=torch.float64), rtol=rtol, atol=atol
+    )
+
+
+def small(seed: int = 0, options: dict[str, Any] = VIT, image: int = 16, **config: Any) -> DINOv3:
+    torch.manual_seed(seed)
+    backbone = create_backbone("vit_small_patch16_dinov3_qkvb", image_size=image, patch_size=4, options=options)
+    return DINOv3(backbone, DINOv3Config(**SMALL | config))
+
+
+def images(num: int = 4, num_local: int = 2, seed: int = 0, **more: Tensor) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "global_1": torch.rand(num, 3, 16, 16, generator=generator),
+        "global_2": torch.rand(num, 3, 16, 16, generator=generator),
+        "local": torch.rand(num_local, num, 3, 8, 8, generator=generator),
+        "seed": torch.arange(num),
+        **more,
+    }
+
+
+# Losses against the golden values
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.04])
+def test_dino_loss__golden(temperature: float) -> None:
+    golden = GOLDEN["dino_loss"][f"temp_{temperature}"]
+    teacher = wave([6, 32], 0.7, 0.013, 1)
+    whole = wave([2, 3, 32], 1.1, 0.0171, 2).requires_grad_()
+    local = wave([8, 3, 32], 0.37, 0.0093, 2).requires_grad_()
+    targets = sinkhorn_knopp(teacher, temperature)
+    close(targets[0], golden["probs_row0"])
+    close(targets[5], golden["probs_row5"])
+    close(targets.square().sum(), golden["sum_squares"])
+
+    targets = targets.unflatten(0, (2, 3))
+    loss = cross_view.cross_view_loss(targets, whole / 0.1)
+    close(loss, golden["global_ignore_diagonal"]["loss"])
+    (gradient,) = torch.autograd.grad(loss, whole)
+    close(gradient.norm(), golden["global_ignore_diagonal"]["grad_norm"], rtol=1e-4)
+    close(gradient.flatten()[:4], golden["global_ignore_diagonal"]["grad_first4"])
+    loss = cross_view.soft_cross_entropy(targets.mean(0), local / 0.1).mean()
+    close(loss, golden["local"]["loss"])
+    (gradient,) = torch.autograd.grad(loss, local)
+    close(gradient.norm(), golden["local"]["grad_norm"], rtol=1e-4)
+    views = torch.cat([whole, local]) / 0.1
+    close(cross_view.cross_view_loss(targets, views), golden["v3_combined_weighting"])
+
+
+@pytest.mark.parametrize("num_iterations", [1, 3, 10])
+def test_sinkhorn__golden_after_some_iterations(num_iterations: int) -> None:
+    golden = GOLDEN["dino_loss"][f"sk_iters_{num_iterations}"]
+    targets = sinkhorn_knopp(wave([6, 32], 0.7, 0.013, 1), 0.07, num_iterations)
+    close(targets[0, :4], golden["row0_first4"])
+    close(targets.sum(0).std(), golden["col_sum_std"], rtol=1e-4)
+
+
+def test_sinkhorn__logits_that_overflow_without_logarithms() -> None:
+    golden = GOLDEN["sinkhorn_log_domain"]["overflow_case"]
+    targets = sinkhorn_knopp(wave([6, 32], 0.7, 0.013, 8), 0.04)
+    close(targets.sum(1), golden["row_sums"])
+    assert int(targets[0].argmax()) == golden["row0_argmax"]
+    close(targets[0].max(), golden["row0_max"], rtol=1e-4)
+
+
+def test_center__golden_sequence() -> None:
+    golden = GOLDEN["dino_loss"]["softmax_centering_temp_0.07"]
+    teacher, center = wave([6, 32], 0.7, 0.013, 1), Center(32, 0.9)
+    for call, observed in ((1, teacher), (2, 0.5 * teacher), (3, None)):
+        close(center.targets(teacher, 0.07)[0, :4], golden[f"call{call}_row0_first4"])
+        if observed is not None:
+            center.observe(observed, step=call)
+            center.update()
+    close(center.value[:4], golden["center_after_call3_first4"])
+
+
+def test_ibot_loss__golden() -> None:
+    golden = GOLDEN["ibot_loss"]
+    student = wave([13, 24], 0.91, 0.0073, 2).requires_grad_()
+    targets = sinkhorn_knopp(wave([13, 24], 0.53, 0.0117, 1), 0.07)
+    close(targets[0], golden["teacher_row0"])
+    close(targets[12], golden["teacher_row12"])
+    loss = cross_view.masked_patch_loss(targets, student / 0.1, torch.tensor(golden["masks_weight"]), num_crops=4)
+    close(loss, golden["loss"])
+    (gradient,) = torch.autograd.grad(loss, student)
+    close(gradient.norm(), golden["grad_norm"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("distributed_world1_topk1", {}),
+    ("distributed_world1_topk1", {"group_size": 6}),
+    ("distributed_world1_topk2", {"num_neighbors": 2}),
+])  # fmt: skip
+def test_koleo__golden(name: str, options: dict[str, int]) -> None:
+    golden = GOLDEN["koleo_loss"]
+    features = wave([6, 16], 0.61, 0.0191, 1).requires_grad_()
+    found = koleo(features, **options)
+    close(found.loss, golden[name]["loss"])
+    (gradient,) = torch.autograd.grad(found.loss, features)
+    close(gradient.norm(), golden[name]["grad_norm"], rtol=1e-4)
+    assert found.duplicates == 0
+
+
+def test_koleo__the_same_picture_twice_or_thrice_does_not_count() -> None:
+    features = wave([6, 16], 0.61, 0.0191, 1)
+    features[3] = features[5] = features[1]
+    features.requires_grad_()
+    found = koleo(features)
+    (gradient,) = torch.autograd.grad(found.loss, features)
+    assert found.duplicates == 0.5  # the authors' code has a gradient of a million here
+    assert gradient.isfinite().all() and gradient.norm() < 1
+
+
+def test_koleo__one_image_is_refused() -> None:
+    with pytest.raises(ObjectiveError, match=r"koleo_weight: 1 images have .*micro_batch_size"):
+        koleo(torch.ones(1, 8))
+    with pytest.raises(ObjectiveError, match="koleo_group=4: .* multiple of the 3 images"):
+        koleo(torch.ones(3, 8), group_size=4)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("level", ["image", "batch"])
+@pytest.mark.parametrize(("ours", "theirs"), [
+    ("keep", "none"), ("remove", "remove_neg"), ("remove_teacher", "remove_only_teacher_neg"),
+])  # fmt: skip
+def test_gram_loss__golden(normalize: bool, level: str, ours: str, theirs: str) -> None:
+    golden = GOLDEN["gram_loss"][f"norm={normalize},img_level={level == 'image'},neg={theirs}"]
+    student, teacher = wave([2, 9, 8], 0.83, 0.0157, 1).requires_grad_(), wave([2, 9, 8], 0.47, 0.0211, 1)
+    loss = gram_loss(student, teacher, normalize=normalize, level=level, negatives=ours)
+    close(loss, golden["loss"])
+    (gradient,) = torch.autograd.grad(loss, student)
+    close(gradient.norm(), golden["grad_norm"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_gram_loss__golden_with_an_anchor_of_higher_resolution(method: str, antialias: bool) -> None:
+    golden = GOLDEN["gram_loss"][f"hires_{method}_antialias={antialias}"]
+    student = wave([2, 9, 8], 0.83, 0.0157, 1).requires_grad_()
+    resized = on_grid(wave([2, 36, 8], 0.29, 0.0137, 1), (6, 6), (3, 3), method, antialias)
+    close(resized[0, 0, :4], golden["downsampled_token0_first4"])
+    close(resized.square().sum(), golden["downsampled_sum_squares"])
+    loss = gram_loss(student, resized)
+    close(loss, golden["loss"])
+    (gradient,) = torch.autograd.grad(loss, student)
+    close(gradient.norm(), golden["grad_norm"], rtol=1e-4)
+
+
+# A whole step against the golden values
+
+
+class FixedMasks(DINOv3):
+    """DINOv3 with the masks of the golden step."""
+
+    def _masks(self, seeds: Tensor, images: Tensor) -> BlockMasks:
+        is_masked = torch.zeros(4, 16, dtype=torch.bool)
+        is_masked[0, [0, 1, 2, 5]] = is_masked[3, 8:] = True
+        idx, others = is_masked.flatten().nonzero()[:, 0], (~is_masked).flatten().nonzero()[:, 0]
+        return BlockMasks(is_masked, idx, others, 1 / is_masked.sum(1)[idx // 16])
+
+
+def golden_step() -> tuple[FixedMasks, dict[str, Tensor]]:
+    backbone = create_backbone(
+        "vit_small_patch16_dinov3_qkvb",
+        image_size=16,
+        patch_size=4,
+        options=VIT | {"embed_dim": 32},
+        pixel_mean=[0.0] * 3,
+        pixel_std=[1.0] * 3,
+    )
+    config = DINOv3Config(**SMALL | {"drop_path": 0.0, "gram_weight": 1.0, "gram_size": 32, "teacher_temp_start": 0.07})
+    objective = FixedMasks(backbone, config)
+
+    def fill(own: dict[str, Tensor], offset: int) -> None:
+        for p, name, shape, off, scale in GOLDEN["end_to_end_step"]["parameter_table"]:
+            value = wave(shape, 0.31 + 0.1 * (p + offset), 0.0119 + 0.001 * (p + offset), scale, off)
+            name = name.replace("dino_head.", "head.").replace("ibot_head.", "patch_head.")
+            name = name.replace("last_layer.weight", "prototypes")
+            if name in own:
+                own.pop(name).data.copy_(value)
+        assert not own, f"not in the table: {own.keys()}"
+
+    def named(backbone: Any, *more: tuple[str, nn.Module]) -> dict[str, Tensor]:
+        found = dict(backbone.network.named_parameters())
+        return found | {f"{name}.{key}": value for name, part in more for key, value in part.named_parameters()}
+
+    heads = (("head", objective.head), ("patch_head", objective.patch_head))
+    fill(named(backbone, *heads) | {"mask_token": objective.mask_token}, 0)
+    teacher = objective.teacher
+    fill(named(teacher.backbone, ("head", teacher.head), ("patch_head", teacher.patch_head)), 100)
+    assert objective.anchor is not None
+    fill(named(objective.anchor.backbone), 200)
+    whole, local = wave([4, 3, 16, 16], 0.43, 0.00731, 1), wave([4, 3, 8, 8], 0.57, 0.00917, 1)
+    anchored = wave([4, 3, 32, 32], 0.21, 0.00311, 1)
+    batch = {
+        "global_1": whole[:2], "global_2": whole[2:], "local": local.unflatten(0, (2, 2)), "gram_1": anchored[:2],
+        "gram_2": anchored[2:], "seed": torch.arange(2),
+    }  # fmt: skip
+    return objective, batch
+
+
+def test_step__golden() -> None:
+    """The specification says that norms have an epsilon of 1e-6; the numbers are those of 1e-5, which timm's have."""
+    golden = GOLDEN["end_to_end_step"]
+    objective, batch = golden_step()
+    output = objective(batch, LATE)
+    terms = golden["terms"]
+    close(output.metrics["dino_global"], terms["dino_global_crops_loss"])
+    close(output.metrics["dino_local"], terms["dino_local_crops_loss"])
+    close(output.metrics["ibot"], terms["ibot_loss"])
+    close(output.metrics["koleo"], terms["koleo_loss"])
+    close(output.metrics["gram"], terms["gram_loss"])
+    close(output.metrics["gram_masked"], terms["stats_only/masked_gram_loss"])
+    close(output.metrics["gram_unmasked"], terms["stats_only/unmasked_gram_loss"])
+    close(output.loss, golden["total_loss"])
+
+    output.loss.backward()
+    squares: dict[str, float] = {}
+    for name, parameter in objective.named_parameters():
+        assert parameter.grad is not None, name
+        part = objective.part_of(name)
+        squares[part] = squares.get(part, 0.0) + float(parameter.grad.double().square().sum())
+    wanted = golden["grad_norm"]
+    close(squares["backbone"] ** 0.5, wanted["backbone"], rtol=1e-4)
+    close(squares["head"] ** 0.5, wanted["dino_head"], rtol=1e-4)
+    close(squares["patch_head"] ** 0.5, wanted["ibot_head"], rtol=1e-4)
+    own = dict(objective.named_parameters())
+    names = {
+        "storage_tokens": "reg_token", "blocks.0.ls1.gamma": "blocks.0.gamma_1",
+        "dino_head.last_layer.weight": "head.prototypes", "ibot_head.last_layer.weight": "patch_head.prototypes",
+    }  # fmt: skip
+    for name, norm in golden["param_grad_norms"].items():
+        name = names.get(name, name)
+        gradient = own[name if name in own else f"backbone.vit.{name}"].grad
+        assert gradient is not None
+        close(gradient.norm(), norm, rtol=1e-4)
+
+
+def test_teacher__golden_after_a_step() -> None:
+    """The moving average at m = 0.9, of parameters that have not moved."""
+    objective, _ = golden_step()
+    objective.config.teacher_momentum = objective.config.teacher_momentum_end = 0.9
+    objective.after_step(LATE, contract.read_weights)
+    close(
+        objective.teacher.backbone.network.cls_token[0, 0, :4],
+        GOLDEN["end_to_end_step"]["ema_after_m0.9_cls_token_first4"],
+    )
+
+
+def test_param_groups__golden_scales_of_a_vit_l() -> None:
+    golden = {
+        name: value for name, value in GOLDEN["param_groups_vit_large_decay0.9_patch0.2"].items() if ":" not in name
+    }
+    torch.manual_seed(0)
+    options = {"embed_dim": 16, "num_heads": 2, "num_reg_tokens": 1}  # 24 blocks, as deep as the real one
+    backbone = create_backbone("vit_large_patch16_dinov3_qkvb", image_size=16, patch_size=4, options=options)
+    objective = DINOv3(backbone, DINOv3Config(**SMALL | {"local_norm": True}))
+    groups = objective.param_groups(0.04, layer_decay=0.9)
+    found = {id(parameter): group for group in groups for parameter in group["params"]}
+    names = {
+        "storage_tokens": "reg_token", "local_cls_norm.weight": "local_norm.weight", "blocks.0.ls1.gamma": "blocks.0.gamma_1",
+        "blocks.0.attn.qkv.bias": "blocks.0.attn.q_bias",
+    }  # fmt: skip
+    own = dict(objective.named_parameters()) | dict(backbone.network.named_parameters())
+    for name in ("cls_token", "storage_tokens", "mask_token", "patch_embed.proj.weight", "patch_embed.proj.bias",
+                 "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias", "blocks.0.norm1.weight", "blocks.0.ls1.gamma",
+                 "blocks.11.mlp.fc1.weight", "blocks.23.mlp.fc2.weight", "norm.weight", "local_cls_norm.weight"):  # fmt: skip
+        rate, decay, _ = golden[name]
+        group = found[id(own[names.get(name, name)])]
+        close(group["lr_scale"], rate)
+        assert group["wd_scale"] == decay
+    assert {group["frozen_share"] for group in groups} == {0.0, objective.config.freeze_prototypes}
+    assert found[id(objective.head.prototypes)]["frozen_share"] > 0
+
+
+# What holds for every configuration
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "pretrain": {},
+    "gram": {"gram_weight": 2.0, "gram_weight_start": 0.0, "ramp_steps": 2, "gram_from": "teacher"},
+    "gram_large": {"gram_weight": 1.0, "gram_from": "teacher", "gram_size": 32},
+    "gram_live": {"gram_weight": 1.0, "gram_from": "live", "gram_normalize": False},
+    "gram_masked": {"gram_weight": 1.0, "gram_from": "teacher", "gram_level": "batch", "gram_tokens": "masked"},
+    "gram_unmasked": {"gram_weight": 1.0, "gram_from": "teacher", "gram_level": "batch", "gram_tokens": "unmasked"},
+    "highres_7b": {"local_norm": True, "local_weight": 0.5, "rope_rescale": 2.0, "rope_jitter": 1.2, "rope_shift": 0.1},
+    "dinov2": {"last_layer": "weight_norm", "drop_path": 0.4},
+    "ibot": {
+        "targets": "softmax", "shared_head": True, "patch_num_prototypes": 48, "patch_center": "all", "koleo_weight": 0.0,
+        "last_layer": "weight_norm_frozen", "patch_teacher_temp": 0.05,
+    },
+    "no_local": {"num_local": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_contract(name: str, check: Any) -> None:
+    objective = small(**CONFIGS[name])
+    batch = images()
+    if "gram_size" in CONFIGS[name]:
+        batch |= {"gram_1": torch.rand(4, 3, 32, 32), "gram_2": torch.rand(4, 3, 32, 32)}
+    if CONFIGS[name].get("num_local") == 0:
+        del batch["local"]
+    assert {view["name"] for view in objective.views()} == batch.keys() - {"seed"}
+    check(objective, batch)
