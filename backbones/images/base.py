@@ -44,6 +44,7 @@ class ImageEncoder(Encoder):
         grid: (rows, columns) of output tokens at `image_size`.
         embed_dim, in_chans: D and C.
         can_drop_patches, has_cls, has_plain_blocks: see the top of this file.
+        has_movable_positions: the coordinates of its rotary positions can be moved, see `packed_blocks.BlockDraw`.
         num_layers: how many layers `features` can read; 0 where it cannot.
         num_prefix_tokens: tokens before the patches in what `features` reads of a layer.
     """
@@ -52,6 +53,7 @@ class ImageEncoder(Encoder):
     Config = ImageConfig
     can_drop_patches: ClassVar[bool] = False
     has_plain_blocks: ClassVar[bool] = False
+    has_movable_positions: bool = False
     num_layers: int = 0
     num_prefix_tokens: int = 0
     pixel_mean: Tensor

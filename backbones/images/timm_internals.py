@@ -31,6 +31,7 @@ __all__ = [
     "embedded_patches",
     "enter_blocks",
     "final_norm",
+    "has_movable_positions",
     "is_plain_vit",
     "mlp_branch",
     "model_arguments",
@@ -172,25 +173,26 @@ def rotary_at(vit: Any, rotary: Tensor | None, depth: int) -> Tensor | None:
     return rotary[depth] if rotary is not None and vit.rope_mixed else rotary
 
 
+def has_movable_positions(vit: Any) -> bool:
+    """Whether `moved_rotation` can be had."""
+    from timm.layers import RotaryEmbeddingDinoV3
+
+    return isinstance(getattr(vit, "rope", None), RotaryEmbeddingDinoV3)
+
+
 def moved_rotation(vit: Any, grid: tuple[int, int], shift: Tensor, factor: Tensor) -> Tensor:
     """Rotary table of DINOv3's kind for patches at moved coordinates, (N, 2 d): all sines, then all cosines.
 
     Patch centers lie in [-1, 1] along the axes (row, column); they become (center + shift) * factor.
 
     Args:
-        vit: a plain ViT.
+        vit: one that `has_movable_positions`.
         grid: (rows, columns) of patches.
         shift, factor: (2,).
-
-    Raises:
-        BackboneError: its rotary positions are of another kind, or it has none.
     """
     import torch
-    from timm.layers import RotaryEmbeddingDinoV3
 
-    rope = getattr(vit, "rope", None)
-    if not isinstance(rope, RotaryEmbeddingDinoV3):
-        raise BackboneError("coordinates can be moved of rotary positions of DINOv3's kind only (rope_type='dinov3')")
+    rope = vit.rope
     whole = {"separate": grid, "min": (min(grid),) * 2, "max": (max(grid),) * 2}[rope.normalize_coords]
     axes = [
         (torch.arange(count, device=shift.device, dtype=torch.float32) + 0.5) / size * 2 - 1

@@ -75,6 +75,7 @@ class ViTBackbone(ImageEncoder):
         self.num_prefix_tokens = sizes.num_prefix
         self.num_layers = sizes.num_blocks
         self.has_cls = sizes.has_cls
+        self.has_movable_positions = timm_internals.has_movable_positions(vit)
         self._num_prefix_positions = sizes.num_prefix if sizes.positions_on_prefix else 0
         self.resample_positions_as(position_resampling)
 

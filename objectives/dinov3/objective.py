@@ -92,6 +92,7 @@ class DINOv3(ImageObjective):
             require_sizes(backbone, config.name, config.gram_size)
         self.config = config
         self.backbone.pack_blocks()
+        backbone.resample_positions_as("dino")  # absolute ones, as in iBOT and DINOv2; rotary ones need none
         _initialize(self.backbone.network)
         backbone.reset_tokens(_STD)
         self.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim))
@@ -428,6 +429,11 @@ def _require_sense(backbone: ImageEncoder, config: DINOv3Config) -> None:
         ),
         "objective.drop_path leaves out whole samples; leave out drop_path_rate among backbone.options": bool(
             backbone.spec["options"].get("drop_path_rate")
+        ),
+        "objective.rope_rescale, rope_jitter and rope_shift move rotary positions of DINOv3's kind; backbone "
+        f"{backbone.spec['name']!r} has none: use for example vit_small_patch16_dinov3, or null": (
+            (config.rope_rescale, config.rope_jitter, config.rope_shift) != (None, None, None)
+            and not backbone.has_movable_positions
         ),
         "objective.shared_head takes the settings of the head of class tokens; "
         "set patch_num_prototypes as num_prototypes": config.shared_head

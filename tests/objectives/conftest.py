@@ -50,7 +50,7 @@ class GoldenRecipe:
 
     def weight(self, prefix: str, name: str, shape: tuple[int, ...]) -> Tensor:
         last = name.rpartition(".")[2]
-        if last in {"cls_token", "mask_token", "pos_embed"}:
+        if last in {"cls_token", "mask_token", "masked_embed", "pos_embed"}:
             return self.fill(prefix + name, shape, 0.5)
         if last == "bias":
             return self.fill(prefix + name, shape, 0.1)

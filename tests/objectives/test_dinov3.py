@@ -194,14 +194,18 @@ def test_gram_loss__golden_with_an_anchor_of_higher_resolution(method: str, anti
 # A whole step against the golden values
 
 
+def masks_of(is_masked: Tensor) -> BlockMasks:
+    idx, others = is_masked.flatten().nonzero()[:, 0], (~is_masked).flatten().nonzero()[:, 0]
+    return BlockMasks(is_masked, idx, others, 1 / is_masked.sum(1)[idx // is_masked.shape[1]])
+
+
 class FixedMasks(DINOv3):
     """DINOv3 with the masks of the golden step."""
 
     def _masks(self, seeds: Tensor, images: Tensor) -> BlockMasks:
         is_masked = torch.zeros(4, 16, dtype=torch.bool)
         is_masked[0, [0, 1, 2, 5]] = is_masked[3, 8:] = True
-        idx, others = is_masked.flatten().nonzero()[:, 0], (~is_masked).flatten().nonzero()[:, 0]
-        return BlockMasks(is_masked, idx, others, 1 / is_masked.sum(1)[idx // 16])
+        return masks_of(is_masked)
 
 
 def golden_step() -> tuple[FixedMasks, dict[str, Tensor]]:
@@ -316,6 +320,75 @@ def test_param_groups__golden_scales_of_a_vit_l() -> None:
         assert group["wd_scale"] == decay
     assert {group["frozen_share"] for group in groups} == {0.0, objective.config.freeze_prototypes}
     assert found[id(objective.head.prototypes)]["frozen_share"] > 0
+
+
+# iBOT, a configuration
+
+
+class IBOTMasks(DINOv3):
+    """DINOv3 with the masks of iBOT's golden step: (view, image, row, column, height, width)."""
+
+    def _masks(self, seeds: Tensor, images: Tensor) -> BlockMasks:
+        maps = torch.zeros(2, 2, 8, 8, dtype=torch.bool)
+        for view, image, row, column, height, width in (
+            (0, 0, 1, 2, 3, 4), (0, 0, 5, 0, 2, 2), (1, 0, 0, 0, 2, 3), (1, 1, 3, 3, 4, 4)
+        ):  # fmt: skip
+            maps[view, image, row : row + height, column : column + width] = True
+        return masks_of(maps.view(4, 64))
+
+
+def test_ibot__golden(golden_recipe: Any) -> None:
+    """Two calls with a move of the centers between them, and the gradient of the first."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "ibot.json").read_text())["ibot"]
+    backbone = create_backbone(
+        "vit_tiny_patch16_224", image_size=32, patch_size=4, options={"embed_dim": 64, "depth": 2, "num_heads": 4},
+        pixel_mean=[0] * 3, pixel_std=[1] * 3,
+    )  # fmt: skip
+    config = DINOv3Config(
+        num_prototypes=128, head_hidden_dim=96, head_bottleneck_dim=32, shared_head=True, patch_num_prototypes=128,
+        last_layer="weight_norm_frozen", num_local=2, local_size=16, targets="softmax", patch_center="all",
+        teacher_temp=0.04, teacher_temp_start=0.04, patch_teacher_temp=0.07, koleo_weight=0.0, drop_path=0.0,
+    )  # fmt: skip
+    objective = IBOTMasks(backbone, config)
+    teacher = objective.teacher
+    with torch.no_grad():
+        for side, parts in (
+            ("student", {"backbone": backbone.network, "head": objective.head}),
+            ("teacher", {"backbone": teacher.backbone.network, "head": teacher.head}),
+        ):
+            for part, module in parts.items():
+                for name, parameter in module.named_parameters():
+                    name = name.replace("prototypes", "last_layer.weight_v")
+                    parameter.copy_(golden_recipe.weight(f"ibot.{side}.{part}.", name, tuple(parameter.shape)))
+        objective.mask_token.copy_(golden_recipe.weight("ibot.student.backbone.", "masked_embed", (1, 64)))
+    objective.double()
+    teacher.modules.double()
+    batch = {
+        name: golden_recipe.image(2, 3, 32, 32, tag).double() for name, tag in (("global_1", 0.3), ("global_2", 1.1))
+    }
+    batch["local"] = torch.stack([golden_recipe.image(2, 3, 16, 16, tag).double() for tag in (2.0, 2.6)])
+    batch["seed"] = torch.arange(2)
+
+    output = objective(batch, LATE)
+    call = golden["call1"]
+    close(output.metrics["cls_loss"], call["cls"], rtol=1e-9)
+    close(output.metrics["ibot"], call["patch"], rtol=1e-9)
+    close(output.loss, call["loss"], rtol=1e-9)
+    output.loss.backward()
+    squares = [parameter.grad.square().sum() for parameter in objective.parameters() if parameter.grad is not None]
+    close(torch.stack(squares).sum().sqrt(), golden["grad_norm"], rtol=1e-8)
+    assert objective.mask_token.grad is not None
+    close(objective.mask_token.grad.norm(), golden["grad_norm_per_param"]["backbone.masked_embed"], rtol=1e-8)
+
+    objective.center.update()
+    objective.patch_center.update()
+    after = golden["centre_after"]
+    close(objective.center.value.norm(), after["cls_l2"], rtol=1e-9)
+    close(objective.patch_center.value.norm(), after["patch_l2"], rtol=1e-9)
+    output, call = objective(batch, LATE), golden["call2"]
+    close(output.metrics["cls_loss"], call["cls"], rtol=1e-9)
+    close(output.metrics["ibot"], call["patch"], rtol=1e-9)
+    close(output.loss, call["loss"], rtol=1e-9)
 
 
 # What holds for every configuration
