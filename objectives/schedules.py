@@ -19,7 +19,7 @@ def half_cosine(start: float, end: float, share: float) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A line from 0 to `start` in the first `warmup_steps`, then half a cosine to `end` at step `num_steps`.
+    """From 0 to `start` in the first `warmup_steps`, then half a cosine to `end` at step `num_steps`.
 
     The last step of a run is number `num_steps - 1`, so that it does not quite reach `end`.
 
@@ -27,13 +27,17 @@ class Schedule:
         start: the value after the warm-up, and of step 0 when there is none.
         end: the value that a step `num_steps` would have; equal to `start` for a constant.
         num_steps: steps of the whole run.
-        warmup_steps: steps below `start`; 0: none.
+        warmup_steps: steps of the warm-up; 0: none.
+        warmup: its shape. "linear" has `start` in the step after it; "inclusive" is a line, too, and has `start` in its
+            last step, as in DINO and DINOv2; "cosine" is half a cosine with `start` in its last step (DINOv3 at high
+            resolution).
     """
 
     start: float
     end: float
     num_steps: int
     warmup_steps: int = 0
+    warmup: str = "linear"
 
     @classmethod
     def constant(cls, value: float) -> Schedule:
@@ -43,7 +47,8 @@ class Schedule:
     def at(self, step: int) -> float:
         """The value of step `step`, counted from 0."""
         if step < self.warmup_steps:
-            return self.start * step / self.warmup_steps
+            share = step / max(1, self.warmup_steps - (self.warmup != "linear"))
+            return half_cosine(0.0, self.start, share) if self.warmup == "cosine" else self.start * share
         if self.start == self.end:
             return self.start
         return half_cosine(

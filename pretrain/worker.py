@@ -175,7 +175,7 @@ def train_stage(
     torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
     objective = build_objective(recipe)
     initialized = state.begin_with(objective, start, stage) if start.how == "init_from" else None
-    taken = take_over(objective, handed) if start.how == "stage" else None
+    taken = take_over(objective, handed, stage.init_with) if start.how == "stage" else None
     state.fill_companions(objective, plan, index, run.path)
     engine = Engine(objective, recipe, device)
     torch.manual_seed(recipe.train.seed + 1 + rank)  # stochastic depth and the like differ between ranks

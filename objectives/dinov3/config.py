@@ -58,6 +58,9 @@ class DINOv3Config(DistillationConfig, MultiCropConfig):
     teacher_temp_warmup: float = field(
         default=0.3, metadata=_SHARE | {"help": "share of the steps in which it goes from start to end"}
     )
+    teacher_temp_inclusive: bool = field(
+        default=True, metadata={"help": "the last step of its warm-up has the end, not the step after it"}
+    )
     patch_teacher_temp: float | None = field(
         default=None,
         metadata={

@@ -235,9 +235,13 @@ class DINOv3(ImageObjective):
         if config.targets == "softmax":
             self.center.update()
             self.patch_center.update()
-        share = progress.step / progress.total_steps
-        self.teacher.update(half_cosine(config.teacher_momentum, config.teacher_momentum_end, share), read)
+        self.teacher.update(self._momentum(progress), read)
         self._move_anchor(progress.step + 1)
+
+    def _momentum(self, progress: Progress) -> float:
+        """Share of the teacher that a step keeps."""
+        start, end = self.config.teacher_momentum, self.config.teacher_momentum_end
+        return start if start == end else half_cosine(start, end, progress.step / progress.total_steps)
 
     def _masks(self, seeds: Tensor, images: Tensor) -> BlockMasks:
         """Of the global crops, one view after the other."""
@@ -256,7 +260,7 @@ class DINOv3(ImageObjective):
             needs_all = config.targets == "softmax" and config.patch_center == "all"
             patch_logits = self._patch_head(teacher)(patches if needs_all else patches[masks.idx])
         at_masks = patch_logits[masks.idx] if needs_all else patch_logits  # (M, K')
-        temperature = teacher_schedules.teacher_temperature(config, progress)
+        temperature = teacher_schedules.teacher_temperature(config, progress, inclusive=config.teacher_temp_inclusive)
         patch_temperature = temperature
         if config.patch_teacher_temp is not None:
             patch_temperature *= config.patch_teacher_temp / config.teacher_temp

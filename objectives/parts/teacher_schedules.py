@@ -12,13 +12,14 @@ from objectives.teacher import cosine_momentum
 __all__ = ["freezes_prototypes", "teacher_momentum", "teacher_temperature"]
 
 
-def teacher_temperature(config: DistillationConfig, progress: Progress) -> float:
+def teacher_temperature(config: DistillationConfig, progress: Progress, *, inclusive: bool = False) -> float:
     """Linear from `teacher_temp_start` to `teacher_temp` over the first share `teacher_temp_warmup` of the run.
 
-    The authors' code goes in steps of an epoch.
+    The code of DINO's authors goes in steps of an epoch. With `inclusive` the last step of the warm-up has the end, not
+    the step after it.
     """
-    warmup_steps = config.teacher_temp_warmup * progress.total_steps
-    share = min(1.0, progress.step / warmup_steps) if warmup_steps else 1.0
+    warmup_steps = config.teacher_temp_warmup * progress.total_steps - inclusive
+    share = min(1.0, progress.step / warmup_steps) if warmup_steps > 0 else 1.0
     return config.teacher_temp_start + share * (config.teacher_temp - config.teacher_temp_start)
 
 

@@ -35,8 +35,15 @@ from pretrain.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
-from pretrain.config.stage_list import given, is_about_stages, moments_that_do_not_fit, read_stages, said_once
-from pretrain.config.stages import Plan, in_order
+from pretrain.config.stage_list import (
+    given,
+    is_about_stages,
+    moments_that_do_not_fit,
+    read_stages,
+    said_once,
+    teachers_without_checkpoint,
+)
+from pretrain.config.stages import Plan, in_order, stage_and_step
 from pretrain.config.values import Typed, first_line, parse_yaml, typed
 from pretrain.errors import RequestError, nearest
 
@@ -215,8 +222,9 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
     for index, stage in enumerate(stages):
         mistakes = Mistakes()
         for key in ("init_from", "teacher_from"):
-            source = stage.keys.get(key)
-            if source is not None and source not in [name for name, _, _ in named]:
+            source, names = stage.keys.get(key), [name for name, _, _ in named]
+            is_stage = stage_and_step(source, names)[0] is not None if key == "teacher_from" else source in names
+            if source is not None and not is_stage:
                 stage.pairs.append((key, source))  # a reference, of which the recipe takes care
         layers = [(content, origin), (stage.settings, f"{origin}, stage {stage.name}")]
         recipe = resolved(layers, [*common, *stage.pairs], mistakes, how_to_set, check_files=check_files)
@@ -231,7 +239,7 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
     if of_list or any(lines):
         raise RequestError(*of_list, *said_once(lines, [stage.name for stage in stages]))
     plan = in_order(named)
-    if problems := list(moments_that_do_not_fit(plan)):
+    if problems := [*moments_that_do_not_fit(plan), *teachers_without_checkpoint(plan)]:
         raise RequestError(*problems)
     return plan
 

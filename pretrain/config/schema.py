@@ -8,6 +8,7 @@ A recipe file and the command line may set exactly these keys. `pretrain.config.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,15 +131,25 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Linear warm-up and half-cosine decay per step. Exactly one of lr and base_lr is set."""
+    """Warm-up and half-cosine decay per step. Exactly one of lr and base_lr is set."""
 
     name: str = setting("the optimizer; lamb, lars and muon work with train.zero_stage=0 only", "adamw", choices=NAMES)
     lr: float | None = setting("peak learning rate", None, range=(0.0, None))
     base_lr: float | None = setting(
         "peak learning rate per 256 samples: lr = base_lr x global_batch_size / 256 (MAE)", None, range=(0.0, None)
     )
-    min_lr: float = setting("learning rate at the last step", 0.0, range=(0.0, None))
-    warmup_steps: int = setting("steps of linear warm-up from 0", 0, range=(0, None))
+    base_lr_rule: str = setting(
+        "what base_lr is multiplied by; sqrt: the root of global_batch_size / 1024 (DINOv2)",
+        "linear",
+        choices=("linear", "sqrt"),
+    )
+    min_lr: float = setting("learning rate at the last step; the peak: constant", 0.0, range=(0.0, None))
+    warmup_steps: int = setting("steps of warm-up from 0", 0, range=(0, None))
+    warmup: str = setting(
+        "its shape; linear reaches the peak in the step after it, inclusive and cosine in its last step",
+        "linear",
+        choices=("linear", "inclusive", "cosine"),
+    )
     warmup_epochs: float | None = setting(
         "passes over the data of linear warm-up, instead of warmup_steps", None, range=(0.0, 1e6)
     )
@@ -279,4 +290,6 @@ class Recipe:
         if self.optimizer.lr is not None:
             return self.optimizer.lr
         assert self.optimizer.base_lr is not None
-        return self.optimizer.base_lr * self.train.global_batch_size / 256
+        batch = self.train.global_batch_size
+        factor = math.sqrt(batch / 1024) if self.optimizer.base_lr_rule == "sqrt" else batch / 256
+        return self.optimizer.base_lr * factor

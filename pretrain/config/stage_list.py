@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
-from pretrain.config.stages import FIXED, STAGE_KEYS, Plan
+from pretrain.config.stages import FIXED, INIT_WITH, STAGE_KEYS, Plan
 from pretrain.config.values import Typed
 from pretrain.errors import nearest
 
-__all__ = ["WrittenStage", "given", "is_about_stages", "moments_that_do_not_fit", "read_stages", "said_once"]
+__all__ = [
+    "WrittenStage",
+    "given",
+    "is_about_stages",
+    "moments_that_do_not_fit",
+    "read_stages",
+    "said_once",
+    "teachers_without_checkpoint",
+]
 
 
 class WrittenStage(NamedTuple):
@@ -106,6 +114,11 @@ def _check_stage(
     if reset is False and source not in (None, *earlier[-1:]):
         problem = "moments are carried over from the stage before only; leave init_from out, or reset the optimizer"
         wrong("init_from", source, problem)
+    how = stage.keys.get("init_with", "student")
+    if how not in INIT_WITH:
+        wrong("init_with", how, "expected student or teacher")
+    elif how == "teacher" and not (index and source in (None, *earlier[-1:])):
+        wrong("init_with", how, "the stage before is the one whose teacher is at hand; leave init_from and this out")
     for key in given(stage):
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
             said_by = COMMAND_LINE if key in typed_keys else origin
@@ -158,3 +171,18 @@ def moments_that_do_not_fit(plan: Plan) -> Iterator[str]:
                         f"stages[{index}].{section}.{name}={shown(now)}: was {shown(was)} in the stage before, whose "
                         "optimizer this one keeps; leave it, or set reset_optimizer: true"
                     )
+
+
+def teachers_without_checkpoint(plan: Plan) -> Iterator[str]:
+    """Stages whose frozen teacher is of a step that no checkpoint is made of."""
+    for index, stage in enumerate(plan.stages):
+        if stage.teacher_from is None or stage.teacher_step is None:
+            continue
+        source = plan.stages[stage.teacher_from]
+        every, step = source.recipe.train.checkpoint_every, stage.teacher_step - source.first_step
+        if step != source.recipe.train.steps and not (0 < step < source.recipe.train.steps and step % every == 0):
+            yield (
+                f"stages[{index}].teacher_from={source.name}/{stage.teacher_step}: no checkpoint of that step; stage "
+                f"{source.name} has those of steps {source.first_step + every}, {source.first_step + 2 * every}, .. "
+                f"{source.last_step}"
+            )

@@ -8,12 +8,14 @@ Everything outside `stages:` holds for all of them. A stage overrides settings o
 is done, on how many workers, and how it is recorded is one decision for the whole run. The command line comes last, as
 always: `train.steps=20` sets every stage, `stages[1].train.steps=20` one.
 
-Each stage has a sample order of its own, by a seed that is `train.seed` plus its number unless it says otherwise. Three
+Each stage has a sample order of its own, by a seed that is `train.seed` plus its number unless it says otherwise. Four
 keys say how a stage begins:
 
     init_from         where its weights come from: an earlier stage's name, or whatever `init_from` of a recipe takes.
                       Left out, the stage before; the first stage has what the recipe says.
-    teacher_from      where frozen teachers come from, in the same words.
+    init_with         after a stage with a teacher: student (the default) or teacher, whose weights the student has.
+    teacher_from      where frozen teachers come from, in the words of init_from; also STAGE/STEP, the checkpoint of a
+                      step of the run within an earlier stage.
     reset_optimizer   true (the default) begins with new moments; false carries them over, which needs a stage before
                       with the same parameters.
 
@@ -31,9 +33,10 @@ from omegaconf import OmegaConf
 from data_pipelines.storage.locations import redacted
 from pretrain.config.schema import Recipe
 
-__all__ = ["FIXED", "STAGE_KEYS", "Plan", "Stage", "in_order", "plan_yaml"]
+__all__ = ["FIXED", "INIT_WITH", "STAGE_KEYS", "Plan", "Stage", "in_order", "plan_yaml", "stage_and_step"]
 
-STAGE_KEYS = ("name", "init_from", "teacher_from", "reset_optimizer")
+STAGE_KEYS = ("name", "init_from", "init_with", "teacher_from", "reset_optimizer")
+INIT_WITH = ("student", "teacher")
 # Decided once for a run: who it is, where it runs, and how it is evaluated.
 FIXED = (
     "name",
@@ -63,7 +66,9 @@ class Stage:
         recipe: Resolved as if it were a recipe of its own; `train.steps` and all schedules count its own steps.
         first_step, first_sample: Steps of the run that are done when it begins, and samples that were seen in them.
         init_from: Index of the earlier stage that its weights come from; None: as `recipe.init_from` says.
-        teacher_from: The same of frozen teachers; None: as `recipe.teacher_from` says.
+        init_with: Whether the student of this stage begins as the student or as the teacher of the stage before.
+        teacher_from: Index of the earlier stage that frozen teachers come from; None: as `recipe.teacher_from` says.
+        teacher_step: Of the run, whose checkpoint that is; None: the stage's last.
         reset_optimizer: Whether it begins with new optimizer moments.
     """
 
@@ -72,7 +77,9 @@ class Stage:
     first_step: int = 0
     first_sample: int = 0
     init_from: int | None = None
+    init_with: str = "student"
     teacher_from: int | None = None
+    teacher_step: int | None = None
     reset_optimizer: bool = True
 
     @property
@@ -126,8 +133,9 @@ def in_order(named: Sequence[tuple[str, Recipe, Mapping[str, Any]]]) -> Plan:
     """
     stages: list[Stage] = []
     for index, (name, recipe, keys) in enumerate(named):
-        source, teacher = keys.get("init_from"), keys.get("teacher_from")
+        source = keys.get("init_from")
         earlier = [stage.name for stage in stages]
+        teacher, teacher_step = stage_and_step(keys.get("teacher_from"), earlier)
         stages.append(
             Stage(
                 name,
@@ -135,11 +143,21 @@ def in_order(named: Sequence[tuple[str, Recipe, Mapping[str, Any]]]) -> Plan:
                 first_step=stages[-1].last_step if stages else 0,
                 first_sample=stages[-1].samples_seen(stages[-1].last_step) if stages else 0,
                 init_from=earlier.index(source) if source in earlier else index - 1 if stages and not source else None,
-                teacher_from=earlier.index(teacher) if teacher in earlier else None,
+                init_with=keys.get("init_with", "student"),
+                teacher_from=teacher,
+                teacher_step=teacher_step,
                 reset_optimizer=keys.get("reset_optimizer", True),
             )
         )
     return Plan(tuple(stages))
+
+
+def stage_and_step(source: str | None, names: Sequence[str]) -> tuple[int | None, int | None]:
+    """The stage that `teacher_from` names, by its index in `names`, and the step of the run if it names one, too."""
+    name, _, step = (source or "").partition("/")
+    if name not in names or (step and not step.isdecimal()):
+        return None, None
+    return names.index(name), int(step) if step else None
 
 
 def plan_yaml(plan: Plan) -> str:
@@ -163,7 +181,10 @@ def plan_yaml(plan: Plan) -> str:
         if stage.init_from is not None:
             keys["init_from"] = plan.stages[stage.init_from].name
         if stage.teacher_from is not None:
-            keys["teacher_from"] = plan.stages[stage.teacher_from].name
+            name = plan.stages[stage.teacher_from].name
+            keys["teacher_from"] = name if stage.teacher_step is None else f"{name}/{stage.teacher_step}"
+        if stage.init_with != "student":
+            keys["init_with"] = stage.init_with
         stages.append(_difference(shared, content) | keys)
     last = {"storage": shared.pop("storage")}
     return OmegaConf.to_yaml(OmegaConf.create(shared | {"stages": stages} | last))

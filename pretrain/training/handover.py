@@ -64,12 +64,19 @@ def weights_of(engine: Engine) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def take_over(objective: Objective, weights: Mapping[str, Tensor]) -> Handover:
+def take_over(objective: Objective, weights: Mapping[str, Tensor], init_with: str = "student") -> Handover:
     """Copy weights of the stage before into the objective of the next one, before an engine shards it.
 
-    Fixed positions of another grid keep their own values, which are exact. A companion that begins as a copy of the
-    student and has no weights among these is such a copy again, of the student that is now.
+    Fixed positions of another grid keep their own values, which are exact. A teacher that has no weights among these
+    becomes a copy again, of the student that is now; a frozen companion that has none is filled by other means.
+
+    Args:
+        objective: Of the next stage.
+        weights: As `weights_of` gives them.
+        init_with: "teacher" gives the student what the teacher has, which is all but what no teacher sees.
     """
+    if init_with == "teacher":
+        weights = {**weights, **{name.removeprefix("teacher."): weights[name] for name in weights if _is_taught(name)}}
     trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
     own = _by_plain_name(objective)
     weights = {name.removeprefix("buffer."): tensor for name, tensor in weights.items()}
@@ -89,9 +96,13 @@ def take_over(objective: Objective, weights: Mapping[str, Tensor]) -> Handover:
     copied = set()
     for name, companion in companions.items():
         mine = {key for key in own if key.startswith(f"{name}.")}
-        if isinstance(companion, Teacher) and mine.isdisjoint(loaded | resampled):
+        if not mine.isdisjoint(loaded | resampled):
+            continue
+        if isinstance(companion, Teacher):
             companion.copy_from(lambda parameters: [parameter.detach() for parameter in parameters])
             copied |= mine
+        elif companion.moves == "frozen":
+            own = {key: tensor for key, tensor in own.items() if key not in mine}
     loaded |= copied
     return Handover(
         loaded=tuple(sorted(loaded)),
@@ -99,6 +110,10 @@ def take_over(objective: Objective, weights: Mapping[str, Tensor]) -> Handover:
         fresh=tuple(sorted(own.keys() - loaded - resampled)),
         unused=tuple(sorted(weights.keys() - own.keys())),
     )
+
+
+def _is_taught(name: str) -> bool:
+    return name.startswith("teacher.")
 
 
 def _by_plain_name(objective: Objective) -> dict[str, Tensor]:

@@ -381,7 +381,8 @@ def fill_companions(objective: Objective, plan: Plan, index: int, run_dir: Path)
     wanting = [companion for companion in objective.companions().values() if companion.filled == "checkpoint"]
     reference = stage.recipe.teacher_from
     if stage.teacher_from is not None:
-        reference = _last_checkpoint(run_dir, plan.stages[stage.teacher_from]).location
+        step = stage.teacher_step or plan.stages[stage.teacher_from].last_step
+        reference = _checkpoint_at(run_dir, step).location
     name = stage.recipe.objective.name
     if reference is None:
         if any(companion.source is None for companion in wanting):

@@ -72,7 +72,7 @@ def test_streams__a_branch_that_is_left_out_is_scaled_in_the_others(name: str) -
         scale = torch.zeros(4, 1, 1).index_fill(0, chosen, 4 / len(chosen))
         return branch * scale
 
-    tokens, grid, rotary = backbone._embed(crops[0], None)
+    tokens, _, rotary = backbone._embed(crops[0], None)
     for depth, block in enumerate(backbone.vit.blocks):
         table, shape = timm_internals.rotary_at(backbone.vit, rotary, depth), tokens.shape
         branch = timm_internals.attention_branch(block, tokens.flatten(0, 1), [shape], [table]).view(shape)
@@ -126,7 +126,7 @@ def test_pack_blocks__refuses_blocks_that_it_does_not_know() -> None:
         "vit_tiny_patch16_224", image_size=16, patch_size=4, options=SMALL | {"block_fn": ParallelThingsBlock}
     )
     assert isinstance(backbone, ViTBackbone)
-    with pytest.raises(BackboneError, match="ParallelThingsBlock .* plain pre-norm ViT"):
+    with pytest.raises(BackboneError, match=r"ParallelThingsBlock .* plain pre-norm ViT"):
         backbone.pack_blocks()
 
 

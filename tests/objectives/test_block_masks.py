@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_counts__those_of_the_authors_code(side: int, num_crops: int) -> None:
 def test_blocks__are_spread_as_those_of_the_authors_code(name: str) -> None:
     """Numbers of 2000 draws: how many reach their count before they are filled up, and how compact they are."""
     golden = GOLDEN[name]
-    side, count = (int(part.strip("gridtarget")) for part in name.split("_"))
+    side, count = map(int, re.findall(r"\d+", name))
     drawn = seeds(NUM_DRAWS)
     blocks = _blocks(drawn, (side, side), [count] * NUM_DRAWS)
     hits = (blocks.sum(1) == count).double().mean().item()

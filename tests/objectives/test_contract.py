@@ -40,7 +40,8 @@ SMALL: dict[str, dict[str, Any]] = {
 # Without what depends on which images a rank has: stochastic depth, how many patches of which crop are masked, KoLeo.
 SMALL["dinov3"] = SMALL["dino"] | {
     "patch_num_prototypes": 32, "patch_head_hidden_dim": 64, "patch_head_bottleneck_dim": 32, "mask_share": 1.0,
-    "mask_ratio": [0.3, 0.3], "drop_path": 0.0, "koleo_weight": 0.0, "gram_weight": 1.0, "gram_from": "teacher", "last_layer": "weight_norm",
+    "mask_ratio": [0.3, 0.3], "drop_path": 0.0, "koleo_weight": 0.0, "gram_weight": 1.0, "gram_from": "teacher",
+    "last_layer": "weight_norm",
 }  # fmt: skip
 SMALL["selfpatch"] = SMALL["dino"] | {"num_patch_prototypes": 32}
 OBJECTIVES = list(registry.built_in_names())

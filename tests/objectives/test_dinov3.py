@@ -20,11 +20,12 @@ from objectives.dinov3.config import DINOv3Config
 from objectives.dinov3.gram import gram_loss, is_refreshed, on_grid
 from objectives.dinov3.objective import DINOv3
 from objectives.errors import ObjectiveError
-from objectives.parts import cross_view
+from objectives.parts import cross_view, teacher_schedules
 from objectives.parts.block_masks import BlockMasks
 from objectives.parts.centering import Center
 from objectives.parts.koleo import koleo
 from objectives.parts.sinkhorn import sinkhorn_knopp
+from objectives.schedules import Schedule
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dinov3.json").read_text())
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2, "num_reg_tokens": 1, "init_values": 0.1}
@@ -159,7 +160,7 @@ def test_koleo__the_same_picture_twice_or_thrice_does_not_count() -> None:
 def test_koleo__one_image_is_refused() -> None:
     with pytest.raises(ObjectiveError, match=r"koleo_weight: 1 images have .*micro_batch_size"):
         koleo(torch.ones(1, 8))
-    with pytest.raises(ObjectiveError, match="koleo_group=4: .* multiple of the 3 images"):
+    with pytest.raises(ObjectiveError, match=r"koleo_group=4: .* multiple of the 3 images"):
         koleo(torch.ones(3, 8), group_size=4)
 
 
@@ -297,9 +298,7 @@ def test_teacher__golden_after_a_step() -> None:
 
 
 def test_param_groups__golden_scales_of_a_vit_l() -> None:
-    golden = {
-        name: value for name, value in GOLDEN["param_groups_vit_large_decay0.9_patch0.2"].items() if ":" not in name
-    }
+    golden = GOLDEN["param_groups_vit_large_decay0.9_patch0.2"]
     torch.manual_seed(0)
     options = {"embed_dim": 16, "num_heads": 2, "num_reg_tokens": 1}  # 24 blocks, as deep as the real one
     backbone = create_backbone("vit_large_patch16_dinov3_qkvb", image_size=16, patch_size=4, options=options)
@@ -307,19 +306,88 @@ def test_param_groups__golden_scales_of_a_vit_l() -> None:
     groups = objective.param_groups(0.04, layer_decay=0.9)
     found = {id(parameter): group for group in groups for parameter in group["params"]}
     names = {
-        "storage_tokens": "reg_token", "local_cls_norm.weight": "local_norm.weight", "blocks.0.ls1.gamma": "blocks.0.gamma_1",
+        "storage_tokens": "reg_token",
+        "local_cls_norm.weight": "local_norm.weight",
+        "blocks.0.ls1.gamma": "blocks.0.gamma_1",
         "blocks.0.attn.qkv.bias": "blocks.0.attn.q_bias",
-    }  # fmt: skip
+    }
     own = dict(objective.named_parameters()) | dict(backbone.network.named_parameters())
-    for name in ("cls_token", "storage_tokens", "mask_token", "patch_embed.proj.weight", "patch_embed.proj.bias",
-                 "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias", "blocks.0.norm1.weight", "blocks.0.ls1.gamma",
-                 "blocks.11.mlp.fc1.weight", "blocks.23.mlp.fc2.weight", "norm.weight", "local_cls_norm.weight"):  # fmt: skip
+    of_backbone = [name for name in golden if ":" not in name and name not in ("columns", "fused_group_count")]
+    assert len(of_backbone) == 13
+    for name in of_backbone:
         rate, decay, _ = golden[name]
         group = found[id(own[names.get(name, name)])]
         close(group["lr_scale"], rate)
         assert group["wd_scale"] == decay
     assert {group["frozen_share"] for group in groups} == {0.0, objective.config.freeze_prototypes}
     assert found[id(objective.head.prototypes)]["frozen_share"] > 0
+
+
+# Schedules against the golden values
+
+SCHEDULES = GOLDEN["schedules"]
+IN1K, SEVEN_B = 125_000, 1_000_000
+
+
+def values(name: str) -> dict[int, float]:
+    (found,) = (block for key, block in SCHEDULES.items() if key.startswith(name))
+    return {int(step): value for step, value in found.items() if step.isdigit()}
+
+
+@pytest.mark.parametrize(("name", "schedule"), [
+    ("vitl_im1k_lr", Schedule(1e-3 * 4 * 2**0.5, 1e-6, IN1K, 12_500, "inclusive")),
+    ("vitl_im1k_wd", Schedule(0.04, 0.4, IN1K)),
+    ("vit7b_pretrain_lr", Schedule(4e-4, 4e-4, SEVEN_B, 100_000)),
+    ("vit7b_highres_lr", Schedule(7.071067811865475e-05, 7.071067811865475e-05, 30_000, 10_000, "cosine")),
+])  # fmt: skip
+def test_schedules__golden_rates(name: str, schedule: Schedule) -> None:
+    assert {step: schedule.at(step) for step in values(name)} == pytest.approx(values(name), rel=1e-11, abs=1e-18)
+
+
+def test_schedules__golden_temperatures_and_momentum() -> None:
+    def temperatures(total: int, **config: Any) -> dict[int, float]:
+        settings = DINOv3Config(**config)
+        return {
+            step: teacher_schedules.teacher_temperature(
+                settings, Progress(step, total), inclusive=settings.teacher_temp_inclusive
+            )
+            for step in wanted
+        }
+
+    wanted = values("vitl_im1k_teacher_temp")
+    assert temperatures(IN1K) == pytest.approx(wanted, rel=1e-12)
+    wanted = values("vit7b_teacher_temp")
+    found = temperatures(SEVEN_B, teacher_temp_warmup=0.1, teacher_temp_inclusive=False)
+    assert found == pytest.approx(wanted, rel=1e-12)
+    wanted, objective = values("vitl_im1k_momentum"), small()
+    found = {step: objective._momentum(Progress(step, IN1K)) for step in wanted}
+    assert found == pytest.approx(wanted, rel=1e-12)
+
+
+def test_schedules__golden_weights_of_the_gram_stage() -> None:
+    """The authors' stage goes on counting at a million steps, where ours begins at 0."""
+    objective = small(ramp_steps=1000, gram_weight_start=0.0, gram_weight=2.0, local_weight_start=1.0, local_weight=0.5)
+    config = objective.config
+    for name, start, end in (
+        ("vit7b_gram_weight", config.gram_weight_start, config.gram_weight),
+        ("vit7b_gram_stage_local_dino_weight", config.local_weight_start, config.local_weight),
+    ):
+        wanted = {step - 1_000_000: value for step, value in values(name).items() if step >= 1_000_000}
+        found = {step: objective._ramped(start, end, Progress(step, 200_000)) for step in wanted}
+        assert found == pytest.approx(wanted, rel=1e-11, abs=1e-12)
+
+
+@pytest.mark.parametrize(("every", "first", "most", "refreshed"), [
+    (10_000, 1_010_000, 3, [1_010_000, 1_020_000, 1_030_000]),
+    (10, 25, 2, [30, 40]),
+    (5, 0, 3, [5, 10, 15]),
+    (None, 0, 3, []),
+])  # fmt: skip
+def test_gram__the_anchor_is_refreshed_at_the_documented_steps(
+    every: int | None, first: int, most: int, refreshed: list[int]
+) -> None:
+    steps = {0, 1, *range(5, 100, 5), *range(1_000_000, 1_060_000, 5_000)}
+    assert [step for step in sorted(steps) if is_refreshed(step, every, first, most)] == refreshed
 
 
 # iBOT, a configuration
@@ -403,8 +471,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "highres_7b": {"local_norm": True, "local_weight": 0.5, "rope_rescale": 2.0, "rope_jitter": 1.2, "rope_shift": 0.1},
     "dinov2": {"last_layer": "weight_norm", "drop_path": 0.4},
     "ibot": {
-        "targets": "softmax", "shared_head": True, "patch_num_prototypes": 48, "patch_center": "all", "koleo_weight": 0.0,
-        "last_layer": "weight_norm_frozen", "patch_teacher_temp": 0.05,
+        "targets": "softmax", "shared_head": True, "patch_num_prototypes": 48, "patch_center": "all",
+        "koleo_weight": 0.0, "last_layer": "weight_norm_frozen", "patch_teacher_temp": 0.05,
     },
     "no_local": {"num_local": 0},
 }  # fmt: skip

@@ -51,6 +51,16 @@ def test_load_plan__resolves_one_recipe_per_stage(staged: str) -> None:
     assert [plan.index_at(step) for step in (0, 10, 11, 16, 17, 26)] == [0, 0, 1, 1, 2, 2]
 
 
+def test_load_plan__teachers_of_a_stage_or_of_a_step(staged: str) -> None:
+    overrides = ["stages[1].teacher_from=small", "stages[1].init_with=teacher", "stages[2].teacher_from=large/15"]
+    small, large, last = load_plan(staged, overrides).stages
+    assert [(stage.teacher_from, stage.teacher_step) for stage in (small, large, last)] == [
+        (None, None), (0, None), (1, 15)
+    ]  # fmt: skip
+    assert [stage.init_with for stage in (small, large, last)] == ["student", "teacher", "student"]
+    assert all(stage.recipe.teacher_from is None for stage in (small, large, last))
+
+
 def test_load_plan__without_stages_is_one_nameless_stage(staged: str, tmp_path: Path) -> None:
     plain = tmp_path / "plain.yaml"
     plain.write_text(STAGED.partition("stages:")[0])
@@ -86,6 +96,7 @@ def test_load_plan__the_command_line_comes_last(staged: str) -> None:
         ["init_from=shards"],
         ["stages=[{}]"],
         ["stages=[{name: only}]"],
+        ["stages[1].init_with=teacher", "stages[1].teacher_from=small", "stages[2].teacher_from=small/5"],
     ],
 )
 def test_plan_yaml__comes_back_equal(staged: str, tmp_path: Path, overrides: list[str]) -> None:
@@ -132,6 +143,13 @@ def test_plan_yaml__comes_back_equal(staged: str, tmp_path: Path, overrides: lis
         ),
         (["stages[1].reset_optimizer=false"], "stages[1].backbone.image_size=96: was 64 in the stage before"),
         (["stages[1].reset_optimizer=perhaps"], "expected true or false"),
+        (["stages[1].init_with=theirs"], "stages[1].init_with=theirs: expected student or teacher"),
+        (["stages[0].init_with=teacher"], "stages[0].init_with=teacher: the stage before is the one whose teacher"),
+        (["stages[2].init_with=teacher"], "stages[2].init_with=teacher: the stage before is the one whose teacher"),
+        (
+            ["stages[1].teacher_from=small/7"],
+            "stages[1].teacher_from=small/7: no checkpoint of that step; stage small has those of steps 5, 10, .. 10",
+        ),
         (
             ["stages=[{name: a}, {name: b, init_from: 3}]"],
             "stages[1].init_from=3: expected an earlier stage, or a reference",
