@@ -204,6 +204,7 @@ class Objective(nn.Module, ABC):
         Returns:
             Groups with "params", "weight_decay", "wd_scale" (1: decays, 0: does not), "lr_scale" and "group_name", the
             first encoder layer first. A schedule sets "weight_decay" to its value times "wd_scale", as it sets "lr".
+            A group may have a "frozen_share": of the run's steps, from the start, in which its learning rate is 0.
 
         Raises:
             BackboneError: layers are to differ, and the encoder does not say which parameter is in which.

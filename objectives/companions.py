@@ -36,7 +36,8 @@ class Companion:
 
     Attributes:
         module: the network. One that is frozen is in evaluation mode.
-        filled: "student": with the student's weights, at the start of a run; "checkpoint": by `load`, from a file.
+        filled: "student": with the student's weights, at the start of a run; "checkpoint": by `load`, from a file;
+            "objective": by `Objective.begin`.
         moves: "ema": towards the student, in the objective's `after_step`; "frozen": never.
         saved: what a training state has of it. "whole": all of it, written by one rank; "sharded": all of it, each rank
             writes a share; "reference": its `source`, from which it is filled again, so that the file has to be kept.
@@ -47,7 +48,7 @@ class Companion:
         self,
         module: nn.Module,
         *,
-        filled: Literal["student", "checkpoint"],
+        filled: Literal["student", "checkpoint", "objective"],
         moves: Literal["ema", "frozen"],
         saved: Literal["whole", "sharded", "reference"],
     ) -> None:

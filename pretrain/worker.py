@@ -193,6 +193,8 @@ def train_stage(
         if not stage.reset_optimizer:
             state.carry_moments(run.path, stage, engine, taken)
         emit(taken.event(stage))
+    if not found:
+        objective.begin(engine.read_weights)
     take = partial(state.take, run.path, stage, engine, stream, origin=state.origin(start, found, initialized))
     if index == 0 and not found and recipe.evaluation.baseline and not store.published(run.path):
         emit(CheckpointPublished(step=0, path=run.relative(take(0, training_state=False))))
@@ -236,7 +238,7 @@ def run_steps(
         is_logged = (step + 1) % recipe.train.log_every == 0 or step + 1 == total
         progress = Progress(step, total, is_logged)
         rates = {"lr": rate.at(step), "weight_decay": decay.at(step)}
-        engine.set_schedule(rates["lr"], rates["weight_decay"])
+        engine.set_schedule(rates["lr"], rates["weight_decay"], step)
         result = engine.step((on_device(batch) for batch in loaded), progress, stop=bool(process.stop))
         if not result.applied:
             health.skipped(done, result.bad_ranks)

@@ -84,7 +84,7 @@ class GramTeacher(Companion):
     def __init__(self, backbone: ImageEncoder, *, from_checkpoint: bool) -> None:
         super().__init__(
             copy.deepcopy(backbone).float(),
-            filled="checkpoint" if from_checkpoint else "student",
+            filled="checkpoint" if from_checkpoint else "objective",
             moves="frozen",
             saved="whole",
         )

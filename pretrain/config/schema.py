@@ -158,7 +158,12 @@ class OptimizerConfig:
     betas: list[float] = setting("betas, or (the first) momentum; of MAE", [0.9, 0.95], range=(0.0, 1.0), length=2)
     eps: float = setting("epsilon, where the optimizer has one", 1e-8, range=(0.0, None))
     layer_decay: float = setting("learning-rate factor per block, counted from the last", 1.0, range=(0.01, 1.0))
-    clip_grad: float | None = setting("bound of the global gradient norm; null: no clipping", None, range=(1e-6, None))
+    clip_grad: float | None = setting("bound of the gradient norm; null: no clipping", None, range=(1e-6, None))
+    clip_mode: str = setting(
+        "of the norm of everything (global), or of that of each part of the objective, such as backbone and head",
+        "global",
+        choices=("global", "part"),
+    )
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ __all__ = [
     "reading_tensors_only",
     "reading_universal",
     "release",
+    "scale_gradient",
     "shard_states",
     "write_universal",
 ]
@@ -205,6 +206,16 @@ def gradient_share(parameter: nn.Parameter) -> torch.Tensor | None:
         return None
     own: torch.Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
     return own
+
+
+def scale_gradient(parameter: nn.Parameter, factor: torch.Tensor) -> None:
+    """Multiply this rank's share of a parameter's mean gradient under ZeRO 1 to 3; see `gradient_share`."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+        safe_set_local_grad(parameter, safe_get_local_grad(parameter) * factor)  # what it gives may be a copy
+    elif (share := gradient_share(parameter)) is not None:
+        share.mul_(factor)
 
 
 def leave_averaging_to_us(engine: Any) -> None:

@@ -187,21 +187,31 @@ class Engine:
         self.device = device
         self.stage = recipe.train.zero_stage or 0
         self.precision = recipe.train.precision
-        self._gradients = Gradients(objective, self.stage, REDUCE_BUCKET_ELEMENTS)
+        self._gradients = Gradients(objective, objective.part_of, self.stage, REDUCE_BUCKET_ELEMENTS)
         if self.stage == 0:
             deepspeed_internals.leave_averaging_to_us(self._engine)
-        self._clip_grad = recipe.optimizer.clip_grad if self.stage == 0 else None  # DeepSpeed clips in other stages
+        self._clips_parts = optimizer.clip_mode == "part"
+        # In stages 1 to 3 DeepSpeed clips, but for what it cannot.
+        self._clip_grad = optimizer.clip_grad if self.stage == 0 or self._clips_parts else None
         self._looks_itself = self.stage > 0 and self._engine.zero_compute_grad_norm()  # DeepSpeed, at the norm
         self._accumulation = self._engine.gradient_accumulation_steps()
         # Read once: a checkpoint brings its own groups, which may be older than their scales.
         groups = self._engine.optimizer.param_groups
-        self._scales = [(group["lr_scale"], group["wd_scale"]) for group in groups]
+        self._scales = [(group["lr_scale"], group["wd_scale"], group.get("frozen_share", 0.0)) for group in groups]
+        self._num_steps = recipe.train.steps
         self._optimizer_name = optimizer.name
 
-    def set_schedule(self, learning_rate: float, weight_decay: float) -> None:
-        """Set the values for the next update, each times the scale that the parameter group carries for it."""
-        for group, (lr_scale, wd_scale) in zip(self._engine.optimizer.param_groups, self._scales, strict=True):
-            group["lr"] = learning_rate * lr_scale
+    def set_schedule(self, learning_rate: float, weight_decay: float, step: int = 0) -> None:
+        """Set the values for the next update, each times the scale that the parameter group carries for it.
+
+        Args:
+            learning_rate, weight_decay: Of step `step`, counted from 0. A group whose "frozen_share" of the run's steps
+                is not over has rate 0; its moments gather meanwhile.
+        """
+        groups = zip(self._engine.optimizer.param_groups, self._scales, strict=True)
+        for group, (lr_scale, wd_scale, frozen_share) in groups:
+            is_frozen = step < frozen_share * self._num_steps
+            group["lr"] = 0.0 if is_frozen else learning_rate * lr_scale
             group["weight_decay"] = weight_decay * wd_scale
 
     def step(
@@ -274,9 +284,11 @@ class Engine:
         """
         if self.stage == 0:
             self._gradients.average()
-        norms = self._gradients.norms() if is_logged or not self._looks_itself else {}
+        norms = self._gradients.norms() if is_logged or self._clips_parts or not self._looks_itself else {}
         self._guard.expect(counts, norms["grad_norm"] if norms else counts.new_zeros(()))
-        if self._clip_grad is not None and self._guard.verdict.norm > self._clip_grad:
+        if self._clip_grad is not None and self._clips_parts:
+            self._gradients.clip_parts(norms, self._clip_grad)
+        elif self._clip_grad is not None and self._guard.verdict.norm > self._clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.objective.parameters(), self._clip_grad, norms["grad_norm"])
         return norms if is_logged else {}
 

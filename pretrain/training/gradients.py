@@ -11,7 +11,7 @@ Not here: what the norms decide (`pretrain.training.engine`), who holds which sh
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,16 +27,17 @@ class Gradients:
     """The gradients of a module's trainable parameters between the last backward pass of a step and its update.
 
     Args:
-        module: Trained by DeepSpeed; its children are the parts that norms are told of.
+        module: Trained by DeepSpeed.
+        part_of: Name of a parameter -> the part of the module that norms are told of.
         stage: The ZeRO stage.
         bucket_elements: Most numbers that travel in one message.
     """
 
-    def __init__(self, module: nn.Module, stage: int, bucket_elements: int) -> None:
+    def __init__(self, module: nn.Module, part_of: Callable[[str], str], stage: int, bucket_elements: int) -> None:
         self._parts: dict[str, list[nn.Parameter]] = defaultdict(list)
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                self._parts[name.partition(".")[0]].append(parameter)
+                self._parts[part_of(name)].append(parameter)
         self._parameters = [parameter for part in self._parts.values() for parameter in part]
         self._stage, self._bucket_elements = stage, bucket_elements
 
@@ -84,6 +85,23 @@ class Gradients:
         norms = dict(zip(self._parts, squares.sqrt(), strict=True))
         parts = {f"grad_norm/{part}": norm for part, norm in norms.items()} if len(norms) > 1 else {}
         return {"grad_norm": squares.sum().sqrt(), **parts}
+
+    @torch.no_grad()
+    def clip_parts(self, norms: Mapping[str, Tensor], bound: float) -> None:
+        """Scale each part whose norm is above `bound` down to it, for itself and without waiting for the device.
+
+        Args:
+            norms: What `norms` has given.
+            bound: Of the norm of a part.
+        """
+        for part, parameters in self._parts.items():
+            norm = norms.get(f"grad_norm/{part}", norms["grad_norm"])
+            factor = (bound / (norm + 1e-6)).clamp_max(1.0)  # as torch's clip_grad_norm_
+            if self._stage == 0:
+                torch._foreach_mul_([share for share in map(self._share, parameters) if share is not None], factor)
+                continue
+            for parameter in parameters:
+                deepspeed_internals.scale_gradient(parameter, factor)
 
     def _own_square(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Square of the norm of what this rank holds of the gradients of some parameters."""

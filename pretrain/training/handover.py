@@ -68,7 +68,8 @@ def take_over(objective: Objective, weights: Mapping[str, Tensor], init_with: st
     """Copy weights of the stage before into the objective of the next one, before an engine shards it.
 
     Fixed positions of another grid keep their own values, which are exact. A teacher that has no weights among these
-    becomes a copy again, of the student that is now; a frozen companion that has none is filled by other means.
+    becomes a copy again, of the student that is now; a companion that the student does not fill is left
+    to who does.
 
     Args:
         objective: Of the next stage.
@@ -101,7 +102,7 @@ def take_over(objective: Objective, weights: Mapping[str, Tensor], init_with: st
         if isinstance(companion, Teacher):
             companion.copy_from(lambda parameters: [parameter.detach() for parameter in parameters])
             copied |= mine
-        elif companion.moves == "frozen":
+        elif companion.filled != "student":
             own = {key: tensor for key, tensor in own.items() if key not in mine}
     loaded |= copied
     return Handover(

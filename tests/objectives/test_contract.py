@@ -299,7 +299,7 @@ def _trained(name: str, precision: str, stage: int, directory: Path) -> dict[str
 
 
 def _step(engine: Engine, step: int, micro_batches: list[dict[str, Tensor]]) -> float:
-    engine.set_schedule(1e-3, 0.05)
+    engine.set_schedule(1e-3, 0.05, step)
     result = engine.step(micro_batches, Progress(step, STEPS, is_logged=False))
     assert result.applied
     loss = result.loss.clone()
@@ -345,6 +345,8 @@ def test_contract__the_engine_equals_a_plain_pytorch_loop(name: str, alone: dict
     optimizer = torch.optim.AdamW(objective.param_groups(0.05), lr=1e-3, betas=tuple(recipe.optimizer.betas))
     losses = []
     for step, batch in enumerate(itertools.islice(batches_of(objective, micro=RANKS * MICRO), STEPS)):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0 if step < group.get("frozen_share", 0) * STEPS else 1e-3 * group["lr_scale"]
         loss = objective(batch, Progress(step, STEPS)).loss
         optimizer.zero_grad()
         loss.backward()

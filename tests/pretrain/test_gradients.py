@@ -52,12 +52,16 @@ class _Model(nn.Module):
         return used.sum()
 
 
+def _part_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
 def _averaged(bucket_elements: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = _Model()
     model(torch.full((4, 3), 1.0 + dist.get_rank())).backward()
     own = [None if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()]
-    gradients = Gradients(model, 0, bucket_elements)
+    gradients = Gradients(model, _part_of, 0, bucket_elements)
     gradients.average()
     found = [parameter.grad for parameter in model.parameters()]
     # Gradients are proportional to the input, which is 1 on the first rank and 2 on the second.
@@ -113,8 +117,37 @@ def _every_stage() -> dict[str, Any]:
     return found
 
 
+def _clipped_in_every_stage() -> dict[str, Any]:
+    """Norms of the parts before and after each is clipped to half of the smaller one."""
+    found: dict[str, Any] = {}
+    for precision, stage in SETTINGS:
+        optimizer = replace(RECIPE.optimizer, clip_grad=1e-3, clip_mode="part")
+        train = replace(RECIPE.train, zero_stage=stage, precision=precision)
+        recipe = replace(RECIPE, optimizer=optimizer, train=train)
+        torch.manual_seed(0)
+        engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
+        seen: list[dict[str, float]] = []
+        clip = engine._gradients.clip_parts
+
+        def watched(norms: Any, bound: float, engine: Engine = engine, seen: Any = seen, clip: Any = clip) -> None:
+            clip(norms, bound)
+            seen += [{name: float(norm) for name, norm in each.items()} for each in (norms, engine._gradients.norms())]
+
+        engine._gradients.clip_parts = watched  # type: ignore[method-assign]
+        images = torch.randint(
+            0, 256, (MICRO, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
+        engine.step([{"image": images, "seed": torch.arange(MICRO)}], Progress(0, 1))
+        found[f"{precision}-{stage}"] = seen
+    return found
+
+
 def _everything() -> dict[str, Any]:
-    return {"averaged": [_averaged(elements) for elements in (1000, 3)], "norms": _every_stage()}
+    return {
+        "averaged": [_averaged(elements) for elements in (1000, 3)],
+        "norms": _every_stage(),
+        "clipped": _clipped_in_every_stage(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +194,11 @@ def test_deepspeed_config__a_norm_is_taken_twice_only_where_deepspeed_needs_it(
     config = deepspeed_config(recipe, torch.device("cpu"))
     assert config["zero_optimization"].get("compute_grad_norm") is computes
     assert config["gradient_clipping"] == (clip_grad if clip_grad and stage else 0.0)
+
+
+@pytest.mark.parametrize("setting", [f"{precision}-{stage}" for precision, stage in SETTINGS])
+def test_clip_parts__each_part_for_itself(setting: str, found: dict[str, Any]) -> None:
+    before, after = found["clipped"][setting]
+    parts = {"grad_norm/backbone", "grad_norm/decoder"}
+    assert all(before[part] > 1e-3 for part in parts)
+    assert {part: after[part] for part in parts} == pytest.approx(dict.fromkeys(parts, 1e-3), rel=5e-3)
