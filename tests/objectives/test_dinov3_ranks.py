@@ -84,7 +84,9 @@ def trained(stage: int) -> dict[str, Any]:
 def golden_step_of_an_engine() -> dict[str, float]:
     """The authors' step through DeepSpeed: loss and gradient norms of the parts."""
     objective, batch = golden_step()
-    recipe = replace(RECIPE, objective=objective.config, train=replace(RECIPE.train, global_batch_size=2))
+    recipe = replace(
+        RECIPE, objective=objective.config, train=replace(RECIPE.train, global_batch_size=2, micro_batch_size=2)
+    )
     result = Engine(objective, recipe, torch.device("cpu")).step([batch], LATE)
     return result.mean_over_ranks()
 
