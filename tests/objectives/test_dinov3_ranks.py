@@ -40,7 +40,7 @@ RECIPE = Recipe(
         options={"embed_dim": 32, "depth": 2, "num_heads": 2, "num_reg_tokens": 1, "init_values": 0.5},
     ),
     data=DataConfig(train="unused"),
-    optimizer=OptimizerConfig(lr=1e-2, clip_grad=0.5, clip_mode="part", layer_decay=0.9),
+    optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.5, clip_mode="part", layer_decay=0.9),
     train=TrainConfig(
         steps=STEPS, global_batch_size=IMAGES, micro_batch_size=IMAGES, accumulation=1, workers=1, zero_stage=0,
         checkpoint_every=STEPS,
@@ -70,7 +70,7 @@ def trained(stage: int) -> dict[str, Any]:
     objective.begin(engine.read_weights)
     found: dict[str, Any] = {"steps": []}
     for step in range(STEPS):
-        engine.set_schedule(1e-2, 0.05, step)
+        engine.set_schedule(1e-3, 0.05, step)
         result = engine.step([batch_of(step)], Progress(step, STEPS))
         values = result.mean_over_ranks()
         assert result.applied
