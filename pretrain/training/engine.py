@@ -425,7 +425,8 @@ def set_matmul_precision(recipe: Recipe, device: torch.device) -> None:
 
 def deepspeed_config(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """The DeepSpeed configuration of a recipe on a device; raw keys of `deepspeed:` are merged in last."""
-    train, clip_grad = recipe.train, recipe.optimizer.clip_grad
+    train = recipe.train
+    clip_grad = recipe.optimizer.clip_grad if recipe.optimizer.clip_mode == "global" else None
     stage = train.zero_stage or 0
     config: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,
