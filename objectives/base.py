@@ -81,6 +81,10 @@ class Objective(nn.Module, ABC):
     def views(self) -> list[dict[str, Any]]:
         """The crops wanted per image: plain dicts with the fields of `data_pipelines.views.kinds.images.ImageView`."""
 
+    def mixed_views(self) -> list[tuple[float, list[dict[str, Any]]]]:
+        """Other views, of the same names, that a share of the steps has instead of `views`: (share, views); none."""
+        return []
+
     @abstractmethod
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Output:
         """Loss of one micro-batch.

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset as TorchDataset
 from data_pipelines.errors import CorruptSampleError, DataError, MissingFieldError
 from data_pipelines.order import ORDER_VERSION, Ids, key, rank_positions
 from data_pipelines.purposes import Purpose
-from data_pipelines.randomness import sample_seed
+from data_pipelines.randomness import ViewRandom, sample_seed
 from data_pipelines.streaming.loader_processes import leave_signals_to_parent, loaded, share
 from data_pipelines.views.base import View
 from data_pipelines.views.maker import ViewMaker
@@ -36,7 +36,7 @@ from data_pipelines.views.photometric import finish
 __all__ = ["Samples", "Stream", "StreamState"]
 
 Batch = dict[str, Tensor]
-Request = list[tuple[int, int]]  # (epoch, sample id) of each sample of a micro-batch
+Request = tuple[int, list[tuple[int, int]]]  # which views, and (epoch, sample id) of each sample of a micro-batch
 
 _MAX_SUBSTITUTES = 16  # tries for one sample; with a tenth of the data damaged, 1e-16 of them fail
 
@@ -88,6 +88,8 @@ class Stream:
     Args:
         dataset: opened shards, or a mixture of several.
         views: what to make of each sample, see `views_from`.
+        mix: (share, views): what to make of the samples of that share of the steps instead, such as the same views of
+            another size. Which step has which views is drawn from its number, the same on all ranks.
         global_batch_size: samples per optimizer step over all ranks.
         micro_batch_size: samples per batch yielded; `world_size * micro_batch_size` divides `global_batch_size`.
         rank: of this process, `0 <= rank < world_size`.
@@ -122,6 +124,7 @@ class Stream:
         dataset: Samples,
         views: Sequence[View],
         *,
+        mix: Sequence[tuple[float, Sequence[View]]] = (),
         global_batch_size: int,
         micro_batch_size: int,
         rank: int,
@@ -164,20 +167,24 @@ class Stream:
             raise DataError(f"{state} is not allowed; epoch and position are from 0")
         self._slots = rank_positions(global_batch_size, world_size, rank, num_streams)  # (global_batch / world,)
         try:
-            maker = ViewMaker(
-                views,
-                dataset.fields,
-                decoder=decoder,
-                scaled=scaled_decoding,
-                resampler=resampler,
-                exif_rotation=exif_rotation,
-            )
+            makers = [
+                ViewMaker(
+                    shown,
+                    dataset.fields,
+                    decoder=decoder,
+                    scaled=scaled_decoding,
+                    resampler=resampler,
+                    exif_rotation=exif_rotation,
+                )
+                for shown in (views, *(shown for _, shown in mix))
+            ]
         except MissingFieldError as error:
             raise DataError(f"{error}{dataset.first_without(error.wanted)}") from None
-        self._samples = _SampleViews(dataset, maker, seed, replaces=max_corrupt_fraction > 0)
+        self._samples = _SampleViews(dataset, makers, seed, replaces=max_corrupt_fraction > 0)
+        self._seed, self._shares = seed, [share for share, _ in mix]
         pixels = {"resampler": resampler, "scaled_decoding": scaled_decoding, "exif_rotation": exif_rotation}
         self._layout = layout | pixels
-        self.decoder = maker.decoder  # not in the signature: all of them give the same pixels
+        self.decoder = makers[0].decoder  # not in the signature: all of them give the same pixels
         self.dataset, self.views, self.state = dataset, tuple(views), state
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.micro_batches_per_step = global_batch_size // (world_size * micro_batch_size)
@@ -189,7 +196,7 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
             self._samples,
-            batch_sampler=self._requests(),
+            batch_sampler=self._requests(),  # type: ignore[arg-type]  # a request need not be a list
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch_batches if self.num_workers else None,
             multiprocessing_context="fork" if self.num_workers else None,
@@ -252,9 +259,19 @@ class Stream:
         while True:
             epochs, ids = self._order(begin + self._slots)
             pairs = list(zip(epochs.tolist(), ids.tolist(), strict=True))
+            chosen = self._chosen_views(begin // self.global_batch_size)
             for first in range(0, len(pairs), self.micro_batch_size):
-                yield pairs[first : first + self.micro_batch_size]
+                yield chosen, pairs[first : first + self.micro_batch_size]
             begin += self.global_batch_size
+
+    def _chosen_views(self, step: int) -> int:
+        """0 for the views of most steps, else 1 + the number of the others that this step has."""
+        drawn = ViewRandom(key(self._seed, Purpose.MIXED_VIEWS, step)).uniform(0.0, 1.0)
+        for number, of_steps in enumerate(self._shares, start=1):
+            drawn -= of_steps
+            if drawn < 0:
+                return number
+        return 0
 
     def _count(self, faults: Sequence[str], num_seen: int) -> None:
         """Log replaced samples; more of them than the allowed share of each epoch begun ends the stream."""
@@ -279,8 +296,8 @@ class _Made(NamedTuple):
 class _SampleViews(TorchDataset[_Made]):
     """What runs in a loader worker: a list of (epoch, sample id) to one finished micro-batch."""
 
-    def __init__(self, dataset: Samples, maker: ViewMaker, seed: int, *, replaces: bool) -> None:
-        self.dataset, self.maker, self.seed, self.replaces = dataset, maker, seed, replaces
+    def __init__(self, dataset: Samples, makers: Sequence[ViewMaker], seed: int, *, replaces: bool) -> None:
+        self.dataset, self.makers, self.seed, self.replaces = dataset, makers, seed, replaces
 
     def __getitems__(self, request: Request) -> _Made | DataError:
         """A data error is returned, not raised, since the loader would wrap its one line in a traceback."""
@@ -293,22 +310,23 @@ class _SampleViews(TorchDataset[_Made]):
             return error
 
     def _micro_batch(self, request: Request) -> _Made:
-        ids = [sample_id for _, sample_id in request]
-        seeds = [sample_seed(self.seed, epoch, sample_id) for epoch, sample_id in request]
+        chosen, samples = request
+        maker, ids = self.makers[chosen], [sample_id for _, sample_id in samples]
+        seeds = [sample_seed(self.seed, epoch, sample_id) for epoch, sample_id in samples]
         faults: list[str] = []
         self.dataset.prefetch(ids)
-        made = [self._views(sample_id, seed, faults) for sample_id, seed in zip(ids, seeds, strict=True)]
-        batch = self.maker.collate(made)
+        made = [self._views(maker, sample_id, seed, faults) for sample_id, seed in zip(ids, seeds, strict=True)]
+        batch = maker.collate(made)
         batch["sample_id"] = torch.tensor(ids)
         batch["seed"] = torch.from_numpy(np.array(seeds, np.uint64).view(np.int64))
         return _Made(batch, faults)
 
-    def _views(self, sample_id: int, seed: int, faults: list[str]) -> dict[str, Tensor]:
+    def _views(self, maker: ViewMaker, sample_id: int, seed: int, faults: list[str]) -> dict[str, Tensor]:
         """The views of a sample, or of the first sound one of its substitutes."""
         candidate = sample_id
         for attempt in range(_MAX_SUBSTITUTES):
             try:
-                return self._views_of(candidate, seed)
+                return self._views_of(maker, candidate, seed)
             except CorruptSampleError as error:
                 if not self.replaces:
                     remedy = "data.max_corrupt_fraction=0.001 replaces such samples up to that share"
@@ -319,10 +337,10 @@ class _SampleViews(TorchDataset[_Made]):
             f"sample {sample_id} and {_MAX_SUBSTITUTES - 1} substitutes are damaged; the last: {faults[-1]}"
         )
 
-    def _views_of(self, sample_id: int, seed: int) -> dict[str, Tensor]:
+    def _views_of(self, maker: ViewMaker, sample_id: int, seed: int) -> dict[str, Tensor]:
         sample = self.dataset.read(sample_id)
         try:
-            return self.maker(sample, seed)
+            return maker(sample, seed)
         except CorruptSampleError as error:
             raise CorruptSampleError(f"{self.dataset.where(sample_id)}, {error}") from None
 

@@ -100,7 +100,7 @@ class UnindexedStream(Stream):
             max_corrupt_fraction=max_corrupt_fraction,
             **settings,
         )
-        self.dataset.fields = self._samples.maker.reads
+        self.dataset.fields = frozenset().union(*(maker.reads for maker in self._samples.makers))
         self._share = max(_JUDGED_TOGETHER, math.ceil(1 / (max_corrupt_fraction or 1)))  # one of them may be damaged
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ _SHARE = {"range": (0.0, 1.0)}
 _WIDTH = {"range": (1, 65536)}
 _PROTOTYPES = {"range": (2, 2**20)}
 _STEPS = {"range": (0, 10**9)}
+_PIXELS = {"range": (1, 8192)}
 
 
 @dataclass
@@ -33,6 +34,16 @@ class DINOv3Config(DistillationConfig, MultiCropConfig):
     blur_p: list[float] = field(
         default_factory=lambda: [0.0, 0.9, 0.5],
         metadata=_SHARE | {"length": 3, "help": "probability of blur of the first global, second global, local crops"},
+    )
+
+    # Other sizes that a share of the steps has instead, the same on all ranks: item i of each list goes together
+    mix_share: list[float] = field(default_factory=list, metadata=_SHARE | {"help": "shares of the steps"})
+    mix_global: list[int] = field(
+        default_factory=list, metadata=_PIXELS | {"help": "sides of the global crops in pixels, one for each share"}
+    )
+    mix_local: list[int] = field(default_factory=list, metadata=_PIXELS | {"help": "sides of the local crops"})
+    mix_gram: list[int] = field(
+        default_factory=list, metadata=_PIXELS | {"help": "sides of the anchor's crops; with gram_size only"}
     )
 
     # Heads

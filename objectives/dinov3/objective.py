@@ -42,7 +42,7 @@ from objectives.parts.block_masks import BlockMasks, block_masks
 from objectives.parts.centering import Center
 from objectives.parts.image_token import image_token
 from objectives.parts.koleo import koleo
-from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, multi_crop_views, require_crops
+from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, local_size, multi_crop_views, require_crops
 from objectives.parts.prototypes import DINOHead
 from objectives.parts.sinkhorn import sinkhorn_knopp
 from objectives.parts.visuals import crops_and_features
@@ -88,8 +88,8 @@ class DINOv3(ImageObjective):
         require(backbone, config.name, "has_plain_blocks", "has_cls")
         require_crops(backbone, config)
         _require_sense(backbone, config)
-        if config.gram_size is not None:
-            require_sizes(backbone, config.name, config.gram_size)
+        gram_sizes = [] if config.gram_size is None else [config.gram_size]
+        require_sizes(backbone, config.name, *gram_sizes, *config.mix_global, *config.mix_local, *config.mix_gram)
         self.config = config
         self.backbone.pack_blocks()
         backbone.resample_positions_as("dino")  # absolute ones, as in iBOT and DINOv2; rotary ones need none
@@ -130,13 +130,28 @@ class DINOv3(ImageObjective):
 
     def views(self) -> list[dict[str, Any]]:
         """Two "global" crops, `num_local` of "local", and the first two once more at the size of the anchor's."""
-        views = multi_crop_views(self.backbone, self.config)
+        config = self.config
+        return self._views_at(self.backbone.image_size, local_size(self.backbone, config), config.gram_size)
+
+    def mixed_views(self) -> list[tuple[float, list[dict[str, Any]]]]:
+        """The same at the other sizes that `mix_share` of the steps have."""
+        config = self.config
+        grams: list[int | None] = [*config.mix_gram] or [config.gram_size] * len(config.mix_share)
+        sizes = zip(config.mix_global, config.mix_local, grams, strict=True)
+        return [(share, self._views_at(*each)) for share, each in zip(config.mix_share, sizes, strict=True)]
+
+    def _views_at(self, global_side: int, local_side: int, gram_side: int | None) -> list[dict[str, Any]]:
+        """Views of these sides in pixels."""
+        sides = dict.fromkeys(GLOBAL_VIEWS, global_side)
+        views = [
+            view | {"size": sides.get(view["name"], local_side)}
+            for view in multi_crop_views(self.backbone, self.config)
+        ]
         for view, blur_p in zip(views, self.config.blur_p, strict=False):
             if "photometric" in view and self.config.blur:
                 view["photometric"] = view["photometric"] | {"blur_p": blur_p}
         if self._has_own_crops:
-            size = self.config.gram_size
-            views += [{"name": f"gram_{i}", "size": size, "same_crop_as": f"global_{i}"} for i in (1, 2)]
+            views += [{"name": f"gram_{i}", "size": gram_side, "same_crop_as": f"global_{i}"} for i in (1, 2)]
         return views
 
     @property
@@ -418,7 +433,13 @@ def _require_sense(backbone: ImageEncoder, config: DINOv3Config) -> None:
     Raises:
         ObjectiveError: naming the first.
     """
+    mixed = {len(config.mix_share), len(config.mix_global), len(config.mix_local)}
     mistakes = {
+        "objective.mix_share, mix_global and mix_local go together; give each as many items": len(mixed) > 1,
+        "objective.mix_share is of all steps; its items are more than 1 in sum": sum(config.mix_share) > 1 + 1e-9,
+        "objective.mix_gram is of an anchor with crops of its own; give as many items as mix_share, and gram_size": (
+            bool(config.mix_gram) and (len(config.mix_gram) not in mixed or config.gram_size is None)
+        ),
         "objective.gram_tokens selects patches of the whole batch; set objective.gram_level=batch": (
             config.gram_tokens != "all" and config.gram_level == "image"
         ),

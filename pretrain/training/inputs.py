@@ -32,6 +32,7 @@ def build_stream(
     assert recipe.data.loader_workers is not None
     return _stream_of(recipe.data)(
         views_from(objective.views()),
+        mix=[(share, views_from(views)) for share, views in objective.mixed_views()],
         global_batch_size=recipe.train.global_batch_size,
         micro_batch_size=recipe.train.micro_batch_size,
         rank=rank,

@@ -158,6 +158,28 @@ def test_stream__resume_with_other_world_size(tiny_dataset: Tiny) -> None:
     assert found == expected
 
 
+def test_stream__steps_of_other_sizes_are_the_same_on_all_ranks_and_after_a_resume(tiny_dataset: Tiny) -> None:
+    """A quarter and half of the steps have larger views; which ones depends on the seed and the step alone."""
+    dataset, num_steps = tiny_dataset([7, 5, 9]), 60
+    mix = [(0.25, (ImageView("image", 8),)), (0.5, (ImageView("image", 10),))]
+
+    def sizes(begin: int = 0, **changes: Any) -> list[int]:
+        one = stream(dataset, mix=mix, **changes)
+        one.state = one.state_at(begin)
+        batches = itertools.islice(one, (num_steps - begin) * one.micro_batches_per_step)
+        return [batch["image"].shape[-1] for batch in batches][:: one.micro_batches_per_step]
+
+    found = sizes()
+    assert {size: found.count(size) for size in (6, 8, 10)} == {6: 19, 8: 16, 10: 25}
+    assert all(sizes(rank=rank, world_size=2, micro_batch_size=2) == found for rank in (0, 1))
+    assert sizes(num_workers=2) == found
+    assert sizes(begin=23) == found[23:]
+    assert sizes(seed=4) != found
+    assert {record[:2] for step in steps(dataset, 4, mix=mix) for record in step} == {
+        record[:2] for step in steps(dataset, 4) for record in step
+    }  # the samples and their seeds are those of any views
+
+
 def test_stream__state_at(tiny_dataset: Tiny) -> None:
     one = stream(tiny_dataset([7, 5, 9]), state=StreamState(1, 4))
     assert [one.state_at(step) for step in (0, 1, 3, 21)] == [

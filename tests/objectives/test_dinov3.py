@@ -26,6 +26,7 @@ from objectives.parts.centering import Center
 from objectives.parts.koleo import koleo
 from objectives.parts.sinkhorn import sinkhorn_knopp
 from objectives.schedules import Schedule
+from pretrain.training.blocks import recompute_blocks
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dinov3.json").read_text())
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2, "num_reg_tokens": 1, "init_values": 0.1}
@@ -489,3 +490,128 @@ def test_contract(name: str, check: Any) -> None:
         del batch["local"]
     assert {view["name"] for view in objective.views()} == batch.keys() - {"seed"}
     check(objective, batch)
+
+
+# Sizes, stages and settings
+
+
+def test_views__crops_of_the_anchor_are_those_of_the_student_without_distortion() -> None:
+    views = {view["name"]: view for view in small(gram_weight=1.0, gram_from="teacher", gram_size=32).views()}
+    assert views["gram_1"] == {"name": "gram_1", "size": 32, "same_crop_as": "global_1"}
+    assert [views[name]["photometric"]["blur_p"] for name in ("global_1", "global_2", "local")] == [0.0, 0.9, 0.5]
+    assert views["global_2"]["photometric"]["solarize_p"] == 0.2
+    plain = small(blur=False).views()
+    assert {view["photometric"]["blur_p"] for view in plain} == {0.0}
+
+
+def test_mixed_views__the_same_at_other_sizes() -> None:
+    mix = {"mix_share": [0.3, 0.2], "mix_global": [24, 32], "mix_local": [8, 16]}
+    objective = small(gram_weight=1.0, gram_from="teacher", gram_size=32, mix_gram=[48, 64], **mix)
+    (first, views), (second, larger) = objective.mixed_views()
+    assert (first, second) == (0.3, 0.2)
+    sizes = [{view["name"]: view["size"] for view in each} for each in (objective.views(), views, larger)]
+    assert [tuple(each[name] for name in ("global_1", "global_2", "local", "gram_2")) for each in sizes] == [
+        (16, 16, 8, 32), (24, 24, 8, 48), (32, 32, 16, 64),
+    ]  # fmt: skip
+    assert [view["photometric"] for view in views[:3]] == [view["photometric"] for view in objective.views()[:3]]
+
+
+def test_forward__takes_crops_of_any_size() -> None:
+    objective = small(gram_weight=1.0, gram_from="teacher", gram_size=32)
+    batch = images()
+    batch |= {f"global_{i}": torch.rand(4, 3, 24, 24) for i in (1, 2)}
+    batch |= {f"gram_{i}": torch.rand(4, 3, 48, 48) for i in (1, 2)} | {"local": torch.rand(2, 4, 3, 16, 16)}
+    assert objective(batch, LATE).loss.isfinite()
+
+
+@pytest.mark.parametrize(("config", "line"), [
+    ({"gram_tokens": "masked"}, "gram_tokens selects patches of the whole batch; set objective.gram_level=batch"),
+    ({"gram_from": "live", "gram_size": 32, "gram_weight": 1.0}, "gram_from=live has none"),
+    ({"gram_from": "live", "gram_every": 3, "gram_weight": 1.0}, "gram_from=live has none"),
+    ({"num_local": 0, "local_norm": True}, "objective.num_local=0 has none"),
+    ({"shared_head": True}, "set patch_num_prototypes as num_prototypes"),
+    ({"mix_share": [0.5]}, "give each as many items"),
+    ({"mix_share": [0.5, 0.6], "mix_global": [16, 24], "mix_local": [8, 8]}, "more than 1 in sum"),
+    ({"mix_share": [0.5], "mix_global": [16], "mix_local": [8], "mix_gram": [32]}, "and gram_size"),
+    ({"gram_size": 30, "gram_weight": 1.0}, "needs images of 30 px"),
+])  # fmt: skip
+def test_settings__that_exclude_each_other_are_refused(config: dict[str, Any], line: str) -> None:
+    with pytest.raises(ObjectiveError, match=line):
+        small(**config)
+
+
+def test_settings__rotary_positions_are_moved_where_there_are_some() -> None:
+    torch.manual_seed(0)
+    options = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    plain = create_backbone("vit_tiny_patch16_224", image_size=16, patch_size=4, options=options)
+    DINOv3(plain, DINOv3Config(**SMALL))
+    with pytest.raises(ObjectiveError, match=r"'vit_tiny_patch16_224' has none: .*dinov3"):
+        DINOv3(plain, DINOv3Config(**SMALL | {"rope_rescale": 2.0}))
+    dropping = create_backbone(
+        "vit_tiny_patch16_224", image_size=16, patch_size=4, options=options | {"drop_path_rate": 0.1}
+    )
+    with pytest.raises(ObjectiveError, match="leave out drop_path_rate"):
+        DINOv3(dropping, DINOv3Config(**SMALL))
+
+
+def test_begin__an_anchor_of_step_0_is_the_teacher() -> None:
+    objective = small(gram_weight=1.0, gram_from="teacher", mask_share=0.0, drop_path=0.0)
+    with torch.no_grad():
+        for parameter in objective.teacher.modules.parameters():
+            parameter.mul_(1.5)
+    assert objective.anchor is not None
+    student = {name: value.clone() for name, value in objective.anchor.state_dict().items()}
+    objective.begin(contract.read_weights)
+    teacher = objective.teacher.backbone.state_dict()
+    assert any(not torch.equal(value, student[name]) for name, value in objective.anchor.state_dict().items())
+    assert all(torch.equal(value, teacher[name]) for name, value in objective.anchor.state_dict().items())
+    assert objective(images(), LATE).metrics["gram_drift"] == 0
+
+
+def test_gram__student_and_anchor_alike_without_masks_have_no_loss() -> None:
+    objective = small(gram_weight=1.0, gram_from="teacher", mask_share=0.0, drop_path=0.0)
+    batch = images()
+    assert objective(batch, LATE).metrics["gram"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_gram__the_anchor_moves_at_its_steps_and_never_otherwise() -> None:
+    objective = small(gram_weight=1.0, gram_from="teacher", gram_step=2, gram_every=4, gram_most=1)
+    assert objective.anchor is not None
+    weights = []
+    for step in range(9):
+        with torch.no_grad():
+            objective.backbone.vit.cls_token += 1
+        objective.after_step(Progress(step, 9), contract.read_weights)
+        weights.append(float(objective.anchor.backbone.network.cls_token.sum()))
+        teacher = float(objective.teacher.backbone.network.cls_token.sum())  # type: ignore[operator, union-attr]
+        assert (weights[-1] == teacher) == (step + 1 in (2, 4)), step
+    assert len(set(weights)) == 3
+
+
+def test_step__depends_on_the_seed_alone_where_blocks_are_recomputed() -> None:
+    """Stochastic depth and moved positions come out the same the second time."""
+    objective = small(drop_path=0.5, rope_rescale=2.0, rope_shift=0.1)
+    batch = images()
+
+    def gradient() -> Tensor:
+        objective.zero_grad()
+        objective(batch, LATE).loss.backward()
+        found = objective.backbone.vit.blocks[0].attn.qkv.weight.grad
+        return found.clone()  # type: ignore[no-any-return]
+
+    before = gradient()
+    recompute_blocks(objective.repeated_blocks())
+    assert torch.equal(gradient(), before)
+    assert not torch.equal(objective({**batch, "seed": batch["seed"] + 9}, LATE).loss, objective(batch, LATE).loss)
+
+
+def test_diagnose__targets_that_stay_uniform_and_class_tokens_alike() -> None:
+    objective = small()
+    output = objective(images(), LATE)
+    healthy = {name: float(value) for name, value in output.metrics.items()}
+    stuck = healthy | {"cls_loss": math.log(48), "cls_teacher_entropy": math.log(48) - 1e-4}
+    finding = objective.diagnose(stuck, LATE)
+    assert finding is not None and "cls outputs are uniform" in finding
+    assert objective.diagnose(stuck, Progress(5, 1000)) is None
+    patches = healthy | {"patch_loss": math.log(40), "patch_teacher_entropy": math.log(40)}
+    assert "patch outputs are uniform" in (objective.diagnose(patches | {"cls_loss": 1.0}, LATE) or "")
