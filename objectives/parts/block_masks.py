@@ -12,8 +12,8 @@ Legend: T crops, n of them masked, N = H W patches, M masked patches of all crop
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,11 +46,12 @@ class BlockMasks(NamedTuple):
     weight: Tensor
 
 
-def masked_counts(num_crops: int, num_patches: int, share: float, ratio: tuple[float, float]) -> list[int]:
+@functools.cache
+def masked_counts(num_crops: int, num_patches: int, share: float, ratio: tuple[float, float]) -> tuple[int, ...]:
     """Masked patches of each masked crop, ascending: n = int(T share) numbers."""
     num_masked = int(num_crops * share)
     steps = torch.linspace(*ratio, num_masked + 1, dtype=torch.float32).tolist()
-    return [int(num_patches * step) for step in steps[1:]]
+    return tuple(int(num_patches * step) for step in steps[1:])
 
 
 def block_masks(
@@ -65,9 +66,10 @@ def block_masks(
         ratio: least and greatest share of a crop's patches.
     """
     counts = masked_counts(len(seeds), grid[0] * grid[1], share, ratio)
+    wanted = _on_device(counts, seeds.device)  # (n,)
     chosen = random_noise(seeds, 1, _STREAMS)[:, 0].argsort(stable=True)[: len(counts)]  # which crop gets which count
     is_masked = torch.zeros(len(seeds), grid[0] * grid[1], dtype=torch.bool, device=seeds.device)
-    is_masked[chosen] = _exact(seeds[chosen], _blocks(seeds[chosen], grid, counts), counts)
+    is_masked[chosen] = _exact(seeds[chosen], _blocks(seeds[chosen], grid, wanted), wanted)
     # Stable and descending: the masked ones in their order first, and there are as many as `counts` says.
     order = is_masked.flatten().to(torch.uint8).argsort(descending=True, stable=True)
     idx, unmasked_idx = order[: sum(counts)], order[sum(counts) :]
@@ -75,10 +77,15 @@ def block_masks(
     return BlockMasks(is_masked, idx, unmasked_idx, weight[idx // is_masked.shape[1]])
 
 
-def _blocks(seeds: Tensor, grid: tuple[int, int], counts: Sequence[int]) -> Tensor:
-    """Blocks for each crop until its count is reached or 10 attempts at the next one fail, (n, N) bool."""
+@functools.cache
+def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept from step to step, for the copy to a device is one that the host would wait for."""
+    return torch.tensor(counts, dtype=torch.int64, device=device)
+
+
+def _blocks(seeds: Tensor, grid: tuple[int, int], wanted: Tensor) -> Tensor:
+    """Blocks for each crop until it has the number `wanted` (n,) or 10 attempts at the next one fail, (n, N) bool."""
     height, width = grid
-    wanted = torch.tensor(counts, device=seeds.device)  # (n,)
     largest = height // 2 * width  # half of the patches; less where the rows are odd in number, as the authors have it
     rows = torch.arange(height, device=seeds.device)[:, None]  # (H, 1)
     columns = torch.arange(width, device=seeds.device)  # (W,)
@@ -119,12 +126,11 @@ def _covered(mask: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Ten
     return at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left)
 
 
-def _exact(seeds: Tensor, mask: Tensor, counts: Sequence[int]) -> Tensor:
-    """The masks (n, N) with as many random patches more as blocks have left open."""
+def _exact(seeds: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
+    """The masks (n, N) with as many random patches more as blocks have left open of `wanted` (n,)."""
     rank = torch.where(mask, -1, random_noise(seeds, mask.shape[1], _STREAMS + _MAX_BLOCKS + 1))
     order = rank.argsort(dim=1, stable=True)  # masked ones first
-    wanted = torch.tensor(counts, device=seeds.device)[:, None]
-    is_within = torch.arange(mask.shape[1], device=seeds.device) < wanted  # (n, N)
+    is_within = torch.arange(mask.shape[1], device=seeds.device) < wanted[:, None]  # (n, N)
     return torch.zeros_like(mask).scatter(1, order, is_within)
 
 

@@ -225,7 +225,8 @@ class _Layers:
         if (meant := HABITS.get(name)) in self._settings and meant != template(key):
             return f"; did you mean '{meant}'?"
         if section == "objective" and (others := _objectives_with(name)):
-            return f"; it is a setting of {' and '.join(others)}"
+            *first, last = others
+            return f"; it is a setting of {', '.join(first)}{' and ' if first else ''}{last}"
         same_name = [known for known in self._settings if known.rpartition(".")[2] == name and "[]" not in known]
         if same_name:
             return f"; did you mean '{same_name[0]}'?"

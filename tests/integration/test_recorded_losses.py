@@ -44,17 +44,31 @@ SMALL: dict[str, dict[str, Any]] = {
     "gmml": {},
 }
 SMALL["selfpatch"] = SMALL["dino"] | {"num_patch_prototypes": 32}
+SMALL["dinov3"] = SMALL["dino"] | {
+    "patch_num_prototypes": 32, "patch_head_hidden_dim": 64, "patch_head_bottleneck_dim": 32,
+    "last_layer": "weight_norm", "rope_rescale": 2.0, "freeze_prototypes": 0.1, "gram_from": "teacher", "gram_step": 5,
+    "gram_weight": 1.0, "gram_weight_start": 0.0, "ramp_steps": 10, "gram_size": 64,
+}  # fmt: skip
+OPTIONS = {"depth": 3, "embed_dim": 48, "num_heads": 3}
 
 
 def _recipe(name: str, stage: int) -> Recipe:
+    backbone = ImageConfig("vit_tiny_patch16_224", 32, 8, options=OPTIONS | {"drop_path_rate": 0.1})
+    if name == "dinov3":
+        backbone = ImageConfig("vit_small_patch16_dinov3_qkvb", 32, 8, options=OPTIONS | {"num_reg_tokens": 1})
     return Recipe(
         name="recorded",
         objective=registry.config_class(name)(**SMALL[name]),
-        backbone=ImageConfig(
-            "vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3, "drop_path_rate": 0.1}
-        ),
+        backbone=backbone,
         data=DataConfig(train=str(PHOTOS)),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=4, layer_decay=0.9, clip_grad=1.0, weight_decay_end=0.2),
+        optimizer=OptimizerConfig(
+            lr=1e-3,
+            warmup_steps=4,
+            layer_decay=0.9,
+            clip_grad=1.0,
+            clip_mode="part" if name == "dinov3" else "global",
+            weight_decay_end=0.2,
+        ),
         train=TrainConfig(
             steps=STEPS,
             global_batch_size=RANKS * MICRO * ACCUMULATION,
@@ -76,6 +90,7 @@ def _curve(recipe: Recipe) -> list[dict[str, Any]]:
     rank = dist.get_rank()
     torch.manual_seed(recipe.train.seed)
     engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
+    engine.objective.begin(engine.read_weights)
     torch.manual_seed(recipe.train.seed + 1 + rank)
     stream = Stream(
         open_dataset(PHOTOS),
@@ -92,7 +107,7 @@ def _curve(recipe: Recipe) -> list[dict[str, Any]]:
     records = []
     for step in range(STEPS):
         micro_batches = [stream.finish(batch) for batch in itertools.islice(batches, ACCUMULATION)]
-        engine.set_schedule(learning_rate(recipe).at(step), weight_decay(recipe).at(step))
+        engine.set_schedule(learning_rate(recipe).at(step), weight_decay(recipe).at(step), step)
         result = engine.step(micro_batches, Progress(step, STEPS))
         assert result.applied
         loss = result.loss.clone()

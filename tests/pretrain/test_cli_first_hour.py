@@ -83,7 +83,10 @@ def test_init__writes_a_recipe_that_fits_and_runs(
     ("arguments", "said"),
     [
         (["photoss"], "DATA photoss: no such directory"),
-        (["my photos", "--objective", "meo"], "expected one of dino, gmml, mae, selfpatch, sit; did you mean 'mae'?"),
+        (
+            ["my photos", "--objective", "meo"],
+            "expected one of dino, dinov3, gmml, mae, selfpatch, sit; did you mean 'mae'?",
+        ),
         (["my photos", "--hours", "nan"], "--hours nan: expected a number above 0 and below 10000"),
         (["my photos", "-o", "recipe.txt"], "expected a name that ends in .yaml"),
         (["."], "holds folders that look like splits"),

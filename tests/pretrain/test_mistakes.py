@@ -80,7 +80,8 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         # names
         (
             "objective.name=maee",
-            "objective.name=maee: unknown objective; known are dino, gmml, mae, selfpatch, sit; did you mean 'mae'?",
+            "objective.name=maee: unknown objective; known are dino, dinov3, gmml, mae, selfpatch, sit; "
+            "did you mean 'mae'?",
         ),
         ("name=a/b", "name=a/b: expected letters, digits"),
         ("evaluation.tasks[0].protocol=liner", "unknown protocol; known are knn, linear, segmentation; did you mean "),
@@ -373,7 +374,7 @@ def test_load_recipe__what_other_tools_call_a_setting(recipe: Path, key: str, hi
 def test_load_recipe__a_setting_of_another_objective_and_one_of_none(recipe: Path) -> None:
     """`grey_p` was taken for the closest name of any section."""
     assert mistakes(recipe, "objective.center_momentum=1")[0].endswith(
-        "unknown setting; it is a setting of dino and selfpatch"
+        "unknown setting; it is a setting of dino, dinov3 and selfpatch"
     )
     assert mistakes(recipe, "objective.grey_p=0.1")[0].endswith("objective.grey_p=0.1: unknown setting")
 
