@@ -22,7 +22,7 @@ class Purpose(IntEnum):
     PART = 5  # streaming/mixture: the seed of one of several data sets
     MIX = 6  # streaming/unindexed: what leaves the shuffle buffer
     SHARDS = 7  # streaming/unindexed: shards of a pass
-    MIXED_VIEWS = 8  # streaming/stream: which of several sets of views a step has
+    SIZES = 8  # streaming/stream: which of several sets of views a step has
 
 
 @unique

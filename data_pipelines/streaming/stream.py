@@ -266,7 +266,7 @@ class Stream:
 
     def _chosen_views(self, step: int) -> int:
         """0 for the views of most steps, else 1 + the number of the others that this step has."""
-        drawn = ViewRandom(key(self._seed, Purpose.MIXED_VIEWS, step)).uniform(0.0, 1.0)
+        drawn = ViewRandom(key(self._seed, Purpose.SIZES, step)).uniform(0.0, 1.0)
         for number, of_steps in enumerate(self._shares, start=1):
             drawn -= of_steps
             if drawn < 0:

@@ -19,6 +19,7 @@ def test_purposes__are_those_of_every_run_so_far() -> None:
         "PART": 5,
         "MIX": 6,
         "SHARDS": 7,
+        "SIZES": 8,
     }
     assert {purpose.name: purpose.value for purpose in ViewPurpose} == {"COLORS": 1}
 
