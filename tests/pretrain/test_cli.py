@@ -40,7 +40,7 @@ def test_cli__surface_is_frozen() -> None:
     assert surface == {
         "run": ["RECIPE", "[KEY=VALUE]...", "--address", "--dry-run"],
         "resume": ["RUN_ID", "[KEY=VALUE]...", "--storage"],
-        "evaluate": ["CHECKPOINT", "--protocol", "--data", "--storage"],
+        "evaluate": ["CHECKPOINT", "--protocol", "--data", "--batch-size", "--storage"],
         "leaderboard": ["--protocol", "--data", "--all", "--storage"],
         "pull": ["NAME[@ALIAS]", "DEST", "--full", "--storage"],
         "report": ["RUN_ID", "--storage"],

@@ -50,7 +50,7 @@ def test_event__every_class_has_an_example() -> None:
 def test_from_json__a_missing_field_is_named(event: Event) -> None:
     record = event.to_json()
     optional = {
-        Start: {"exact", "pids", "decoder", "epochs"},
+        Start: {"exact", "pids", "decoder", "epochs", "size"},
         events.Resumed: {"reference"},
         events.Initialized: {"resampled", "missing", "unexpected"},
         events.StageBegan: {"resampled", "fresh", "moments"},
