@@ -88,13 +88,11 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
+        return total_over_ranks(tensor)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        return _Sum.forward(context, gradient.contiguous())
+        return total_over_ranks(gradient.contiguous())
 
 
 class _Gather(torch.autograd.Function):
@@ -104,8 +102,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        total = total_over_ranks(gradient.contiguous())
-        return total.chunk(num_ranks())[rank()]
+        return total_over_ranks(gradient.contiguous()).chunk(num_ranks())[rank()]
 
 
 def _has_group() -> bool:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from objectives.precision import at_least_float32
+
 __all__ = ["effective_rank", "entropy", "patch_cosine", "projection_std", "used_share"]
 
 _MAX_ROWS = 256  # the eigenvalues of a 256 x 256 matrix take 10 ms of a CPU core
@@ -61,7 +63,7 @@ def patch_cosine(patches: Tensor) -> Tensor:
 @torch.no_grad()
 def entropy(probabilities: Tensor) -> Tensor:
     """Entropy in nats of distributions along the last dimension: (..., K) -> (...), in 0 .. ln K."""
-    wide = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
+    wide = at_least_float32(probabilities)
     return -torch.xlogy(wide, wide).sum(-1)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from yaml import YAMLError
 
 from data_pipelines.parsing import parse_json
+from data_pipelines.storage.locations import is_local
 from evaluation.protocol import Metric, ranked
 from pretrain.config.schema import EvaluationTask, Recipe, TrainConfig
 from pretrain.config.stages import Plan, written_stages
@@ -74,9 +75,10 @@ def evaluate_tasks(
     events: list[Evaluated | EvaluationFailed] = []
     try:
         path = resolve(checkpoint, Path(storage))
-    except RequestError:  # the run itself names it, so it was there
-        gone = f"its checkpoint {checkpoint} is gone"
-        return [EvaluationFailed(step=step, protocol=task.protocol, data=task.data, error=gone) for task in tasks]
+    except RequestError as error:
+        is_gone = is_local(checkpoint) and not Path(checkpoint).exists()  # the run itself names it, so it was there
+        said = f"its checkpoint {checkpoint} is gone" if is_gone else last_line(error)
+        return [EvaluationFailed(step=step, protocol=task.protocol, data=task.data, error=said) for task in tasks]
     for task in tasks:
         try:
             result = _evaluate(path, task, Path(directory), Path(storage), device=device, threads=computing)

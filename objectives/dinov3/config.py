@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from objectives.parts.settings import GLOBAL_SCALE, LOCAL_SCALE, DistillationConfig, MultiCropConfig
+from objectives.parts.settings import GLOBAL_SCALE, LAST_LAYERS, LOCAL_SCALE, DistillationConfig, MultiCropConfig
 
 __all__ = ["DINOv3Config"]
 
@@ -57,7 +57,7 @@ class DINOv3Config(DistillationConfig, MultiCropConfig):
     last_layer: str = field(
         default="linear",
         metadata={
-            "choices": ("linear", "weight_norm", "weight_norm_frozen"),
+            "choices": LAST_LAYERS,
             "help": "of both heads; weight_norm learns in short runs with few images, where linear stays at ln K",
         },
     )

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from backbones.images.base import ImageEncoder
 from objectives.companions import Companion
+from objectives.precision import at_least_float32
 from objectives.teacher import Teacher
 
 __all__ = ["GramTeacher", "gram_loss", "is_refreshed", "on_grid"]
@@ -40,7 +41,7 @@ def gram_loss(
         level: "image" compares the patches of an image, (B, N, N) numbers; "batch" all patches of the batch.
         negatives: "keep"; "remove" sets negative similarities of both to 0; "remove_teacher" those of the teacher.
     """
-    student, teacher = (_wide(tokens) for tokens in (student, teacher))
+    student, teacher = (at_least_float32(tokens) for tokens in (student, teacher))
     if level == "batch":
         student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)  # (B N, D)
     if normalize:
@@ -61,7 +62,7 @@ def on_grid(tokens: Tensor, own: tuple[int, int], wanted: tuple[int, int], metho
     """
     if own == wanted:
         return tokens
-    maps = _wide(tokens).mT.unflatten(2, own)  # (B, D, rows, columns)
+    maps = at_least_float32(tokens).mT.unflatten(2, own)  # (B, D, rows, columns)
     resized = functional.interpolate(maps, size=wanted, mode=method, align_corners=False, antialias=antialias)
     return resized.flatten(2).mT
 
@@ -100,7 +101,3 @@ class GramTeacher(Companion):
         """Become the teacher's backbone."""
         for own, value in zip(self.module.parameters(), teacher.backbone.parameters(), strict=True):
             own.copy_(value)
-
-
-def _wide(tokens: Tensor) -> Tensor:
-    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))

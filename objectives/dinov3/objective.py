@@ -46,6 +46,7 @@ from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, local_size, multi
 from objectives.parts.prototypes import DINOHead
 from objectives.parts.sinkhorn import sinkhorn_knopp
 from objectives.parts.visuals import crops_and_features
+from objectives.precision import at_least_float32
 from objectives.requirements import require, require_sizes
 from objectives.schedules import half_cosine
 from objectives.teacher import ReadWeights, Teacher
@@ -222,8 +223,9 @@ class DINOv3(ImageObjective):
         patch_logits = self._patch_head(self)(student.patches.flatten(0, 1)[masks.idx])  # (M, K')
 
         with torch.autocast(logits.device.type, enabled=False):
-            scores = (_wide(logits) / config.student_temp).unflatten(0, (-1, taught.targets.shape[1]))  # (V, B, K)
-            patch_scores = _wide(patch_logits) / config.student_temp
+            scores = at_least_float32(logits) / config.student_temp
+            scores = scores.unflatten(0, (-1, taught.targets.shape[1]))  # (V, B, K)
+            patch_scores = at_least_float32(patch_logits) / config.student_temp
             terms = {
                 "dino_global": cross_view.cross_view_loss(taught.targets, scores[:_NUM_GLOBAL]),
                 "ibot": cross_view.masked_patch_loss(taught.patch_targets, patch_scores, masks.weight, len(crops[0])),
@@ -255,8 +257,8 @@ class DINOv3(ImageObjective):
 
     def _momentum(self, progress: Progress) -> float:
         """Share of the teacher that a step keeps."""
-        start, end = self.config.teacher_momentum, self.config.teacher_momentum_end
-        return start if start == end else half_cosine(start, end, progress.step / progress.total_steps)
+        config = self.config
+        return half_cosine(config.teacher_momentum, config.teacher_momentum_end, progress.step / progress.total_steps)
 
     def _masks(self, seeds: Tensor, images: Tensor) -> BlockMasks:
         """Of the global crops, one view after the other."""
@@ -395,7 +397,7 @@ class DINOv3(ImageObjective):
             "effective_rank": effective_rank(first),
             "cls_cosine": patch_cosine(first[None]),  # between images
             "cls_patch_cosine": cosine_similarity(
-                _wide(image_token(features))[:, None], _wide(features.patches), dim=-1
+                at_least_float32(image_token(features))[:, None], at_least_float32(features.patches), dim=-1
             ).mean(),
             "patch_cosine": patch_cosine(features.patches),
         }
@@ -484,7 +486,3 @@ def _initialize(network: nn.Module) -> None:
             nn.init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 nn.init.uniform_(module.bias, -bound, bound)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

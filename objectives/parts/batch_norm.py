@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from objectives.distributed import num_ranks, sum_over_ranks
+from objectives.precision import at_least_float32
 
 __all__ = ["BatchNorm"]
 
@@ -30,7 +31,7 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, D) -> (n, D) in the type of `x`, or in float32 at least if it has no weights. Collective: n rows each."""
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            wide = at_least_float32(x)
             num_rows = len(x) * num_ranks()
             centerd = wide - sum_over_ranks(wide.sum(0)) / num_rows
             variance = sum_over_ranks(centerd.square().sum(0)) / num_rows

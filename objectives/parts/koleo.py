@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from objectives.distributed import gather_rows_with_gradient, num_ranks, rank
 from objectives.errors import ObjectiveError
+from objectives.precision import at_least_float32
 
 __all__ = ["KoLeo", "koleo"]
 
@@ -45,7 +46,7 @@ def koleo(features: Tensor, *, num_neighbors: int = 1, group_size: int | None = 
     Raises:
         ObjectiveError: there is one row, too few neighbors, or no such groups.
     """
-    own = functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1, eps=_EPS)
+    own = functional.normalize(at_least_float32(features), dim=-1, eps=_EPS)
     rows, first = (own, 0) if group_size is None else _group(own, group_size)
     if len(rows) <= num_neighbors:
         raise ObjectiveError(

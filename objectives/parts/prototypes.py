@@ -22,9 +22,7 @@ from torch.nn import functional
 
 from objectives.parts.initialization import initialize_linear
 
-__all__ = ["LAST_LAYERS", "DINOHead"]
-
-LAST_LAYERS = ("linear", "weight_norm", "weight_norm_frozen")
+__all__ = ["DINOHead"]
 
 
 class DINOHead(nn.Module):
@@ -39,7 +37,7 @@ class DINOHead(nn.Module):
         bottleneck_dim: int,
         last_layer: str = "weight_norm_frozen",
     ) -> None:
-        """`last_layer` is one of `LAST_LAYERS`."""
+        """`last_layer` is one of `objectives.parts.settings.LAST_LAYERS`."""
         super().__init__()
         self.last_layer = last_layer
         self.mlp = nn.Sequential(

@@ -15,6 +15,7 @@ __all__ = [
     "FREEZE",
     "GLOBAL_SCALE",
     "HFLIP",
+    "LAST_LAYERS",
     "LOCAL_SCALE",
     "TEACHER_MOMENTUM",
     "AugmentationConfig",
@@ -34,6 +35,7 @@ FILLED_SHARE = {
     "range": (0.01, 0.9),
     "help": "greatest share of the pixels that is filled; the least is a half, or this where it is less",
 }
+LAST_LAYERS = ("linear", "weight_norm", "weight_norm_frozen")  # of `objectives.parts.prototypes.DINOHead`
 FILL = {"choices": ("noise", "zeros"), "help": "what blocks are filled with: noise, or the mean color"}
 
 

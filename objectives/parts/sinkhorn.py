@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from objectives.distributed import max_over_ranks, total_over_ranks
+from objectives.precision import at_least_float32
 
 __all__ = ["sinkhorn_knopp"]
 
@@ -23,7 +24,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, num_iterations: int = 3) 
 
     Every rank makes 2 collectives of K numbers per iteration, also one without rows.
     """
-    log_q = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    log_q = at_least_float32(logits) / temperature
     for _ in range(num_iterations):
         log_q = log_q - _log_share_of_prototypes(log_q)
         log_q = log_q - log_q.logsumexp(dim=1, keepdim=True)

@@ -31,23 +31,18 @@ from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainCon
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from pretrain.training.schedules import learning_rate, weight_decay
+from tests.small_objectives import SMALL as SIZES
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "losses"
 PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
 STEPS, RANKS, MICRO, ACCUMULATION = 20, 2, 4, 2
 STAGES = (0, 1)
 TOLERANCE = 2e-3  # relative; seen between processors with and without AVX-512: up to 3e-4 after 20 steps
-SMALL: dict[str, dict[str, Any]] = {
-    "mae": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
-    "dino": {"num_prototypes": 64, "head_hidden_dim": 64, "head_bottleneck_dim": 32, "num_local": 2, "local_size": 24},
-    "sit": {"projector_hidden_dim": 64, "projector_dim": 32},
-    "gmml": {},
-}
-SMALL["selfpatch"] = SMALL["dino"] | {"num_patch_prototypes": 32}
-SMALL["dinov3"] = SMALL["dino"] | {
-    "patch_num_prototypes": 32, "patch_head_hidden_dim": 64, "patch_head_bottleneck_dim": 32,
-    "last_layer": "weight_norm", "rope_rescale": 2.0, "freeze_prototypes": 0.1, "gram_from": "teacher", "gram_step": 5,
-    "gram_weight": 1.0, "gram_weight_start": 0.0, "ramp_steps": 10, "gram_size": 64,
+SMALL = SIZES | {
+    "dinov3": SIZES["dinov3"] | {
+        "last_layer": "weight_norm", "rope_rescale": 2.0, "freeze_prototypes": 0.1, "gram_from": "teacher",
+        "gram_step": 5, "gram_weight": 1.0, "gram_weight_start": 0.0, "ramp_steps": 10, "gram_size": 64,
+    },
 }  # fmt: skip
 OPTIONS = {"depth": 3, "embed_dim": 48, "num_heads": 3}
 

@@ -27,23 +27,18 @@ from objectives.teacher import Teacher
 from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
+from tests.small_objectives import SMALL as SIZES
 
 PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
 BACKBONE = ImageConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3})
-# Sizes that make a step cheap; everything else is the default.
-SMALL: dict[str, dict[str, Any]] = {
-    "mae": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
-    "dino": {"num_prototypes": 64, "head_hidden_dim": 64, "head_bottleneck_dim": 32, "num_local": 2, "local_size": 24},
-    "sit": {"projector_hidden_dim": 64, "projector_dim": 32, "alien_p": 0.0},
-    "gmml": {"alien_p": 0.0},  # the other image is one of the same micro-batch, which depends on the ranks
+# Without what depends on which images a rank has: another image of the micro-batch in the place of blocks; stochastic
+# depth, how many patches of which crop are masked, KoLeo.
+ALIKE = {"mask_share": 1.0, "mask_ratio": [0.3, 0.3], "drop_path": 0.0, "koleo_weight": 0.0}
+SMALL = SIZES | {
+    "sit": SIZES["sit"] | {"alien_p": 0.0},
+    "gmml": SIZES["gmml"] | {"alien_p": 0.0},
+    "dinov3": SIZES["dinov3"] | ALIKE | {"gram_weight": 1.0, "gram_from": "teacher", "last_layer": "weight_norm"},
 }
-# Without what depends on which images a rank has: stochastic depth, how many patches of which crop are masked, KoLeo.
-SMALL["dinov3"] = SMALL["dino"] | {
-    "patch_num_prototypes": 32, "patch_head_hidden_dim": 64, "patch_head_bottleneck_dim": 32, "mask_share": 1.0,
-    "mask_ratio": [0.3, 0.3], "drop_path": 0.0, "koleo_weight": 0.0, "gram_weight": 1.0, "gram_from": "teacher",
-    "last_layer": "weight_norm",
-}  # fmt: skip
-SMALL["selfpatch"] = SMALL["dino"] | {"num_patch_prototypes": 32}
 OBJECTIVES = list(registry.built_in_names())
 RANKS, MICRO, STEPS = 2, 8, 4
 

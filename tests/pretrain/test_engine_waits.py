@@ -28,21 +28,13 @@ from objectives.base import Progress
 from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.training.engine import Engine, init_distributed
 from pretrain.training.model import build_objective
+from tests.small_objectives import SMALL as SIZES
 
 PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
 RANKS, MICRO, STAGES = 2, 4, (0, 1)
-SMALL: dict[str, dict[str, Any]] = {
-    "mae": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
-    "dino": {"num_prototypes": 64, "head_hidden_dim": 64, "head_bottleneck_dim": 32, "num_local": 2, "local_size": 24},
-    "sit": {"projector_hidden_dim": 64, "projector_dim": 32},
-    "gmml": {},
-}
-SMALL["selfpatch"] = SMALL["dino"] | {"num_patch_prototypes": 32}
-SMALL["dinov3"] = SMALL["dino"] | {
-    "patch_num_prototypes": 32, "patch_head_hidden_dim": 64, "patch_head_bottleneck_dim": 32, "gram_weight": 1.0,
-    "gram_from": "teacher", "drop_path": 0.5,
-    "mask_share": 0.0,  # drawing blocks waits on a CPU only (tests/objectives/test_block_masks.py)
-}  # fmt: skip
+# Drawing the blocks of masks waits, on a CPU only (tests/objectives/test_block_masks.py).
+ANCHORED = {"gram_weight": 1.0, "gram_from": "teacher", "drop_path": 0.5, "mask_share": 0.0}
+SMALL = SIZES | {"dinov3": SIZES["dinov3"] | ANCHORED}
 
 # Of the engine: one wait, for the verdict on the step. Messages: losses that are not finite; gradients; in stage 1 the
 # squares of their norms, and the new weights of the two parameter groups.
