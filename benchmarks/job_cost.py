@@ -59,10 +59,11 @@ evaluation: {enabled: false, baseline: false}
 
 
 class Cost(NamedTuple):
-    """CPU-seconds of a process tree by kind, those until the first step was done, and seconds of wall time."""
+    """CPU-seconds of a process tree by kind, of them those until the first and after the last step; wall time."""
 
     cpu: dict[str, float]
     start: float
+    end: float
     wall_s: float
 
     @property
@@ -76,14 +77,18 @@ def kind_of(process: psutil.Process) -> str:
     return next((kind for text, kind in KINDS.items() if text in line), "others")
 
 
-def job_cost(command: list[str], has_begun: Callable[[], bool] = lambda: False) -> Cost:
-    """Run a command to its end; `has_begun` says whether its first step is done.
+def never() -> bool:
+    return False
+
+
+def job_cost(command: list[str], has_begun: Callable[[], bool] = never, is_done: Callable[[], bool] = never) -> Cost:
+    """Run a command to its end; `has_begun` says whether its first step is done, `is_done` whether its last is.
 
     What a process uses after the last look at it, 0.05 s before its end at most, is not seen.
     """
     began = time.monotonic()
     seen: dict[int, tuple[str, float]] = {}
-    start = float("nan")
+    start = done = float("nan")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would fill up and halt the job
         root = psutil.Popen(
@@ -96,6 +101,8 @@ def job_cost(command: list[str], has_begun: Callable[[], bool] = lambda: False) 
                     seen[process.pid] = kind_of(process), times.user + times.system
             if start != start and has_begun():
                 start = sum(seconds for _, seconds in seen.values())
+            if done != done and is_done():
+                done = sum(seconds for _, seconds in seen.values())
             time.sleep(POLL_S)
         if root.wait():
             errors.seek(0)
@@ -104,7 +111,7 @@ def job_cost(command: list[str], has_begun: Callable[[], bool] = lambda: False) 
     cpu: dict[str, float] = {}
     for kind, seconds in seen.values():
         cpu[kind] = cpu.get(kind, 0.0) + seconds
-    return Cost(cpu, start, time.monotonic() - began)
+    return Cost(cpu, start, sum(cpu.values()) - done, time.monotonic() - began)
 
 
 def our_job(pictures: Path, scratch: Path, batch: int, steps: int) -> Cost:
@@ -134,6 +141,11 @@ def lightly_train_job(python: str, pictures: Path, scratch: Path, batch: int) ->
     cost = job_cost([python, program, str(pictures), str(scratch / "out"), "--batch", str(batch)], started.exists)
     _require((scratch / "out" / "exported_models").iterdir(), "lightly-train")
     return cost
+
+
+def _has_step(storage: Path, step: int) -> bool:
+    """Whether the journal of the one run there has a record of this step."""
+    return any(f'"step": {step},' in journal.read_text() for journal in storage.glob("*/journal.jsonl"))
 
 
 def _require(files: Iterable[Path], whose: str) -> None:
@@ -206,20 +218,23 @@ def main() -> None:
     jobs: list[dict[str, float]] = []
     bare: list[float] = []
     walls: list[float] = []
+    ends: list[float] = []
     for _ in range(arguments.rounds):
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import overhead; "
         code += f"overhead.bare_steps({arguments.recipe!r}, {settings!r})"
         bare.append(job_cost([sys.executable, "-c", code]).total)
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, "-m", "pretrain", "run", arguments.recipe, *settings, f"storage={scratch}"]
-            cost = job_cost(command)
+            cost = job_cost(command, is_done=lambda place=scratch: _has_step(Path(place), arguments.steps))
         jobs.append(cost.cpu)
+        ends.append(cost.end)
         walls.append(cost.wall_s)
     for kind in sorted({kind for job in jobs for kind in job}):
         print(f"{kind:40} {statistics.median(job.get(kind, 0.0) for job in jobs):7.1f} CPU-s")
     totals = [sum(job.values()) for job in jobs]
     spread = f"{min(totals):.1f}-{max(totals):.1f}"
     print(f"{'job':40} {statistics.median(totals):7.1f} CPU-s ({spread}), {statistics.median(walls):.1f} s")
+    print(f"{'of it, after the last step':40} {statistics.median(ends):7.1f} CPU-s ({min(ends):.1f}-{max(ends):.1f})")
     print(f"{'bare loop':40} {statistics.median(bare):7.1f} CPU-s ({min(bare):.1f}-{max(bare):.1f})")
     print(f"{'beyond the bare loop':40} {statistics.median(totals) - statistics.median(bare):7.1f} CPU-s")
 

@@ -33,7 +33,11 @@ def gpu_share(cluster: Cluster, *, trainer_gpus: float, tasks: int) -> float:
 
 
 class TaskQueue:
-    """Submit functions, collect results as they come. One task per label; a label is accepted once."""
+    """Submit functions, collect results as they come. One task per label; a label is accepted once.
+
+    Attributes:
+        gpus_per_task: What each task that is submitted from now on asks for.
+    """
 
     def __init__(self, cluster: Cluster, *, gpus_per_task: float = 0.0, max_retries: int = 2) -> None:
         """
@@ -47,7 +51,8 @@ class TaskQueue:
             self._options: dict[str, Any] = {"num_cpus": 0, "resources": {EVALUATION_SLOT: 1}}
         else:
             self._options = {"num_cpus": 1}
-        self._options |= {"num_gpus": gpus_per_task, "max_retries": max_retries}
+        self._options |= {"max_retries": max_retries}
+        self.gpus_per_task = gpus_per_task
         self._labels: dict[ray.ObjectRef, Any] = {}
         self._seen: set[Any] = set()
 
@@ -56,7 +61,8 @@ class TaskQueue:
         if label in self._seen:
             return
         self._seen.add(label)
-        self._labels[ray.remote(function).options(**self._options).remote(*arguments, **options)] = label
+        task = ray.remote(function).options(**self._options, num_gpus=self.gpus_per_task)
+        self._labels[task.remote(*arguments, **options)] = label
 
     @property
     def pending(self) -> set[Any]:

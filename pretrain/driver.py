@@ -279,14 +279,16 @@ class _Driver:
         from cluster.tasks import TaskQueue, gpu_share
         from cluster.workers import WorkerGroup, run_workers
 
+        slots = self.recipe.evaluation.slots
         trainer_gpus = self.recipe.train.workers * gpus_per_worker
-        share = gpu_share(cluster, trainer_gpus=trainer_gpus, tasks=self.recipe.evaluation.slots)
+        queue = TaskQueue(cluster, gpus_per_task=gpu_share(cluster, trainer_gpus=trainer_gpus, tasks=slots))
         self._evaluation_options = {
-            "device": None if share else "cpu",
-            "threads": max(1, cluster.spare_cores // self.recipe.evaluation.slots),
+            "device": None if queue.gpus_per_task else "cpu",
+            "threads": max(1, cluster.spare_cores // slots),
             "training": str(self.run_dir.training),
         }
-        queue = TaskQueue(cluster, gpus_per_task=share)
+        # The evaluations of the last checkpoint then have the GPUs that the trainers leave.
+        last_ones_wait = cluster.private and cluster.num_gpus > 0 and not queue.gpus_per_task
         group = WorkerGroup(
             num_workers=self.recipe.train.workers,
             cpus_per_worker=self.recipe.cluster.cpus_per_worker,
@@ -306,7 +308,8 @@ class _Driver:
                 self.run_dir.training.unlink(missing_ok=True)
 
         training = _Background(train)
-        self._queue_evaluations(queue)
+        if not (last_ones_wait and self._is_trained()):
+            self._queue_evaluations(queue)
         if not self._is_trained():
             self.terminal.wait_for(f"starting workers: {self.recipe.train.workers}")
             training.start()
@@ -321,7 +324,12 @@ class _Driver:
                     self._record_failure(died)
                     raise died
             is_training = training.is_alive()  # asked first: the events are read once more after its end
-            if self._follow():
+            is_new = self._follow()
+            if last_ones_wait and not is_training:
+                last_ones_wait, is_new = False, True
+                queue.gpus_per_task = gpu_share(cluster, trainer_gpus=0.0, tasks=slots)
+                self._evaluation_options["device"] = None
+            if is_new and not (last_ones_wait and self._is_trained()):
                 self._queue_evaluations(queue)
             self._collect(queue)
             time.sleep(POLL_S)

@@ -115,7 +115,7 @@ def _contents(run: RunDir) -> dict[str, Any]:
         "recipe_yaml": recipe_yaml,
         "status": _status(events),
         "error": next((event.error for event in reversed(events) if isinstance(event, Failed)), "") or damaged,
-        "facts": _facts(stages, events, training),
+        "facts": _facts(stages, events, evaluations, training),
         "tiles": _tiles(training, tasks),
         "diverged": next((s for s, v in training.items() if not math.isfinite(v.get("loss", 0.0))), None),
         "training_charts": _training_charts(training),
@@ -209,7 +209,10 @@ def _visualizations(run: RunDir, events: Iterable[Event]) -> list[tuple[int, str
 
 
 def _facts(
-    stages: Sequence[dict[str, Any]], events: Sequence[Event], training: Mapping[int, Mapping[str, float]]
+    stages: Sequence[dict[str, Any]],
+    events: Sequence[Event],
+    evaluations: Sequence[Event],
+    training: Mapping[int, Mapping[str, float]],
 ) -> list[tuple[str, str]]:
     """What the run is, for the head of the page; of several stages the last, and their names."""
     recipe = stages[-1]
@@ -232,6 +235,9 @@ def _facts(
         began, ended = events[0].time, events[-1].time
         facts.append(("started", time.strftime("%Y-%m-%d %H:%M", time.localtime(began))))
         facts.append(("wall time", _duration(ended - began)))
+        if computed := sum(event.seconds for event in evaluations if isinstance(event, Evaluated) and not event.cached):
+            after = _duration(max(0.0, evaluations[-1].time - ended))
+            facts.append(("evaluations", f"{_duration(computed)} in all; the last ended {after} after training"))
     if resumed := sum(isinstance(event, Resumed) for event in events):
         facts.append(("resumed", f"{resumed} x"))
     warnings = [event for event in events if isinstance(event, Warned)]

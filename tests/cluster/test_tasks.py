@@ -29,7 +29,7 @@ def test_gpu_share__what_trainers_leave_over(num_gpus: float, trainers: float, t
 
 
 def test_queue__asks_for_its_share_beside_a_slot_or_a_cpu() -> None:
-    assert TaskQueue(_cluster(3.0), gpus_per_task=0.5)._options == {
-        "num_cpus": 0, "resources": {EVALUATION_SLOT: 1}, "num_gpus": 0.5, "max_retries": 2
-    }  # fmt: skip
-    assert TaskQueue(_cluster(0.0, slots=False))._options == {"num_cpus": 1, "num_gpus": 0.0, "max_retries": 2}
+    queue = TaskQueue(_cluster(3.0), gpus_per_task=0.5)
+    assert queue._options == {"num_cpus": 0, "resources": {EVALUATION_SLOT: 1}, "max_retries": 2}
+    assert queue.gpus_per_task == 0.5
+    assert TaskQueue(_cluster(0.0, slots=False))._options == {"num_cpus": 1, "max_retries": 2}

@@ -71,6 +71,31 @@ def test_run__killed_worker_recovers_is_evaluated_and_pulled(
     _check_pulled(storage, tmp_path / "pulled")
 
 
+_TELLS_OF_TASKS = """
+import sys
+from cluster.tasks import TaskQueue
+from pretrain.cli.main import main
+submit = TaskQueue.submit
+def telling(queue, label, *arguments, device, **options):
+    print("task", label[0].step, queue.gpus_per_task, device, flush=True)
+    submit(queue, label, *arguments, device=device, **options)
+TaskQueue.submit = telling
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_run__last_checkpoint_is_evaluated_where_its_trainers_were(recipe: Path, tmp_path: Path) -> None:
+    """A GPU that is declared and not there: Ray hands it out, and torch computes on the CPU all the same."""
+    settings = [f"storage={tmp_path}/storage", "train.workers=1", "cluster.gpus_per_worker=1", "train.steps=4"]
+    command = [sys.executable, "-c", _TELLS_OF_TASKS, "run", str(recipe), *settings, "train.checkpoint_every=2"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    tasks = [line.split()[1:] for line in run.stdout.splitlines() if line.startswith("task ")]
+    assert sorted(tasks) == [["0", "0.0", "cpu"], ["2", "0.0", "cpu"], ["4", "1.0", "None"]]
+    (scores,) = (tmp_path / "storage").glob("small-*/evaluations.jsonl")
+    assert {event.step for event in read_events(scores)[0] if isinstance(event, Evaluated)} == {0, 2, 4}
+
+
 def test_resume__after_it_was_stopped_and_after_the_driver_was_killed(
     losses: Losses, wait_for: Callable[..., None], recipe: Path, tmp_path: Path
 ) -> None:

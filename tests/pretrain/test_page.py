@@ -129,6 +129,7 @@ def test_write_report__one_self_contained_page(page: Page) -> None:
         assert content.startswith((b"\x89PNG", b"<svg"))
     assert 'class="badge finished"' in page.text and "<dd>1 x</dd>" in page.text
     assert "torch 2.15.0" in page.text and "global_batch_size: 64" in page.text
+    assert "<dd>0 min 8 s in all; the last ended 0 min 0 s after training</dd>" in page.text
 
 
 def test_write_report__table_of_checkpoints_and_scores(page: Page) -> None:
