@@ -29,6 +29,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("protocol", "keys", "lease", "metrics", "threads"),
         ("selection", "results", "features", "data"),
         ("extraction",),
+        ("pooling",),
         ("protocols",),
         ("registry",),
         ("runner",),

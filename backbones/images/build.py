@@ -22,6 +22,7 @@ from backbones.encoder import Encoder
 from backbones.errors import BackboneError, suggest
 from backbones.images.base import ImageEncoder
 from backbones.images.config import IMAGENET_MEAN, IMAGENET_STD
+from backbones.images.initialization import initialize
 from backbones.images.timm_internals import is_plain_vit
 from backbones.images.timm_model import TimmBackbone, token_size
 from backbones.images.timm_names import model_names, plugins
@@ -57,6 +58,7 @@ def create_image_encoder(
     pixel_mean: Sequence[float] = IMAGENET_MEAN,
     pixel_std: Sequence[float] = IMAGENET_STD,
     position_resampling: str = "timm",
+    init: str = "timm",
 ) -> ImageEncoder:
     """A randomly initialized image encoder; draws from torch's global generator, as timm does.
 
@@ -71,6 +73,7 @@ def create_image_encoder(
         pixel_mean, pixel_std: per channel, for pixels in [0, 1].
         position_resampling: how a plain ViT's absolute positions follow images of another size, see
             `backbones.images.positions`.
+        init: initial weights by name, see `backbones.images.initialization`.
 
     Returns:
         A `ViTBackbone` for a plain ViT, else a `TimmBackbone`.
@@ -98,6 +101,7 @@ def create_image_encoder(
         raise BackboneError(
             f"backbone {name!r} has tokens of {backbone.patch_size} px; leave out patch_size {patch_size}"
         )
+    initialize(backbone, init)
     return backbone
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageConfig"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "INITIALIZATIONS", "ImageConfig"]
 
+INITIALIZATIONS = ("timm", "mae")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -35,5 +36,13 @@ class ImageConfig:
     pixel_std: list[float] = field(
         default_factory=lambda: list(IMAGENET_STD),
         metadata={"range": (1e-6, None), "help": "deviation per channel of images in [0, 1]; default: ImageNet"},
+    )
+    init: str = field(
+        default="timm",
+        metadata={
+            "choices": INITIALIZATIONS,
+            "help": "initial weights: timm's, or MAE's (Xavier, sin-cos positions), from which runs of minutes gain; "
+            "the objective mae always takes its own",
+        },
     )
     kind: str = field(default="image", metadata={"help": "what it encodes: image, or a kind that a plug-in adds"})

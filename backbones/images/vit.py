@@ -276,6 +276,11 @@ class ViTBackbone(ImageEncoder):
         del self.vit.pos_embed
         self.vit.register_buffer("pos_embed", table[None].to(device))
 
+    def learned_positions(self) -> Tensor | None:
+        """Absolute positions of the patches, (N, D), a view of the parameter; None where none are learned."""
+        table = self.vit.pos_embed
+        return table[0, self._num_prefix_positions :] if isinstance(table, nn.Parameter) else None
+
     def resample_positions_as(self, method: str) -> None:
         """Chooses how absolute positions follow an image of another size, see `backbones.images.positions`; it is
         exported.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from backbones.decoder import MaskedDecoder, PixelHead
 from backbones.features import Features, take_tokens
 from backbones.images.base import ImageEncoder
+from backbones.images.initialization import TOKEN_STD, draw_matrices, draw_patch_projection
 from backbones.images.vit import ViTBackbone
 from objectives.base import ImageObjective, Output, Progress
 from objectives.errors import ObjectiveError
@@ -255,16 +256,9 @@ def _refuse_decoder(config: MAEConfig) -> None:
 def _initialize(objective: MAE, backbone: ViTBackbone) -> None:
     """The paper's initialisation: Xavier-uniform matrices, N(0, 0.02^2) tokens, plain norms.
 
-    The patch projection counts as one matrix (D, C * p * p) and keeps torch's default bias.
+    The patch projection keeps torch's default bias.
     """
-    for module in objective.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(backbone.patch_projection)
-    backbone.reset_tokens(0.02)
-    nn.init.normal_(objective.decoder.mask_token, std=0.02)
+    draw_matrices(objective.modules())
+    draw_patch_projection(backbone)
+    backbone.reset_tokens(TOKEN_STD)
+    nn.init.normal_(objective.decoder.mask_token, std=TOKEN_STD)

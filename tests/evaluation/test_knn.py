@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def test_score__constant_features_give_the_majority_class() -> None:
     assert set(outcome.metrics) == {metric.name for metric in PROTOCOLS["knn"].metrics}
 
 
-def test_score__leaking_features_are_perfect_and_the_headline_is_cls() -> None:
+def test_score__headline_is_both_tokens_standardised() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 6
     leak = F.one_hot(labels, 6).float() + 0.05 * torch.randn(60, 6, generator=generator)
@@ -87,6 +88,9 @@ def test_score__leaking_features_are_perfect_and_the_headline_is_cls() -> None:
     split = Pooled(cls=leak, patch_mean=noise, labels=labels)
     unseen = Pooled(cls=leak + 0.01, patch_mean=torch.randn(60, 6, generator=generator), labels=labels)
     outcome = score(split, unseen, num_classes=6, params={**PARAMS, "k": 5}, seed=0, device=CPU)
-    assert outcome.metrics["top1"] == 1.0
-    assert outcome.metrics["top1_patch_mean"] < 0.6
-    assert outcome.details["token"] == "cls"
+    assert outcome.metrics["top1_cls"] == 1.0
+    assert outcome.metrics["top1_patch_mean"] < 0.6 < outcome.metrics["top1"]
+    scale = torch.tensor([1e3, 1.0, 1e-3, 1.0, 1.0, 1.0])  # of features, not of what they say
+    scaled = [replace(one, cls=one.cls * scale + 7) for one in (split, unseen)]
+    other = score(*scaled, num_classes=6, params={**PARAMS, "k": 5}, seed=0, device=CPU)
+    assert other.metrics["top1"] == outcome.metrics["top1"] and other.metrics["top1_cls"] < 0.6

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from evaluation.extraction.forward import Pooled
 from evaluation.metrics import Outcome, top1_metrics, top_k_accuracy
+from evaluation.pooling import joined, standardised
 
 __all__ = ["score", "vote"]
 
@@ -28,41 +29,30 @@ CHUNK_ELEMENTS = 2**25  # size of one similarity block
 def score(
     train: Pooled, test: Pooled, *, num_classes: int, params: Mapping[str, Any], seed: int, device: torch.device
 ) -> Outcome:
-    """Tests the CLS token (the mean of patches where a backbone has no CLS); `seed` decides nothing here."""
+    """Tests standardised [CLS, mean of patches], and either as it is beside it; `seed` decides nothing here."""
     ks = sorted({params["k"], *params["diagnostic_ks"]})
     labels = test.labels
-    predictions: dict[str, dict[int, Tensor]] = {}
-    top5 = {}
-    for token in ("cls", "patch_mean"):
-        bank, queries = getattr(train, token), getattr(test, token)
-        if bank is None:
-            continue
-        votes = vote(
-            bank,
-            train.labels,
-            queries,
-            num_classes=num_classes,
-            ks=ks,
-            temperature=params["temperature"],
-            device=device,
-        )
-        predictions[token] = {k: vote_k.argmax(dim=1) for k, vote_k in votes.items()}  # each (Q,)
-        top5[token] = top_k_accuracy(votes[params["k"]], labels, 5)
-    headline = "cls" if "cls" in predictions else "patch_mean"
-    predicted = predictions[headline][params["k"]]
-    accuracy = {
-        token: {k: float((p == labels).double().mean()) for k, p in by_k.items()} for token, by_k in predictions.items()
+    features = {"joined": standardised(joined(train), joined(test)), "patch_mean": (train.patch_mean, test.patch_mean)}
+    if train.cls is not None and test.cls is not None:
+        features["cls"] = (train.cls, test.cls)
+    settings: dict[str, Any] = {"num_classes": num_classes, "ks": ks, "temperature": params["temperature"]}
+    votes = {
+        name: vote(bank, train.labels, queries, **settings, device=device) for name, (bank, queries) in features.items()
     }
+    accuracy = {
+        name: {k: float((shares.argmax(dim=1) == labels).double().mean()) for k, shares in by_k.items()}
+        for name, by_k in votes.items()
+    }
+    headline = votes["joined"][params["k"]]
     return Outcome(
         metrics={
-            **top1_metrics(predicted, labels, num_classes),
-            "top1_patch_mean": accuracy["patch_mean"][params["k"]],
+            **top1_metrics(headline.argmax(dim=1), labels, num_classes),
+            **{f"top1_{name}": by_k[params["k"]] for name, by_k in accuracy.items() if name != "joined"},
         },
         details={
-            "token": headline,
             "k": min(params["k"], len(train.labels)),
-            "top1_by_k": {token: {str(k): value for k, value in by_k.items()} for token, by_k in accuracy.items()},
-            **({"top5": top5[headline]} if num_classes > 5 else {}),
+            "top1_by_k": {name: {str(k): value for k, value in by_k.items()} for name, by_k in accuracy.items()},
+            **({"top5": top_k_accuracy(headline, labels, 5)} if num_classes > 5 else {}),
         },
     )
 

@@ -10,9 +10,9 @@ __all__ = ["SPEC"]
 
 SPEC = Protocol(
     name="knn",
-    summary="weighted vote of the 20 nearest training images by cosine, temperature 0.07, on the CLS token",
+    summary="weighted vote of the 20 nearest training images by cosine, temperature 0.07, on standardised [CLS, mean]",
     target="evaluation.protocols.knn.score:score",
-    version=1,
+    version=2,
     tokens="pooled",
     label="cls",
     metrics=(
@@ -20,7 +20,8 @@ SPEC = Protocol(
         Metric("top1_ci_low", better=None),
         Metric("top1_ci_high", better=None),
         Metric("mean_class_top1"),
-        Metric("top1_patch_mean"),
+        Metric("top1_cls"),  # of the CLS token as it is, where there is one
+        Metric("top1_patch_mean"),  # of the mean of patch tokens as it is
     ),
     params=MappingProxyType({"k": 20, "temperature": 0.07, "diagnostic_ks": (1, 5, 10, 20, 50, 100, 200)}),
 )

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from evaluation.extraction.forward import Pooled
 from evaluation.metrics import Outcome, top1_metrics, top_k_accuracy
+from evaluation.pooling import joined, standardised
 from evaluation.protocol import EvaluationError
 from evaluation.selection import NEVER_HELD_OUT, by_setting, choose_cell, hold_out, stratified_folds
 
 __all__ = ["Heads", "fit_heads", "score"]
 
-STD_FLOOR = 1e-6  # below this a feature is constant and carries nothing
 NEGLIGIBLE = 1e-20  # probabilities below this become 0: denormal numbers slow matrix products tenfold
 
 
@@ -33,7 +33,7 @@ def score(
     train: Pooled, test: Pooled, *, num_classes: int, params: Mapping[str, Any], seed: int, device: torch.device
 ) -> Outcome:
     """Trains and tests the probe; see the module for what is chosen on what."""
-    x_train, x_test = _standardised(_joined(train).to(device), _joined(test).to(device))
+    x_train, x_test = standardised(joined(train).to(device), joined(test).to(device))
     y_train, y_test = train.labels.to(device), test.labels.to(device)
     if len(train.labels) < 2:
         raise EvaluationError(f"linear needs at least 2 training images, got {len(train.labels)}")
@@ -165,14 +165,3 @@ def _validate(heads: Heads, x: Tensor, y: Tensor, fold: Tensor, num_folds: int) 
             hits[g] += (logits.argmax(dim=1) == y_fold).sum().cpu()
             loss[g] += torch.nn.functional.cross_entropy(logits.double(), y_fold, reduction="sum").cpu()
     return hits, loss
-
-
-def _joined(split: Pooled) -> Tensor:
-    """[CLS, mean of patches] (n, 2 D), or the mean alone for backbones without CLS."""
-    return split.patch_mean if split.cls is None else torch.cat((split.cls, split.patch_mean), dim=1)
-
-
-def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
-    scale = torch.where(std > STD_FLOOR, 1 / std.clamp(min=STD_FLOOR), 0)
-    return (train - mean) * scale, (test - mean) * scale
