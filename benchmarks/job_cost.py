@@ -6,11 +6,11 @@ the product around it. Rounds alternate; the figures are medians.
     python benchmarks/job_cost.py [RECIPE] [key=value ...] [--steps 60] [--rounds 3] [--short]
     python benchmarks/job_cost.py --peers --cifar10 DIR [--peer-python PYTHON] [--steps 50] [--rounds 2] [--short]
 
-With `--peers` lightly-train takes the place of the bare loop, by another interpreter where it is installed apart (the
-extra `bench`). The job is one that both do: from a folder of JPEGs, the first of the shards in DIR, to a backbone: a
-ViT-Ti/16 at 64 pixels, DINO with two crops of 64 and six of 32 pixels and 1 024 prototypes, batches of 100, one thread
-and one loader process. Ours packs the pictures first; neither evaluates. Before the rounds each does a job of one step
-that does not count, so that byte code is there.
+With `--peers` lightly-train and stable-pretraining take the place of the bare loop, by another interpreter where they
+are installed apart (the extra `bench`). The job is one that all do: from a folder of JPEGs, the first of the shards in
+DIR, to a backbone: a ViT-Ti/16 at 64 pixels, DINO with two crops of 64 and six of 32 pixels and 1 024 prototypes,
+batches of 100, one thread and one loader process. Ours packs the pictures first; none evaluates. Before the rounds each
+does a job of one step that does not count, so that byte code is there.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import NamedTuple
 import psutil
 
 POLL_S = 0.05
+PEERS = {"lightly-train": "lightly_train", "stable-pretraining": "stable_pretraining"}  # name -> its module
 ALONE = ("train.workers=1", "evaluation.enabled=false", "evaluation.baseline=false")
 KINDS = {  # a text in the command line of a process -> what it is; the first that fits
     "gcs_server": "Ray: gcs_server",
@@ -134,12 +135,12 @@ def our_job(pictures: Path, scratch: Path, batch: int, steps: int) -> Cost:
     return cost
 
 
-def lightly_train_job(python: str, pictures: Path, scratch: Path, batch: int) -> Cost:
-    """The same by lightly-train, in one epoch."""
-    program = str(Path(__file__).with_name("peer_lightly_train.py"))
+def peer_job(peer: str, python: str, pictures: Path, scratch: Path, batch: int) -> Cost:
+    """The same by a peer, in one epoch."""
+    program = str(Path(__file__).with_name(f"peer_{peer.replace('-', '_')}.py"))
     started = scratch / "out.started"
     cost = job_cost([python, program, str(pictures), str(scratch / "out"), "--batch", str(batch)], started.exists)
-    _require((scratch / "out" / "exported_models").iterdir(), "lightly-train")
+    _require((scratch / "out" / "exported_models").iterdir(), peer)
     return cost
 
 
@@ -167,29 +168,35 @@ def unpack(shards: Path, folder: Path, number: int) -> None:
 
 
 def beside_peers(python: str, shards: Path, steps: int, rounds: int, batch: int = 100) -> None:
-    """Both jobs in turn, and a table."""
-    look = "from importlib.util import find_spec; assert find_spec('lightly_train') and find_spec('timm')"
-    if subprocess.run([python, "-c", look], capture_output=True).returncode:
-        print(f"skipped: {python} has no lightly-train with timm; install the extra bench, or give --peer-python")
-        return
-    costs: dict[str, list[Cost]] = {"pretrain": [], "lightly-train": []}
+    """The jobs in turn, and a table."""
+    peers = [peer for peer, module in PEERS.items() if _has(python, module)]
+    for peer in PEERS.keys() - peers:
+        print(f"{peer} skipped: {python} does not have it; install the extra bench, or give --peer-python")
+    costs: dict[str, list[Cost]] = {name: [] for name in ("pretrain", *peers)}
     for number in range(rounds + 1):
         with tempfile.TemporaryDirectory() as place:
             scratch, todo = Path(place), steps if number else 1
-            unpack(shards, scratch / "pictures", batch * todo)
+            pictures = scratch / "pictures"
+            unpack(shards, pictures, batch * todo)
             for name in costs:
                 (scratch / name).mkdir()
-            ours = our_job(scratch / "pictures", scratch / "pretrain", batch, todo)
-            peer = lightly_train_job(python, scratch / "pictures", scratch / "lightly-train", batch)
-        for name, cost in (("pretrain", ours), ("lightly-train", peer)):
-            if number:
-                costs[name].append(cost)
-            counted = f"round {number}" if number else "not counted"
-            print(f"{counted}: {name} {cost.total:.1f} CPU-s, {cost.start:.1f} to the first step", flush=True)
+                if name == "pretrain":
+                    cost = our_job(pictures, scratch / name, batch, todo)
+                else:
+                    cost = peer_job(name, python, pictures, scratch / name, batch)
+                if number:
+                    costs[name].append(cost)
+                counted = f"round {number}" if number else "not counted"
+                print(f"{counted}: {name} {cost.total:.1f} CPU-s, {cost.start:.1f} to the first step", flush=True)
     print(f"{'CPU-s, median (spread)':24} {'whole job':>22} {'to the first step':>22}")
     for name, found in costs.items():
         cells = [_spread([cost.total for cost in found]), _spread([cost.start for cost in found])]
         print(f"{name:24} {cells[0]:>22} {cells[1]:>22}")
+
+
+def _has(python: str, module: str) -> bool:
+    look = f"from importlib.util import find_spec; assert find_spec({module!r}) and find_spec('timm')"
+    return subprocess.run([python, "-c", look], capture_output=True).returncode == 0
 
 
 def _spread(values: list[float]) -> str:
@@ -203,8 +210,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: 60; 50 beside peers")
     parser.add_argument("--rounds", type=int, help="default: 3; 2 beside peers")
     parser.add_argument("--short", action="store_true", help="one round of few steps")
-    parser.add_argument("--peers", action="store_true", help="beside lightly-train")
-    parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON", help="the interpreter that has it")
+    parser.add_argument("--peers", action="store_true", help="beside other libraries")
+    parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON", help="the interpreter that has them")
     parser.add_argument("--cifar10", type=Path, metavar="DIR", help="its shards, for --peers")
     arguments = parser.parse_intermixed_args()
     usual = ((5, 1) if arguments.short else (50, 2)) if arguments.peers else ((20, 1) if arguments.short else (60, 3))
