@@ -249,6 +249,7 @@ class _Driver:
             except KeyboardInterrupt:
                 raise RunStopped(f"stopped at once; go on with: {resume_command(self.run_dir)}") from None
             finally:
+                self.run_dir.training.unlink(missing_ok=True)  # of workers that a signal ended while they began
                 self._mirrors.close()
                 if status is not None and not tracker.close(status):
                     self.terminal.say(f"MLflow has not received everything yet: {tracker.problem}")
@@ -470,6 +471,7 @@ class _Driver:
         if self._stop_asked is not None and now - self._stop_asked < ECHO_S:
             return  # sent to the whole process group: it came directly and through the parent process
         if self._stop_asked is not None or not self._is_training:
+            self.terminal.say("ending at once: closing what is open")
             raise KeyboardInterrupt
         self._stop_asked = now
         self.run_dir.stop_request.touch()
