@@ -133,6 +133,14 @@ class ImageEncoder(Encoder):
         """Features of images (B, C, H, W), uint8 in 0 .. 255 or floating point in [0, 1]."""
         return self.features(self.preprocess(batch))
 
+    def pooled(self, x: Tensor) -> Tensor:
+        """One vector per image, (B, D): `features(x).pooled`, for less where nothing else of the last layer is needed.
+
+        Args:
+            x: (B, C, H, W) as for `features`.
+        """
+        return self.features(x).pooled
+
     def read_out(self, stream: Tensor, grid: tuple[int, int]) -> ImageFeatures:
         """Features of a token stream of the encoder's own, such as a mean of `Features.levels`: after the final norm.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,9 +29,11 @@ __all__ = [
     "block_outputs",
     "blocks",
     "class_attention",
+    "class_token",
     "embedded_patches",
     "enter_blocks",
     "final_norm",
+    "has_known_branches",
     "has_movable_positions",
     "is_plain_vit",
     "mlp_branch",
@@ -209,22 +212,28 @@ def blocks(vit: Any) -> Iterable[Any]:
     return found
 
 
-def require_packable(block: Any) -> None:
-    """Refuse blocks whose two branches `attention_branch` and `mlp_branch` do not know.
-
-    Raises:
-        BackboneError: it is one.
-    """
+def has_known_branches(block: Any) -> bool:
+    """Whether `attention_branch` and `mlp_branch` know a block's two branches."""
     from timm.layers import Attention, AttentionRope
     from timm.models.eva import EvaAttention, EvaBlock
     from timm.models.vision_transformer import Block
 
     attention = getattr(block, "attn", None)
     known = type(block) in (Block, EvaBlock) and type(attention) in (Attention, AttentionRope, EvaAttention)
-    if not known or getattr(attention, "num_kv_groups", 1) != 1:
+    return known and getattr(attention, "num_kv_groups", 1) == 1
+
+
+def require_packable(block: Any) -> None:
+    """Refuse blocks whose two branches `attention_branch` and `mlp_branch` do not know.
+
+    Raises:
+        BackboneError: it is one.
+    """
+    if not has_known_branches(block):
+        attention = type(getattr(block, "attn", None)).__name__
         raise BackboneError(
-            f"blocks of kind {type(block).__name__} with {type(attention).__name__} cannot run crops of several sizes "
-            "in one pass; use a plain pre-norm ViT"
+            f"blocks of kind {type(block).__name__} with {attention} cannot run crops of several sizes in one pass; "
+            "use a plain pre-norm ViT"
         )
 
 
@@ -240,36 +249,53 @@ def attention_branch(
         rotary: table of each.
     """
     import torch
-    from timm.layers import apply_rot_embed_cat
     from torch.nn import functional
 
     attention = block.attn
     normed = block.norm1(tokens)
-    if getattr(attention, "qkv", None) is None:
-        query, key, value = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
-    elif getattr(attention, "q_bias", None) is None:
-        query, key, value = attention.qkv(normed).chunk(3, dim=-1)
-    else:  # keys without bias
-        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-        query, key, value = functional.linear(normed, attention.qkv.weight, bias).chunk(3, dim=-1)
-
-    def rotated(heads: Tensor, table: Tensor | None) -> Tensor:
-        """(samples, H, P + N, d) with all but the prefix turned."""
-        if table is None:
-            return heads
-        num_prefix, half = attention.num_prefix_tokens, attention.rotate_half
-        turned = apply_rot_embed_cat(heads[:, :, num_prefix:], table, half=half)
-        return torch.cat([heads[:, :, :num_prefix], turned], dim=2).type_as(heads)
-
+    query, key, value = _query_key_value(attention, normed)
     attended = []
     sizes = [shape[0] * shape[1] for shape in shapes]
     dropout = attention.attn_drop.p if attention.training else 0.0
     for q, k, v, shape, table in zip(*(x.split(sizes) for x in (query, key, value)), shapes, rotary, strict=True):
         q, k, v = (x.view(shape[0], shape[1], attention.num_heads, -1).transpose(1, 2) for x in (q, k, v))
-        q, k = rotated(attention.q_norm(q), table), rotated(attention.k_norm(k), table)
+        q, k = _rotated(attention, attention.q_norm(q), table), _rotated(attention, attention.k_norm(k), table)
         heads = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         attended.append(heads.transpose(1, 2).flatten(2).flatten(0, 1))  # (samples (P + N), D)
-    joined = attention.norm(torch.cat(attended))
+    return _projected(block, torch.cat(attended), normed)
+
+
+def _query_key_value(attention: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of tokens (..., D), each (..., D) with the heads side by side."""
+    import torch
+    from torch.nn import functional
+
+    if getattr(attention, "qkv", None) is None:
+        return attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+    if getattr(attention, "q_bias", None) is None:
+        query, key, value = attention.qkv(normed).chunk(3, dim=-1)
+    else:  # keys without bias
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        query, key, value = functional.linear(normed, attention.qkv.weight, bias).chunk(3, dim=-1)
+    return query, key, value
+
+
+def _rotated(attention: Any, heads: Tensor, table: Tensor | None) -> Tensor:
+    """(samples, H, P + N, d) with all but the prefix turned."""
+    import torch
+    from timm.layers import apply_rot_embed_cat
+
+    if table is None:
+        return heads
+    num_prefix, half = attention.num_prefix_tokens, attention.rotate_half
+    turned = apply_rot_embed_cat(heads[:, :, num_prefix:], table, half=half)
+    return torch.cat([heads[:, :, :num_prefix], turned], dim=2).type_as(heads)
+
+
+def _projected(block: Any, attended: Tensor, normed: Tensor) -> Tensor:
+    """What attention adds to the tokens that `normed` (..., D) was made of, from its heads side by side."""
+    attention = block.attn
+    joined = attention.norm(attended)
     if getattr(attention, "gate", None) is not None:
         joined = joined * attention.gate(normed).sigmoid()
     return _scaled(block, 1, attention.proj_drop(attention.proj(joined)))
@@ -289,17 +315,54 @@ def _scaled(block: Any, branch: int, added: Tensor) -> Tensor:
     return added if gamma is None else gamma * added
 
 
-def block_outputs(vit: Any, tokens: Tensor, rotary: Tensor | None) -> Iterator[Tensor]:
-    """The token stream (B, P + K, D) after each block."""
+def block_outputs(vit: Any, tokens: Tensor, rotary: Tensor | None, number: int | None = None) -> Iterator[Tensor]:
+    """The token stream (B, P + K, D) after each block, or each of the first `number`."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
     recompute = vit.grad_checkpointing and torch.is_grad_enabled()
-    for depth, block in enumerate(vit.blocks):
+    for depth, block in enumerate(islice(vit.blocks, number)):
         table = rotary_at(vit, rotary, depth)
         extra: dict[str, Any] = {} if table is None else {"rope": table}
         tokens = checkpoint(block, tokens, use_reentrant=False, **extra) if recompute else block(tokens, **extra)
         yield tokens
+
+
+def class_token(vit: Any, tokens: Tensor, rotary: Tensor | None) -> Tensor:
+    """The class token (B, D) after the last block, whose other tokens nobody asks for.
+
+    Of the last block they are needed as keys and values only: two thirds of its linear layers and all of its MLP see
+    one token per image.
+
+    Args:
+        vit: a plain ViT with a class token, the last block of which `has_known_branches`.
+        tokens: what enters the first block.
+        rotary: as for `block_outputs`.
+    """
+    import torch
+    from torch.nn import functional
+    from torch.utils.checkpoint import checkpoint
+
+    def last(tokens: Tensor, table: Tensor | None) -> Tensor:
+        block, attention = vit.blocks[-1], vit.blocks[-1].attn
+        normed = block.norm1(tokens)  # (B, P + N, D)
+        query, key, value = _query_key_value(attention, normed)
+        heads = (x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for x in (query[:, :1], key, value))
+        q, k, v = heads  # (B, H, 1, d), (B, H, P + N, d), (B, H, P + N, d)
+        k = _rotated(attention, attention.k_norm(k), table)  # a class token is not turned
+        dropout = attention.attn_drop.p if attention.training else 0.0
+        attended = functional.scaled_dot_product_attention(attention.q_norm(q), k, v, dropout_p=dropout)
+        attended = attended.transpose(1, 2).flatten(2)  # (B, 1, D)
+        token = tokens[:, :1] + block.drop_path1(_projected(block, attended, normed[:, :1]))
+        return (token + block.drop_path2(mlp_branch(block, token)))[:, 0]
+
+    for stream in block_outputs(vit, tokens, rotary, len(vit.blocks) - 1):
+        tokens = stream
+    table = rotary_at(vit, rotary, len(vit.blocks) - 1)
+    if vit.grad_checkpointing and torch.is_grad_enabled():
+        recomputed: Tensor = checkpoint(last, tokens, table, use_reentrant=False)
+        return recomputed
+    return last(tokens, table)
 
 
 def final_norm(vit: Any, tokens: Tensor) -> Tensor:

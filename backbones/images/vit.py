@@ -122,6 +122,13 @@ class ViTBackbone(ImageEncoder):
                 levels.append(stream)
         return self._sorted(timm_internals.final_norm(self.vit, tokens), grid, tuple(levels))
 
+    def pooled(self, x: Tensor) -> Tensor:
+        """One vector per image, see `ImageEncoder.pooled`: the last block computes the class token alone."""
+        if not self.has_cls or not timm_internals.has_known_branches(self.vit.blocks[-1]):
+            return super().pooled(x)
+        tokens, _, rotary = self._embed(x, None)
+        return timm_internals.final_norm(self.vit, timm_internals.class_token(self.vit, tokens, rotary))
+
     def copy_of_final_norm(self) -> nn.Module:
         """A norm of the same kind, with the same weights."""
         norm: nn.Module = copy.deepcopy(self.vit.norm)

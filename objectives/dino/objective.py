@@ -23,7 +23,6 @@ from objectives.dino.config import DINOConfig
 from objectives.health import effective_rank
 from objectives.parts import cross_view, teacher_schedules
 from objectives.parts.centering import Center
-from objectives.parts.image_token import image_token
 from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, multi_crop_views, require_crops
 from objectives.parts.prototypes import DINOHead
 from objectives.parts.visuals import crops_and_features
@@ -76,9 +75,9 @@ class DINO(ImageObjective):
         """
         crops = [self.backbone.normalized(images) for images in crops_of(batch)]  # (2 B, C, H, W), (L B, C, h, w)
         with torch.no_grad(), self.teacher.precision(self.backbone.dtype, crops[0].device):
-            taught = image_token(self.exported.features(crops[0]))  # (2 B, D)
+            taught = self.exported.pooled(crops[0])  # (2 B, D)
             teacher_logits = self.teacher.head(taught)  # (2 B, K)
-        tokens = torch.cat([image_token(self.backbone.features(images)) for images in crops])  # (V B, D)
+        tokens = torch.cat([self.backbone.pooled(images) for images in crops])  # (V B, D)
         logits = self.head(tokens, teacher_schedules.freezes_prototypes(self.config, progress))  # (V B, K)
 
         batch_size = len(taught) // _NUM_GLOBAL

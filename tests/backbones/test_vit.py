@@ -231,3 +231,53 @@ def test_layer_ids__stem_blocks_norm():
     assert ids["blocks.1.mlp.fc2.bias"] == 2
     assert ids["norm.weight"] == 2
     assert ids.keys() == dict(backbone.vit.named_parameters()).keys()
+
+
+POOLED = [
+    ("vit_tiny_patch16_224", {}),
+    ("vit_tiny_patch16_224", {"reg_tokens": 2, "qk_norm": True, "init_values": 0.1}),
+    ("vit_tiny_patch16_224", {"drop_path_rate": 0.5}),
+    ("vit_small_patch16_dinov3_qkvb", {"num_reg_tokens": 2, "init_values": 0.1}),
+    ("vit_small_patch16_rope_224", {}),  # another attention
+    ("vit_tiny_patch16_224", {"class_token": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), POOLED)
+def test_pooled__is_what_features_say_and_so_are_its_gradients(name, options):
+    options = {"depth": 3, "embed_dim": 48, "num_heads": 3, **options}
+    vit = create_backbone(name, image_size=32, patch_size=8, options=options).train()
+    x = torch.randn(4, 3, 16, 32)
+    found = []
+    for encode in (lambda x: vit.features(x).pooled, vit.pooled):
+        torch.manual_seed(0)  # of stochastic depth
+        vector = encode(x)
+        (vector * torch.arange(48)).sum().backward()
+        found.append((vector, {name: parameter.grad for name, parameter in vit.named_parameters()}))
+        vit.zero_grad()
+    (whole, gradients), (alone, others) = found
+    torch.testing.assert_close(alone, whole, atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, atol=1e-3, rtol=1e-4, msg=name)
+
+
+def test_pooled__the_last_mlp_sees_the_class_token_alone():
+    vit = create_backbone("vit_tiny_patch16_224", image_size=32, patch_size=8, options={"depth": 2})
+    shapes = []
+    for block in vit.network.blocks:
+        block.mlp.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
+    assert vit.pooled(torch.zeros(2, 3, 32, 32)).shape == (2, 192)
+    assert shapes == [(2, 17, 192), (2, 1, 192)]
+
+
+def test_pooled__recomputes_its_blocks_where_the_others_do():
+    vit = create_backbone("vit_tiny_patch16_224", image_size=32, patch_size=8, options={"depth": 2})
+    x = torch.randn(2, 3, 32, 32)
+    expected = vit.pooled(x)
+    vit.network.set_grad_checkpointing(True)
+    calls = []
+    vit.network.blocks[-1].norm1.register_forward_hook(lambda *_: calls.append(1))
+    vector = vit.pooled(x)
+    torch.testing.assert_close(vector, expected)
+    vector.sum().backward()
+    assert len(calls) == 2
