@@ -1,8 +1,8 @@
-"""What each objective makes of the same minutes: probes at the start, the middle and the end of the CIFAR-10 recipes.
+"""What each objective makes of the same minutes: probes at the start and at each checkpoint of the CIFAR-10 recipes.
 
-Runs the recipes one after the other, each sized to about ten minutes on two cores, and prints a table. Raw pixels
-are evaluated beside them: 10 nearest neighbours (cosine, temperature 0.07) of photos shrunk to 16 x 16, less the mean
-photo.
+Runs the recipes one after the other, each sized to about thirty minutes on two quiet cores, and prints a table: a run
+that was interrupted is gone on with (`pretrain resume`) before. Raw pixels are evaluated beside them: 10 nearest
+neighbours (cosine, temperature 0.07) of photos shrunk to 16 x 16, less the mean photo.
 
     python benchmarks/objectives_cifar10.py DIR [--objectives mae dino ...] [--storage DIR] [--table] [key=value ...]
 
@@ -22,11 +22,11 @@ from pretrain.record.events import Evaluated, Metrics
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RunDir
 
-OBJECTIVES = ("mae", "gmml", "sit", "dino", "selfpatch")
+OBJECTIVES = ("mae", "gmml", "sit", "dino", "selfpatch", "ibot", "dinov3")
 
 
 def row(objective: str, storage: Path) -> str:
-    """The newest run of an objective's recipe: minutes of steps, images seen, and scores in percent."""
+    """The newest run of an objective's recipe: minutes of steps, images seen, and scores of its steps in percent."""
     run = RunDir(max(storage.glob(f"{objective}_cifar10-*"), key=lambda path: path.stat().st_mtime))
     steps = [event for event in read_events(run.journal)[0] if isinstance(event, Metrics)]
     # Until the first logged step, a run also starts; that is left out of its time.
