@@ -135,6 +135,7 @@ def _write(
             "precision": recipe.train.precision,
             "objective": recipe.objective.name,
             "backbone": engine.objective.exported.spec,
+            "exported": "encoder" if engine.objective.teacher is None else "teacher",
             "origin": None if origin is None else dict(origin),
         }
         store.publish(storage, step, manifest, shares)

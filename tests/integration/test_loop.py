@@ -186,6 +186,7 @@ def test_torchrun__two_processes(recipe: Path, tmp_path: Path) -> None:
     assert "step 4/4  loss" in done.stdout
     manifest = json.loads((tmp_path / "run/checkpoints/step-00000004/checkpoint.json").read_text())
     assert (manifest["world_size"], manifest["zero_stage"], manifest["samples_seen"]) == (2, 2, 128)
+    assert manifest["exported"] == "encoder"  # "teacher" where an objective has one
 
 
 def test_loop__ends_with_one_line_when_a_loader_process_is_killed(
