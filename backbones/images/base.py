@@ -134,12 +134,18 @@ class ImageEncoder(Encoder):
         return self.features(self.preprocess(batch))
 
     def pooled(self, x: Tensor) -> Tensor:
-        """One vector per image, (B, D): `features(x).pooled`, for less where nothing else of the last layer is needed.
+        """One vector per image, (B, D): `features(x).pooled`; costs less after `prepare_pooled`.
 
         Args:
             x: (B, C, H, W) as for `features`.
         """
         return self.features(x).pooled
+
+    def prepare_pooled(self) -> None:
+        """Prepare for `pooled`, before anything else (an engine, a compiler) has changed the layers.
+
+        Plain ViTs then compute no more of their last layer than the class token needs; others do nothing.
+        """
 
     def read_out(self, stream: Tensor, grid: tuple[int, int]) -> ImageFeatures:
         """Features of a token stream of the encoder's own, such as a mean of `Features.levels`: after the final norm.

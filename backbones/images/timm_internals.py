@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,10 +28,11 @@ __all__ = [
     "block_outputs",
     "blocks",
     "class_attention",
-    "class_token",
+    "class_attention_branch",
     "embedded_patches",
     "enter_blocks",
     "final_norm",
+    "has_class_token",
     "has_known_branches",
     "has_movable_positions",
     "is_plain_vit",
@@ -212,6 +212,11 @@ def blocks(vit: Any) -> Iterable[Any]:
     return found
 
 
+def has_class_token(vit: Any) -> bool:
+    """Whether the first token of a stream is one."""
+    return vit.cls_token is not None
+
+
 def has_known_branches(block: Any) -> bool:
     """Whether `attention_branch` and `mlp_branch` know a block's two branches."""
     from timm.layers import Attention, AttentionRope
@@ -265,6 +270,27 @@ def attention_branch(
     return _projected(block, torch.cat(attended), normed)
 
 
+def class_attention_branch(block: Any, tokens: Tensor, rotary: Tensor | None) -> Tensor:
+    """What a block's attention adds to class tokens, (B, 1, D) of streams (B, P + N, D), before any stochastic depth.
+
+    Args:
+        block: one that `has_known_branches`.
+        tokens: a class token comes first.
+        rotary: table of the block, which turns no class token.
+    """
+    from torch.nn import functional
+
+    attention = block.attn
+    normed = block.norm1(tokens)
+    query, key, value = _query_key_value(attention, normed)
+    heads = (x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for x in (query[:, :1], key, value))
+    q, k, v = heads  # (B, H, 1, d), (B, H, P + N, d), (B, H, P + N, d)
+    k = _rotated(attention, attention.k_norm(k), rotary)
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    attended = functional.scaled_dot_product_attention(attention.q_norm(q), k, v, dropout_p=dropout)
+    return _projected(block, attended.transpose(1, 2).flatten(2), normed[:, :1])
+
+
 def _query_key_value(attention: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of tokens (..., D), each (..., D) with the heads side by side."""
     import torch
@@ -315,54 +341,19 @@ def _scaled(block: Any, branch: int, added: Tensor) -> Tensor:
     return added if gamma is None else gamma * added
 
 
-def block_outputs(vit: Any, tokens: Tensor, rotary: Tensor | None, number: int | None = None) -> Iterator[Tensor]:
-    """The token stream (B, P + K, D) after each block, or each of the first `number`."""
+def block_outputs(vit: Any, tokens: Tensor, rotary: Tensor | None, *, class_only: bool = False) -> Iterator[Tensor]:
+    """The token stream (B, P + K, D) after each block; after the last one (B, 1, D) if it is the class token alone."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
     recompute = vit.grad_checkpointing and torch.is_grad_enabled()
-    for depth, block in enumerate(islice(vit.blocks, number)):
+    for depth, block in enumerate(vit.blocks):
         table = rotary_at(vit, rotary, depth)
         extra: dict[str, Any] = {} if table is None else {"rope": table}
+        if class_only and depth == len(vit.blocks) - 1:
+            extra["class_only"] = True
         tokens = checkpoint(block, tokens, use_reentrant=False, **extra) if recompute else block(tokens, **extra)
         yield tokens
-
-
-def class_token(vit: Any, tokens: Tensor, rotary: Tensor | None) -> Tensor:
-    """The class token (B, D) after the last block, whose other tokens nobody asks for.
-
-    Of the last block they are needed as keys and values only: two thirds of its linear layers and all of its MLP see
-    one token per image.
-
-    Args:
-        vit: a plain ViT with a class token, the last block of which `has_known_branches`.
-        tokens: what enters the first block.
-        rotary: as for `block_outputs`.
-    """
-    import torch
-    from torch.nn import functional
-    from torch.utils.checkpoint import checkpoint
-
-    def last(tokens: Tensor, table: Tensor | None) -> Tensor:
-        block, attention = vit.blocks[-1], vit.blocks[-1].attn
-        normed = block.norm1(tokens)  # (B, P + N, D)
-        query, key, value = _query_key_value(attention, normed)
-        heads = (x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for x in (query[:, :1], key, value))
-        q, k, v = heads  # (B, H, 1, d), (B, H, P + N, d), (B, H, P + N, d)
-        k = _rotated(attention, attention.k_norm(k), table)  # a class token is not turned
-        dropout = attention.attn_drop.p if attention.training else 0.0
-        attended = functional.scaled_dot_product_attention(attention.q_norm(q), k, v, dropout_p=dropout)
-        attended = attended.transpose(1, 2).flatten(2)  # (B, 1, D)
-        token = tokens[:, :1] + block.drop_path1(_projected(block, attended, normed[:, :1]))
-        return (token + block.drop_path2(mlp_branch(block, token)))[:, 0]
-
-    for stream in block_outputs(vit, tokens, rotary, len(vit.blocks) - 1):
-        tokens = stream
-    table = rotary_at(vit, rotary, len(vit.blocks) - 1)
-    if vit.grad_checkpointing and torch.is_grad_enabled():
-        recomputed: Tensor = checkpoint(last, tokens, table, use_reentrant=False)
-        return recomputed
-    return last(tokens, table)
 
 
 def final_norm(vit: Any, tokens: Tensor) -> Tensor:

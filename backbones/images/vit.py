@@ -23,6 +23,7 @@ from backbones.errors import BackboneError
 from backbones.features import ImageFeatures, take_tokens
 from backbones.images import timm_internals
 from backbones.images.base import ImageEncoder
+from backbones.images.class_block import prepare_class_token
 from backbones.images.packed_blocks import BlockDraw, Crops, pack_blocks
 from backbones.images.positions import RESAMPLINGS, moved_positions, resample_positions, sincos_positions
 from backbones.norms import make_norms_exact
@@ -77,6 +78,7 @@ class ViTBackbone(ImageEncoder):
         self.has_cls = sizes.has_cls
         self.has_movable_positions = timm_internals.has_movable_positions(vit)
         self._num_prefix_positions = sizes.num_prefix if sizes.positions_on_prefix else 0
+        self._pools_in_last_block = False
         self.resample_positions_as(position_resampling)
 
     @property
@@ -123,11 +125,17 @@ class ViTBackbone(ImageEncoder):
         return self._sorted(timm_internals.final_norm(self.vit, tokens), grid, tuple(levels))
 
     def pooled(self, x: Tensor) -> Tensor:
-        """One vector per image, see `ImageEncoder.pooled`: the last block computes the class token alone."""
-        if not self.has_cls or not timm_internals.has_known_branches(self.vit.blocks[-1]):
+        """One vector per image, see `ImageEncoder.pooled`."""
+        if not self._pools_in_last_block:
             return super().pooled(x)
         tokens, _, rotary = self._embed(x, None)
-        return timm_internals.final_norm(self.vit, timm_internals.class_token(self.vit, tokens, rotary))
+        for stream in timm_internals.block_outputs(self.vit, tokens, rotary, class_only=True):
+            tokens = stream
+        return timm_internals.final_norm(self.vit, tokens)[:, 0]
+
+    def prepare_pooled(self) -> None:
+        """Let the last block compute the class token alone, where it is of a kind that can."""
+        self._pools_in_last_block = prepare_class_token(self.vit)
 
     def copy_of_final_norm(self) -> nn.Module:
         """A norm of the same kind, with the same weights."""

@@ -53,6 +53,7 @@ class DINO(ImageObjective):
         self.config = config
         backbone.resample_positions_as("dino")
         backbone.reset_tokens(_TOKEN_STD)
+        backbone.prepare_pooled()
         self.head = DINOHead(
             backbone.embed_dim,
             config.num_prototypes,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -247,6 +248,7 @@ POOLED = [
 def test_pooled__is_what_features_say_and_so_are_its_gradients(name, options):
     options = {"depth": 3, "embed_dim": 48, "num_heads": 3, **options}
     vit = create_backbone(name, image_size=32, patch_size=8, options=options).train()
+    vit.prepare_pooled()
     x = torch.randn(4, 3, 16, 32)
     found = []
     for encode in (lambda x: vit.features(x).pooled, vit.pooled):
@@ -263,6 +265,8 @@ def test_pooled__is_what_features_say_and_so_are_its_gradients(name, options):
 
 def test_pooled__the_last_mlp_sees_the_class_token_alone():
     vit = create_backbone("vit_tiny_patch16_224", image_size=32, patch_size=8, options={"depth": 2})
+    vit.prepare_pooled()
+    vit = copy.deepcopy(vit)  # as a teacher's, which must not compute with the student's weights
     shapes = []
     for block in vit.network.blocks:
         block.mlp.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
@@ -270,8 +274,19 @@ def test_pooled__the_last_mlp_sees_the_class_token_alone():
     assert shapes == [(2, 17, 192), (2, 1, 192)]
 
 
+def test_pooled__runs_the_hooks_of_the_last_block():
+    """Engines gather the weights of a block in them."""
+    vit = create_backbone("vit_tiny_patch16_224", image_size=32, patch_size=8, options={"depth": 2})
+    vit.prepare_pooled()
+    calls = []
+    vit.network.blocks[-1].register_forward_pre_hook(lambda *_: calls.append(1))
+    vit.pooled(torch.zeros(1, 3, 32, 32))
+    assert calls == [1]
+
+
 def test_pooled__recomputes_its_blocks_where_the_others_do():
     vit = create_backbone("vit_tiny_patch16_224", image_size=32, patch_size=8, options={"depth": 2})
+    vit.prepare_pooled()
     x = torch.randn(2, 3, 32, 32)
     expected = vit.pooled(x)
     vit.network.set_grad_checkpointing(True)
