@@ -25,6 +25,15 @@ WORKER_IMPORTS += ["pretrain.reporting.terminal", "deepspeed.runtime.zero.muon.o
 
 
 @pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data sets beside a checkout, which users do not have."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("../shared/data is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def warm_start() -> Iterator[BaseContext]:
     """Processes of this context are forks of one that has imported what a worker does, and has done nothing else.
 

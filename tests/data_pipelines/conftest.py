@@ -76,14 +76,6 @@ def grocery(demo_data: Path) -> Dataset:
     return open_dataset(demo_data / "grocery" / "train-*.tar")
 
 
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    folder = REPOSITORY.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("../shared/data is not here")
-    return folder
-
-
 class Handler(BaseHTTPRequestHandler):
     """Serves `server.files` with ranges, and asks `server.faults` first what to do wrong."""
 
