@@ -6,6 +6,8 @@ samples. The group is always that of all ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "foreseen_ranks",
     "gather_rows",
     "gather_rows_with_gradient",
     "max_over_ranks",
@@ -24,9 +27,26 @@ __all__ = [
 ]
 
 
+_foreseen = 1
+
+
+@contextmanager
+def foreseen_ranks(number: int) -> Iterator[None]:
+    """Without a process group, and in this context, results have the shapes that `number` ranks would give them.
+
+    For a step without numbers, on torch's meta device: copies stand for what the other ranks have.
+    """
+    global _foreseen
+    before, _foreseen = _foreseen, number
+    try:
+        yield
+    finally:
+        _foreseen = before
+
+
 def num_ranks() -> int:
     """Number of processes that train together."""
-    return dist.get_world_size() if _has_group() else 1
+    return dist.get_world_size() if _has_group() else _foreseen
 
 
 def rank() -> int:
@@ -62,7 +82,7 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
 def gather_rows(tensor: Tensor) -> Tensor:
     """Rows of all ranks, rank 0's first: (n, ...) -> (W * n, ...) for W ranks; without gradient."""
     if not _has_group():
-        return tensor
+        return tensor if _foreseen == 1 else torch.cat([tensor] * _foreseen)
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(num_ranks())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
@@ -73,7 +93,7 @@ def gather_rows_with_gradient(tensor: Tensor) -> Tensor:
 
     What arrives at a rank's rows is the sum of all ranks' gradients of them, see `sum_over_ranks`.
     """
-    return _Gather.apply(tensor) if _has_group() else tensor
+    return tensor if num_ranks() == 1 else _Gather.apply(tensor)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -175,12 +175,12 @@ def train_worker(settings: dict[str, Any]) -> None:
     with run_dir.worker_log(int(os.environ["RANK"])).open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    from pretrain.training.preflight import look_ahead
+    from pretrain.training.preflight import look_ahead, size_line
     from pretrain.worker import train
 
     is_new = os.environ["RANK"] == "0" and not run_dir.journal.exists()
     try:
-        size = look_ahead(settings["plan"]) if is_new else ""
+        size = size_line(look_ahead(settings["plan"])) if is_new else ""
         with naming_disk(run_dir.path, "what belongs to the run"):
             train(settings["plan"], run_dir.path, size=size, launched=settings["launched"], placed=placed)
     except BaseException:

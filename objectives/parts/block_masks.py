@@ -91,7 +91,7 @@ def _blocks(seeds: Tensor, grid: tuple[int, int], wanted: Tensor) -> Tensor:
     columns = torch.arange(width, device=seeds.device)  # (W,)
     mask = torch.zeros(len(seeds), height, width, dtype=torch.bool, device=seeds.device)
     is_open = torch.ones(len(seeds), dtype=torch.bool, device=seeds.device)
-    for number in range(_MAX_BLOCKS):
+    for number in range(1 if seeds.is_meta else _MAX_BLOCKS):  # without numbers one block has the shapes of all
         limit = (wanted - mask.sum(dim=(1, 2))).clamp_max(largest)  # (n,)
         is_open = is_open & (limit > 0)
         if mask.device.type == "cpu" and not is_open.any():  # elsewhere asking would cost more than going on

@@ -1,19 +1,32 @@
-"""`pretrain run ... --dry-run`: what a run would do, in one screen. Nothing is started, packed or written."""
+"""`pretrain run ... --dry-run`: what a run would do and take, stage by stage. Nothing is started, packed or written.
+
+All lines have at most 80 columns, but for names of files that are longer.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_pipelines.shards.manifest import MANIFEST_NAME
 from data_pipelines.storage.locations import redact
+from pretrain.config.checks import zero_objections
+from pretrain.config.mistakes import shown
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage
 from pretrain.screen import say
 
+if TYPE_CHECKING:
+    from pretrain.training.outlook import Outlook, Shown
+
 __all__ = ["explain"]
+
+_WIDTH, _INDENT = 80, 10
+_GLUE = "\N{NO-BREAK SPACE}"  # between what stays on one line: a number and its unit
 
 
 def explain(recipe: str, overrides: Sequence[str], plan: Plan, photos: Path | None) -> None:
@@ -37,27 +50,40 @@ def explain(recipe: str, overrides: Sequence[str], plan: Plan, photos: Path | No
     with shown_while("looking at the model and the data"):
         from pretrain.training.preflight import look_ahead
 
-        size = look_ahead(checked_plan(plan, Path(plan.recipe.storage) / "dry-run"), with_data=photos is None)
+        found = look_ahead(checked_plan(plan, Path(plan.recipe.storage) / "dry-run"), with_data=photos is None)
     final = plan.recipe
+    _show("recipe", f"{final.name}: {final.description}".rstrip(": "))
+    _show("data", *data)
+    for number, (stage, outlook) in enumerate(zip(plan.stages, found, strict=True), start=1):
+        _show("train", _training(stage, samples))
+        if outlook is None:
+            _show("model", "of a plug-in, which is not known before it is built")
+            continue
+        _show("views", *_views(outlook))
+        _show("model", _model(outlook))
+        _show_as_it_is("memory", _memory(outlook))
+        _show("", *_memory_notes(outlook))
+        _show("disk", *_disk(plan, found[:number], samples))
+    _show("where", _machines(final))
+    _show("evaluate", _evaluations(plan))
     where = f"checkpoints in {final.checkpoints.storage}; " if final.checkpoints.storage else ""
-    rows = [
-        ("recipe", f"{final.name}: {final.description}".rstrip(": ")),
-        ("model", size),
-        *(("data", line) for line in data),
-        *(("train", _training(stage, samples)) for stage in plan.stages),
-        ("where", _machines(final)),
-        ("evaluate", _evaluations(plan)),
-        (
-            "leaves",
-            f"{final.storage}/{final.name}-DATE-TIME-XXXX/, a checkpoint every {final.train.checkpoint_every} steps",
-        ),
-        ("leaves", f"{where}record in {_tracking(Path(final.storage))}"),
-        ("", "nothing was started; leave --dry-run out to begin"),
-    ]
-    before = ""
-    for name, text in rows:
-        say(f"{'' if name == before else name:<10}{text}")
-        before = name
+    _show(
+        "leaves", f"{final.storage}/{final.name}-DATE-TIME-XXXX/", f"{where}record in {_tracking(Path(final.storage))}"
+    )
+    _show("", "nothing was started; leave --dry-run out to begin")
+
+
+def _show(label: str, *paragraphs: str) -> None:
+    for paragraph in paragraphs:
+        lines = textwrap.wrap(paragraph, _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)
+        _show_as_it_is(label, [line.replace(_GLUE, " ") for line in lines])
+        label = ""
+
+
+def _show_as_it_is(label: str, lines: Iterable[str]) -> None:
+    for line in lines:
+        say(f"{label:<{_INDENT}}{line}".rstrip())
+        label = ""
 
 
 def _shards(recipe: Recipe) -> tuple[int, list[str]]:
@@ -92,7 +118,7 @@ def _photos(recipe: str, overrides: Sequence[str], draft: Plan, folder: Path) ->
 
 def _training(stage: Stage, samples: int) -> str:
     recipe, train = stage.recipe, stage.recipe.train
-    steps = train.steps if train.epochs is None else math.ceil(train.epochs * samples / train.global_batch_size)
+    steps = _steps(recipe, samples)
     seen = steps * train.global_batch_size
     epochs = f", {seen / samples:.3g} epochs" if samples else ""
     name = f"stage {stage.name}: " if stage.name else ""
@@ -100,6 +126,117 @@ def _training(stage: Stage, samples: int) -> str:
         f"{name}{recipe.objective.name}, {steps} steps of {train.global_batch_size} = {seen} samples{epochs}; "
         f"{recipe.optimizer.name}, peak lr {recipe.peak_lr:.3g}, warm-up {recipe.optimizer.warmup_steps} steps"
     )
+
+
+def _steps(recipe: Recipe, samples: int) -> int:
+    """Of a stage; those of photos that are not packed yet may still be stated in epochs."""
+    train = recipe.train
+    return train.steps if train.epochs is None else math.ceil(train.epochs * samples / train.global_batch_size)
+
+
+def _views(outlook: Outlook) -> Iterator[str]:
+    is_mixed = len(outlook.shown) > 1
+    for one in outlook.shown:
+        share = f"in {one.share:.0%} of the steps " if is_mixed else ""
+        tokens = "" if one.tokens is None else f"; {one.tokens} tokens per sample"
+        yield f"{share}{'; '.join(_crops(one))}{tokens}"
+    if outlook.tokens_per_step is not None:
+        number = outlook.shown[0].num_prefix
+        more = f", {number} of each crop beside its patches" if number else ""
+        average = " on average" if is_mixed else ""
+        yield f"{_count(round(outlook.tokens_per_step))} tokens per step{average}{more}"
+
+
+def _crops(one: Shown) -> Iterator[str]:
+    """Views that are alike together: `global_1, global_2: 224 px, 14 x 14 patches`."""
+    names: dict[str, list[str]] = {}
+    for view, grid in zip(one.views, one.grids, strict=True):
+        what = view.kind if grid is None else f"{view.size}{_GLUE}px, {grid[0]}{_GLUE}x{_GLUE}{grid[1]}{_GLUE}patches"  # type: ignore[attr-defined]
+        names.setdefault(what if view.times is None else f"{view.times}{_GLUE}x{_GLUE}{what}", []).append(view.name)
+    for what, those in names.items():
+        yield f"{', '.join(those)}: {what}"
+
+
+def _model(outlook: Outlook) -> str:
+    counted = outlook.counted
+    parts = ", ".join(f"{name} {_count(number)}" for name, number in counted.parts.items())
+    beside = {"not trained": counted.frozen} if counted.frozen else {}
+    more = "".join(f"; {name} {_count(number)}" for name, number in (beside | counted.companions).items())
+    return f"{_count(counted.trained, 'million')} trained parameters: {parts}{more}"
+
+
+def _memory(outlook: Outlook) -> Iterator[str]:
+    """A table: what each worker has, in each ZeRO stage."""
+    train, stages = outlook.recipe.train, (0, 1, 2, 3)
+    columns = [outlook.memory(stage) for stage in stages]
+    if outlook.activations is not None:
+        columns = [taken | {"activations": outlook.activations} for taken in columns]
+    columns = [taken | {"in all": sum(taken.values())} for taken in columns]
+    unit, name = _unit(max(taken["in all"] for taken in columns) // 10)  # small numbers beside large ones
+    marks = {stage: f"({stage})" for stage in stages if _refusal(outlook, stage)}
+    marks |= {stage: f"[{stage}]" for stage in stages if stage == train.zero_stage}
+    heads = [marks.get(stage, f"{stage} ") for stage in stages]
+    title = f"{name} per worker (of {train.workers}), ZeRO stage"
+    yield f"{title:<38}" + "".join(f"{head:>8}" for head in heads)
+    for row in columns[0]:
+        yield f"{row:<38}" + "".join(f"{taken[row] / unit:>7.1f} " for taken in columns)
+
+
+def _memory_notes(outlook: Outlook) -> Iterator[str]:
+    train = outlook.recipe.train
+    refused = "".join(f"; ({stage}) is refused: {text}" for stage in range(4) if (text := _refusal(outlook, stage)))
+    yield f"[{train.zero_stage}] is train.zero_stage{refused}"
+    if outlook.activations is None:
+        yield "activations come to that, and are not known before it runs"
+        return
+    views = " of the largest views" if len(outlook.shown) > 1 else ""
+    blocks = "; blocks are computed again (train.checkpoint_blocks)" if train.checkpoint_blocks else ""
+    yield f"activations are those of {train.micro_batch_size} samples{views}{blocks}"
+
+
+def _refusal(outlook: Outlook, zero_stage: int) -> str:
+    """The settings that refuse a ZeRO stage."""
+    objections = zero_objections(outlook.recipe.optimizer, outlook.recipe.train, zero_stage)
+    return ", ".join(f"{key}={shown(value)}" for key, value, _ in objections)
+
+
+def _disk(plan: Plan, found: Sequence[Outlook | None], samples: int) -> Iterator[str]:
+    """Checkpoints of the last of the stages in `found`, and what those of all of them take when it ends."""
+    train, evaluation = plan.recipe.train, plan.recipe.evaluation
+    looks = [look for look in found if look is not None]
+    counts = [-(-_steps(look.recipe, samples) // look.recipe.train.checkpoint_every) for look in looks]
+    backbones = [size for look, count in zip(looks, counts, strict=True) for size in [look.backbone_bytes] * count]
+    if evaluation.enabled and evaluation.baseline:
+        backbones.append(looks[0].backbone_bytes)
+    num_states = min(
+        sum(counts), train.keep_last + (train.keep_best if evaluation.enabled and evaluation.select else 0)
+    )
+    states = num_states * max(look.state_bytes for look in looks)
+    here = looks[-1]
+    yield (
+        f"every {here.recipe.train.checkpoint_every} steps a backbone of {_size(here.backbone_bytes)} and a training "
+        f"state of {_size(here.state_bytes)}"
+    )
+    yield (
+        f"{_size(sum(backbones) + states)} when {'the stage' if len(plan.stages) > 1 else 'the run'} ends "
+        f"({len(backbones)} backbones, {num_states} states); one state more while it is written"
+    )
+
+
+def _count(number: int, least: str = "") -> str:
+    if number >= 1e9:
+        return f"{number / 1e9:.2f}{_GLUE}billion"
+    return f"{number / 1e6:.1f}{_GLUE}million" if number >= 1e6 or least else str(number)
+
+
+def _unit(num_bytes: int) -> tuple[float, str]:
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"))
+    return next((unit for unit in units if num_bytes >= unit[0]), (1e3, "kB"))
+
+
+def _size(num_bytes: int) -> str:
+    unit, name = _unit(num_bytes)
+    return f"{num_bytes / unit:.1f}{_GLUE}{name}"
 
 
 def _machines(recipe: Recipe) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,10 +26,17 @@ from data_pipelines.storage.locations import redact, scheme_of
 from evaluation import registry as evaluations
 from pretrain.config.mistakes import Mistakes
 from pretrain.config.optimizer_facts import WHOLE_PARAMETER
-from pretrain.config.schema import DataConfig, EvaluationConfig, Recipe, TrainConfig
+from pretrain.config.schema import DataConfig, EvaluationConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.errors import nearest
 
-__all__ = ["absolute_reference", "data_folder_problem", "evaluation_data_problem", "nearest_file", "resolve"]
+__all__ = [
+    "absolute_reference",
+    "data_folder_problem",
+    "evaluation_data_problem",
+    "nearest_file",
+    "resolve",
+    "zero_objections",
+]
 
 _PACKAGE = Path(__file__).parents[1]
 _TRACKERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",)}  # and what writes for them
@@ -75,8 +82,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
     if isinstance(draft.backbone, ImageConfig):  # of another kind, its own constructor knows what is right
         _check_image_encoder(draft.backbone, mistakes)
     _check_optimizer(draft, mistakes)
-    _check_optimizer_shards(draft, mistakes)
-    _check_zero_stage(draft.train, mistakes)
+    _check_zero_stage(draft, mistakes)
     _check_deepspeed(draft.deepspeed, mistakes)
     _check_checkpoint_storage(draft.checkpoints.storage, mistakes)
     _check_address(draft.cluster.address, mistakes)
@@ -300,14 +306,26 @@ def _zero_stage(draft: Recipe) -> int:
     return 0 if saves_nothing and train.precision == "fp32" and "zero_optimization" not in draft.deepspeed else 1
 
 
-def _check_optimizer_shards(draft: Recipe, mistakes: Mistakes) -> None:
-    name, stage = draft.optimizer.name, draft.train.zero_stage
-    if mistakes.sound("optimizer.name", "train.zero_stage") and name in WHOLE_PARAMETER and stage:
+def zero_objections(optimizer: OptimizerConfig, train: TrainConfig, stage: int) -> Iterator[tuple[str, Any, str]]:
+    """What speaks against a ZeRO stage: a setting, its value, and the problem with its remedy."""
+    if optimizer.name in WHOLE_PARAMETER and stage:
         problem = (
-            f"computes {WHOLE_PARAMETER[name]}, and ZeRO stage {stage} gives it flat pieces of many; use "
+            f"computes {WHOLE_PARAMETER[optimizer.name]}, and ZeRO stage {stage} gives it flat pieces of many; use "
             "train.zero_stage=0 (and train.precision=fp32) with it, or one of adamw, nadamw, adoptw, lion, sgdw"
         )
-        mistakes.add("optimizer.name", name, problem)
+        yield "optimizer.name", optimizer.name, problem
+    if train.precision == "bf16" and stage == 0:
+        problem = "DeepSpeed's stage 0, which train.zero_stage says here, trains worse in bf16; add train.zero_stage=1"
+        yield "train.precision", train.precision, problem
+    if train.compile and stage == 3:
+        problem = "ZeRO stage 3 gathers parameters within the blocks that are compiled; use train.zero_stage=2 with it"
+        yield "train.compile", train.compile, problem
+
+
+def _check_zero_stage(draft: Recipe, mistakes: Mistakes) -> None:
+    for key, value, problem in zero_objections(draft.optimizer, draft.train, draft.train.zero_stage or 0):
+        if mistakes.sound(key, "train.zero_stage"):
+            mistakes.add(key, value, problem)
 
 
 def _loader_workers(draft: Recipe) -> int:
@@ -323,15 +341,6 @@ def _loader_workers(draft: Recipe) -> int:
     else:
         cores = len(os.sched_getaffinity(0)) // draft.train.workers
     return max(1, min(cores - 1, _MOST_LOADER_WORKERS))
-
-
-def _check_zero_stage(train: TrainConfig, mistakes: Mistakes) -> None:
-    if mistakes.sound("train.precision", "train.zero_stage") and train.precision == "bf16" and train.zero_stage == 0:
-        problem = "DeepSpeed's stage 0, which train.zero_stage says here, trains worse in bf16; add train.zero_stage=1"
-        mistakes.add("train.precision", train.precision, problem)
-    if mistakes.sound("train.compile", "train.zero_stage") and train.compile and train.zero_stage == 3:
-        problem = "ZeRO stage 3 gathers parameters within the blocks that are compiled; use train.zero_stage=2 with it"
-        mistakes.add("train.compile", train.compile, problem)
 
 
 def _check_deepspeed(raw: Mapping[str, Any], mistakes: Mistakes) -> None:

@@ -1,17 +1,17 @@
 """What only the model and the data can tell of a request, asked before a run writes anything.
 
-The model is built without its numbers (on torch's meta device), so that a large one costs no memory; of the data one
-shard of each source on this machine is looked at. What a store elsewhere holds, the workers find out.
+The model is built, and takes a step, without its numbers (on torch's meta device), so that a large one costs no memory;
+of the data one shard of each source on this machine is looked at. What a store elsewhere holds, the workers find out.
 
-Not here: what settings mean together (`pretrain.config.checks`), starting weights
-(`pretrain.checkpoints.initialization`).
+Not here: what a stage takes (`pretrain.training.outlook`), what settings mean together (`pretrain.config.checks`),
+starting weights (`pretrain.checkpoints.initialization`).
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,45 +30,55 @@ from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan
 from pretrain.errors import RequestError
 from pretrain.training.model import build_objective
+from pretrain.training.outlook import Outlook, look_at
 
-__all__ = ["look_ahead"]
-
-# Bytes per parameter and moment: all of them are fp32 but the model and its gradients in bf16.
-_MOMENTS = {"lion": 1, "sgdw": 1, "lars": 1, "muon": 1}
+__all__ = ["look_ahead", "size_line"]
 
 
-def look_ahead(plan: Plan, *, with_data: bool = True) -> str:
-    """Build every stage's model without numbers and compare it with the data.
+def look_ahead(plan: Plan, *, with_data: bool = True) -> list[Outlook | None]:
+    """Build every stage's model without numbers, take a step with it, and compare it with the data.
 
     Args:
         plan: Of a run that is to begin.
         with_data: False where the data are not packed yet.
 
     Returns:
-        one line on the size of the largest stage: its parameters and what they take.
+        What each stage takes; None of one whose model is a plug-in's that cannot be built like that.
 
     Raises:
-        RequestError: This machine has no GPU and one is asked for, a model cannot be built, the data have not what an
-            objective reads, or evaluation data no labels of its protocol.
+        RequestError: This machine has no GPU and one is asked for, a model cannot be built, a stage would fail at its
+            first step, the data have not what an objective reads, or evaluation data no labels of its protocol.
     """
     mistakes = list(_devices(plan.recipe))
-    sizes = []
+    found: list[Outlook | None] = []
     for stage in plan.stages:
         where = f"stage {stage.name}: " if stage.name else ""
         try:
             objective = _outline(stage.recipe)
-        except (BackboneError, ObjectiveError) as error:
-            mistakes.append(f"{where}{error}")
-            continue
-        if objective is not None:
-            if with_data:
+            if objective is not None and with_data:
                 mistakes += [f"{where}{problem}" for problem in _sources(stage.recipe, objective)]
-            sizes.append(_size(stage.recipe, objective))
+            found.append(None if objective is None else look_at(stage.recipe, objective))
+        except (BackboneError, DataError, ObjectiveError) as error:
+            mistakes.append(f"{where}{error}")
     if with_data:
         mistakes += _labels(plan.recipe)
     if mistakes:
         raise RequestError(*dict.fromkeys(mistakes))
-    return max(sizes, default=(0, ""))[1]
+    return found
+
+
+def size_line(found: Sequence[Outlook | None]) -> str:
+    """Parameters of the stage that takes most memory, and what it takes; empty where nothing is known."""
+    known = [look for look in found if look is not None]
+    if not known:
+        return ""
+    largest = max(known, key=lambda look: sum(look.memory().values()) + (look.activations or 0))
+    activations = largest.activations
+    more = "besides activations" if activations is None else f"activations about {activations / 1e9:.2f} GB"
+    return (
+        f"{largest.counted.trained / 1e6:.1f} million trained parameters; all weights, gradients and moments take "
+        f"about {sum(largest.memory().values()) / 1e9:.2f} GB per worker, {more}"
+    )
 
 
 def _devices(recipe: Recipe) -> Iterator[str]:
@@ -91,6 +101,7 @@ def _outline(recipe: Recipe) -> Objective | None:
 
 def _sources(recipe: Recipe, objective: Objective) -> Iterator[str]:
     """What the objective reads that a source of the recipe has not."""
+    shown = [objective.views(), *(views for _, views in objective.mixed_views())]
     sources = {"data.train": recipe.data.train}
     sources |= {f"data.mixture[{index}].shards": part.shards for index, part in enumerate(recipe.data.mixture)}
     for key, source in sources.items():
@@ -98,7 +109,8 @@ def _sources(recipe: Recipe, objective: Objective) -> Iterator[str]:
             continue
         try:
             if (dataset := _first_shard(source, allow_pipe=recipe.data.allow_pipe)) is not None:
-                ViewMaker(views_from(objective.views()), dataset.fields)
+                for views in map(views_from, shown):
+                    ViewMaker(views, dataset.fields)
         except DataError as error:
             yield f"{key}={source}: objective {recipe.objective.name}: {error}"
 
@@ -122,25 +134,3 @@ def _first_shard(source: str, *, allow_pipe: bool) -> Dataset | None:
     if not is_local(source):
         return None
     return open_dataset(expand_source(source, allow_pipe=allow_pipe)[0])
-
-
-def _size(recipe: Recipe, objective: Objective) -> tuple[int, str]:
-    """Bytes of parameters, gradients and moments per worker, and the line that says it."""
-    trained = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in objective.parameters())
-    companions = [companion.state_dict() for companion in objective.companions().values()]
-    kept = sum(tensor.numel() for state in companions for tensor in state.values())
-    train = recipe.train
-    model = 2 if train.precision == "bf16" else 4
-    master = 4 if train.precision == "bf16" else 0
-    moments = 4 * _MOMENTS.get(recipe.optimizer.name, 2)
-    shares = [
-        train.workers if (train.zero_stage or 0) >= least else 1 for least in (3, 2, 1)
-    ]  # parameters, gradients, optimizer
-    size = total * model // shares[0] + trained * model // shares[1] + trained * (master + moments) // shares[2]
-    size += 4 * kept
-    line = (
-        f"{trained / 1e6:.1f} million trained parameters; all weights, gradients and moments take about "
-        f"{size / 1e9:.2f} GB per worker, besides activations"
-    )
-    return size, line

@@ -1,6 +1,7 @@
 """What this package uses of torch that torch does not document; `tests/pretrain/test_torch_internals.py` touches all.
 
 * `TCPStore(master_listen_fd=...)`: a socket that listens already. The documented form listens on every address.
+* `torch.autocast` on the meta device: it refuses that, where it would have nothing to do.
 * `torch._foreach_norm`: the norms of many tensors by few kernels. The documented form, `torch.nn.utils.get_total_norm`,
   keeps to the tensors' type, and bf16 has three digits.
 """
@@ -9,13 +10,54 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["loopback_store", "norms_of"]
+__all__ = ["loopback_store", "norms_of", "without_numbers"]
+
+
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """In this context a model runs on the meta device as it would elsewhere.
+
+    Autocasting does nothing there, and attention keeps what its fused kernels keep, no matrix of all pairs.
+    """
+    autocast: Any = torch.autocast
+
+    def possible(device_type: str, *arguments: Any, **options: Any) -> Any:
+        return nullcontext() if device_type == "meta" else autocast(device_type, *arguments, **options)
+
+    torch.autocast = possible  # type: ignore[assignment,misc]
+    try:
+        with _FusedAttention():
+            yield
+    finally:
+        torch.autocast = autocast  # type: ignore[misc]
+
+
+class _FusedAttention(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is functional.scaled_dot_product_attention:
+            return _Attention.apply(*arguments[:3])
+        return function(*arguments, **(options or {}))
+
+
+class _Attention(torch.autograd.Function):
+    """The shapes of fused attention: (..., H, N, d) in the layout (..., N, H, d), and a float32 number per row."""
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        *batch, num_heads, num_queries, _ = query.shape
+        output = query.new_empty(*batch, num_queries, num_heads, values.shape[-1]).transpose(-3, -2)
+        context.save_for_backward(query, keys, values, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
 
 
 def norms_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

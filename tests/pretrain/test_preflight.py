@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import pretrain
 from pretrain.cli.main import main
 from pretrain.config.load import load_plan
 from pretrain.errors import RequestError
-from pretrain.training.preflight import look_ahead
+from pretrain.training.preflight import look_ahead, size_line
 
 
 @pytest.fixture
@@ -84,9 +85,31 @@ def test_run__cuda_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_look_ahead__says_the_size_of_a_large_model_without_its_memory() -> None:
-    settings = ["backbone.name=vit_large_patch16_224", "backbone.options={}", "train.zero_stage=0"]
-    line = look_ahead(load_plan("demo", settings))
-    assert line == (
-        "302.7 million trained parameters; all weights, gradients and moments take about 4.84 GB per worker, besides "
-        "activations"
+    settings = ["backbone.name=vit_large_patch16_224", "backbone.options={}", "train.zero_stage=0", "train.workers=1"]
+    found = look_ahead(load_plan("demo", [*settings, "train.micro_batch_size=null"]))
+    activations = found[0].activations if found[0] is not None else None
+    assert activations is not None and activations > 1e9
+    assert size_line(found) == (
+        "302.7 million trained parameters; all weights, gradients and moments take about 5.04 GB per worker, "
+        f"activations about {activations / 1e9:.2f} GB"
     )
+    assert size_line([None]) == ""
+
+
+def test_run__a_koleo_group_that_does_not_fit_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And sizes of other views than the usual ones; each mistake with its stage."""
+    data = Path(pretrain.__file__).parent / "demo_data" / "grocery"
+    wrong = ["stages[1].objective.koleo_group=24", "stages[2].objective.mix_share=[0.5]"]
+    wrong += ["stages[2].objective.mix_global=[60]", "stages[2].objective.mix_local=[24]"]
+    request = ["run", "dinov3_cifar10", f"data.root={data}", f"storage={tmp_path}/runs", *wrong]
+    for address in ("--dry-run", "--address=127.0.0.1:1"):
+        assert main([*request, address]) == 2
+        group, size = capsys.readouterr().err.splitlines()
+        assert group == (
+            "error: stage gram: objective.koleo_group=24: it has to be a multiple of the 32 images of a micro-batch "
+            "that divides the 64 of all ranks"
+        )
+        assert size.startswith("error: stage highres: objective 'dinov3' needs images of 60 px: ")
+    assert list(tmp_path.iterdir()) == []

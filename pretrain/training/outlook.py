@@ -1,0 +1,234 @@
+"""What a stage of a run takes, from its model without numbers: tokens, memory of a worker in each ZeRO stage, disk.
+
+Beside what is counted here, a worker has what its device takes, and the blocks at work for a moment; in ZeRO stage 3
+the parameters that are gathered are among that.
+
+Not here: activations (`pretrain.training.activations`), the data (`pretrain.training.preflight`), what people read
+(`pretrain.cli.dry_run`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from backbones.errors import BackboneError
+from backbones.images.base import ImageEncoder
+from data_pipelines.views.base import View
+from data_pipelines.views.kinds.images import ImageView
+from data_pipelines.views.specs import views_from
+from objectives.base import Objective
+from objectives.errors import ObjectiveError
+from pretrain.config.schema import Recipe
+from pretrain.training.activations import kept_by_forward
+from pretrain.training.engine import deepspeed_config
+
+__all__ = ["Counted", "Outlook", "Shown", "look_at"]
+
+_MOMENTS = {"lion": 1, "sgdw": 1, "lars": 1, "muon": 1}  # numbers per parameter, of the others two; all in float32
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a share of the steps shows of each sample.
+
+    Attributes:
+        share: Of the steps.
+        views: As the objective states them.
+        grids: (rows, columns) of patches of each view's crop; None of one that is no picture.
+        num_prefix: Tokens before the patches of a crop.
+    """
+
+    share: float
+    views: tuple[View, ...]
+    grids: tuple[tuple[int, int] | None, ...]
+    num_prefix: int
+
+    @property
+    def tokens(self) -> int | None:
+        """Of a sample, with those of patches that the objective leaves out; None where a view is no picture."""
+        if None in self.grids:
+            return None
+        counted = zip(self.views, self.grids, strict=True)
+        return sum((view.times or 1) * (math.prod(grid or ()) + self.num_prefix) for view, grid in counted)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How many numbers an objective has.
+
+    Attributes:
+        parts: Of its trained parameters, by part (`Objective.part_of`).
+        frozen: Of its other parameters.
+        companions: Of each companion, by name.
+        exported: Of the encoder that is exported.
+        saved: Of what a training state has beside parameters and moments: buffers and companions.
+    """
+
+    parts: dict[str, int]
+    frozen: int
+    companions: dict[str, int]
+    exported: int
+    saved: int
+
+    @property
+    def trained(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Of one stage.
+
+    Attributes:
+        recipe: Of the stage.
+        shown: What some share of its steps shows; those that `Objective.views` states are first.
+        counted: Numbers of its objective.
+        activations: Bytes that a worker keeps of a micro-batch of the largest views; None: not known before it is run.
+    """
+
+    recipe: Recipe
+    shown: tuple[Shown, ...]
+    counted: Counted
+    activations: int | None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """On average over the steps, of all workers."""
+        of_samples = [(shown.share, shown.tokens) for shown in self.shown]
+        if any(tokens is None for _, tokens in of_samples):
+            return None
+        return self.recipe.train.global_batch_size * sum(share * (tokens or 0) for share, tokens in of_samples)
+
+    def memory(self, zero_stage: int | None = None) -> dict[str, int]:
+        """Bytes of a worker but for activations, by what they are for, in a ZeRO stage; None: in the recipe's."""
+        counted, workers = self.counted, self.recipe.train.workers
+        stage = (self.recipe.train.zero_stage or 0) if zero_stage is None else zero_stage
+
+        def share(sharded_from: int) -> int:
+            return workers if stage >= sharded_from else 1
+
+        return {
+            "weights": (counted.trained + counted.frozen) * self._weight_bytes // share(3),
+            "gradients": counted.trained * self._weight_bytes // share(2),
+            "optimizer": counted.trained * self._optimizer_bytes(stage) // share(1),
+            "buckets": self._bucket_bytes(stage),
+            **{name: 4 * numbers for name, numbers in counted.companions.items()},
+        }
+
+    @property
+    def backbone_bytes(self) -> int:
+        """Of the backbone in a checkpoint."""
+        return 4 * self.counted.exported
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the training state in a checkpoint, all ranks together."""
+        counted, stage = self.counted, self.recipe.train.zero_stage or 0
+        weights = 0 if stage == 3 else (counted.trained + counted.frozen) * self._weight_bytes  # 3: the masters alone
+        return weights + counted.trained * self._optimizer_bytes(stage) + 4 * counted.saved
+
+    @property
+    def _weight_bytes(self) -> int:
+        """Of a parameter, and of a gradient."""
+        return 2 if self.recipe.train.precision == "bf16" else 4
+
+    def _bucket_bytes(self, zero_stage: int) -> int:
+        """Of the buffers in which gradients travel; with ZeRO they have their full size however small the model is."""
+        train = replace(self.recipe.train, zero_stage=zero_stage)
+        device = torch.device("cpu" if train.device == "cpu" else "cuda")
+        zero = deepspeed_config(replace(self.recipe, train=train), device)["zero_optimization"]
+        size = int(zero["reduce_bucket_size"]) * self._weight_bytes
+        if zero_stage in (1, 2):
+            return 2 * size if zero.get("overlap_comm") else size
+        return size if zero_stage == 3 else min(size, self.counted.trained * self._weight_bytes)
+
+    def _optimizer_bytes(self, zero_stage: int) -> int:
+        """Of a trained parameter: its moments and, from ZeRO stage 1 on, a float32 master, also in fp32."""
+        return 4 * _MOMENTS.get(self.recipe.optimizer.name, 2) + 4 * (zero_stage > 0)
+
+
+def look_at(recipe: Recipe, objective: Objective) -> Outlook:
+    """The outlook of a stage.
+
+    Args:
+        recipe: Of the stage.
+        objective: Built from it on torch's meta device; it is used up.
+
+    Raises:
+        BackboneError, DataError, ObjectiveError: Its first step would fail, with these views or in a micro-batch of
+            this size on so many workers.
+    """
+    counted = _count(objective)
+    others = objective.mixed_views()
+    each = [(1 - sum(share for share, _ in others), objective.views()), *others]
+    shown = tuple(_show(objective, share, views_from(specs)) for share, specs in each if share > 1e-9)
+    if recipe.train.precision == "bf16":
+        for parameter in objective.parameters():
+            parameter.data = parameter.data.bfloat16()
+    kept = [kept_by_forward(recipe, objective, views) for views in _largest([one.views for one in shown])]
+    known = [size for size in kept if size is not None]
+    return Outlook(recipe, shown, counted, max(known) if len(known) == len(kept) else None)
+
+
+def _count(objective: Objective) -> Counted:
+    parts: Counter[str] = Counter()
+    frozen = 0
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            parts[objective.part_of(name)] += parameter.numel()
+        else:
+            frozen += parameter.numel()
+
+    def size(state: Iterable[Tensor]) -> int:
+        return sum(tensor.numel() for tensor in state)
+
+    companions = objective.companions().items()
+    return Counted(
+        parts=dict(parts),
+        frozen=frozen,
+        companions={name: size(companion.state_dict().values()) for name, companion in companions},
+        exported=size(objective.exported.weights().values()),
+        saved=size(objective.extra_state().values()),
+    )
+
+
+def _show(objective: Objective, share: float, views: tuple[View, ...]) -> Shown:
+    encoder = objective.backbone
+    num_prefix = encoder.num_prefix_tokens if isinstance(encoder, ImageEncoder) else 0
+    return Shown(share, views, tuple(_grid(objective, view) for view in views), num_prefix)
+
+
+def _largest(shown: Sequence[tuple[View, ...]]) -> list[tuple[View, ...]]:
+    """Those that are not all smaller than others of the same names."""
+
+    def sizes(views: tuple[View, ...]) -> dict[str, tuple[int, int]]:
+        return {view.name: (getattr(view, "size", 0), view.times or 1) for view in views}
+
+    def covers(large: dict[str, tuple[int, int]], small: dict[str, tuple[int, int]]) -> bool:
+        return large != small and all(
+            name in large and size <= large[name][0] and times <= large[name][1]
+            for name, (size, times) in small.items()
+        )
+
+    different = list({tuple(sizes(views).items()): views for views in shown}.values())
+    return [views for views in different if not any(covers(sizes(other), sizes(views)) for other in different)]
+
+
+def _grid(objective: Objective, view: View) -> tuple[int, int] | None:
+    """Patches of a crop of the view; None where it is no picture.
+
+    Raises:
+        ObjectiveError: Patches do not tile it.
+    """
+    if not isinstance(view, ImageView) or not isinstance(objective.backbone, ImageEncoder):
+        return None
+    try:
+        return objective.backbone.grid_at(view.size, view.size)
+    except BackboneError as error:
+        raise ObjectiveError(f"view {view.name!r} is of {view.size} px: {error}") from error

@@ -1,0 +1,138 @@
+"""`pretrain run ... --dry-run`: what each stage shows, holds and writes, for every recipe that ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import pretrain
+from pretrain.cli.main import main
+from pretrain.config.load import recipe_names
+from pretrain.training import preflight
+
+DATA = Path(pretrain.__file__).parent / "demo_data" / "grocery"
+
+
+def screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, *settings: str
+) -> list[str]:
+    """The lines of a dry run in an empty directory, which it leaves empty."""
+    monkeypatch.chdir(tmp_path)
+    root = [] if name == "demo" else [f"data.root={DATA}"]
+    assert main(["run", name, *root, *settings, "--dry-run"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    return capsys.readouterr().out.splitlines()
+
+
+def column(lines: list[str], row: str, zero_stage: int) -> float:
+    """A number of the first table."""
+    (values, *_) = (line.split()[-4:] for line in lines if line[10:].startswith(row))
+    return float(values[zero_stage])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_dry_run__every_recipe_on_80_columns(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = screen(tmp_path, capsys, monkeypatch, name)
+    assert [line for line in lines if len(line) > 80 and len(line.split()[-1]) < 70] == []
+    labels = [line[:10].strip() for line in lines]
+    num_stages = labels.count("train")
+    assert num_stages == (3 if name in ("dinov3_cifar10", "dinov3_vit7b") else 1)
+    for label in ("views", "model", "memory", "disk"):
+        assert labels.count(label) == num_stages
+    assert sum(" tokens per step" in line for line in lines) == num_stages
+    assert sum(line[10:].startswith("activations  ") for line in lines) == num_stages
+    stages = [column(lines, "in all", stage) for stage in range(4)]
+    assert all(stages) and column(lines, "optimizer", 1) == column(lines, "optimizer", 3) > 0
+    assert column(lines, "weights", 3) < column(lines, "weights", 2) == column(lines, "weights", 1)
+
+
+def test_dry_run__a_stage_as_it_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = screen(tmp_path, capsys, monkeypatch, "dinov3_cifar10", "train.device=cpu")
+    begin, end = (next(i for i, line in enumerate(lines) if f"stage {name}:" in line) for name in ("gram", "highres"))
+    assert [line for line in lines[begin:end] if not line[10:].startswith(("activations  ", "in all"))] == [
+        "train     stage gram: dinov3, 300 steps of 64 = 19200 samples, 30 epochs; adamw,",
+        "          peak lr 0.0003, warm-up 0 steps",
+        "views     global_1, global_2: 32 px, 4 x 4 patches; local: 4 x 16 px,",
+        "          2 x 2 patches; 60 tokens per sample",
+        "          3840 tokens per step, 2 of each crop beside its patches",
+        "model     1.1 million trained parameters: backbone 818944, head 131904,",
+        "          patch_head 131904; teacher 1.1 million; gram 818816",
+        "memory    MB per worker (of 2), ZeRO stage           [0]      1       2       3",
+        "          weights                                   4.3     4.3     4.3     2.2",
+        "          gradients                                 4.3     4.3     2.2     2.2",
+        "          optimizer                                 8.7     6.5     6.5     6.5",
+        "          buckets                                   4.3   200.0   200.0   200.0",
+        "          teacher                                   4.3     4.3     4.3     4.3",
+        "          gram                                      3.3     3.3     3.3     3.3",
+        "          [0] is train.zero_stage",
+        "          activations are those of 32 samples",
+        "disk      every 300 steps a backbone of 3.3 MB and a training state of 20.6 MB",
+        "          78.2 MB when the stage ends (5 backbones, 3 states); one state more",
+        "          while it is written",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "heads", "said"),
+    [
+        (["train.precision=bf16", "train.zero_stage=1"], "(0) [1] 2 3", "(0) is refused: train.precision=bf16"),
+        (["train.compile=true"], "[0] 1 2 (3)", "(3) is refused: train.compile=true"),
+        (["train.workers=1", "optimizer.name=lamb"], "[0] (1) (2) (3)", "(3) is refused: optimizer.name=lamb"),
+    ],
+)
+def test_dry_run__marks_the_zero_stage_and_what_refuses_others(
+    settings: list[str],
+    heads: str,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = screen(tmp_path, capsys, monkeypatch, "demo", *settings)
+    (head,) = [line for line in lines if line.startswith("memory")]
+    assert " ".join(head.split()[-4:]) == heads
+    assert said in " ".join(" ".join(lines).split())
+
+
+def test_dry_run__other_views_of_some_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = ["objective.mix_share=[0.25]", "objective.mix_global=[64]", "objective.mix_local=[16]"]
+    whole = " ".join(" ".join(screen(tmp_path, capsys, monkeypatch, "dinov3_cifar10", *mixed)).split())
+    assert "in 75% of the steps global_1, global_2: 32 px, 4 x 4 patches; local: 4 x 16 px, 2 x 2 patches" in whole
+    assert "in 25% of the steps global_1, global_2: 64 px, 8 x 8 patches; local: 4 x 16 px, 2 x 2 patches" in whole
+    assert "activations are those of 32 samples of the largest views" in whole
+    assert f"{round(64 * (0.75 * 60 + 0.25 * 156))} tokens per step on average, 2 of each crop" in whole
+
+
+def test_dry_run__disk_grows_with_the_checkpoints_that_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of MAE in fp32 and stage 0: weights and two moments are 12 bytes a parameter, the positions a buffer beside."""
+
+    def disk(*settings: str) -> str:
+        lines = screen(tmp_path, capsys, monkeypatch, "demo", *settings)
+        begin, end = (next(i for i, line in enumerate(lines) if line.startswith(row)) for row in ("disk", "where"))
+        return " ".join(" ".join(lines[begin:end]).split())
+
+    backbone, state = 4 * 1_829_568, 12 * 1_966_368 + 4 * 12_480
+    assert f"a backbone of {backbone / 1e6:.1f} MB and a training state of {state / 1e6:.1f} MB" in disk()
+    few = f"{(3 * backbone + 2 * state) / 1e6:.1f} MB when the run ends (3 backbones, 2 states)"
+    assert few in disk("train.keep_last=5")
+    assert f"{(8 * backbone + 3 * state) / 1e6:.1f} MB when" in disk("train.checkpoint_every=100")
+    alone = ["train.checkpoint_every=100", "evaluation.enabled=false"]
+    assert f"{(7 * backbone + 2 * state) / 1e6:.1f} MB when" in disk(*alone)
+
+
+def test_dry_run__a_plug_in_that_is_not_known_before_it_is_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "_outline", lambda _: None)
+    lines = screen(tmp_path, capsys, monkeypatch, "demo")
+    assert "model     of a plug-in, which is not known before it is built" in lines
+    assert not any(line.startswith(("views", "memory", "disk")) for line in lines)
