@@ -94,7 +94,7 @@ def head_metrics(prefix: str, loss: Tensor, targets: Sequence[Tensor], shares: S
 def collapse(metrics: Mapping[str, float], progress: Progress, num_prototypes: int, prefix: str = "") -> str | None:
     """The finding for a head with metrics PREFIXloss, PREFIXteacher_entropy, PREFIXprototypes.
 
-    Uniform: the teacher prefers nothing and the student agrees, both at ln K. One-hot: the teacher is certain, and of
+    Uniform: the teacher prefers next to nothing and the student nothing, near ln K and at it. One-hot: the teacher is certain, and of
     the same few prototypes whatever it sees. Neither is judged in a young run, where a network that has not
     learned anything looks like the first.
     """
@@ -104,7 +104,7 @@ def collapse(metrics: Mapping[str, float], progress: Progress, num_prototypes: i
     loss, spread = metrics[f"{prefix}loss"], metrics[f"{prefix}teacher_entropy"]
     used = metrics[f"{prefix}prototypes"]
     what = f"{prefix.replace('_', ' ')}outputs"
-    if min(loss, spread) > 0.995 * highest:
+    if loss > 0.995 * highest and spread > 0.98 * highest:
         return (
             f"{what} are uniform: teacher entropy {spread:.2f} and loss {loss:.2f} of at most ln {num_prototypes} = "
             f"{highest:.2f}; lower objective.teacher_temp"

@@ -77,7 +77,8 @@ def test_e1__learns(run):
     "overrides",
     [
         ("objective.last_layer=linear", "objective.num_prototypes=512", "objective.head_bottleneck_dim=32",
-         "objective.koleo_weight=0.1", "objective.teacher_momentum=0.99", "backbone.options.init_values=0.1"),
+         "objective.koleo_weight=0.1", "objective.teacher_temp=0.07", "objective.teacher_temp_start=0.04",
+         "objective.teacher_momentum=0.99", "objective.teacher_momentum_end=1.0", "backbone.options.init_values=0.1"),
         ("backbone.options.init_values=1e-5", "objective.koleo_weight=0.1"),
     ],
     ids=["A", "C"],
