@@ -94,9 +94,9 @@ def head_metrics(prefix: str, loss: Tensor, targets: Sequence[Tensor], shares: S
 def collapse(metrics: Mapping[str, float], progress: Progress, num_prototypes: int, prefix: str = "") -> str | None:
     """The finding for a head with metrics PREFIXloss, PREFIXteacher_entropy, PREFIXprototypes.
 
-    Uniform: the teacher prefers next to nothing and the student nothing, near ln K and at it. One-hot: the teacher is certain, and of
-    the same few prototypes whatever it sees. Neither is judged in a young run, where a network that has not
-    learned anything looks like the first.
+    Uniform: the teacher prefers next to nothing and the student nothing, near ln K and at it. One-hot: the teacher is
+    certain, and of the same few prototypes whatever it sees. Neither is judged in a young run, where a network that has
+    not learned anything looks like the first.
     """
     if progress.is_young:
         return None
