@@ -20,7 +20,7 @@ from objectives.errors import ObjectiveError
 from objectives.parts import cross_view, teacher_schedules
 from objectives.parts.centering import Center
 from objectives.parts.prototypes import DINOHead
-from objectives.parts.visuals import principal_colors
+from objectives.parts.visuals import principal_colors, similarity_maps
 
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 SMALL = {"num_prototypes": 128, "head_hidden_dim": 48, "head_bottleneck_dim": 24, "num_local": 2, "local_size": 8}
@@ -294,7 +294,13 @@ def test_forward__takes_an_encoder_without_class_token():
     objective = small(options=VIT | {"class_token": False, "final_norm": False})
     objective(images(dtype=torch.float32), LATE).loss.backward()
     assert all(p.grad is not None for p in objective.parameters())
-    assert set(objective.pictures(images(dtype=torch.float32))) == {"global 1", "global 2", "local", "features"}
+    assert set(objective.pictures(images(dtype=torch.float32))) == {
+        "global 1",
+        "global 2",
+        "local",
+        "features",
+        "similarity",
+    }
 
 
 def test_forward__takes_other_channels_without_colours():
@@ -402,7 +408,7 @@ def test_pictures__have_one_size_and_leave_training_as_it_was():
     state = torch.get_rng_state()
     pictures = objective.pictures(images(num=10, dtype=torch.float32))
     assert torch.equal(torch.get_rng_state(), state)
-    assert set(pictures) == {"global 1", "global 2", "local", "features", "attention"}
+    assert set(pictures) == {"global 1", "global 2", "local", "features", "similarity", "attention"}
     assert all(p.shape == (8, 3, 16, 16) and p.min() >= 0 and p.max() <= 1 for p in pictures.values())
     assert objective.training and not objective.teacher.backbone.vit.blocks[-1].attn._forward_pre_hooks
 
@@ -431,3 +437,23 @@ def test_principal_colors__tell_two_kinds_of_patches_apart():
     assert colours.shape == (2, 3, 4, 4)
     red = colours[:, 0].flatten(1)
     assert (red[:, is_left].mean() - red[:, ~is_left].mean()).abs() > 0.8
+
+
+def test_similarity_maps__are_bright_where_patches_are_like_the_one_in_the_middle():
+    """On a grid of 3 x 5 with the middle at (1, 2): equal, orthogonal, opposite, and half-way between two colors."""
+    patches = torch.tensor([0.0, 1.0]).repeat(2, 15, 1)  # orthogonal
+    patches[:, 7] = torch.tensor([1.0, 0.0])  # the middle
+    patches[0, 0], patches[0, 1] = torch.tensor([3.0, 0.0]), torch.tensor([-1.0, 0.0])
+    patches[1, 14] = torch.tensor([0.125, math.sqrt(1 - 0.125**2)])
+    patches[1, 2] = torch.nan
+    maps = similarity_maps(patches, (3, 5))
+    assert maps.shape == (2, 3, 3, 5)
+    violet, blue, yellow = (
+        torch.tensor(color) for color in ((0.267, 0.004, 0.329), (0.231, 0.322, 0.545), (0.992, 0.906, 0.145))
+    )
+    assert maps[:, :, 1, 2].tolist() == [[1.0, 0.0, 0.0]] * 2
+    torch.testing.assert_close(maps[0, :, 0, 0], yellow)
+    torch.testing.assert_close(maps[1, :, 2, 4], (violet + blue) / 2)
+    for dark in (maps[0, :, 0, 1], maps[0, :, 2, 0], maps[1, :, 0, 2]):
+        torch.testing.assert_close(dark, violet)
+    assert similarity_maps(torch.ones(1, 1, 4), (1, 1)).flatten().tolist() == [1.0, 0.0, 0.0]

@@ -610,7 +610,7 @@ def test_pictures__have_one_size_and_leave_training_as_it_was():
     state = torch.get_rng_state()
     pictures = objective.pictures(images(num=10))
     assert torch.equal(torch.get_rng_state(), state)
-    assert set(pictures) == {"global 1", "global 2", "local", "features"}
+    assert set(pictures) == {"global 1", "global 2", "local", "features", "similarity"}
     for picture in pictures.values():
         assert picture.shape == (8, 3, 32, 32)
         assert picture.min() >= 0 and picture.max() <= 1

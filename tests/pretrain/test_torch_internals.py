@@ -7,8 +7,9 @@ import socket
 import psutil
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from pretrain.training.torch_internals import loopback_store, norms_of
+from pretrain.training.torch_internals import loopback_store, norms_of, without_numbers
 
 
 def test_norms_of__are_float32_whatever_the_tensors_are() -> None:
@@ -48,3 +49,16 @@ def test_loopback_store__is_left_to_torch_on_several_machines_and_under_torchrun
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     assert loopback_store(0, 2) is None
+
+
+def test_without_numbers__autocasting_and_attention_are_as_elsewhere() -> None:
+    query, keys = torch.empty(2, 3, 5, 8, device="meta", requires_grad=True), torch.empty(2, 3, 7, 8, device="meta")
+    kept: list[torch.Size] = []
+    with without_numbers(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape), lambda x: x):
+        with torch.autocast("meta", enabled=False), torch.autocast("cpu", torch.bfloat16):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+        attended = scaled_dot_product_attention(query, keys, keys)
+    assert attended.shape == query.shape and attended.transpose(1, 2).is_contiguous()
+    assert (2, 3, 5, 7) not in kept and kept  # of all pairs
+    with pytest.raises(RuntimeError):
+        torch.autocast("meta", torch.bfloat16)
