@@ -16,7 +16,7 @@ import pytest
 from pretrain.record.events import Evaluated, Metrics, Warned
 from pretrain.record.journal import read_events
 
-pytestmark = [pytest.mark.integration, pytest.mark.long]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(3600)]
 
 E1 = """
 name: e1
