@@ -153,6 +153,18 @@ class OptimizerConfig:
     warmup_epochs: float | None = setting(
         "passes over the data of linear warm-up, instead of warmup_steps", None, range=(0.0, 1e6)
     )
+    decay_steps: int | None = setting(
+        "steps of half-cosine decay after the warm-up, whose last one has min_lr, as all after it; null: to the end of "
+        "the run, where the step after the last would have it",
+        None,
+        range=(2, None),
+    )
+    decay_stretch: float = setting(
+        "by which share half a cosine is longer than the decay; it is cut off and scaled to end at min_lr (DINOv2's "
+        "trunc_extra)",
+        0.0,
+        range=(0.0, 100.0),
+    )
     weight_decay: float = setting("decoupled weight decay; default: MAE", 0.05, range=(0.0, None))
     weight_decay_end: float | None = setting("weight decay at the last step; null: constant", None, range=(0.0, None))
     betas: list[float] = setting("betas, or (the first) momentum; of MAE", [0.9, 0.95], range=(0.0, 1.0), length=2)

@@ -14,7 +14,15 @@ __all__ = ["learning_rate", "schedules_line", "weight_decay"]
 def learning_rate(recipe: Recipe) -> Schedule:
     """Learning rate of the update that follows a step: 0 at step 0 when there is a warm-up."""
     optimizer = recipe.optimizer
-    return Schedule(recipe.peak_lr, optimizer.min_lr, recipe.train.steps, optimizer.warmup_steps, optimizer.warmup)
+    return Schedule(
+        recipe.peak_lr,
+        optimizer.min_lr,
+        recipe.train.steps,
+        optimizer.warmup_steps,
+        optimizer.warmup,
+        optimizer.decay_steps,
+        optimizer.decay_stretch,
+    )
 
 
 def weight_decay(recipe: Recipe) -> Schedule:

@@ -24,8 +24,10 @@ from objectives.parts import cross_view, teacher_schedules
 from objectives.parts.block_masks import BlockMasks
 from objectives.parts.centering import Center
 from objectives.parts.koleo import koleo
+from objectives.parts.prototypes import DINOHead
 from objectives.parts.sinkhorn import sinkhorn_knopp
 from objectives.schedules import Schedule
+from objectives.teacher import Teacher
 from pretrain.training.blocks import recompute_blocks
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dinov3.json").read_text())
@@ -193,6 +195,54 @@ def test_gram_loss__golden_with_an_anchor_of_higher_resolution(method: str, anti
     close(gradient.norm(), golden["grad_norm"], rtol=1e-4)
 
 
+# Head and moving average against the golden values
+
+
+def golden_head(last_layer: str) -> DINOHead:
+    head = DINOHead(12, 20, hidden_dim=16, bottleneck_dim=8, last_layer=last_layer)
+    ours = dict(head.named_parameters())
+    with torch.no_grad():
+        for p, name, shape in GOLDEN["dino_head"]["parameters"]:
+            scale = 0.05 if name.endswith("bias") else 0.3
+            ours[name.replace("last_layer.weight", "prototypes")].copy_(
+                wave(shape, 0.31 + 0.1 * p, 0.0119 + 0.001 * p, scale)
+            )
+    return head
+
+
+def test_head__golden_with_a_linear_last_layer() -> None:
+    golden, head = GOLDEN["dino_head"], golden_head("linear")
+    tokens = wave([5, 12], 0.77, 0.0143, 1).requires_grad_()
+    logits = head(tokens)
+    for row in (0, 4):
+        close(logits[row], golden[f"y_row{row}"])
+    close(logits.square().sum(), golden["y_sum_squares"])
+    (logits * wave([5, 20], 0.41, 0.0101, 1)).sum().backward()
+    close(tokens.grad.norm(), golden["input_grad_norm"], rtol=1e-4)  # type: ignore[union-attr]
+    norms = {name: parameter.grad.norm() for name, parameter in head.named_parameters()}  # type: ignore[union-attr]
+    for name, norm in golden["param_grad_norms"].items():
+        close(norms[name.replace("last_layer.weight", "prototypes")], norm, rtol=1e-4)
+
+
+def test_head__golden_with_weight_norm() -> None:
+    golden = GOLDEN["dino_head"]["v2_weight_norm_g1"]
+    logits = golden_head("weight_norm")(wave([5, 12], 0.77, 0.0143, 1))
+    close(logits[0], golden["y_row0"])
+    close(logits.square().sum(), golden["y_sum_squares"])
+
+
+@pytest.mark.parametrize("momentum", [0.99, 0.994, 0.999])
+def test_teacher__golden_of_a_student_in_bf16(momentum: float) -> None:
+    """It stays float32 and goes from 1 to 1.05 in 2000 steps; in bf16 it would not move at all."""
+    student = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    torch.nn.init.ones_(student.weight)
+    teacher = Teacher(layer=student)
+    for _ in range(2000):
+        teacher.update(momentum, lambda _: [torch.tensor([[1.05]])])
+    moved = GOLDEN["ema_in_bf16"]["teacher 1.00 -> student 1.05, 2000 steps"][f"m={momentum}"]
+    close(teacher.layer.weight[0, 0], moved["fp32"])  # type: ignore[index]
+
+
 # A whole step against the golden values
 
 
@@ -339,6 +389,9 @@ def values(name: str) -> dict[int, float]:
     ("vitl_im1k_lr", Schedule(1e-3 * 4 * 2**0.5, 1e-6, IN1K, 12_500, "inclusive")),
     ("vitl_im1k_wd", Schedule(0.04, 0.4, IN1K)),
     ("vit7b_pretrain_lr", Schedule(4e-4, 4e-4, SEVEN_B, 100_000)),
+    ("trunc_extra_0.25", Schedule(1.0, 0.0, 1000, 100, "inclusive", stretch=0.25)),
+    ("toy start0 peak1 end0.1", Schedule(1.0, 0.1, 50, 10, decay_steps=40)),
+    ("toy cosine_iterations20", Schedule(1.0, 0.1, 50, 10, decay_steps=20)),
     ("vit7b_highres_lr", Schedule(7.071067811865475e-05, 7.071067811865475e-05, 30_000, 10_000, "cosine")),
 ])  # fmt: skip
 def test_schedules__golden_rates(name: str, schedule: Schedule) -> None:

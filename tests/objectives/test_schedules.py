@@ -40,6 +40,22 @@ def test_schedule__warm_up_as_long_as_the_run_never_divides_by_zero() -> None:
     assert Schedule(1.0, 0.0, num_steps=3, warmup_steps=3).at(3) == 1.0
 
 
+def test_schedule__a_decay_of_fewer_steps_has_its_end_in_the_last_of_them_and_keeps_it() -> None:
+    schedule = Schedule(1.0, 0.2, num_steps=12, warmup_steps=3, decay_steps=5)
+    fall = [0.2 + 0.8 * 0.5 * (1.0 + math.cos(math.pi * number / 4)) for number in range(5)]
+    assert [schedule.at(step) for step in range(3, 12)] == pytest.approx([*fall, *[0.2] * 4], rel=1e-15)
+    assert schedule.at(3) == 1.0 and schedule.at(7) == schedule.at(11) == 0.2
+
+
+def test_schedule__a_stretched_decay_falls_later_and_has_its_end_in_the_last_step() -> None:
+    plain, stretched = Schedule(1.0, 0.0, 100, decay_steps=100), Schedule(1.0, 0.0, 100, stretch=0.5)
+    assert stretched.at(0) == 1.0 and stretched.at(99) == 0.0
+    assert all(stretched.at(step) > plain.at(step) for step in range(1, 99))
+    falls = [stretched.at(step) - stretched.at(step + 1) for step in range(99)]
+    assert falls[98] > 40 * (plain.at(98) - plain.at(99))
+    assert 74 <= falls.index(max(falls)) <= 75  # the middle of a cosine of 150 steps
+
+
 def test_schedule__is_a_value() -> None:
     assert Schedule(1.0, 0.0, 3) == Schedule(1.0, 0.0, 3) and len({Schedule(1.0, 0.0, 3), Schedule(1.0, 0.0, 3)}) == 1
 

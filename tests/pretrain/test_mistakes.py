@@ -97,6 +97,11 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         ("optimizer.lr=null", "give one of optimizer.lr and optimizer.base_lr"),
         ("optimizer.min_lr=1", "optimizer.min_lr=1.0: above the peak learning rate; expected a number in [0, 0.001]"),
         ("optimizer.warmup_steps=100", "has to be below train.steps=100; expected a whole number in [0, 99]"),
+        (
+            "optimizer.decay_steps=101",
+            "decay_steps=101: train.steps=100 leaves 100 after the warm-up; give as many or fewer",
+        ),
+        ("optimizer.decay_stretch=-1", "optimizer.decay_stretch=-1.0: expected a number in [0, 100]"),
         # files
         ("data.train=shard/*.tar", "data.train=shard/*.tar: no .tar shard matches"),
         ("data.train=shards/train-{000000..000001}.tar", "no such shard"),
