@@ -291,12 +291,9 @@ def _check_optimizer(draft: Recipe, mistakes: Mistakes) -> None:
         if key == "optimizer.warmup_steps":
             problem, remedy = f"has to be below train.steps={steps}", f"expected a whole number in [0, {steps - 1}]"
         mistakes.add(key, mistakes.written(key), f"{problem}; {remedy}")
-    decay, is_known = (
-        optimizer.decay_steps,
-        mistakes.sound("optimizer.decay_steps", "optimizer.warmup_steps", "train.steps"),
-    )
-    if is_known and decay is not None and decay > steps - warmup:
-        problem = f"train.steps={steps} leaves {steps - warmup} after the warm-up; give as many or fewer, or null"
+    decay, left = optimizer.decay_steps or 0, steps - warmup
+    if mistakes.sound("optimizer.decay_steps", "optimizer.warmup_steps", "train.steps") and decay > left:
+        problem = f"train.steps={steps} leaves {left} after the warm-up; give as many or fewer, or null"
         mistakes.add("optimizer.decay_steps", decay, problem)
 
 
