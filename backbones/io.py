@@ -1,5 +1,5 @@
-"""Backbone files: safetensors with the architecture in the header, checked by digest, never unpickled; and weights of
-one encoder as the start of another.
+"""Backbone files: safetensors with the architecture in the header, checked by digest, never unpickled; weights of one
+encoder as the start of another; and weight files of others.
 
 NOT here: training state, publication of checkpoints (`pretrain.checkpoints.store`).
 torch is imported where tensors are made, so that a digest can be taken without it.
@@ -7,8 +7,11 @@ torch is imported where tensors are made, so that a digest can be taken without 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import io
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +24,21 @@ if TYPE_CHECKING:
 
     from backbones.encoder import Encoder
 
-__all__ = ["BACKBONE_FILE", "Initialized", "initialize_from", "load_backbone", "save_backbone", "weights_digest"]
+__all__ = [
+    "BACKBONE_FILE",
+    "STATE_DICT_SUFFIXES",
+    "Initialized",
+    "initialize_from",
+    "load_backbone",
+    "read_weights",
+    "save_backbone",
+    "weights_digest",
+]
 
 BACKBONE_FILE = "backbone.safetensors"
+STATE_DICT_SUFFIXES = (".pth", ".pt", ".bin")  # of files that `torch.save` wrote
 _METADATA_KEY = "pretrain.backbone"
+_STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # where timm looks for it, in its order
 
 
 def save_backbone(path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
@@ -72,6 +86,44 @@ def load_backbone(path: Path | str) -> Encoder:
         raise BackboneError(f"{file}: does not fit {backbone.spec['name']!r}: {_some(wrong)}")
     backbone.network.load_state_dict(weights)
     return backbone.eval()
+
+
+def read_weights(file: Path, data: bytes) -> dict[str, Tensor]:
+    """Tensors by name: a safetensors file, or a state dict that `torch.save` wrote.
+
+    Of the latter torch builds tensors, numbers and texts, and runs no code. One that lies within a training checkpoint,
+    as timm writes them, is found.
+
+    Args:
+        file: its name says which of the two it is, and is named in messages.
+        data: what it holds.
+
+    Raises:
+        BackboneError: it holds neither, or anything else than tensors.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if file.suffix not in STATE_DICT_SUFFIXES:
+        try:
+            return load(data)
+        except SafetensorError as error:
+            raise BackboneError(f"{file}: not a safetensors file ({error})") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own have the command's arguments in them
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise BackboneError(f"{file}: holds something else than tensors, which could run code; refused") from error
+    except Exception as error:  # of a damaged file the unpickler raises whatever comes
+        raise BackboneError(f"{file}: not a file that torch.save wrote, or damaged") from error
+    for key in _STATE_DICT_KEYS:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise BackboneError(f"{file}: no state dict, which holds tensors by name and nothing else")
+    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,18 @@ def from_config(config: Any) -> Encoder:
 def from_spec(spec: Mapping[str, Any]) -> Encoder:
     """The architecture that `Encoder.spec` describes, with random weights.
 
+    Args:
+        spec: of an image encoder also its name alone: timm's model of that name, as it was pretrained.
+
     Raises:
         BackboneError: a key is missing or unknown, or the model is not available here.
     """
     kind = spec.get("kind", IMAGE)
     if kind == IMAGE:
-        from backbones.images.build import image_encoder_from_spec
+        from backbones.images.build import image_encoder_from_spec, pretrained_image_encoder
 
+        if spec.keys() <= {"kind", "name"}:
+            return pretrained_image_encoder(spec["name"])
         return image_encoder_from_spec(spec)
     expected = {"kind", "library", "name", "settings"}
     if spec.keys() != expected:

@@ -30,7 +30,7 @@ from objectives.errors import ObjectiveError
 from objectives.requirements import require_images
 from objectives.teacher import ReadWeights, Teacher
 
-__all__ = ["ImageObjective", "Objective", "Output", "Progress"]
+__all__ = ["Heads", "ImageObjective", "Objective", "Output", "Progress"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,18 @@ class Output(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+class Heads(NamedTuple):
+    """What an objective has on top of the encoder that it exports.
+
+    Attributes:
+        spec: plain JSON-able dict from which the same modules can be built.
+        tensors: their weights by name.
+    """
+
+    spec: dict[str, Any]
+    tensors: dict[str, Tensor]
 
 
 class Objective(nn.Module, ABC):
@@ -127,6 +139,13 @@ class Objective(nn.Module, ABC):
         """The encoder that is exported and evaluated: the teacher's, if there is one."""
         return self.backbone if self.teacher is None else self.teacher.backbone  # type: ignore[return-value]
 
+    def exported_heads(self) -> Heads | None:
+        """What is exported beside the encoder, for a student that learns its outputs; None, which is the default.
+
+        The tensors are whole on every rank: those of a companion, such as the teacher.
+        """
+        return None
+
     def companions(self) -> dict[str, Companion]:
         """Modules that an engine must not see, by name; the teacher, if there is one.
 
@@ -174,7 +193,7 @@ class Objective(nn.Module, ABC):
         return found
 
     def load_references(self, references: Mapping[str, Mapping[str, str]]) -> None:
-        """Fill companions from where they were filled when `references` was made.
+        """Fill companions from where they were filled when `references` was made; those with these weights stay.
 
         Raises:
             ObjectiveError: a file is gone or has changed, or the companions are other ones.
@@ -183,7 +202,8 @@ class Objective(nn.Module, ABC):
         if own.keys() != references.keys():
             raise ObjectiveError(f"companions differ in {', '.join(sorted(own.keys() ^ references.keys()))}")
         for name, companion in own.items():
-            companion.load(**references[name])
+            if companion.source is None or companion.source.sha256 != references[name]["sha256"]:
+                companion.load(**references[name])
 
     @torch.no_grad()
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:

@@ -10,15 +10,16 @@ Not here: the moving average of a student (`objectives.teacher`).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from backbones.encoder import Encoder
-from backbones.io import BACKBONE_FILE
+from backbones.errors import BackboneError
+from backbones.io import read_weights
 from objectives.errors import ObjectiveError
 
 __all__ = ["Companion", "Source"]
@@ -35,6 +36,7 @@ class Companion:
     """A module without gradients, and what becomes of it.
 
     Attributes:
+        part: what of a checkpoint fills it, if a checkpoint does: the exported "backbone", or the "heads" beside it.
         module: the network. One that is frozen is in evaluation mode.
         filled: "student": with the student's weights, at the start of a run; "checkpoint": by `load`, from a file;
             "objective": by `Objective.begin`.
@@ -43,6 +45,8 @@ class Companion:
             writes a share; "reference": its `source`, from which it is filled again, so that the file has to be kept.
         source: what `load` read; None before, and of one that is filled from the student.
     """
+
+    part: ClassVar[Literal["backbone", "heads"]] = "backbone"
 
     def __init__(
         self,
@@ -61,19 +65,32 @@ class Companion:
         if moves == "frozen":
             module.eval()
 
+    def outline(self, spec: Mapping[str, Any]) -> None:
+        """Take the architecture of the weights that `load` will bring; by default it keeps the one that it has.
+
+        Called before `load`, and where only sizes are asked for, with torch's meta device.
+
+        Args:
+            spec: of its `part`: `Encoder.spec`, or that of `Objective.exported_heads`.
+
+        Raises:
+            ObjectiveError: the objective cannot use such a module.
+        """
+
     def load(self, location: Path | str, sha256: str | None = None) -> None:
         """Fill it from a file of weights.
 
         Args:
-            location: a safetensors file with the names of the module's state dict (of an encoder: of its network), or a
-                checkpoint directory with such a `backbone.safetensors`.
+            location: a file that `backbones.io.read_weights` reads, with the names of the module's state dict (of an
+                encoder: of its network), or a checkpoint directory with such a file of its `part`. Weights of parts
+                that the module lacks as a whole, such as a classifier, are left out.
             sha256: what the file's bytes must have; None: whatever it has.
 
         Raises:
             ObjectiveError: no such file, another digest, or tensors that do not fit; nothing has changed then.
         """
         file = Path(location)
-        file = file / BACKBONE_FILE if file.is_dir() else file
+        file = file / f"{self.part}.safetensors" if file.is_dir() else file
         try:
             data = file.read_bytes()  # read once: what is hashed is what is loaded
         except OSError as error:
@@ -85,11 +102,16 @@ class Companion:
                 "put that file back, or start a new run"
             )
         network = self.module.network if isinstance(self.module, Encoder) else self.module
-        self._copy(network.state_dict(), load(data), file)
+        try:
+            self._copy(network.state_dict(), read_weights(file, data), file)
+        except BackboneError as error:
+            raise ObjectiveError(f"companion's weights {error}") from error
         self.source = Source(str(file), digest)
 
     @torch.no_grad()
     def _copy(self, own: dict[str, Tensor], weights: dict[str, Tensor], file: Path) -> None:
+        parts = {name.partition(".")[0] for name in own}
+        weights = {name: tensor for name, tensor in weights.items() if name.partition(".")[0] in parts}
         wrong = sorted(own.keys() ^ weights.keys())
         wrong += [name for name in sorted(own.keys() & weights.keys()) if own[name].shape != weights[name].shape]
         if wrong:

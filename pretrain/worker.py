@@ -43,7 +43,7 @@ from pretrain.record.events import (
 from pretrain.record.events import Start as Started
 from pretrain.record.journal import Journal
 from pretrain.record.run_dir import RunDir
-from pretrain.training import state
+from pretrain.training import frozen_teachers, state
 from pretrain.training.engine import Engine, init_distributed, pick_device
 from pretrain.training.guard import HealthCheck
 from pretrain.training.handover import take_over, weights_of
@@ -176,7 +176,7 @@ def train_stage(
     objective = build_objective(recipe)
     initialized = state.begin_with(objective, start, stage) if start.how == "init_from" else None
     taken = take_over(objective, handed, stage.init_with) if start.how == "stage" else None
-    state.fill_companions(objective, plan, index, run.path)
+    frozen_teachers.fill(plan, index, objective, run.path)
     engine = Engine(objective, recipe, device)
     torch.manual_seed(recipe.train.seed + 1 + rank)  # stochastic depth and the like differ between ranks
     process.clock.note("built")

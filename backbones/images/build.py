@@ -29,7 +29,7 @@ from backbones.images.timm_names import model_names, plugins
 from backbones.images.vit import ViTBackbone
 from backbones.plugins import load_entry
 
-__all__ = ["create_image_encoder", "image_encoder_from_spec"]
+__all__ = ["create_image_encoder", "image_encoder_from_spec", "pretrained_image_encoder"]
 
 # timm source files whose `patch_size` is that of the output tokens; the others' stages may shrink the grid further.
 _PLAIN_FAMILIES = {"vision_transformer", "deit", "eva"}
@@ -120,6 +120,26 @@ def image_encoder_from_spec(spec: Mapping[str, Any]) -> ImageEncoder:
             f"package with the module {spec['library'].partition(':')[0].partition('.')[0]}"
         )
     return create_image_encoder(**{key: value for key, value in spec.items() if key != "library"})
+
+
+def pretrained_image_encoder(name: str) -> ImageEncoder:
+    """timm's model of this name for the images that its weights were trained on: their size, mean and deviation.
+
+    The weights are random.
+
+    Raises:
+        BackboneError: timm has no such model, or cannot say what its images are.
+    """
+    import timm
+
+    if name.partition(".")[0] not in model_names() or name in plugins():
+        raise BackboneError(f"backbone {name!r} is no model of timm's{suggest(name, model_names())}")
+    facts = timm.models.get_pretrained_cfg(name)
+    if facts is None:
+        raise BackboneError(f"timm does not say what images its model {name!r} was trained on")
+    return create_image_encoder(
+        name, in_chans=facts.input_size[0], pixel_mean=list(facts.mean), pixel_std=list(facts.std)
+    )
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:

@@ -63,6 +63,10 @@ class DINOv3Config(DistillationConfig, MultiCropConfig):
     )
 
     # Targets
+    distill: bool = field(
+        default=False,
+        metadata={"help": "they come from teacher_from and its heads, a frozen teacher; the student sees whole crops"},
+    )
     teacher_temp: float = field(
         default=0.07, metadata={"range": (0.001, 10.0), "help": "softmax temperature of the teacher after its warm-up"}
     )

@@ -21,7 +21,7 @@ from objectives.companions import Companion
 from objectives.precision import at_least_float32
 from objectives.teacher import Teacher
 
-__all__ = ["GramTeacher", "gram_loss", "is_refreshed", "on_grid"]
+__all__ = ["GramTeacher", "gram_loss", "is_refreshed"]
 
 
 def gram_loss(
@@ -52,19 +52,6 @@ def gram_loss(
     if negatives == "remove":
         found = found.clamp_min(0)
     return functional.mse_loss(found, wanted)
-
-
-def on_grid(tokens: Tensor, own: tuple[int, int], wanted: tuple[int, int], method: str, antialias: bool) -> Tensor:
-    """Tokens (B, N', D) of a grid of patches resized to another grid, (B, N, D); before they are normalized.
-
-    Args:
-        method: "bicubic" or "bilinear".
-    """
-    if own == wanted:
-        return tokens
-    maps = at_least_float32(tokens).mT.unflatten(2, own)  # (B, D, rows, columns)
-    resized = functional.interpolate(maps, size=wanted, mode=method, align_corners=False, antialias=antialias)
-    return resized.flatten(2).mT
 
 
 def is_refreshed(done: int, every: int | None, first: int, most: int) -> bool:

@@ -7,6 +7,7 @@ two global crops whole, the student sees them with blocks of patches masked, and
 
 DINOv2 (M. Oquab et al., 2023, arXiv:2304.07193) and iBOT (J. Zhou et al., 2022, arXiv:2111.07832) are configurations of
 it. A recipe trains it in stages: long without Gram anchoring, then with, then at higher resolution (docs/stages.md).
+With `distill` a frozen teacher says what is predicted, in place of the moving average, and nothing is masked.
 
 Beside the authors' code: rotary tables and KoLeo are in float32, a step that is not finite is dropped at once, and
 which crops are masked is drawn from the samples' seeds. NOT here: clipping per part (`optimizer.clip_mode`), schedules
@@ -29,10 +30,11 @@ from backbones.features import ImageFeatures
 from backbones.images.base import ImageEncoder
 from backbones.images.packed_blocks import Crops
 from backbones.images.vit import ViTBackbone
-from objectives.base import ImageObjective, Output, Progress
+from objectives.base import Heads, ImageObjective, Output, Progress
 from objectives.companions import Companion
 from objectives.dinov3.config import DINOv3Config
-from objectives.dinov3.gram import GramTeacher, gram_loss, is_refreshed, on_grid
+from objectives.dinov3.distillation import FrozenTeacher
+from objectives.dinov3.gram import GramTeacher, gram_loss, is_refreshed
 from objectives.dinov3.student import draw_blocks
 from objectives.errors import ObjectiveError
 from objectives.health import effective_rank, entropy, patch_cosine
@@ -45,6 +47,7 @@ from objectives.parts.koleo import koleo
 from objectives.parts.multicrop import GLOBAL_VIEWS, crops_of, local_size, multi_crop_views, require_crops
 from objectives.parts.prototypes import DINOHead
 from objectives.parts.sinkhorn import sinkhorn_knopp
+from objectives.parts.token_grid import on_grid
 from objectives.parts.visuals import crops_and_features
 from objectives.precision import at_least_float32
 from objectives.requirements import require, require_sizes
@@ -96,7 +99,7 @@ class DINOv3(ImageObjective):
         backbone.resample_positions_as("dino")  # absolute ones, as in iBOT and DINOv2; rotary ones need none
         _initialize(self.backbone.network)
         backbone.reset_tokens(_STD)
-        self.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim))
+        self.mask_token = None if config.distill else nn.Parameter(torch.zeros(1, backbone.embed_dim))
         self.head = DINOHead(
             backbone.embed_dim,
             config.num_prototypes,
@@ -122,6 +125,10 @@ class DINOv3(ImageObjective):
         self.anchor: GramTeacher | None = None
         if config.gram_weight and config.gram_from != "live":
             self.anchor = GramTeacher(backbone, from_checkpoint=config.gram_from == "checkpoint")
+        self.frozen: FrozenTeacher | None = None
+        if config.distill:
+            sizes = [backbone.image_size, *config.mix_global]
+            self.frozen = FrozenTeacher(backbone, sizes, config.num_prototypes, self._num_patch_prototypes)
 
     @property
     def _num_patch_prototypes(self) -> int:
@@ -160,8 +167,15 @@ class DINOv3(ImageObjective):
         return self.anchor is not None and self.config.gram_size is not None
 
     def companions(self) -> dict[str, Companion]:
-        """The teacher and, with Gram anchoring, the anchor."""
-        return super().companions() | ({} if self.anchor is None else {"gram": self.anchor})
+        """The teacher and, with Gram anchoring, the anchor; with distillation the frozen teacher and its heads."""
+        anchor: dict[str, Companion] = {} if self.anchor is None else {"gram": self.anchor}
+        return super().companions() | anchor | ({} if self.frozen is None else self.frozen.companions())
+
+    def exported_heads(self) -> Heads:
+        """Those of the teacher, from which a smaller student can learn."""
+        heads = {name: head for name, head in self.teacher.modules.items() if isinstance(head, DINOHead)}
+        tensors = {f"{name}.{key}": tensor for name, head in heads.items() for key, tensor in head.state_dict().items()}
+        return Heads({name: head.spec for name, head in heads.items()}, tensors)
 
     def param_groups(self, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
         """As every objective's, with the authors' counting of layers and their rate of the patch embedding.
@@ -176,7 +190,8 @@ class DINOv3(ImageObjective):
             above = 0 if is_last else self.backbone.num_layers + 1 - depths.get(name, 0)  # layers above this one
             rate = self.config.patch_embed_lr if name.startswith("patch_embed.") else 1.0
             scales[parameter] = rate * layer_decay**above
-        scales[self.mask_token] = layer_decay ** (self.backbone.num_layers + 1)
+        if self.mask_token is not None:
+            scales[self.mask_token] = layer_decay ** (self.backbone.num_layers + 1)
         groups: dict[tuple[str, float, bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -215,9 +230,11 @@ class DINOv3(ImageObjective):
             progress: sets the teacher's temperature and the weights that change.
         """
         config = self.config
-        crops = [self.backbone.normalized(images) for images in crops_of(batch)]  # (2 B, C, H, W), (L B, C, h, w)
+        pixels = crops_of(batch)  # (2 B, C, H, W), (L B, C, h, w)
+        crops = [self.backbone.normalized(images) for images in pixels]
         masks = self._masks(batch["seed"], crops[0])
-        taught = self._teach(crops[0], masks, progress)
+        seen = crops[0] if self.frozen is None else self.frozen.backbone.normalized(pixels[0])  # by the teacher
+        taught = self._teach(seen, masks, progress)
         student, class_tokens = self._see(crops, masks, batch["seed"])
         logits = self.head(class_tokens)  # (V B, K)
         patch_logits = self._patch_head(self)(student.patches.flatten(0, 1)[masks.idx])  # (M, K')
@@ -241,7 +258,8 @@ class DINOv3(ImageObjective):
             loss = self._total(terms, num_local=len(scores) - _NUM_GLOBAL, progress=progress)
         metrics = {"loss": loss, **terms}
         if progress.is_logged:
-            metrics |= self._health(taught, scores, patch_scores)
+            of_images = taught.features if self.frozen is None else student
+            metrics |= self._health(of_images, taught, scores, patch_scores)
             if config.gram_weight:
                 metrics |= self._gram_health(taught, student, anchored, masks)
         return Output(loss, {name: value.detach() for name, value in metrics.items()})
@@ -269,13 +287,17 @@ class DINOv3(ImageObjective):
     @torch.no_grad()
     def _teach(self, images: Tensor, masks: BlockMasks, progress: Progress) -> _Taught:
         """Targets from whole global crops (2 B, C, H, W); what centers move towards is observed."""
-        config, teacher = self.config, self.teacher
-        with teacher.precision(self.backbone.dtype, images.device):
-            features = self.exported.features(images)
-            logits = teacher.head(image_token(features))  # (2 B, K)
+        config, frozen = self.config, self.frozen
+        if frozen is None:
+            backbone, head, patch_head = self.exported, self.teacher.head, self._patch_head(self.teacher)
+        else:
+            backbone, head, patch_head = frozen.backbone, frozen.head, frozen.patch_head
+        with self.teacher.precision(self.backbone.dtype, images.device):
+            features = backbone.features(images)
+            logits = head(image_token(features))  # (2 B, K)
             patches = features.patches.flatten(0, 1)  # (2 B N, D)
             needs_all = config.targets == "softmax" and config.patch_center == "all"
-            patch_logits = self._patch_head(teacher)(patches if needs_all else patches[masks.idx])
+            patch_logits = patch_head(patches if needs_all else patches[masks.idx])
         at_masks = patch_logits[masks.idx] if needs_all else patch_logits  # (M, K')
         temperature = teacher_schedules.teacher_temperature(config, progress, inclusive=config.teacher_temp_inclusive)
         patch_temperature = temperature
@@ -293,8 +315,9 @@ class DINOv3(ImageObjective):
         return _Taught(features, targets.unflatten(0, (_NUM_GLOBAL, -1)), patch_targets)
 
     def _see(self, crops: list[Tensor], masks: BlockMasks, seeds: Tensor) -> tuple[ImageFeatures, Tensor]:
-        """The student's features of the masked global crops, and the class tokens of all crops (V B, D)."""
-        inputs = [Crops(crops[0], masks.is_masked, self.mask_token), *map(Crops, crops[1:])]
+        """The student's features of the global crops, which are masked, and the class tokens of all crops (V B, D)."""
+        is_masked = None if self.mask_token is None else masks.is_masked
+        inputs = [Crops(crops[0], is_masked, self.mask_token), *map(Crops, crops[1:])]
         sizes = [len(images) for images in crops]
         draws = draw_blocks(self.config, seeds[:1], sizes, self.backbone.num_layers) if self.training else ()
         whole, *local = self.backbone.streams(inputs, draws)
@@ -382,9 +405,10 @@ class DINOv3(ImageObjective):
     # For people
 
     @torch.no_grad()
-    def _health(self, taught: _Taught, scores: Tensor, patch_scores: Tensor) -> dict[str, Tensor]:
-        """What tells a healthy run from one that is stuck, collapses, or loses its dense features."""
-        features = taught.features
+    def _health(
+        self, features: ImageFeatures, taught: _Taught, scores: Tensor, patch_scores: Tensor
+    ) -> dict[str, Tensor]:
+        """What tells a healthy run from one that is stuck, collapses, or loses its dense features of whole crops."""
         cls_loss = cross_view.cross_view_loss(taught.targets, scores)
         patch_loss = cross_view.soft_cross_entropy(taught.patch_targets, patch_scores).mean()
         metrics = {"cls_loss": cls_loss, "patch_loss": patch_loss}
@@ -450,6 +474,9 @@ def _require_sense(backbone: ImageEncoder, config: DINOv3Config) -> None:
         ),
         "objective.gram_every refreshes an anchor; gram_from=live has none": (
             config.gram_from == "live" and config.gram_every is not None
+        ),
+        "objective.distill and the anchor of objective.gram_weight would both be teacher_from; set gram_weight=0": (
+            config.distill and config.gram_weight > 0
         ),
         "objective.local_norm is for local crops; objective.num_local=0 has none": (
             config.local_norm and not config.num_local

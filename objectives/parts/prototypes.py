@@ -26,7 +26,11 @@ __all__ = ["DINOHead"]
 
 
 class DINOHead(nn.Module):
-    """Three-layer perceptron, l2 normalisation, product with each row of `prototypes` (K, E)."""
+    """Three-layer perceptron, l2 normalisation, product with each row of `prototypes` (K, E).
+
+    Attributes:
+        spec: the arguments that it was built with, JSON-able.
+    """
 
     def __init__(
         self,
@@ -39,6 +43,13 @@ class DINOHead(nn.Module):
     ) -> None:
         """`last_layer` is one of `objectives.parts.settings.LAST_LAYERS`."""
         super().__init__()
+        self.spec = {
+            "dim": dim,
+            "num_prototypes": num_prototypes,
+            "hidden_dim": hidden_dim,
+            "bottleneck_dim": bottleneck_dim,
+            "last_layer": last_layer,
+        }
         self.last_layer = last_layer
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden_dim),

@@ -11,11 +11,12 @@ mean something else tomorrow by what they mean now, `find_weights` and `find_tra
 
     init_from      RUN_ID, runs:/RUN_ID[/STEP | /best], a run's directory, a checkpoint (directory or URI),
                    models:/NAME[@ALIAS], FILE.safetensors, timm:NAME (weights from the local Hugging Face or torch hub
-                   cache, nothing is downloaded), timm:NAME@FILE.safetensors
+                   cache, nothing is downloaded), timm:NAME@FILE (safetensors, or a state dict of torch)
     resume_from    RUN_ID, runs:/RUN_ID[/STEP], a run's directory, a checkpoint (directory or URI)
 
-`init_from` reads safetensors only, nothing is unpickled. What `resume_from` trusts is said in
-`pretrain.checkpoints.store`. Not here: putting weights into a model (`pretrain.training.state`).
+`teacher_from` takes what `init_from` takes. Both read tensors and run no code, see `backbones.io.read_weights`. What
+`resume_from` trusts is said in `pretrain.checkpoints.store`. Not here: putting weights into a model
+(`pretrain.training.state`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from backbones.io import STATE_DICT_SUFFIXES
 from backbones.registry import IMAGE
 from data_pipelines.files import sha256
 from data_pipelines.parsing import parse_json
@@ -36,7 +38,7 @@ from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan
 from pretrain.errors import RequestError, RunFailed, nearest
-from pretrain.record.run_dir import BACKBONE, RunDir
+from pretrain.record.run_dir import BACKBONE, HEADS, RunDir
 
 __all__ = ["Start", "Weights", "checked", "checked_plan", "find_training_state", "find_weights", "starting_point"]
 
@@ -77,15 +79,17 @@ class Weights:
 
     Attributes:
         reference: As it was asked for.
-        file: Safetensors.
+        file: Safetensors, or a state dict that torch wrote.
         sha256: Of the file.
-        backbone: `Encoder.spec` of the model they belong to, or as much of it as is known.
+        spec: Of what they belong to, or as much of it as is known: `Encoder.spec`, or that of heads.
+        heads: Of a checkpoint whose objective exports some beside the backbone.
     """
 
     reference: str
     file: Path
     sha256: str
-    backbone: Mapping[str, Any]
+    spec: Mapping[str, Any]
+    heads: Weights | None = None
 
 
 def find_weights(reference: str, storage: Path) -> Weights:
@@ -103,14 +107,16 @@ def find_weights(reference: str, storage: Path) -> Weights:
     if reference.startswith(TIMM):
         name, _, path = reference.removeprefix(TIMM).partition("@")
         file = Path(path) if path else _cached_timm_file(name, reference)
-        return Weights(reference, _safetensors(file, reference), sha256(file), {"kind": IMAGE, "name": name})
+        return Weights(reference, _existing(file, reference), sha256(file), {"kind": IMAGE, "name": name})
     if reference.endswith(".safetensors"):
-        file = _safetensors(Path(reference), reference)
+        file = _existing(Path(reference), reference)
         return Weights(reference, file, sha256(file), _spec_in(file))
     checkpoint = references.resolve(reference, storage)
     manifest = read_manifest(checkpoint)
-    digest = manifest["files"][BACKBONE]["sha256"]
-    return Weights(reference, checkpoint / BACKBONE, digest, manifest["backbone"])
+    files, heads = manifest["files"], None
+    if HEADS in files:
+        heads = Weights(reference, checkpoint / HEADS, files[HEADS]["sha256"], manifest.get("heads", {}))
+    return Weights(reference, checkpoint / BACKBONE, files[BACKBONE]["sha256"], manifest["backbone"], heads)
 
 
 def find_training_state(reference: str, storage: Path) -> Published:
@@ -148,7 +154,7 @@ def checked(recipe: Recipe, run_dir: Path) -> Recipe:
         recipe = replace(recipe, resume_from=_lasting(found, Path(recipe.storage)))
     elif recipe.init_from is not None:
         with _named("init_from", recipe.init_from):
-            _check_architecture(find_weights(recipe.init_from, Path(recipe.storage)).backbone, recipe)
+            _check_architecture(find_weights(recipe.init_from, Path(recipe.storage)).spec, recipe)
             recipe = replace(recipe, init_from=_pinned(recipe.init_from, Path(recipe.storage)))
     if recipe.teacher_from is not None:
         with _named("teacher_from", recipe.teacher_from):
@@ -230,11 +236,11 @@ def _named(key: str, reference: str) -> Iterator[None]:
         raise RequestError(f"{key}={reference}: {error}") from None
 
 
-def _safetensors(file: Path, reference: str) -> Path:
+def _existing(file: Path, reference: str) -> Path:
     if not file.is_file():
         raise RequestError(f"{reference}: no such file")
-    if file.suffix != ".safetensors":
-        raise RequestError(f"{reference}: expected a .safetensors file; others may hold code")
+    if file.suffix not in (known := (".safetensors", *STATE_DICT_SUFFIXES)):
+        raise RequestError(f"{reference}: expected a file of weights, whose name ends in one of {', '.join(known)}")
     return file
 
 
@@ -278,5 +284,5 @@ def _cached_timm_file(name: str, reference: str) -> Path:
     where = f"huggingface-cli download {facts.hf_hub_id}" if facts.hf_hub_id else f"{facts.url or 'no weights exist'}"
     raise RequestError(
         f"{reference}: its weights are not in the local cache, and nothing is downloaded here ({where}); "
-        f"or give a file: {TIMM}{name}@FILE.safetensors"
+        f"or give a file: {TIMM}{name}@FILE"
     )

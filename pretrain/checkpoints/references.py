@@ -37,6 +37,7 @@ from pretrain.checkpoints.store import (
     latest,
     published,
     published_at,
+    read_manifest,
     verify,
 )
 from pretrain.config.stages import written_stages
@@ -44,7 +45,7 @@ from pretrain.config.values import first_line, parse_yaml
 from pretrain.errors import RequestError, RunFailed, listed, nearest
 from pretrain.record.destinations import require_local
 from pretrain.record.journal import read_events
-from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RunDir, runs_in
+from pretrain.record.run_dir import EXPORTED_FILES, HEADS, MANIFEST, RunDir, runs_in
 from pretrain.record.scores import best_steps
 from pretrain.tracking.client import MODEL_NAME, artifact_uri, connect, default_uri, verdict
 from pretrain.tracking.cursor import Cursor
@@ -92,7 +93,8 @@ def pull(
         full: Copy the whole checkpoint with its training state from where the run wrote it.
 
     Returns:
-        The absolute path of the directory: backbone.safetensors, checkpoint.json, recipe.yaml (and training_state).
+        The absolute path of the directory: backbone.safetensors, checkpoint.json, recipe.yaml, heads.safetensors if the
+        objective has some (and training_state).
 
     Raises:
         RequestError: Unknown or malformed reference, or `dest` is in use or cannot be written to.
@@ -286,6 +288,8 @@ def _download(version: ModelVersion, into: Path, uri: str) -> None:
         # The names are ours, not the server's: nothing it says can lead out of `into`.
         for name in EXPORTED_FILES:
             download_artifacts(artifact_uri=f"{source}/{name}", dst_path=str(into), tracking_uri=uri)
+        if HEADS in read_manifest(into)["files"]:
+            download_artifacts(artifact_uri=f"{source}/{HEADS}", dst_path=str(into), tracking_uri=uri)
 
 
 def _published_as(version: ModelVersion, storage: Path) -> str | None:

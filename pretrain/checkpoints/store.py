@@ -1,6 +1,7 @@
 """Checkpoints: directories that appear complete or not at all, and are verified before anything of them is used.
 
     step-00000100/  backbone.safetensors  recipe.yaml  checkpoint.json  training_state/ (DeepSpeed's shards, RNG states)
+                    heads.safetensors (of objectives whose outputs another run can learn)
 
 Publication. Each rank stages its files on its own disk, digests them and hands them to the storage; rank 0 then
 publishes them with `checkpoint.json`, which lists every file with its SHA-256. A process that dies on the way leaves
@@ -36,7 +37,7 @@ from data_pipelines.files import sha256, write_atomically
 from data_pipelines.parsing import parse_json
 from data_pipelines.storage.locations import redacted
 from pretrain.checkpoints.storage import CheckpointError, CheckpointStorage, LocalStorage, open_storage
-from pretrain.record.run_dir import BACKBONE, MANIFEST, RECIPE
+from pretrain.record.run_dir import BACKBONE, HEADS, MANIFEST, RECIPE
 from pretrain.version import __version__
 
 __all__ = [
@@ -350,7 +351,7 @@ def verify(
         )
     listed: dict[str, Any] = manifest["files"]
     state = _state_files(checkpoint) if training_state and has_training_state(checkpoint) else set()
-    exported = {BACKBONE} | ({RECIPE} if (checkpoint / RECIPE).exists() else set())
+    exported = {BACKBONE} | {name for name in (RECIPE, HEADS) if (checkpoint / name).exists()}
     if unlisted := sorted((state | exported) - listed.keys()):
         raise CheckpointError(f"{checkpoint / unlisted[0]}: not listed in {MANIFEST}; {remedy}")
     names = sorted(name for name in listed if state or not name.startswith(f"{TRAINING_STATE}/"))

@@ -27,6 +27,7 @@ from pretrain.errors import RequestError, listed, nearest
 __all__ = [
     "BACKBONE",
     "EXPORTED_FILES",
+    "HEADS",
     "MANIFEST",
     "RECIPE",
     "RunDir",
@@ -38,8 +39,9 @@ __all__ = [
 
 RECIPE = "recipe.yaml"  # of a run and of each of its checkpoints
 BACKBONE = "backbone.safetensors"
+HEADS = "heads.safetensors"  # of an objective with heads that another run can learn from
 MANIFEST = "checkpoint.json"
-EXPORTED_FILES = (BACKBONE, MANIFEST, RECIPE)  # of a checkpoint: all that using it takes
+EXPORTED_FILES = (BACKBONE, MANIFEST, RECIPE)  # of a checkpoint: all that using its backbone takes
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from data_pipelines.files import sha256
 from evaluation.protocol import Metric, best
 from pretrain.errors import RequestError
 from pretrain.record.lock import hold, holder
-from pretrain.record.run_dir import EXPORTED_FILES, MANIFEST, RECIPE
+from pretrain.record.run_dir import EXPORTED_FILES, HEADS, MANIFEST, RECIPE
 from pretrain.tracking.mlflow_internals import importing_without_pandas
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ class MlflowRun:
                 self.experiment_id, name, self.mlflow_run_id, dict(tags), {"step": tags["step"]}, model_type="backbone"
             )
         if model.status != "READY":
-            for file in EXPORTED_FILES:
+            for file in (*EXPORTED_FILES, *([HEADS] if (checkpoint / HEADS).is_file() else [])):
                 self.client.log_model_artifact(model.model_id, str(checkpoint / file))
             model = self.client.finalize_logged_model(model.model_id, "READY")
         return model

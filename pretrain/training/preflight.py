@@ -29,6 +29,7 @@ from objectives.errors import ObjectiveError
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan
 from pretrain.errors import RequestError
+from pretrain.training import frozen_teachers
 from pretrain.training.model import build_objective
 from pretrain.training.outlook import Outlook, look_at
 
@@ -51,13 +52,20 @@ def look_ahead(plan: Plan, *, with_data: bool = True) -> list[Outlook | None]:
     """
     mistakes = list(_devices(plan.recipe))
     found: list[Outlook | None] = []
-    for stage in plan.stages:
+    outlined: dict[int, Objective] = {}
+    for index, stage in enumerate(plan.stages):
         where = f"stage {stage.name}: " if stage.name else ""
         try:
             objective = _outline(stage.recipe)
             if objective is not None and with_data:
                 mistakes += [f"{where}{problem}" for problem in _sources(stage.recipe, objective)]
-            found.append(None if objective is None else look_at(stage.recipe, objective))
+            if objective is None or stage.teacher_from not in (None, *outlined):
+                found.append(None)
+                continue
+            with torch.device("meta"):
+                frozen_teachers.outline(plan, index, objective, outlined)
+            outlined[index] = objective
+            found.append(look_at(stage.recipe, objective))
         except (BackboneError, DataError, ObjectiveError) as error:
             mistakes.append(f"{where}{error}")
     if with_data:

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from backbones.io import initialize_from, save_backbone
+from backbones.errors import BackboneError
+from backbones.io import initialize_from, read_weights, save_backbone
 from data_pipelines.files import sha256
 from data_pipelines.parsing import parse_json
 from data_pipelines.streaming.stream import Stream, StreamState
@@ -37,7 +37,7 @@ from pretrain.config.stages import Plan, Stage
 from pretrain.errors import RequestError, RunFailed
 from pretrain.record.disk import DiskFull, naming_disk, require_room
 from pretrain.record.events import Initialized, Resumed
-from pretrain.record.run_dir import BACKBONE, MANIFEST, RECIPE
+from pretrain.record.run_dir import BACKBONE, HEADS, MANIFEST, RECIPE
 from pretrain.training.engine import Engine
 from pretrain.training.handover import Handover
 
@@ -45,7 +45,7 @@ __all__ = [
     "Snapshot",
     "begin_with",
     "carry_moments",
-    "fill_companions",
+    "checkpoint_at",
     "find_start",
     "origin",
     "restore",
@@ -117,9 +117,12 @@ def _write(
         save_file(_rng_states(engine.device), state_dir / f"rng-{rank:05d}.safetensors")
         _save_objective(engine.objective, state_dir)
     weights = engine.backbone_weights(is_wanted=rank == 0)
+    heads = engine.objective.exported_heads() if training_state else None
     if rank == 0:
         save_backbone(own / BACKBONE, weights, engine.objective.exported.spec)
         (own / RECIPE).write_text(to_yaml(recipe))
+        if heads is not None:
+            save_file({name: tensor.to("cpu", copy=True) for name, tensor in heads.tensors.items()}, own / HEADS)
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, store.hand_over(storage, step, own))  # all ranks have written and digested
     if rank == 0:
@@ -136,6 +139,7 @@ def _write(
             "objective": recipe.objective.name,
             "backbone": engine.objective.exported.spec,
             "exported": "encoder" if engine.objective.teacher is None else "teacher",
+            **({} if heads is None else {"heads": heads.spec}),
             "origin": None if origin is None else dict(origin),
         }
         store.publish(storage, step, manifest, shares)
@@ -263,8 +267,8 @@ def begin_with(objective: Objective, start: Start, stage: Stage) -> Initialized:
     if dist.get_rank() == 0:
         try:
             found = find_weights(reference, Path(stage.recipe.storage))
-            answer = [(found.sha256, load_file(found.file))]
-        except (RequestError, RunFailed, SafetensorError, store.CheckpointError) as error:
+            answer = [(found.sha256, read_weights(found.file, found.file.read_bytes()))]
+        except (BackboneError, RequestError, RunFailed, store.CheckpointError) as error:
             answer = [store.CheckpointError(f"init_from={reference}: {error}")]
     dist.broadcast_object_list(answer, src=0)  # all ranks: begin with the same weights or fail alike
     if isinstance(answer[0], Exception):
@@ -367,43 +371,14 @@ def carry_moments(run_dir: Path, stage: Stage, engine: Engine, taken: Handover) 
             f"stage {stage.name!r} keeps the optimizer, but {changed[0]} is new or has another shape than in the stage "
             "before; set reset_optimizer: true"
         )
-    _load_engine(bring(_checkpoint_at(run_dir, stage.first_step), is_own=True), engine)
-
-
-def fill_companions(objective: Objective, plan: Plan, index: int, run_dir: Path) -> None:
-    """Fill frozen teachers as `teacher_from` says; `restore` fills those of a resumed stage again. A collective.
-
-    Raises:
-        ValueError: `teacher_from` and the objective disagree on whether there is such a teacher.
-        CheckpointError: The weights are not there or damaged.
-        ObjectiveError: They do not fit.
-    """
-    stage = plan.stages[index]
-    wanting = [companion for companion in objective.companions().values() if companion.filled == "checkpoint"]
-    reference = stage.recipe.teacher_from
-    if stage.teacher_from is not None:
-        step = stage.teacher_step or plan.stages[stage.teacher_from].last_step
-        reference = _checkpoint_at(run_dir, step).location
-    name = stage.recipe.objective.name
-    if reference is None:
-        if any(companion.source is None for companion in wanting):
-            raise ValueError(f"objective {name!r} has a frozen teacher; say with teacher_from whose weights it has")
-        return
-    if not wanting:
-        raise ValueError(f"teacher_from={reference}: objective {name!r} has no frozen teacher to fill; leave it out")
-    try:
-        found = find_weights(reference, Path(stage.recipe.storage))
-    except (RequestError, RunFailed) as error:
-        raise store.CheckpointError(f"teacher_from={reference}: {error}") from None
-    for companion in wanting:
-        companion.load(found.file, found.sha256)
+    _load_engine(bring(checkpoint_at(run_dir, stage.first_step), is_own=True), engine)
 
 
 def _last_checkpoint(run_dir: Path, stage: Stage) -> store.Published:
-    return _checkpoint_at(run_dir, stage.last_step)
+    return checkpoint_at(run_dir, stage.last_step)
 
 
-def _checkpoint_at(run_dir: Path, step: int) -> store.Published:
+def checkpoint_at(run_dir: Path, step: int) -> store.Published:
     """The run's own checkpoint of a step. A collective."""
     answer: list[store.Published | None] = [None]
     if dist.get_rank() == 0:

@@ -32,6 +32,7 @@ from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from pretrain.training.schedules import learning_rate, weight_decay
 from tests.small_objectives import SMALL as SIZES
+from tests.small_objectives import with_frozen_teacher
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "losses"
 PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
@@ -84,7 +85,7 @@ def _curve(recipe: Recipe) -> list[dict[str, Any]]:
     """Loss (mean over ranks) and gradient norm of each step, on rank 0."""
     rank = dist.get_rank()
     torch.manual_seed(recipe.train.seed)
-    engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
+    engine = Engine(with_frozen_teacher(build_objective(recipe)), recipe, torch.device("cpu"))
     engine.objective.begin(engine.read_weights)
     torch.manual_seed(recipe.train.seed + 1 + rank)
     stream = Stream(

@@ -28,6 +28,7 @@ from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainCon
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from tests.small_objectives import SMALL as SIZES
+from tests.small_objectives import with_frozen_teacher
 
 PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
 BACKBONE = ImageConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3})
@@ -71,7 +72,7 @@ def objective_of(name: str, *, still: bool = False) -> Objective:
     for setting in ("teacher_momentum", "center_momentum") if still else ():
         if hasattr(recipe.objective, setting):
             setattr(recipe.objective, setting, 1.0)
-    return build_objective(recipe)
+    return with_frozen_teacher(build_objective(recipe))
 
 
 def batches_of(
@@ -184,7 +185,7 @@ def test_contract__forward_changes_no_state_and_draws_from_the_batch_alone(name:
     changed = {n for n, t in objective.extra_state().items() if not torch.equal(t, before[n])}
     assert not {n for n in changed if "running" not in n and "num_batches" not in n}  # batch norms count by themselves
     other = objective({**batch, "seed": batch["seed"] + 1}, Progress(1, STEPS))
-    assert name in ("dino", "selfpatch") or not torch.equal(first.loss, other.loss)
+    assert name in ("dino", "distillation", "selfpatch") or not torch.equal(first.loss, other.loss)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -209,7 +210,7 @@ def test_contract__extra_state_comes_back_bit_for_bit(name: str) -> None:
     objective.after_step(progress, read)
     saved = {n: t.clone() for n, t in objective.extra_state().items()}
     torch.manual_seed(7)
-    again = build_objective(recipe_of(name))
+    again = with_frozen_teacher(build_objective(recipe_of(name)))
     again.load_state_dict(objective.state_dict())
     again.load_extra_state(saved)
     assert all(torch.equal(t, saved[n]) for n, t in again.extra_state().items())
@@ -269,7 +270,7 @@ def _trained(name: str, precision: str, stage: int, directory: Path) -> dict[str
     """Losses of some steps; what the second half gives again from what was saved before it; what the teacher became."""
     recipe = recipe_of(name, workers=dist.get_world_size(), stage=stage, precision=precision)
     torch.manual_seed(0)
-    engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
+    engine = Engine(with_frozen_teacher(build_objective(recipe)), recipe, torch.device("cpu"))
     place = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
     batches = batches_of(engine.objective, **place, batch=RANKS * MICRO, micro=RANKS * MICRO // dist.get_world_size())
     steps = [[batch] for batch in itertools.islice(batches, STEPS)]
@@ -284,7 +285,7 @@ def _trained(name: str, precision: str, stage: int, directory: Path) -> dict[str
     if (precision, stage) not in SAVED or dist.get_world_size() == 1:
         return found
     torch.manual_seed(1)
-    again = Engine(build_objective(recipe), recipe, torch.device("cpu"))
+    again = Engine(with_frozen_teacher(build_objective(recipe)), recipe, torch.device("cpu"))
     again.load(state)
     again.objective.load_extra_state(extra)
     repeated = [_step(again, step, steps[step]) for step in range(STEPS // 2, STEPS)]
@@ -336,7 +337,7 @@ def test_contract__the_engine_equals_a_plain_pytorch_loop(name: str, alone: dict
     """Losses and what the teacher becomes: clip, AdamW, then `after_step`, in the paper's order."""
     recipe = recipe_of(name)
     torch.manual_seed(0)
-    objective = build_objective(recipe)
+    objective = with_frozen_teacher(build_objective(recipe))
     optimizer = torch.optim.AdamW(objective.param_groups(0.05), lr=1e-3, betas=tuple(recipe.optimizer.betas))
     losses = []
     for step, batch in enumerate(itertools.islice(batches_of(objective, micro=RANKS * MICRO), STEPS)):

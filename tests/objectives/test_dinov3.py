@@ -17,7 +17,7 @@ from backbones.registry import create_backbone
 from objectives import contract
 from objectives.base import Progress
 from objectives.dinov3.config import DINOv3Config
-from objectives.dinov3.gram import gram_loss, is_refreshed, on_grid
+from objectives.dinov3.gram import gram_loss, is_refreshed
 from objectives.dinov3.objective import DINOv3
 from objectives.errors import ObjectiveError
 from objectives.parts import cross_view, teacher_schedules
@@ -26,6 +26,7 @@ from objectives.parts.centering import Center
 from objectives.parts.koleo import koleo
 from objectives.parts.prototypes import DINOHead
 from objectives.parts.sinkhorn import sinkhorn_knopp
+from objectives.parts.token_grid import on_grid
 from objectives.schedules import Schedule
 from objectives.teacher import Teacher
 from pretrain.training.blocks import recompute_blocks

@@ -21,6 +21,7 @@ from pretrain.training.blocks import compile_blocks, recompute_blocks
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from tests.small_objectives import SMALL as SIZES
+from tests.small_objectives import with_frozen_teacher
 
 RANKS, MICRO, STEPS = 2, 4, 2
 # DINOv3 has a stochastic depth of its own and refuses that of these backbones (tests/objectives/test_dinov3.py).
@@ -48,7 +49,7 @@ def _recipe(name: str, backbone: ImageConfig = VIT, **train: Any) -> Recipe:
 
 def _objective(name: str, backbone: ImageConfig = VIT) -> Objective:
     torch.manual_seed(0)
-    return build_objective(_recipe(name, backbone))
+    return with_frozen_teacher(build_objective(_recipe(name, backbone)))
 
 
 def _batch(objective: Objective, seed: int = 0) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from objectives.teacher import ReadWeights, Teacher
 from pretrain.checkpoints.store import CheckpointError
 from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.config.stages import Plan, Stage
-from pretrain.training import state
+from pretrain.training import frozen_teachers, state
 from pretrain.training.engine import Engine
 from pretrain.training.handover import take_over
 
@@ -237,21 +237,21 @@ def test_fill_companions__by_teacher_from(tmp_path: Path) -> None:
     save_backbone(tmp_path / "teacher.safetensors", given.weights(), given.spec)
     recipe = replace(recipe_of("fp32", 1), teacher_from=str(tmp_path / "teacher.safetensors"))
     toy = Toy()
-    state.fill_companions(toy, Plan.single(recipe), 0, tmp_path)
+    frozen_teachers.fill(Plan.single(recipe), 0, toy, tmp_path)
     assert all(
         torch.equal(ours, given.weights()[name]) for name, ours in toy.frozen.module.network.state_dict().items()
     )
     assert toy.references()["frozen"]["location"] == str(tmp_path / "teacher.safetensors")
-    state.fill_companions(toy, Plan.single(recipe_of("fp32", 1)), 0, tmp_path)  # filled by itself: nothing to say
+    frozen_teachers.fill(Plan.single(recipe_of("fp32", 1)), 0, toy, tmp_path)  # filled by itself: nothing to say
 
     with pytest.raises(ValueError, match="'toy' has a frozen teacher; say with teacher_from"):
-        state.fill_companions(Toy(), Plan.single(recipe_of("fp32", 1)), 0, tmp_path)
+        frozen_teachers.fill(Plan.single(recipe_of("fp32", 1)), 0, Toy(), tmp_path)
     gone = Plan.single(replace(recipe, teacher_from=str(tmp_path / "gone.safetensors")))
     with pytest.raises(CheckpointError, match=r"teacher_from=.*gone.safetensors: .*no such file"):
-        state.fill_companions(Toy(), gone, 0, tmp_path)
+        frozen_teachers.fill(gone, 0, Toy(), tmp_path)
     toy.companions = dict  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="objective 'toy' has no frozen teacher to fill; leave it out"):
-        state.fill_companions(toy, Plan.single(recipe), 0, tmp_path)
+        frozen_teachers.fill(Plan.single(recipe), 0, toy, tmp_path)
 
 
 def test_take_over__student_teacher_and_what_else_is_carried(tmp_path: Path) -> None:

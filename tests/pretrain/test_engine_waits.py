@@ -29,6 +29,7 @@ from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainCon
 from pretrain.training.engine import Engine, init_distributed
 from pretrain.training.model import build_objective
 from tests.small_objectives import SMALL as SIZES
+from tests.small_objectives import with_frozen_teacher
 
 PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
 RANKS, MICRO, STAGES = 2, 4, (0, 1)
@@ -50,6 +51,7 @@ OF_OBJECTIVE: dict[str, dict[str, int]] = {
     "gmml": {"allreduce": 1},
     "selfpatch": {"allreduce": 2},
     "dinov3": {"allreduce": 12, "local_scalar_dense": 1},
+    "distillation": {},
 }
 # In stage 1 its groups of parameters, which are those of parts that are clipped and scaled apart.
 MORE_GROUPS = {"dinov3": 8}
@@ -123,7 +125,7 @@ def _recipe(name: str, stage: int, workers: int = RANKS) -> Recipe:
 
 
 def _engine_and_batch(recipe: Recipe, device: torch.device) -> tuple[Engine, dict[str, torch.Tensor]]:
-    engine = Engine(build_objective(recipe), recipe, device)
+    engine = Engine(with_frozen_teacher(build_objective(recipe)), recipe, device)
     engine.set_schedule(1e-3, 0.05)
     stream = Stream(
         open_dataset(PHOTOS),

@@ -177,9 +177,9 @@ def test_find_weights__files_and_the_hub_cache(tmp_path: Path, monkeypatch: pyte
     file = tmp_path / "weights.safetensors"
     save_file({"norm.weight": np.ones(4, np.float32)}, file)
     plain = find_weights(str(file), tmp_path)
-    assert plain.file == file and plain.backbone == {} and len(plain.sha256) == 64
+    assert plain.file == file and plain.spec == {} and len(plain.sha256) == 64
     named = find_weights(f"timm:vit_tiny_patch16_224@{file}", tmp_path)
-    assert (named.file, named.backbone["name"]) == (file, "vit_tiny_patch16_224")
+    assert (named.file, named.spec["name"]) == (file, "vit_tiny_patch16_224")
     import huggingface_hub
 
     asked: list[tuple[str, str]] = []

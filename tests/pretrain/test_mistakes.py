@@ -80,7 +80,7 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         # names
         (
             "objective.name=maee",
-            "objective.name=maee: unknown objective; known are dino, dinov3, gmml, mae, selfpatch, sit; "
+            "objective.name=maee: unknown objective; known are dino, dinov3, distillation, gmml, mae, selfpatch, sit; "
             "did you mean 'mae'?",
         ),
         ("name=a/b", "name=a/b: expected letters, digits"),

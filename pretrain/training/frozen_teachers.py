@@ -1,0 +1,133 @@
+"""Frozen teachers: companions of an objective that are filled with what `teacher_from` means.
+
+`outline` tells whether they fit, which takes neither weights nor memory; `fill` brings the weights.
+
+Not here: what an objective does with them, what `teacher_from` may say (`pretrain.checkpoints.initialization`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones.errors import BackboneError
+from objectives.base import Objective
+from objectives.companions import Companion
+from objectives.errors import ObjectiveError
+from pretrain.checkpoints.initialization import Weights, find_weights
+from pretrain.checkpoints.store import CheckpointError
+from pretrain.config.stages import Plan, Stage
+from pretrain.errors import RequestError, RunFailed
+from pretrain.record.run_dir import HEADS
+from pretrain.training.state import checkpoint_at
+
+__all__ = ["fill", "outline"]
+
+Specs = Mapping[str, Mapping[str, Any] | None]  # of each part of a checkpoint; None: it has no such part
+
+
+def outline(plan: Plan, index: int, objective: Objective, earlier: Mapping[int, Objective]) -> None:
+    """Give the frozen teachers of a stage the architecture of what will fill them.
+
+    Args:
+        plan: Of the run.
+        index: The stage.
+        objective: Of the stage.
+        earlier: Objectives of earlier stages by index; a teacher from a stage that is not among them stays as it is.
+
+    Raises:
+        ObjectiveError: There is no such checkpoint, it does not fit, or the objective has no frozen teacher.
+    """
+    stage = plan.stages[index]
+    named = _named(plan, stage)
+    wanting = _wanting(stage, objective, named)
+    if stage.teacher_from is not None:
+        if (source := earlier.get(stage.teacher_from)) is not None:
+            heads = source.exported_heads()
+            _outline(wanting, named, {"backbone": source.exported.spec, "heads": None if heads is None else heads.spec})
+    elif named is not None:
+        try:
+            weights = find_weights(named, Path(stage.recipe.storage))
+        except (CheckpointError, RequestError, RunFailed) as error:
+            raise ObjectiveError(f"teacher_from={named}: {error}") from error
+        _outline(wanting, named, _specs(weights))
+
+
+def fill(plan: Plan, index: int, objective: Objective, run_dir: Path) -> None:
+    """Fill the frozen teachers of a stage. A collective; draws no random numbers.
+
+    Args:
+        plan: Of the run.
+        index: The stage.
+        objective: Of the stage, built alike on every rank.
+        run_dir: Directory of the run, where earlier stages left their checkpoints.
+
+    Raises:
+        ObjectiveError: The objective has no frozen teacher, or has one and `teacher_from` says nothing.
+        CheckpointError: There is no such checkpoint, it is damaged, or it does not fit.
+    """
+    stage = plan.stages[index]
+    named = _named(plan, stage)
+    wanting = _wanting(stage, objective, named)
+    if named is None:
+        return
+    reference = named
+    if stage.teacher_from is not None:
+        step = stage.teacher_step or plan.stages[stage.teacher_from].last_step
+        reference = checkpoint_at(run_dir, step).location
+    try:
+        weights = find_weights(reference, Path(stage.recipe.storage))
+    except (RequestError, RunFailed) as error:
+        raise CheckpointError(f"teacher_from={named}: {error}") from error
+    try:
+        with torch.random.fork_rng(devices=[]):  # the student's numbers do not depend on its teacher's
+            _outline(wanting, named, _specs(weights))
+        for companion in wanting:
+            part = weights if companion.part == "backbone" else weights.heads
+            assert part is not None  # it has been outlined
+            companion.load(part.file, part.sha256)
+    except ObjectiveError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _named(plan: Plan, stage: Stage) -> str | None:
+    """How a recipe says where the frozen teachers of a stage come from."""
+    if stage.teacher_from is None:
+        return stage.recipe.teacher_from
+    name = plan.stages[stage.teacher_from].name
+    return name if stage.teacher_step is None else f"{name}/{stage.teacher_step}"
+
+
+def _wanting(stage: Stage, objective: Objective, named: str | None) -> list[Companion]:
+    """The companions that `teacher_from` fills.
+
+    Raises:
+        ObjectiveError: There are some and it says nothing, or there are none and it does.
+    """
+    name = stage.recipe.objective.name
+    wanting = [companion for companion in objective.companions().values() if companion.filled == "checkpoint"]
+    if named is None and any(companion.source is None for companion in wanting):
+        raise ObjectiveError(f"objective {name!r} has a frozen teacher; say with teacher_from whose weights it has")
+    if named is not None and not wanting:
+        raise ObjectiveError(f"teacher_from={named}: objective {name!r} has no frozen teacher to fill; leave it out")
+    return wanting
+
+
+def _specs(weights: Weights) -> Specs:
+    return {"backbone": weights.spec, "heads": None if weights.heads is None else weights.heads.spec}
+
+
+def _outline(wanting: list[Companion], named: str | None, specs: Specs) -> None:
+    if any(specs[companion.part] is None for companion in wanting):
+        raise ObjectiveError(
+            f"teacher_from={named}: has no {HEADS}, as checkpoints of objective dinov3 have, whose outputs would be "
+            "learned; give such a checkpoint, or learn features with objective.name=distillation"
+        )
+    for companion in wanting:
+        try:
+            companion.outline(specs[companion.part] or {})
+        except (BackboneError, ObjectiveError) as error:
+            raise ObjectiveError(f"teacher_from={named}: {error}") from error
