@@ -58,7 +58,7 @@ def test_distillation__a_student_learns_from_the_checkpoint_of_a_run_and_is_resu
     """Killed after a checkpoint, the student goes on: the step that is trained twice has the same loss (`losses`)."""
     teacher = launch("teacher", ranks=1)
     teacher.wait()
-    source = f"teacher_from={teacher.run_dir}"
+    source = f"teacher_from={teacher.run_dir}/checkpoints/step-00000002"
     student = launch("student", *STUDENT, source, ranks=1)
     student.kill_after_step(3)
     again = launch("student", *STUDENT, source, ranks=1)

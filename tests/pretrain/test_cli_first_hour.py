@@ -85,7 +85,7 @@ def test_init__writes_a_recipe_that_fits_and_runs(
         (["photoss"], "DATA photoss: no such directory"),
         (
             ["my photos", "--objective", "meo"],
-            "expected one of dino, dinov3, distillation, gmml, mae, selfpatch, sit; did you mean 'mae'?",
+            "expected one of dino, dinov3, gmml, mae, selfpatch, sit; did you mean 'mae'?",
         ),
         (["my photos", "--hours", "nan"], "--hours nan: expected a number above 0 and below 10000"),
         (["my photos", "-o", "recipe.txt"], "expected a name that ends in .yaml"),
