@@ -281,6 +281,7 @@ def test_look_ahead__counts_the_frozen_teacher(plan_of: Callable[..., Plan], tmp
 
     def gigabytes(*overrides: str) -> float:
         line = look_ahead(plan_of("train.workers=8", "train.zero_stage=2", *overrides))
+        assert (" million of a frozen teacher; all weights" in line) == ("teacher_from" in str(overrides[-1]))
         return float(re.search(r"about ([0-9.]+) GB", line)[1])  # type: ignore[index]
 
     alone = gigabytes(*large)

@@ -18,6 +18,7 @@ from pretrain.errors import RequestError, RunFailed
 from pretrain.record.events import Evaluated, EvaluationFailed
 from pretrain.record.journal import Journal
 from pretrain.tracking.client import MlflowRun, connect
+from tests.pretrain.conftest import write_manifest
 
 RUN_ID = "tiny-20260101-000000-0001"
 MakeCheckpoint = Callable[[Path, int], Path]
@@ -25,14 +26,18 @@ MakeCheckpoint = Callable[[Path, int], Path]
 
 @pytest.fixture
 def run_dir(storage: Path, mlflow_uri: str, make_checkpoint: MakeCheckpoint) -> Path:
-    """A run with checkpoints of steps 0, 10 and 20; 10 and 20 are versions 1 and 2, and 10 is the best."""
+    """A run with checkpoints of steps 0, 10 and 20; versions 1 and 2 are 10, the best, and 20, which has heads."""
     run_dir = storage / RUN_ID
     run_dir.mkdir()
     (run_dir / "recipe.yaml").write_text("name: tiny\nevaluation:\n  select: linear/photos/top1\n")
     make_checkpoint(run_dir, 0)
     run = MlflowRun.bind(connect(mlflow_uri), mlflow_uri, "pretrain", RUN_ID, 0, None)
     for step in (10, 20):
-        run.register(make_checkpoint(run_dir, step), step, "tiny", {"run_id": RUN_ID})
+        checkpoint = make_checkpoint(run_dir, step)
+        if step == 20:
+            (checkpoint / "heads.safetensors").write_bytes(b"what a student learns from")
+            write_manifest(checkpoint, step, RUN_ID)
+        run.register(checkpoint, step, "tiny", {"run_id": RUN_ID})
     run.promote("tiny", "2")
     run.promote("tiny", "1")
     return run_dir

@@ -24,6 +24,7 @@ NAMES = (
     "driver.log",
     ".driver.lock",
     "backbone.safetensors",
+    "heads.safetensors",
     "checkpoint.json",
 )
 
