@@ -205,7 +205,9 @@ def _disk(plan: Plan, found: Sequence[Outlook | None], samples: int) -> Iterator
     train, evaluation = plan.recipe.train, plan.recipe.evaluation
     looks = [look for look in found if look is not None]
     counts = [-(-_steps(look.recipe, samples) // look.recipe.train.checkpoint_every) for look in looks]
-    backbones = [size for look, count in zip(looks, counts, strict=True) for size in [look.backbone_bytes] * count]
+    backbones = [
+        look.backbone_bytes + look.heads_bytes for look, count in zip(looks, counts, strict=True) for _ in range(count)
+    ]
     if evaluation.enabled and evaluation.baseline:
         backbones.append(looks[0].backbone_bytes)
     num_states = min(
@@ -213,9 +215,10 @@ def _disk(plan: Plan, found: Sequence[Outlook | None], samples: int) -> Iterator
     )
     states = num_states * max(look.state_bytes for look in looks)
     here = looks[-1]
+    heads = f", heads of {_size(here.heads_bytes)}" if here.heads_bytes else ""
     yield (
-        f"every {here.recipe.train.checkpoint_every} steps a backbone of {_size(here.backbone_bytes)} and a training "
-        f"state of {_size(here.state_bytes)}"
+        f"every {here.recipe.train.checkpoint_every} steps a backbone of {_size(here.backbone_bytes)}{heads} and a "
+        f"training state of {_size(here.state_bytes)}"
     )
     yield (
         f"{_size(sum(backbones) + states)} when {'the stage' if len(plan.stages) > 1 else 'the run'} ends "

@@ -67,6 +67,7 @@ class Counted:
         frozen: Of its other parameters.
         companions: Of each companion, by name.
         exported: Of the encoder that is exported.
+        heads: Of what is exported beside it, see `Objective.exported_heads`.
         saved: Of what a training state has beside parameters and moments: buffers and companions.
     """
 
@@ -74,6 +75,7 @@ class Counted:
     frozen: int
     companions: dict[str, int]
     exported: int
+    heads: int
     saved: int
 
     @property
@@ -125,6 +127,11 @@ class Outlook:
     def backbone_bytes(self) -> int:
         """Of the backbone in a checkpoint."""
         return 4 * self.counted.exported
+
+    @property
+    def heads_bytes(self) -> int:
+        """Of the heads beside it; the baseline of step 0 has none."""
+        return 4 * self.counted.heads
 
     @property
     def state_bytes(self) -> int:
@@ -188,12 +195,13 @@ def _count(objective: Objective) -> Counted:
     def size(state: Iterable[Tensor]) -> int:
         return sum(tensor.numel() for tensor in state)
 
-    companions = objective.companions().items()
+    companions, heads = objective.companions().items(), objective.exported_heads()
     return Counted(
         parts=dict(parts),
         frozen=frozen,
         companions={name: size(companion.state_dict().values()) for name, companion in companions},
         exported=size(objective.exported.weights().values()),
+        heads=0 if heads is None else size(heads.tensors.values()),
         saved=size(objective.extra_state().values()),
     )
 

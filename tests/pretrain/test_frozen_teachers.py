@@ -16,13 +16,14 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from backbones.io import save_backbone
 from objectives.base import Objective, Progress
 from objectives.companions import Companion
 from objectives.parts.frozen_teacher import FrozenBackbone
 from pretrain.checkpoints.store import CheckpointError, verify
+from pretrain.cli.main import main
 from pretrain.config.load import load_plan
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage
@@ -273,33 +274,33 @@ def test_look_ahead__refuses_a_teacher_that_does_not_fit(
     assert "\n" not in line and line.startswith(("teacher_from=", "objective 'dinov3'"))
 
 
-def test_look_ahead__counts_the_frozen_teacher(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
-    """4 bytes each for the weights of a teacher of the run before, none of which is in memory here."""
-    large = ["backbone.options={embed_dim: 1024, depth: 12, num_heads: 16, num_reg_tokens: 1}"]
+def test_look_ahead__counts_the_frozen_teacher(plan_of: Callable[..., Plan], teacher: Path) -> None:
+    """In float32 and whole in every ZeRO stage, whether its run is over or an earlier stage of this one."""
     stages = "stages=[{name: teacher}, {name: student, teacher_from: teacher}]"
-    small = [f"stages[1].{text}" for text in STUDENT]
+    (alone,) = look_ahead(plan_of(*STUDENT, f"teacher_from={teacher}"))
+    before, after = look_ahead(plan_of(stages, *(f"stages[1].{text}" for text in STUDENT)))
+    assert alone is not None and before is not None and after is not None
+    parts = {f"frozen_{part}": load_file(teacher / f"{part}.safetensors") for part in ("backbone", "heads")}
+    counts = {name: sum(tensor.numel() for tensor in weights.values()) for name, weights in parts.items()}
+    for look in (alone, after):
+        assert {name: look.counted.companions[name] for name in counts} == counts
+        assert [look.memory(stage)["frozen_backbone"] for stage in range(4)] == [4 * counts["frozen_backbone"]] * 4
+        assert look.counted.saved == look.counted.companions["teacher"]  # a training state has nothing of it
+        assert look.activations
+    assert before.counted.heads == counts["frozen_heads"]  # which lie beside its backbone
 
-    def gigabytes(*overrides: str) -> float:
-        line = look_ahead(plan_of("train.workers=8", "train.zero_stage=2", *overrides))
-        assert (" million of a frozen teacher; all weights" in line) == ("teacher_from" in str(overrides[-1]))
-        return float(re.search(r"about ([0-9.]+) GB", line)[1])  # type: ignore[index]
 
-    alone = gigabytes(*large)
-    with torch.device("meta"):
-        teacher = build_objective(plan_of(*large).recipe)
-    both = gigabytes(*large, stages, *small)
-    assert both == alone  # the first stage is the larger one: 150 million trained parameters
-    manifest = {"format": 1, "step": 4, "backbone": teacher.exported.spec, "heads": teacher.exported_heads().spec}  # type: ignore[union-attr]
-    folder = tmp_path / "large"
-    folder.mkdir()
-    listed = {}
-    for name in ("backbone.safetensors", "heads.safetensors"):
-        (folder / name).write_bytes(b"")
-        listed[name] = {"sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0}
-    (folder / "checkpoint.json").write_text(json.dumps(manifest | {"files": listed}))
-    weights = sum(p.numel() for p in teacher.exported.parameters())
-    assert weights > 1e8
-    assert gigabytes(*STUDENT, f"teacher_from={folder}") == pytest.approx(4 * weights / 1e9, abs=0.01)
+def test_dry_run__of_a_student(
+    tmp_path: Path, teacher: Path, plan_of: Callable[..., Plan], capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = ["run", str(tmp_path / "small.yaml"), *STUDENT, f"storage={tmp_path}/runs", "--dry-run"]
+    assert main([*request, f"teacher_from={teacher}"]) == 0
+    screen = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"frozen_backbone \d+; frozen_heads \d+", screen)
+    assert re.search(r"every 2 steps a backbone of [0-9.]+ kB, heads of [0-9.]+ kB and a training state", screen)
+    assert main([*request, f"teacher_from={tmp_path}/none"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: teacher_from={tmp_path}/none: ")
 
 
 def test_look_ahead__a_teacher_of_an_earlier_stage_has_to_fit_as_well(plan_of: Callable[..., Plan]) -> None:

@@ -22,7 +22,7 @@ from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainCon
 from pretrain.training.engine import REDUCE_BUCKET_ELEMENTS, Engine
 from pretrain.training.model import build_objective
 from pretrain.training.outlook import Outlook, look_at
-from tests.small_objectives import SMALL
+from tests.small_objectives import SMALL, with_frozen_teacher
 
 RANKS, MICRO = 2, 4
 SETTINGS = [("fp32", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)]
@@ -43,7 +43,7 @@ def recipe_of(name: str, precision: str = "fp32", stage: int = 0, **settings: An
 
 def outlook_of(recipe: Recipe) -> Outlook:
     with torch.device("meta"):
-        objective = build_objective(recipe)
+        objective = with_frozen_teacher(build_objective(recipe))
     return look_at(recipe, objective)
 
 
@@ -63,7 +63,7 @@ def batch_of(views: list[dict[str, Any]]) -> dict[str, Tensor]:
 def test_activations__are_what_autograd_keeps_of_a_real_step(name: str) -> None:
     recipe = recipe_of(name)
     torch.manual_seed(0)
-    objective = build_objective(recipe)
+    objective = with_frozen_teacher(build_objective(recipe))
     batch = batch_of(objective.views())
     weights = {tensor.data_ptr() for tensor in [*objective.parameters(), *objective.buffers()]}
     kept = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in batch.values()}
