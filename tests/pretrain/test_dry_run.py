@@ -71,8 +71,9 @@ def test_dry_run__a_stage_as_it_is_read(
         "          gram                                      3.3     3.3     3.3     3.3",
         "          [0] is train.zero_stage",
         "          activations are those of 32 samples",
-        "disk      every 300 steps a backbone of 3.3 MB and a training state of 20.6 MB",
-        "          78.2 MB when the stage ends (5 backbones, 3 states); one state more",
+        "disk      every 300 steps a backbone of 3.3 MB, heads of 1.1 MB and a training",
+        "          state of 20.6 MB",
+        "          82.4 MB when the stage ends (5 backbones, 3 states); one state more",
         "          while it is written",
     ]
 
