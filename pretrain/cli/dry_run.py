@@ -167,19 +167,24 @@ def _model(outlook: Outlook) -> str:
 
 def _memory(outlook: Outlook) -> Iterator[str]:
     """A table: what each worker has, in each ZeRO stage."""
-    train, stages = outlook.recipe.train, (0, 1, 2, 3)
-    columns = [outlook.memory(stage) for stage in stages]
+    train, memory = outlook.recipe.train, outlook.memory
+    rows = {
+        "weights": [each.weights for each in memory],
+        "masters, moments": [each.optimizer for each in memory],
+        "gradients, buffers": [max(each.backward, each.update) for each in memory],
+    }
+    if outlook.counted.companions:
+        rows[" and ".join(outlook.counted.companions)] = [each.companions for each in memory]
     if outlook.activations is not None:
-        columns = [taken | {"activations": outlook.activations} for taken in columns]
-    columns = [taken | {"in all": sum(taken.values())} for taken in columns]
-    unit, name = _unit(max(taken["in all"] for taken in columns) // 10)  # small numbers beside large ones
-    marks = {stage: f"({stage})" for stage in stages if _refusal(outlook, stage)}
-    marks |= {stage: f"[{stage}]" for stage in stages if stage == train.zero_stage}
-    heads = [marks.get(stage, f"{stage} ") for stage in stages]
+        rows["activations"] = [outlook.activations] * len(memory)
+    rows["in all, at the fullest moment"] = in_all = [outlook.in_all(stage) for stage in range(len(memory))]
+    unit, name = _unit(max(in_all) // 10)  # small numbers beside large ones
     title = f"{name} per worker (of {train.workers}), ZeRO stage"
-    yield f"{title:<38}" + "".join(f"{head:>8}" for head in heads)
-    for row in columns[0]:
-        yield f"{row:<38}" + "".join(f"{taken[row] / unit:>7.1f} " for taken in columns)
+    marks = [f"({stage})" if _refusal(outlook, stage) else f"{stage} " for stage in range(len(memory))]
+    marks[train.zero_stage or 0] = f"[{train.zero_stage}]"
+    yield f"{title:<38}" + "".join(f"{mark:>8}" for mark in marks)
+    for row, sizes in rows.items():
+        yield f"{row:<38}" + "".join(f"{size / unit:>7.1f} " for size in sizes)
 
 
 def _memory_notes(outlook: Outlook) -> Iterator[str]:

@@ -1,10 +1,7 @@
 """What a stage of a run takes, from its model without numbers: tokens, memory of a worker in each ZeRO stage, disk.
 
-Beside what is counted here, a worker has what its device takes, and the blocks at work for a moment; in ZeRO stage 3
-the parameters that are gathered are among that.
-
-Not here: activations (`pretrain.training.activations`), the data (`pretrain.training.preflight`), what people read
-(`pretrain.cli.dry_run`).
+Not here: what weights take (`pretrain.training.memory`), activations (`pretrain.training.activations`), the data
+(`pretrain.training.preflight`), what people read (`pretrain.cli.dry_run`).
 """
 
 from __future__ import annotations
@@ -26,11 +23,9 @@ from objectives.base import Objective
 from objectives.errors import ObjectiveError
 from pretrain.config.schema import Recipe
 from pretrain.training.activations import kept_by_forward
-from pretrain.training.engine import deepspeed_config
+from pretrain.training.memory import Memory, memory_of
 
 __all__ = ["Counted", "Outlook", "Shown", "look_at"]
-
-_MOMENTS = {"lion": 1, "sgdw": 1, "lars": 1, "muon": 1}  # numbers per parameter, of the others two; all in float32
 
 
 @dataclass(frozen=True)
@@ -91,12 +86,14 @@ class Outlook:
         recipe: Of the stage.
         shown: What some share of its steps shows; those that `Objective.views` states are first.
         counted: Numbers of its objective.
+        memory: Of a worker, in each ZeRO stage.
         activations: Bytes that a worker keeps of a micro-batch of the largest views; None: not known before it is run.
     """
 
     recipe: Recipe
     shown: tuple[Shown, ...]
     counted: Counted
+    memory: tuple[Memory, ...]
     activations: int | None
 
     @property
@@ -107,21 +104,16 @@ class Outlook:
             return None
         return self.recipe.train.global_batch_size * sum(share * (tokens or 0) for share, tokens in of_samples)
 
-    def memory(self, zero_stage: int | None = None) -> dict[str, int]:
-        """Bytes of a worker but for activations, by what they are for, in a ZeRO stage; None: in the recipe's."""
-        counted, workers = self.counted, self.recipe.train.workers
-        stage = (self.recipe.train.zero_stage or 0) if zero_stage is None else zero_stage
+    @property
+    def chosen(self) -> Memory:
+        """In the ZeRO stage of the recipe."""
+        return self.memory[self.recipe.train.zero_stage or 0]
 
-        def share(sharded_from: int) -> int:
-            return workers if stage >= sharded_from else 1
-
-        return {
-            "weights": (counted.trained + counted.frozen) * self._weight_bytes // share(3),
-            "gradients": counted.trained * self._weight_bytes // share(2),
-            "optimizer": counted.trained * self._optimizer_bytes(stage) // share(1),
-            "buckets": self._bucket_bytes(stage),
-            **{name: 4 * numbers for name, numbers in counted.companions.items()},
-        }
+    def in_all(self, zero_stage: int) -> int:
+        """Bytes of a worker at the fullest moment, with the activations that are known."""
+        memory = self.memory[zero_stage]
+        lasting = memory.weights + memory.optimizer + memory.companions
+        return lasting + max(memory.backward + (self.activations or 0), memory.update)
 
     @property
     def backbone_bytes(self) -> int:
@@ -136,28 +128,10 @@ class Outlook:
     @property
     def state_bytes(self) -> int:
         """Of the training state in a checkpoint, all ranks together."""
-        counted, stage = self.counted, self.recipe.train.zero_stage or 0
-        weights = 0 if stage == 3 else (counted.trained + counted.frozen) * self._weight_bytes  # 3: the masters alone
-        return weights + counted.trained * self._optimizer_bytes(stage) + 4 * counted.saved
-
-    @property
-    def _weight_bytes(self) -> int:
-        """Of a parameter, and of a gradient."""
-        return 2 if self.recipe.train.precision == "bf16" else 4
-
-    def _bucket_bytes(self, zero_stage: int) -> int:
-        """Of the buffers in which gradients travel; with ZeRO they have their full size however small the model is."""
-        train = replace(self.recipe.train, zero_stage=zero_stage)
-        device = torch.device("cpu" if train.device == "cpu" else "cuda")
-        zero = deepspeed_config(replace(self.recipe, train=train), device)["zero_optimization"]
-        size = int(zero["reduce_bucket_size"]) * self._weight_bytes
-        if zero_stage in (1, 2):
-            return 2 * size if zero.get("overlap_comm") else size
-        return size if zero_stage == 3 else min(size, self.counted.trained * self._weight_bytes)
-
-    def _optimizer_bytes(self, zero_stage: int) -> int:
-        """Of a trained parameter: its moments and, from ZeRO stage 1 on, a float32 master, also in fp32."""
-        return 4 * _MOMENTS.get(self.recipe.optimizer.name, 2) + 4 * (zero_stage > 0)
+        train, counted = self.recipe.train, self.counted
+        width = 0 if train.zero_stage == 3 else 2 if train.precision == "bf16" else 4  # of stage 3 the masters alone
+        shares = train.workers if train.zero_stage else 1
+        return width * (counted.trained + counted.frozen) + shares * self.chosen.optimizer + 4 * counted.saved
 
 
 def look_at(recipe: Recipe, objective: Objective) -> Outlook:
@@ -171,7 +145,7 @@ def look_at(recipe: Recipe, objective: Objective) -> Outlook:
         BackboneError, DataError, ObjectiveError: Its first step would fail, with these views or in a micro-batch of
             this size on so many workers.
     """
-    counted = _count(objective)
+    counted, memory = _count(objective), _memory(recipe, objective)
     others = objective.mixed_views()
     each = [(1 - sum(share for share, _ in others), objective.views()), *others]
     shown = tuple(_show(objective, share, views_from(specs)) for share, specs in each if share > 1e-9)
@@ -180,7 +154,7 @@ def look_at(recipe: Recipe, objective: Objective) -> Outlook:
             parameter.data = parameter.data.bfloat16()
     kept = [kept_by_forward(recipe, objective, views) for views in _largest([one.views for one in shown])]
     known = [size for size in kept if size is not None]
-    return Outlook(recipe, shown, counted, max(known) if len(known) == len(kept) else None)
+    return Outlook(recipe, shown, counted, memory, max(known) if len(known) == len(kept) else None)
 
 
 def _count(objective: Objective) -> Counted:
@@ -204,6 +178,13 @@ def _count(objective: Objective) -> Counted:
         heads=0 if heads is None else size(heads.tensors.values()),
         saved=size(objective.extra_state().values()),
     )
+
+
+def _memory(recipe: Recipe, objective: Objective) -> tuple[Memory, ...]:
+    """In ZeRO stages 0 to 3, on GPUs unless CPUs are asked for."""
+    device = torch.device("cpu" if recipe.train.device == "cpu" else "cuda")
+    recipes = (replace(recipe, train=replace(recipe.train, zero_stage=stage)) for stage in range(4))
+    return tuple(memory_of(each, objective, device) for each in recipes)
 
 
 def _show(objective: Objective, share: float, views: tuple[View, ...]) -> Shown:

@@ -33,7 +33,7 @@ from pretrain.training import frozen_teachers
 from pretrain.training.model import build_objective
 from pretrain.training.outlook import Outlook, look_at
 
-__all__ = ["look_ahead", "size_line"]
+__all__ = ["look_ahead", "outline", "size_line"]
 
 
 def look_ahead(plan: Plan, *, with_data: bool = True) -> list[Outlook | None]:
@@ -56,7 +56,7 @@ def look_ahead(plan: Plan, *, with_data: bool = True) -> list[Outlook | None]:
     for index, stage in enumerate(plan.stages):
         where = f"stage {stage.name}: " if stage.name else ""
         try:
-            objective = _outline(stage.recipe)
+            objective = outline(stage.recipe)
             if objective is not None and with_data:
                 mistakes += [f"{where}{problem}" for problem in _sources(stage.recipe, objective)]
             if objective is None or stage.teacher_from not in (None, *outlined):
@@ -80,12 +80,12 @@ def size_line(found: Sequence[Outlook | None]) -> str:
     known = [look for look in found if look is not None]
     if not known:
         return ""
-    largest = max(known, key=lambda look: sum(look.memory().values()) + (look.activations or 0))
+    largest = max(known, key=lambda look: look.in_all(look.recipe.train.zero_stage or 0))
     activations = largest.activations
     more = "besides activations" if activations is None else f"activations about {activations / 1e9:.2f} GB"
     return (
         f"{largest.counted.trained / 1e6:.1f} million trained parameters; all weights, gradients and moments take "
-        f"about {sum(largest.memory().values()) / 1e9:.2f} GB per worker, {more}"
+        f"about {largest.chosen.total / 1e9:.2f} GB per worker, {more}"
     )
 
 
@@ -95,7 +95,7 @@ def _devices(recipe: Recipe) -> Iterator[str]:
         yield "train.device=cuda: this machine has no GPU that torch can use; use train.device=cpu or auto"
 
 
-def _outline(recipe: Recipe) -> Objective | None:
+def outline(recipe: Recipe) -> Objective | None:
     """The objective without numbers; None where a plug-in cannot be built like that."""
     try:
         with torch.device("meta"), warnings.catch_warnings():

@@ -90,7 +90,7 @@ def test_look_ahead__says_the_size_of_a_large_model_without_its_memory() -> None
     activations = found[0].activations if found[0] is not None else None
     assert activations is not None and activations > 1e9
     assert size_line(found) == (
-        "302.7 million trained parameters; all weights, gradients and moments take about 5.04 GB per worker, "
+        "302.7 million trained parameters; all weights, gradients and moments take about 4.84 GB per worker, "
         f"activations about {activations / 1e9:.2f} GB"
     )
     assert size_line([None]) == ""
