@@ -22,9 +22,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from backbones.errors import BackboneError
 from data_pipelines.errors import DataError, LoaderError
 from data_pipelines.streaming.stream import Stream, StreamState
 from objectives.base import Objective, Progress
+from objectives.errors import ObjectiveError
 from pretrain.checkpoints import store
 from pretrain.checkpoints.initialization import Start
 from pretrain.config.stages import Plan, Stage
@@ -344,7 +346,7 @@ def main() -> None:
     try:
         with Terminal(plan, run_dir=arguments.run_dir) as terminal:
             is_done = train(plan, arguments.run_dir, listener=listener)
-    except (DataError, DiskFull, LoaderError, store.CheckpointError) as error:
+    except (BackboneError, DataError, DiskFull, LoaderError, ObjectiveError, store.CheckpointError) as error:
         say(f"error: {error}", err=True)
         raise SystemExit(1) from None
     raise SystemExit(0 if is_done else EXIT_STOPPED)
