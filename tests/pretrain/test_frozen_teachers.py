@@ -284,7 +284,7 @@ def test_look_ahead__counts_the_frozen_teacher(plan_of: Callable[..., Plan], tea
     counts = {name: sum(tensor.numel() for tensor in weights.values()) for name, weights in parts.items()}
     for look in (alone, after):
         assert {name: look.counted.companions[name] for name in counts} == counts
-        assert [memory.companions for memory in look.memory] == [4 * sum(counts.values())] * 4
+        assert [memory.companions for memory in look.memory] == [4 * sum(look.counted.companions.values())] * 4
         assert look.counted.saved == look.counted.companions["teacher"]  # a training state has nothing of it
         assert look.activations
     assert before.counted.heads == counts["frozen_heads"]  # which lie beside its backbone
