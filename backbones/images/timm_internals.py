@@ -36,6 +36,7 @@ __all__ = [
     "has_known_branches",
     "has_movable_positions",
     "is_plain_vit",
+    "let_key_biases_follow",
     "mlp_branch",
     "model_arguments",
     "moved_rotation",
@@ -217,6 +218,21 @@ def has_class_token(vit: Any) -> bool:
     return vit.cls_token is not None
 
 
+def let_key_biases_follow(vit: Any) -> None:
+    """Let buffers of zeros that stand for the biases of keys have the type of the biases beside them.
+
+    Engines cast parameters to bf16 and leave buffers alone; timm joins the two, and no layer takes what comes of it.
+    """
+    for module in vit.modules():
+        if getattr(module, "k_bias", None) is not None and getattr(module, "q_bias", None) is not None:
+            module.register_forward_pre_hook(_key_bias_follows)
+
+
+def _key_bias_follows(attention: Any, _: Any) -> None:
+    if attention.k_bias.dtype != attention.q_bias.dtype:
+        attention.k_bias = attention.k_bias.to(attention.q_bias.dtype)
+
+
 def has_known_branches(block: Any) -> bool:
     """Whether `attention_branch` and `mlp_branch` know a block's two branches."""
     from timm.layers import Attention, AttentionRope
@@ -300,8 +316,8 @@ def _query_key_value(attention: Any, normed: Tensor) -> tuple[Tensor, Tensor, Te
         return attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
     if getattr(attention, "q_bias", None) is None:
         query, key, value = attention.qkv(normed).chunk(3, dim=-1)
-    else:  # keys without bias
-        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    else:  # keys without bias, for which timm has a buffer of zeros
+        bias = torch.cat([attention.q_bias, attention.k_bias.to(attention.q_bias), attention.v_bias])
         query, key, value = functional.linear(normed, attention.qkv.weight, bias).chunk(3, dim=-1)
     return query, key, value
 

@@ -72,6 +72,7 @@ class ViTBackbone(ImageEncoder):
             pixel_std=pixel_std,
         )
         make_norms_exact(vit)
+        timm_internals.let_key_biases_follow(vit)
         self.vit: Any = vit  # timm's two ViT classes share attributes but no base class
         self.num_prefix_tokens = sizes.num_prefix
         self.num_layers = sizes.num_blocks
