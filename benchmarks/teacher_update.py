@@ -1,8 +1,9 @@
-"""What moving an EMA teacher costs: few large collectives against one per parameter, under ZeRO 1 to 3.
+"""What moving an EMA teacher costs, under ZeRO 1 to 3: few large collectives, or shares, against one per parameter.
 
 A teacher of a ViT-B/16 (86 million numbers) follows its student on two gloo ranks of one thread each. "one by one"
-reads each parameter with DeepSpeed's own `safe_get_full_fp32_param` and moves it by itself; "together" is
-`Teacher.update` with `Engine.read_weights`. Both run in turn in the same processes; the figures are medians.
+reads each parameter with DeepSpeed's own `safe_get_full_fp32_param` and moves it by itself, whole; "together" is
+`Teacher.update` with `Engine.read_weights`: under ZeRO 3 each rank moves its share of the teacher by its share of the
+student. Both run in turn in the same processes; the figures are medians.
 
     python benchmarks/teacher_update.py [--rounds 5] [--precision fp32|bf16]
 """
@@ -71,9 +72,11 @@ def _measured(stage: int, rounds: int, precision: str) -> dict[str, list[float]]
         whole = parameter if master is None else master
         return whole.detach().float().reshape(getattr(parameter, "ds_shape", parameter.shape))
 
+    whole = [(source, torch.zeros(target.shape)) for source, target in teacher._pairs]
+
     @torch.no_grad()
     def one_by_one() -> None:
-        for source, target in teacher._pairs:
+        for source, target in whole:
             target.lerp_(read_one(source), 1 - MOMENTUM)
 
     ways = {"one by one": one_by_one, "together": lambda: teacher.update(MOMENTUM, engine.read_weights)}

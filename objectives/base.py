@@ -14,6 +14,7 @@ NOT here: schedules of the optimizer (`pretrain.training.engine`), how views are
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from backbones.encoder import Encoder
 from backbones.images.base import ImageEncoder
+from objectives.blocks import outer_blocks
 from objectives.companions import Companion
 from objectives.errors import ObjectiveError
 from objectives.requirements import require_images
@@ -156,27 +158,33 @@ class Objective(nn.Module, ABC):
     def extra_state(self) -> dict[str, Tensor]:
         """All state beside the parameters: persistent buffers, and companions unless they are saved by reference.
 
-        The same on every rank.
+        The same on every rank. A collective when companions are sharded.
         """
-        persistent = self.state_dict().keys()
-        buffers = {f"buffer.{name}": tensor for name, tensor in self.named_buffers() if name in persistent}
-        return buffers | self._tensors_of("whole") | self._tensors_of("sharded")
+        state = self._persistent_buffers()
+        for name, companion in self._saved_companions().items():
+            state |= {f"{name}.{key}": tensor for key, tensor in companion.state_dict().items()}
+        return state
 
     def share_of_state(self, rank: int, num_ranks: int) -> dict[str, Tensor]:
-        """The part of `extra_state` that a rank writes: the first all but what is sharded, each its share of that."""
-        sharded = self._tensors_of("sharded")
-        own = dict(list(sharded.items())[rank::num_ranks])
-        whole = {name: tensor for name, tensor in self.extra_state().items() if name not in sharded}
-        return whole | own if rank == 0 else own
+        """The part of `extra_state` that a rank writes: the first all but what is sharded, each its share of that.
 
-    def _tensors_of(self, saved: str) -> dict[str, Tensor]:
-        """State of the companions that are saved in this way, by `COMPANION.NAME`."""
-        return {
-            f"{name}.{key}": tensor
-            for name, companion in self.companions().items()
-            if companion.saved == saved
-            for key, tensor in companion.state_dict().items()
-        }
+        A collective when companions are sharded.
+        """
+        share = self._persistent_buffers() if rank == 0 else {}
+        writers = itertools.cycle(range(num_ranks))
+        for name, companion in self._saved_companions().items():
+            writer = {key: next(writers) if companion.saved == "sharded" else 0 for key in companion.names()}
+            own = companion.state_dict({key for key in writer if writer[key] == rank})
+            share |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+        return share
+
+    def _persistent_buffers(self) -> dict[str, Tensor]:
+        persistent = self.state_dict().keys()
+        return {f"buffer.{name}": tensor for name, tensor in self.named_buffers() if name in persistent}
+
+    def _saved_companions(self) -> dict[str, Companion]:
+        """Those whose tensors are saved."""
+        return {name: companion for name, companion in self.companions().items() if companion.saved != "reference"}
 
     def references(self) -> dict[str, dict[str, str]]:
         """Location and sha256 of each companion that is saved by reference; JSON-able.
@@ -207,16 +215,19 @@ class Objective(nn.Module, ABC):
 
     @torch.no_grad()
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore from `extra_state`.
+        """Restore from `extra_state`, all of it on each rank.
 
         Raises:
             KeyError: names are missing or unknown.
         """
-        own = self.extra_state()
-        if own.keys() != state.keys():
-            raise KeyError(f"extra state differs in {', '.join(sorted(own.keys() ^ state.keys()))}")
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+        buffers, companions = self._persistent_buffers(), self._saved_companions()
+        names = {f"{name}.{key}" for name, companion in companions.items() for key in companion.names()}
+        if unlike := sorted((names | buffers.keys()) ^ state.keys()):
+            raise KeyError(f"extra state differs in {', '.join(unlike)}")
+        for name, buffer in buffers.items():
+            buffer.copy_(state[name])
+        for name, companion in companions.items():
+            companion.load_state_dict({key: state[f"{name}.{key}"] for key in companion.names()})
 
     def param_groups(self, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
         """Trainable parameters as torch optimizer groups; call it before an engine shards them.
@@ -267,9 +278,7 @@ class Objective(nn.Module, ABC):
         default what is in the lists that are called "blocks", as timm calls them, of the backbone and of anything else
         that is trained; a block within a block is part of that.
         """
-        lists = {name: module for name, module in self.named_modules() if name.rpartition(".")[2] == "blocks"}
-        outer = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-        return [block for module in outer for block in module.children()]
+        return outer_blocks(self)
 
 
 class ImageObjective(Objective):

@@ -1,16 +1,17 @@
 """Companions: modules beside the student that an engine must not see, such as teachers.
 
 An engine casts, shards and steps every parameter that it finds in an objective's module tree. A companion is kept out
-of the tree: each rank holds it whole, in its own type, and the training loop asks `Objective.companions` for all of
-them, to put them on a device and into checkpoints.
+of the tree, in its own type, and the training loop asks `Objective.companions` for all of them, to put them on a device
+and into checkpoints. Each rank holds it whole, unless the engine asks it to `shard`.
 
-Not here: the moving average of a student (`objectives.teacher`).
+Not here: the moving average of a student (`objectives.teacher`), how shards become whole (`objectives.shards`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from backbones.encoder import Encoder
 from backbones.errors import BackboneError
 from backbones.io import read_weights
 from objectives.errors import ObjectiveError
+from objectives.shards import Shards, units_of
 
 __all__ = ["Companion", "Source"]
 
@@ -37,12 +39,14 @@ class Companion:
 
     Attributes:
         part: what of a checkpoint fills it, if a checkpoint does: the exported "backbone", or the "heads" beside it.
-        module: the network. One that is frozen is in evaluation mode.
+        module: the network. One that is frozen is in evaluation mode. Its weights are there to be read only as long as
+            it is not sharded; `state_dict` has them always.
         filled: "student": with the student's weights, at the start of a run; "checkpoint": by `load`, from a file;
             "objective": by `Objective.begin`.
         moves: "ema": towards the student, in the objective's `after_step`; "frozen": never.
         saved: what a training state has of it. "whole": all of it, written by one rank; "sharded": all of it, each rank
-            writes a share; "reference": its `source`, from which it is filled again, so that the file has to be kept.
+            writes some tensors; "reference": its `source`, from which it is filled again, so that the file has to be
+            kept. What is saved whole is saved sharded once it is.
         source: what `load` read; None before, and of one that is filled from the student.
     """
 
@@ -61,6 +65,7 @@ class Companion:
             raise ValueError("a companion is saved by reference only if it is frozen and filled from a checkpoint")
         self.module, self.filled, self.moves, self.saved = module, filled, moves, saved
         self.source: Source | None = None
+        self._shards = Shards([])
         module.requires_grad_(False)
         if moves == "frozen":
             module.eval()
@@ -103,31 +108,78 @@ class Companion:
             )
         network = self.module.network if isinstance(self.module, Encoder) else self.module
         try:
-            self._copy(network.state_dict(), read_weights(file, data), file)
+            weights = read_weights(file, data)
         except BackboneError as error:
             raise ObjectiveError(f"companion's weights {error}") from error
+        parts = {name.partition(".")[0] for name in network.state_dict()}
+        weights = {name: tensor for name, tensor in weights.items() if name.partition(".")[0] in parts}
+        _require_fit(network.state_dict(), weights, file)
+        self._write(network, weights)
         self.source = Source(str(file), digest)
 
-    @torch.no_grad()
-    def _copy(self, own: dict[str, Tensor], weights: dict[str, Tensor], file: Path) -> None:
-        parts = {name.partition(".")[0] for name in own}
-        weights = {name: tensor for name, tensor in weights.items() if name.partition(".")[0] in parts}
-        wrong = sorted(own.keys() ^ weights.keys())
-        wrong += [name for name in sorted(own.keys() & weights.keys()) if own[name].shape != weights[name].shape]
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ObjectiveError(f"companion's weights {file}: do not fit, see {', '.join(wrong[:3])}{more}")
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
-
     def to(self, device: torch.device) -> None:
-        """Move to a device; never to another type."""
+        """Move to a device, before it is sharded; never to another type."""
         self.module.to(device)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers of the module."""
-        return self.module.state_dict()
+    def shard(self) -> None:
+        """From now on this rank holds no more than a share of the weights, which are the same on all ranks now."""
+        self._shards = Shards(units_of(self.module))
+        self.saved = "sharded" if self.saved == "whole" else self.saved
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore from `state_dict`, strictly."""
-        self.module.load_state_dict(state)
+    def whole(self) -> AbstractContextManager[None]:
+        """In this context the module's weights are there to be read on every rank. A collective when it is sharded."""
+        return self._shards.whole()
+
+    def share_of(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank holds of a parameter: its share, or all of it."""
+        return self._shards.share(parameter) if parameter in self._shards else parameter
+
+    def names(self) -> list[str]:
+        """Of parameters and persistent buffers, in the order of `state_dict`."""
+        return list(self.module.state_dict())
+
+    def state_dict(self, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Parameters and persistent buffers of the module. A collective when it is sharded.
+
+        Args:
+            wanted: the names that this rank wants; None: all.
+
+        Returns:
+            The tensors themselves; of what is sharded, whole copies on the CPU, gathered one by one.
+        """
+        return self.state_of(self.module, wanted)
+
+    def state_of(self, module: nn.Module, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The same of a module within this one, such as an encoder's network, by that module's own names."""
+        state = {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            whole = self._shards.read([tensor])[0] if tensor in self._shards else None  # whatever this rank wants
+            if wanted is None or name in wanted:
+                state[name] = tensor.detach() if whole is None else whole.cpu()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore from `state_dict`, each rank from all of it.
+
+        Raises:
+            KeyError: a name is missing.
+        """
+        self._write(self.module, state)
+
+    @torch.no_grad()
+    def _write(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Give all of a module within this one new values."""
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if tensor in self._shards:
+                self._shards.write(tensor, weights[name])
+            else:
+                tensor.copy_(weights[name])
+
+
+def _require_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: Path) -> None:
+    """Raises ObjectiveError for other names or shapes."""
+    wrong = sorted(own.keys() ^ weights.keys())
+    wrong += [name for name in sorted(own.keys() & weights.keys()) if own[name].shape != weights[name].shape]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ObjectiveError(f"companion's weights {file}: do not fit, see {', '.join(wrong[:3])}{more}")

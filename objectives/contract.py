@@ -12,6 +12,7 @@ engines, several ranks, checkpoints.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "check_metrics",
     "check_param_groups",
     "check_pictures",
+    "check_shared_companions",
     "check_state",
     "read_weights",
 ]
@@ -36,8 +38,9 @@ _LATE = Progress(_STEPS - 1, _STEPS)  # the last step: nothing is held back any 
 Batch = dict[str, Tensor]
 
 
-def read_weights(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def read_weights(parameters: Sequence[nn.Parameter], *, shares: bool = False) -> list[Tensor]:
     """What `Objective.after_step` is given where no engine shards anything."""
+    assert not shares, "one process has everything whole"
     return [parameter.detach().float() for parameter in parameters]
 
 
@@ -106,6 +109,15 @@ def check_state(objective: Objective, batch: Batch) -> None:
     raise AssertionError("load_extra_state takes a name that is not its own")
 
 
+def check_shared_companions(objective: Objective, batch: Batch) -> None:
+    """ZeRO-3 has a companion's weights there only while the part runs that they belong to, and the loss is the same."""
+    shared = copy.deepcopy(objective)
+    for companion in shared.companions().values():
+        companion.shard()
+    loss, wanted = shared(batch, _LATE).loss, objective(batch, _LATE).loss
+    assert torch.equal(loss, wanted), "a companion's weights are read while the module that has them does not run"
+
+
 def check_pictures(objective: Objective, batch: Batch) -> None:
     """1 to 16 RGB pictures in [0, 1] per caption that show something; mode and torch's generator stay as they are."""
     state, was_training = torch.get_rng_state(), objective.training
@@ -125,5 +137,6 @@ CHECKS: tuple[Callable[[Objective, Batch], None], ...] = (
     check_forward_changes_no_state,
     check_metrics,
     check_state,
+    check_shared_companions,
     check_pictures,
 )

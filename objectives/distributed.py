@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "foreseen_ranks",
+    "gather_parts",
     "gather_rows",
     "gather_rows_with_gradient",
     "max_over_ranks",
@@ -86,6 +87,16 @@ def gather_rows(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(num_ranks())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def gather_parts(tensor: Tensor) -> Tensor:
+    """Vectors of all ranks as rows, rank 0's first: (n,) -> (W, n) for W ranks; without gradient."""
+    if not _has_group():
+        return tensor[None]
+    rows = tensor.new_empty(num_ranks() * len(tensor))
+    dist.all_gather_into_tensor(rows, tensor.contiguous())
+    return rows.view(num_ranks(), -1)
 
 
 def gather_rows_with_gradient(tensor: Tensor) -> Tensor:

@@ -4,14 +4,16 @@
 
 In bf16 the increments of m near 1 round to nothing, and ZeRO-3 empties parameters between steps. So the teacher is
 kept out of the objective's module tree, where no engine finds it to cast or shard it: every rank holds it whole, and
-updates it alike from what `read` makes of the student's parameters.
+updates it alike from what `read` makes of the student's parameters. Under ZeRO-3 each rank holds a share of it, cut as
+the student is, and moves that by its own share of the student: nothing travels for it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from timm.layers import PatchDropout, PatchDropoutWithIndices
@@ -23,13 +25,23 @@ from objectives.schedules import half_cosine
 
 __all__ = ["ReadWeights", "Teacher", "cosine_momentum"]
 
-# The whole float32 values of some parameters, wherever an engine keeps them. One collective when they are sharded.
-ReadWeights = Callable[[Sequence[nn.Parameter]], list[Tensor]]
-
 # Numbers that are read and moved at a time. Between GPUs each message costs latency: few large ones, of at most 128
 # MiB. On CPUs they go through memory, and pieces that stay in the cache are faster (`benchmarks/teacher_update.py`).
 _CHUNK = {"cpu": 2**22}
 _LARGE_CHUNK = 2**25
+
+
+class ReadWeights(Protocol):
+    """The float32 values of a student's parameters, wherever an engine keeps them."""
+
+    def __call__(self, parameters: Sequence[nn.Parameter], *, shares: bool = False) -> list[Tensor]:
+        """All ranks ask for the same parameters, in the same order.
+
+        Args:
+            parameters: of the student.
+            shares: of each this rank's share as `objectives.shards` cuts it, which costs nothing where an engine shards
+                parameters, instead of the whole value, which is a collective there.
+        """
 
 
 def cosine_momentum(start: float, step: int, total_steps: int) -> float:
@@ -71,27 +83,36 @@ class Teacher(Companion):
     def update(self, momentum: float, read: ReadWeights) -> None:
         """Move towards the student; `momentum` in [0, 1] is the share that stays."""
         move = get_ema_multi_avg_fn(momentum)
-        for sources, targets in self._chunks():
-            values = [value.to(target) for value, target in zip(read(sources), targets, strict=True)]
-            move(targets, values, 0)  # targets.lerp_(values, 1 - momentum), all at once
+        whole = [pair for pair in self._pairs if self.share_of(pair[1]) is pair[1]]
+        for sources, targets in _chunks(whole):
+            move(targets, [value.to(target) for value, target in zip(read(sources), targets, strict=True)], 0)
+        shares = [
+            (source, self.share_of(target)) for source, target in self._pairs if self.share_of(target) is not target
+        ]
+        for sources, targets in _chunks(shares):
+            values = read(sources, shares=True)
+            move(targets, [value.to(target) for value, target in zip(values, targets, strict=True)], 0)
 
-    def _chunks(self) -> Iterator[tuple[list[nn.Parameter], list[nn.Parameter]]]:
-        """Sources and targets of about `_CHUNK` numbers each, in order."""
-        pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
-        largest = _CHUNK.get(self._pairs[0][1].device.type, _LARGE_CHUNK) if self._pairs else 0
-        size = 0
-        for pair in self._pairs:
-            if pairs and size + pair[1].numel() > largest:
-                yield [source for source, _ in pairs], [target for _, target in pairs]
-                pairs, size = [], 0
-            pairs.append(pair)
-            size += pair[1].numel()
-        if pairs:
-            yield [source for source, _ in pairs], [target for _, target in pairs]
+    @torch.no_grad()
+    def copy_student(self) -> None:
+        """Become the student, frozen parameters included, before an engine has either."""
+        for source, target in self._pairs:
+            target.copy_(source)
 
-    def copy_from(self, read: ReadWeights) -> None:
-        """Become the student, frozen parameters included."""
-        self.update(0.0, read)
+
+def _chunks(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[tuple[list[nn.Parameter], list[Tensor]]]:
+    """Sources and targets of about `_CHUNK` numbers each, in order."""
+    chunk: list[tuple[nn.Parameter, Tensor]] = []
+    largest = _CHUNK.get(pairs[0][1].device.type, _LARGE_CHUNK) if pairs else 0
+    size = 0
+    for pair in pairs:
+        if chunk and size + pair[1].numel() > largest:
+            yield [source for source, _ in chunk], [target for _, target in chunk]
+            chunk, size = [], 0
+        chunk.append(pair)
+        size += pair[1].numel()
+    if chunk:
+        yield [source for source, _ in chunk], [target for _, target in chunk]
 
 
 def _drop_nothing(network: nn.Module) -> None:

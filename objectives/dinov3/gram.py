@@ -87,4 +87,4 @@ class GramTeacher(Companion):
     def take(self, teacher: Teacher) -> None:
         """Become the teacher's backbone."""
         for own, value in zip(self.module.parameters(), teacher.backbone.parameters(), strict=True):
-            own.copy_(value)
+            self.share_of(own).copy_(teacher.share_of(value))  # both are whole, or both are cut alike

@@ -189,8 +189,8 @@ class TrainConfig:
     accumulation: int | None = setting("forward passes per optimizer step; null: derived", None, range=(1, None))
     workers: int = setting("training processes", 2, range=(1, 65536))
     zero_stage: int | None = setting(
-        "what DeepSpeed ZeRO shards: 0 nothing, 1 optimizer, 2 + gradients, 3 + parameters; null: 0 in fp32 with one "
-        "worker, on CPUs or with an optimizer that needs it, else 1",
+        "what DeepSpeed ZeRO shards: 0 nothing, 1 optimizer, 2 + gradients, 3 + parameters and teachers; null: 0 in "
+        "fp32 with one worker, on CPUs or with an optimizer that needs it, else 1",
         None,
         range=(0, 3),
     )

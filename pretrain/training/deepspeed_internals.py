@@ -44,6 +44,7 @@ __all__ = [
     "importing_without_mlflow",
     "leave_averaging_to_us",
     "leave_out_shared_memory_op",
+    "master_share",
     "master_slice",
     "reading_tensors_only",
     "reading_universal",
@@ -189,6 +190,17 @@ def master_slice(parameter: torch.nn.Parameter) -> tuple[int, torch.Tensor] | No
     """Where in the flat parameter this rank's slice of its float32 master starts, and the slice; None: it has none."""
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     return None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment())
+
+
+def master_share(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """ZeRO-3: this rank's part of a parameter in float32, flat. A frozen one is as precise as the engine's type."""
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    if not parameter.requires_grad:
+        frozen: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        return frozen.detach().float()
+    share: torch.Tensor = safe_get_local_fp32_param(parameter)
+    return share.flatten()
 
 
 def gradient_share(parameter: nn.Parameter) -> torch.Tensor | None:

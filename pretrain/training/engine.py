@@ -14,6 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from pretrain.config.schema import Recipe
 from pretrain.training import deepspeed_internals
 from pretrain.training.blocks import compile_blocks, recompute_blocks
 from pretrain.training.gradients import Gradients
-from pretrain.training.master_weights import read_weights
+from pretrain.training.master_weights import read_shares, read_weights
 from pretrain.training.optimizers import create_optimizer
 from pretrain.training.running_statistics import RunningStatistics
 from pretrain.training.torch_internals import loopback_store
@@ -171,8 +172,11 @@ class Engine:
         self._guard = _StepGuard(torch_optimizer)
         _prepare_blocks(objective, recipe)
         companions = objective.companions().values()
+        stage = recipe.train.zero_stage or 0
         for companion in companions:
             companion.to(device)
+            if stage == 3 and dist.get_world_size() > 1:
+                companion.shard()
         with warnings.catch_warnings(), deepspeed_internals.compiling_at_first_call():
             warnings.simplefilter("ignore")  # deprecations inside DeepSpeed that a user can do nothing about
             self._engine, *_ = deepspeed.initialize(
@@ -185,7 +189,7 @@ class Engine:
         self._statistics = RunningStatistics([objective, *moving])
         self.objective = objective
         self.device = device
-        self.stage = recipe.train.zero_stage or 0
+        self.stage = stage
         self.precision = recipe.train.precision
         self._gradients = Gradients(objective, objective.part_of, self.stage, REDUCE_BUCKET_ELEMENTS)
         if self.stage == 0:
@@ -292,9 +296,14 @@ class Engine:
             torch.nn.utils.clip_grads_with_norm_(self.objective.parameters(), self._clip_grad, norms["grad_norm"])
         return norms if is_logged else {}
 
-    def read_weights(self, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
-        """The whole float32 values of parameters; see `master_weights.read_weights`. A collective under ZeRO."""
-        return read_weights(parameters, self.stage)
+    def read_weights(self, parameters: Sequence[torch.nn.Parameter], *, shares: bool = False) -> list[torch.Tensor]:
+        """The float32 values of parameters, see `objectives.teacher.ReadWeights` and `master_weights`.
+
+        Args:
+            parameters: Of the objective.
+            shares: Only this rank's; for ZeRO stage 3. Whole ones are a collective under ZeRO.
+        """
+        return read_shares(parameters) if shares else read_weights(parameters, self.stage)
 
     def state_bytes(self) -> int:
         """About what `save` writes on this rank: weights, their float32 masters and two moments of each."""
@@ -314,12 +323,16 @@ class Engine:
             is_wanted: False: this rank takes part in the collective only, and gets and copies nothing.
         """
         exported = self.objective.exported
-        weights = exported.weights()  # order and persistent buffers, as the encoder's own
-        own = self.objective.backbone
-        names, parameters = zip(*own.network.named_parameters(), strict=True)
-        full = dict(zip(names, self.read_weights(parameters), strict=True)) if exported is own else {}
+        full: dict[str, torch.Tensor] = {}
+        if exported is self.objective.backbone:
+            names, parameters = zip(*exported.network.named_parameters(), strict=True)
+            full = dict(zip(names, self.read_weights(parameters), strict=True))
+        for companion in self.objective.companions().values():
+            if exported in companion.module.modules():
+                full = companion.state_of(exported.network, wanted=None if is_wanted else ())
         if not is_wanted:
             return {}
+        weights = exported.weights()  # order and persistent buffers, as the encoder's own
         return {name: full.get(name, tensor.detach()).to("cpu", copy=True) for name, tensor in weights.items()}
 
     def pictures(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -327,7 +340,10 @@ class Engine:
         import deepspeed
 
         parameters = list(self.objective.parameters()) if self.stage == 3 else []
-        with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
+        with ExitStack() as gathered:
+            gathered.enter_context(deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3))
+            for companion in self.objective.companions().values():
+                gathered.enter_context(companion.whole())
             return self.objective.pictures(batch)
 
     def save(self, directory: Path) -> None:

@@ -100,7 +100,7 @@ def take_over(objective: Objective, weights: Mapping[str, Tensor], init_with: st
         if not mine.isdisjoint(loaded | resampled):
             continue
         if isinstance(companion, Teacher):
-            companion.copy_from(lambda parameters: [parameter.detach() for parameter in parameters])
+            companion.copy_student()
             copied |= mine
         elif companion.filled != "student":
             own = {key: tensor for key, tensor in own.items() if key not in mine}

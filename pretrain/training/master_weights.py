@@ -1,4 +1,4 @@
-"""The whole float32 weights of many parameters, wherever DeepSpeed keeps them, in one collective.
+"""The float32 weights of many parameters, wherever DeepSpeed keeps them: whole, in one collective, or a rank's shares.
 
 `deepspeed.utils.safe_get_full_fp32_param` does the same for one parameter with a collective each: hundreds of small
 messages where a few large ones do. The values are the same, bit for bit.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.training import deepspeed_internals
 
-__all__ = ["read_weights"]
+__all__ = ["read_shares", "read_weights"]
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def read_weights(parameters: Sequence[nn.Parameter], stage: int) -> list[Tensor]
         Tensors that may share memory with the parameters: read them before the next step. A frozen parameter has no
         float32 master: its value is as precise as the engine's type.
     """
-    elsewhere = [p for p in parameters if p.requires_grad and not (stage < 3 and p.dtype == torch.float32)]
+    elsewhere = [p for p in parameters if stage == 3 or (p.requires_grad and p.dtype != torch.float32)]
     found = (_joined if stage == 3 else _summed)(elsewhere) if elsewhere else []
     masters = dict(zip(map(id, elsewhere), found, strict=True))
     return [
@@ -42,11 +42,18 @@ def read_weights(parameters: Sequence[nn.Parameter], stage: int) -> list[Tensor]
     ]
 
 
-def _joined(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """ZeRO-3: each rank has a part of every parameter, of one length on all ranks; the last part ends in padding."""
-    from deepspeed.utils import safe_get_local_fp32_param
+@torch.no_grad()
+def read_shares(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """ZeRO-3: of every parameter this rank's part, flat and of one length on all ranks; the last ones end in padding.
 
-    parts = [safe_get_local_fp32_param(parameter).flatten() for parameter in parameters]
+    They may share memory with the parameters: read them before the next step.
+    """
+    return [deepspeed_internals.master_share(parameter) for parameter in parameters]
+
+
+def _joined(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """ZeRO-3: what the shares of all ranks make together."""
+    parts = read_shares(parameters)
     own = torch.cat(parts)
     gathered = own.new_empty(dist.get_world_size() * len(own))
     dist.all_gather_into_tensor(gathered, own)  # all ranks: each needs every part

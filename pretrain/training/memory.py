@@ -1,7 +1,7 @@
 """What the weights of a training take of a worker's memory: arithmetic on a model that need not exist yet.
 
 The partitions of ZeRO (S. Rajbhandari et al., 2019, arXiv:1910.02054) as DeepSpeed makes them, with the copies that it
-keeps beside them.
+keeps beside them. `benchmarks/zero_memory.py` counts the same in running processes.
 
 Not here: activations, what DeepSpeed offloads to another memory if a recipe's `deepspeed:` says so, and the moments
 before training, in which a process builds the model whole.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from objectives.base import Objective
+from objectives.shards import units_of
 from pretrain.config.schema import Recipe
 from pretrain.training.engine import deepspeed_config
 
@@ -74,7 +75,7 @@ def memory_of(recipe: Recipe, objective: Objective, device: torch.device) -> Mem
     ]
     trained, largest = sum(map(sum, groups)), max(map(sum, groups))
     moments = 4 * _MOMENTS.get(optimizer.name, 2)
-    companions = _companions(objective)
+    companions = _companions(objective, num_ranks if stage == 3 else 1)
     if stage == 0:
         travelling = 4 * min(trained, zero["reduce_bucket_size"]) if num_ranks > 1 else 0
         return Memory(4 * sum(sizes), moments * trained, companions, 4 * trained + travelling, 4 * trained)
@@ -88,21 +89,24 @@ def memory_of(recipe: Recipe, objective: Objective, device: torch.device) -> Mem
         weights = width * (sum(sizes) // num_ranks + small)
         gradients = width * trained // num_ranks + bucket  # which it never frees
         gathered = width * min(sum(sizes), zero.get("stage3_max_live_parameters", _MOST_GATHERED))
-        return Memory(weights, shares, companions, gradients + gathered, gradients + copy)
+        return Memory(weights, shares, companions, gradients + bucket + gathered, gradients + copy)
     own = width * _largest_partition(groups, num_ranks)
-    if is_overlapped:  # gradients travel, and others' are dropped, as they come
-        backward, kept = own + 2 * bucket, own
-    elif stage == 2:
-        backward, kept = own + bucket, own
-    else:
+    if stage == 1 and not is_overlapped:  # all gradients are there before the first of them travel
         backward, kept = width * trained + own + bucket, width * trained
+    else:  # one buffer is filled, if they overlap, while another travels, as a copy
+        backward, kept = own + (3 if is_overlapped else 2) * bucket, own
     return Memory(width * sum(sizes), shares, companions, backward, kept + copy)
 
 
-def _companions(objective: Objective) -> int:
-    """Bytes of all companions, which each worker has whole."""
-    states = (companion.state_dict().values() for companion in objective.companions().values())
-    return sum(tensor.nbytes for state in states for tensor in state)
+def _companions(objective: Objective, num_ranks: int) -> int:
+    """Bytes of all companions where what can be shared is shared among so many."""
+    size = 0
+    for companion in objective.companions().values():
+        shared = {parameter for unit in units_of(companion.module) for parameter in unit.parameters()}
+        for tensor in companion.module.state_dict(keep_vars=True).values():
+            numbers = -(-tensor.numel() // num_ranks) if tensor in shared else tensor.numel()
+            size += numbers * tensor.element_size()
+    return size
 
 
 def _largest_partition(groups: list[list[int]], num_ranks: int) -> int:

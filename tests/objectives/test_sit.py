@@ -168,7 +168,7 @@ def test_golden__six_steps_with_a_teacher(golden_sit, golden_batch, monkeypatch,
     golden = GOLDEN["sit"]["trajectory"]
     dtype, tolerance = (torch.float64, 1e-9) if precision == "f64" else (torch.float32, 2e-5)
     sit = golden_sit(dtype)
-    sit.teacher.copy_from(list)
+    sit.teacher.copy_student()
     optimizer = torch.optim.AdamW(sit.param_groups(weight_decay=1.0), lr=0.0)
     losses = {"loss": [], "c_loss": [], "r_loss": []}
     for step, (lr, weight_decay) in enumerate(zip(golden["lr"], golden["wd"], strict=True)):
