@@ -291,8 +291,9 @@ def _check_optimizer(draft: Recipe, mistakes: Mistakes) -> None:
         if key == "optimizer.warmup_steps":
             problem, remedy = f"has to be below train.steps={steps}", f"expected a whole number in [0, {steps - 1}]"
         mistakes.add(key, mistakes.written(key), f"{problem}; {remedy}")
-    decay, left = optimizer.decay_steps or 0, steps - warmup
-    if mistakes.sound("optimizer.decay_steps", "optimizer.warmup_steps", "train.steps") and decay > left:
+    decay, left = optimizer.decay_steps, steps - warmup
+    is_sound = mistakes.sound("optimizer.decay_steps", "optimizer.warmup_steps", "train.steps")
+    if is_sound and decay is not None and 0 < left < decay:
         problem = f"train.steps={steps} leaves {left} after the warm-up; give as many or fewer, or null"
         mistakes.add("optimizer.decay_steps", decay, problem)
 
