@@ -133,14 +133,14 @@ def test_in_all__is_the_fullest_moment_of_a_step() -> None:
 
 
 def test_memory__of_a_7b_model_on_256_gpus() -> None:
-    """In bf16 and ZeRO 3: masters and moments are shared by all, teacher and anchor are whole and in float32."""
+    """In bf16 and ZeRO 3: masters and moments are shared by all, and so are teacher and anchor in float32."""
     _, second, _ = load_plan("dinov3_vit7b", ["data.root=unused"], check_files=False).stages
     with torch.device("meta"):
         objective = build_objective(second.recipe)
     numbers = sum(parameter.numel() for parameter in objective.parameters())
     assert 7.0e9 < numbers < 7.2e9
     memory = memory_of(second.recipe, objective, torch.device("cuda"))
-    assert memory.companions == pytest.approx(4 * (2 * numbers - 0.31e9), rel=0.001)  # the anchor has no heads
+    assert memory.companions == pytest.approx(4 * (2 * numbers - 0.31e9) / 256, rel=0.01)  # the anchor has no heads
     assert memory.optimizer == pytest.approx(12 * numbers / 256, rel=0.01)
     assert memory.total - memory.companions < 4e9
 
