@@ -51,8 +51,8 @@ OPTIONS = {"depth": 3, "embed_dim": 48, "num_heads": 3}
 def _recipe(name: str, stage: int) -> Recipe:
     backbone = ImageConfig("vit_tiny_patch16_224", 32, 8, options=OPTIONS | {"drop_path_rate": 0.1})
     if name == "dinov3":
-        # LayerScale 1: its default of 1e-5 makes all images alike at first, and KoLeo's logarithm of their distances then
-        # is rounding.
+        # LayerScale 1: its default of 1e-5 makes all images alike at first, and KoLeo's logarithm of their distances is
+        # then rounding.
         options = OPTIONS | {"num_reg_tokens": 1, "init_values": 1.0}
         backbone = ImageConfig("vit_small_patch16_dinov3_qkvb", 32, 8, options=options)
     return Recipe(

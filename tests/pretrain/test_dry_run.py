@@ -66,7 +66,7 @@ def test_dry_run__a_stage_as_it_is_read(
         "          weights                                   4.3     4.3     4.3     6.5",
         "          masters, moments                          8.7     6.5     6.5     6.5",
         "          gradients, buffers                        8.7   207.1   402.7   406.5",
-        "          teacher and gram                          7.6     7.6     7.6     7.6",
+        "          teacher and gram                          7.6     7.6     7.6     3.8",
         "          [0] is train.zero_stage",
         "          activations are those of 32 samples",
         "disk      every 300 steps a backbone of 3.3 MB, heads of 1.1 MB and a training",
