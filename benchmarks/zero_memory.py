@@ -84,7 +84,7 @@ def held(engine: Any) -> dict[str, int]:
     companions: list[torch.Tensor] = []
     for companion in engine.objective.companions().values():
         for parameter in companion.module.parameters():
-            companions += [parameter.data, companion.part(parameter)]
+            companions += [parameter.data, companion.share_of(parameter)]
     gradients = [tensor.grad for tensor in [*parameters, *masters] if tensor.grad is not None]
     gradients += tensors_in(vars(wrapped).get(name) for name in ("averaged_gradients", "all_grad_tensors"))
     gradients += tensors_in([getattr(wrapped, "grad_partitions_flat_buffer", None)])
