@@ -85,13 +85,20 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_run__last_checkpoint_is_evaluated_where_its_trainers_were(recipe: Path, tmp_path: Path) -> None:
-    """A GPU that is declared and not there: Ray hands it out, and torch computes on the CPU all the same."""
+    """A GPU that is declared and not there: Ray hands it out, and torch computes on the CPU all the same.
+
+    Earlier checkpoints are evaluated on the CPU, unless training was over before the driver looked at them.
+    """
     settings = [f"storage={tmp_path}/storage", "train.workers=1", "cluster.gpus_per_worker=1", "train.steps=4"]
     command = [sys.executable, "-c", _TELLS_OF_TASKS, "run", str(recipe), *settings, "train.checkpoint_every=2"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     tasks = [line.split()[1:] for line in run.stdout.splitlines() if line.startswith("task ")]
-    assert sorted(tasks) == [["0", "0.0", "cpu"], ["2", "0.0", "cpu"], ["4", "1.0", "None"]]
+    beside_trainers, after_them = ["0.0", "cpu"], ["1.0", "None"]
+    places = {step: place for step, *place in tasks}
+    assert sorted(places) == ["0", "2", "4"] and len(tasks) == 3
+    assert places["4"] == after_them
+    assert all(places[step] in (beside_trainers, after_them) for step in ("0", "2"))
     (scores,) = (tmp_path / "storage").glob("small-*/evaluations.jsonl")
     assert {event.step for event in read_events(scores)[0] if isinstance(event, Evaluated)} == {0, 2, 4}
 
