@@ -134,6 +134,12 @@ class Companion:
         """What this rank holds of a parameter: its share, or all of it."""
         return self._shards.share(parameter) if parameter in self._shards else parameter
 
+    def release(self) -> None:
+        """Give its memory back; it is of no use afterwards. Whatever shares the tensors keeps them."""
+        self._shards.release()
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            tensor.data = tensor.new_empty(0)
+
     def names(self) -> list[str]:
         """Of parameters and persistent buffers, in the order of `state_dict`."""
         return list(self.module.state_dict())

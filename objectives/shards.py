@@ -62,6 +62,11 @@ class Shards:
         """This rank's part, (ceil(n / R),)."""
         return self._shares[parameter]
 
+    def release(self) -> None:
+        """Give the memory of the shares back; nothing can be gathered any more."""
+        for share in self._shares.values():
+            share.data = share.new_empty(0)
+
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Give a parameter a value: whole, in its shape, and the same on all ranks."""
         self._shares[parameter].copy_(_share(value))

@@ -137,8 +137,9 @@ def _read_in_every_setting(weights: Path) -> dict[str, bool]:
         expected = {name: old.lerp(many[name], 1 - 0.9) for name, old in before.items()}
         moved = [torch.equal(expected[name], value) for name, value in teacher.state_dict().items()]
         is_moved = not any(torch.equal(before[name], expected[name]) for name in expected)
+        held = (*parameters, *teacher.module.parameters(), *map(teacher.share_of, teacher.module.parameters()))
         engine.close()
-        is_freed = not any(parameter.numel() for parameter in parameters)
+        is_freed = not any(tensor.numel() for tensor in held)
         found[f"{precision}-{stage}"] = all(same) and all(moved) and is_moved and is_freed
     return found
 
