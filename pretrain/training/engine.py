@@ -408,7 +408,7 @@ class Engine:
             shutil.rmtree(scratch)
 
     def close(self) -> None:
-        """Free the memory of model, companions and optimizer, which hooks of DeepSpeed hold beyond the engine's life."""
+        """Free the memory of model, companions and optimizer: hooks of DeepSpeed hold them beyond the engine's life."""
         for companion in self.objective.companions().values():
             companion.release()
         deepspeed_internals.release(self._engine)
