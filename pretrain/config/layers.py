@@ -112,10 +112,13 @@ def _choose_backbone(
 ) -> tuple[type | None, int]:
     """The settings class of the kind of backbone, as `_choose_objective` finds that of the objective."""
     kind, source, first = _named("backbone", "kind", backbones.IMAGE, contents, pairs)
+    name, name_source, first_named = _named("backbone", "name", None, contents, pairs)
+    by_name = backbones.has_settings_by_name(str(kind))
     try:
-        return backbones.config_class(str(kind)), first
+        return backbones.config_class(str(kind), name), max(first, first_named) if by_name else first
     except BackboneError as error:
-        mistakes.add("backbone.kind", kind, str(error), origin=source)
+        key, value, origin = ("name", name, name_source) if by_name else ("kind", kind, source)
+        mistakes.add(f"backbone.{key}", value, str(error), origin=origin)
     mistakes.distrust("backbone")
     return None, first
 

@@ -167,7 +167,7 @@ def test_kinds__mistakes_are_one_line(plugin_kind):
 def test_from_spec__kind_that_is_not_installed_is_named(plugin_kind):
     plugin_kind(SeriesEncoder)
     spec = registry.from_config(SeriesConfig()).spec | {"kind": "sound", "library": "their.models:Sound"}
-    with pytest.raises(BackboneError, match=r"of kind 'sound' are not installed .* their\.models:Sound, .* their$"):
+    with pytest.raises(BackboneError, match=r"of kind 'sound' is not installed .* their\.models:Sound, .* their$"):
         from_spec(spec)
 
 

@@ -293,7 +293,7 @@ def test_load_recipe__kind_of_backbone_chooses_its_settings(minimal: str, monkey
         dim: int = field(default=4, metadata={"range": (1, 64)})
 
     find = backbones.config_class
-    monkeypatch.setattr(backbones, "config_class", lambda kind: SeriesConfig if kind == "series" else find(kind))
+    monkeypatch.setattr(backbones, "config_class", lambda kind, name: SeriesConfig if kind == "series" else find(kind))
     assert load_recipe(minimal, ["backbone.kind=image"]).backbone == load_recipe(minimal).backbone
     recipe = load_recipe(minimal, ["backbone.kind=series", "backbone.dim=6"])
     assert recipe.backbone == SeriesConfig(dim=6)  # the file's settings, of images, do not count
