@@ -7,7 +7,7 @@ split. Reading shards belongs to `data_pipelines`; resizing and features to `ext
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipelines.decode import IMAGE_FIELDS, decode_label, decode_mask
+from data_pipelines.decode import IMAGE_FIELDS, decode_array, decode_label, decode_mask
 from data_pipelines.errors import DataError
 from data_pipelines.fields import decode_field, label_mix_up
 from data_pipelines.shards.dataset import Dataset, open_dataset
 from data_pipelines.split_names import held_out
 from evaluation.keys import digest_of
-from evaluation.protocol import EvaluationError, Protocol
+from evaluation.protocol import LABELS, EvaluationError, Label, Protocol
 
 __all__ = ["IGNORED", "EvaluationData", "LabelMaps", "OpenedData", "class_label"]
 
@@ -54,7 +54,7 @@ class EvaluationData:
                 raise EvaluationError(f"evaluation data {self.name!r}: no {prefix}-*.tar in {root}")
             splits[split] = dataset = open_dataset(str(root / f"{prefix}-*.tar"))
             dataset.require_field(*inputs)
-            dataset.require_field(spec.label)
+            dataset.require_field(*spec.target_label.fields)
         description = splits["train"].description
         opened = OpenedData(
             name=self.name,
@@ -64,7 +64,7 @@ class EvaluationData:
             ignore_index=description.get("ignore_index", DEFAULT_IGNORE_INDEX),
             sequences=_sequences(description),
         )
-        if spec.label == "seg.png" and opened.num_classes is None:
+        if spec.target_label.axes and opened.num_classes is None:
             raise EvaluationError(
                 f"evaluation data {self.name!r}: {root / 'dataset.json'} must list `classes` for dense labels"
             )
@@ -100,37 +100,80 @@ class OpenedData:
 
 
 class LabelMaps:
-    """Dense labels of one split, decoded when asked for and never resized."""
+    """Dense labels of one split, decoded when asked for and never resized.
 
-    def __init__(self, dataset: Dataset, *, num_classes: int, ignore_index: int | None, sequences: dict[str, str]):
+    Args:
+        dataset: holds the samples.
+        label: where they have their labels.
+        lay: brings the labels of a sample to where the backbone saw it: `lay(labels, sample)`. None: maps of any size
+            lie over the whole input.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        num_classes: int,
+        ignore_index: int | None,
+        sequences: dict[str, str],
+        label: Label = LABELS["seg.png"],
+        lay: Callable[[npt.NDArray[np.int64], Mapping[str, Any]], npt.NDArray[np.int64]] | None = None,
+    ):
         self._dataset = dataset
         self._ignore_index = ignore_index
         self._sequences = sequences
+        self._label = label
+        self._lay = lay
         self.num_classes = num_classes
 
     def __len__(self) -> int:
         return int(self._dataset.num_samples)
 
     def read(self, sample_idx: int) -> tuple[npt.NDArray[np.int64], str | None]:
-        """Returns the label map (H, W), `IGNORED` where ignored, and the sequence of the sample, if it has one.
+        """Returns the label map (H, W) or (X, Y, Z), `IGNORED` where ignored, and the sequence of the sample or None.
 
         Raises:
             EvaluationError, DataError: it does not decode, or has a value that is no class; names the sample.
         """
         sample = self._dataset.read(sample_idx)
         key = str(sample["__key__"])
+        field = next(name for name in self._label.fields if name in sample)
         try:
-            labels = decode_mask(sample["seg.png"]).astype(np.int64)
+            labels = _decoded(sample[field], field, self._label)
         except DataError as error:
-            raise DataError(f"{self._dataset.where(sample_idx)}, field seg.png: {error}") from None
-        if self._ignore_index is not None:
-            labels[labels == self._ignore_index] = IGNORED
-        if labels.max() >= self.num_classes:
+            raise DataError(f"{self._dataset.where(sample_idx)}, field {field}: {error}") from None
+        is_ignored = np.zeros(labels.shape, bool) if self._ignore_index is None else labels == self._ignore_index
+        if wrong := [value for value in _bounds(labels[~is_ignored]) if not 0 <= value < self.num_classes]:
             raise EvaluationError(
-                f"sample {key!r}: label {labels.max()} in seg.png, but dataset.json lists {self.num_classes} classes "
+                f"sample {key!r}: label {wrong[-1]} in {field}, but dataset.json lists {self.num_classes} classes "
                 f"and ignore_index {self._ignore_index}"
             )
-        return labels, self._sequences.get(key)
+        labels[is_ignored] = IGNORED
+        try:
+            return labels if self._lay is None else self._lay(labels, sample), self._sequences.get(key)
+        except (DataError, EvaluationError) as error:
+            raise type(error)(f"sample {key!r}: {error}") from None
+
+
+def _decoded(content: bytes, field: str, label: Label) -> npt.NDArray[np.int64]:
+    """A map of class indices of `label.axes` axes.
+
+    Raises:
+        DataError: the bytes are none; says what they are.
+    """
+    if field.endswith(".png"):
+        return decode_mask(content).astype(np.int64)
+    values = decode_array(content, label.array if content.startswith(b"PK") else None)
+    if values.dtype.kind not in "biu" or values.ndim != label.axes:
+        raise DataError(
+            f"labels are an array {values.dtype} {values.shape}; they must be whole numbers in {label.axes} axes"
+        )
+    return values.astype(np.int64)
+
+
+def _bounds(labels: npt.NDArray[np.int64]) -> tuple[int, ...]:
+    """Least and greatest; none of none."""
+    return (int(labels.min()), int(labels.max())) if labels.size else ()
 
 
 def class_label(sample: Mapping[str, Any], classes: Sequence[str] | None) -> int:

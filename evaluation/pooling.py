@@ -1,7 +1,8 @@
-"""One vector per image for heads on pooled features: [CLS, mean of patches], standardised by the training images.
+"""One vector per sample for heads on pooled features: [CLS, mean of patches], standardised by the training samples.
 
 Both tokens, because which of the two holds what an objective has learned differs from objective to objective, and
-standardised, because a few features of large scale would decide otherwise.
+standardised, because a few features of large scale would decide otherwise. Of point clouds, which have no CLS token,
+it is [maximum, mean] of the tokens, as is the custom since PointNet.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ STD_FLOOR = 1e-6  # below this a feature is constant and carries nothing
 
 
 def joined(split: Pooled) -> Tensor:
-    """[CLS, mean of patches] (n, 2 D), or the mean alone for backbones without CLS."""
-    return split.patch_mean if split.cls is None else torch.cat((split.cls, split.patch_mean), dim=1)
+    """[CLS, maximum, mean] of the tokens (n, 1 to 3 D): those of them that the kind of backbone has."""
+    parts = [part for part in (split.cls, split.patch_max, split.patch_mean) if part is not None]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else split.patch_mean
 
 
 def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,9 @@ from typing import Any, Literal, TypeVar
 __all__ = [
     "CI_SUFFIXES",
     "FRACTION",
+    "LABELS",
     "EvaluationError",
+    "Label",
     "Metric",
     "Protocol",
     "best",
@@ -64,6 +66,31 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Label:
+    """Where samples hold what a protocol predicts, and of which form it is.
+
+    Attributes:
+        fields: Sample fields of which one holds it, the preferred first.
+        axes: Of the map of class indices that it is, 2 of an image and 3 of a volume; 0: one index for the sample.
+        array: Which array of an npz it is.
+    """
+
+    fields: tuple[str, ...]
+    axes: int = 0
+    array: str = "label"
+
+
+# What `Protocol.label` may be.
+LABELS: Mapping[str, Label] = MappingProxyType(
+    {
+        "cls": Label(("cls",)),
+        "seg.png": Label(("seg.png",), axes=2),
+        "seg.npy": Label(("seg.npy", "labels.npy", "npz"), axes=3),
+    }
+)
+
+
+@dataclass(frozen=True)
 class Protocol:
     """One way to evaluate a frozen backbone.
 
@@ -72,13 +99,14 @@ class Protocol:
             `score(train, test, *, num_classes, params, seed, device) -> Outcome`.
         version: Raised whenever the code behind `target` changes what it computes.
         tokens: "pooled" gives the head `extract.Pooled` (CLS and mean of patches), "patches" gives `extract.Dense`.
-        label: Sample field that holds the target, "cls" or "seg.png".
+        label: What the target is, a key of `LABELS`: "cls" the class of a sample, "seg.png" a map of classes over an
+            image, "seg.npy" one over a volume.
         metrics: What the head reports. A plain name is accepted and means a fraction of which more is better. The
             headline is the one that says so, else the first that has a direction.
         params: Every number the head depends on.
 
     Raises:
-        EvaluationError: No metric has a direction, a name occurs twice, or more than one is the headline.
+        EvaluationError: An unknown label, no metric with a direction, a name twice, or more than one headline.
     """
 
     name: str
@@ -86,11 +114,13 @@ class Protocol:
     target: str
     version: int
     tokens: Literal["pooled", "patches"]
-    label: Literal["cls", "seg.png"]
+    label: str
     metrics: tuple[Metric, ...]
     params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
+        if self.label not in LABELS:
+            raise EvaluationError(f"protocol {self.name!r}: label={self.label!r}; known are {', '.join(LABELS)}")
         try:
             object.__setattr__(self, "metrics", described(self.metrics))
         except EvaluationError as error:
@@ -100,6 +130,11 @@ class Protocol:
     def headline(self) -> Metric:
         """The metric that stands for the protocol."""
         return next(metric for metric in self.metrics if metric.headline)
+
+    @property
+    def target_label(self) -> Label:
+        """Where samples hold the target."""
+        return LABELS[self.label]
 
 
 def described(metrics: Iterable[Metric | str]) -> tuple[Metric, ...]:

@@ -72,8 +72,8 @@ def evaluate(
     reported = [metric.name for metric in spec.metrics]
     weights, architecture = weights_digest(checkpoint), architecture_of(checkpoint)
     extraction = extraction_of(architecture.get("kind", "image"))
-    opened = data.open(spec, extraction.inputs)
     recipe = feature_recipe(extraction, spec, architecture, image_size)
+    opened = data.open(spec, extraction.inputs)
     features_of = feature_facts(weights, recipe, opened.digest)
     facts = {"protocol": spec.name, "version": spec.version, "params": dict(spec.params), "seed": seed}
     key = digest_of({**features_of, **facts})
@@ -89,7 +89,7 @@ def evaluate(
 
         arrays, were_made = FeatureCache(store).once(digest_of(features_of), features_of, write)
         extracted = time.perf_counter()
-        train, test, num_classes = splits_of(arrays, opened, recipe)
+        train, test, num_classes = splits_of(arrays, opened, extraction, recipe, spec.target_label)
         settings = {"num_classes": num_classes, "params": spec.params, "seed": seed, "device": on_device}
         outcome = computing.run(load_head(spec), train, test, **settings)
         if not {spec.headline.name} <= set(outcome.metrics) <= set(reported):  # some need what not all backbones have

@@ -1,7 +1,8 @@
 """Frozen features of both splits: one pass of a backbone, whatever its kind, written to a cache entry.
 
-Two sorts: "pooled" holds the CLS token and the mean of patch tokens after the final norm in float32; "patches" holds
-the map of patch tokens after the final norm in float16. Register tokens enter neither. The backbone runs in evaluation
+Two sorts: "pooled" holds the CLS token, the mean of patch tokens after the final norm, and their maximum where the kind
+of backbone asks for it, in float32; "patches" holds the map of patch tokens after the final norm in float16. Register
+tokens enter neither. The backbone runs in evaluation
 and inference mode; rows are placed by sample index, so the batch size decides nothing.
 
 Not here: how a sample becomes input (one file per kind of backbone beside this one), heads (`evaluation.protocols`).
@@ -12,9 +13,10 @@ Legend: B batch, N patch tokens, D width, n samples.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -28,7 +30,7 @@ from data_pipelines.errors import DataError
 from evaluation.data import LabelMaps, OpenedData, class_label
 from evaluation.extraction.recipe import Extraction
 from evaluation.features import ArrayWriter
-from evaluation.protocol import EvaluationError
+from evaluation.protocol import EvaluationError, Label
 from evaluation.threads import Threads
 
 if TYPE_CHECKING:  # timm takes seconds to import, and cached features need no backbone
@@ -40,7 +42,7 @@ __all__ = ["Dense", "Pooled", "Samples", "num_test_in_train", "pooled_batches", 
 SPLITS = ("train", "test")
 
 Note = TypeVar("Note")
-Taken = TypeVar("Taken", bound=tuple[Tensor | None, ...])
+Taken = dict[str, Tensor]  # what is kept of the features of a batch, by name, each (B, ...) on the CPU
 
 
 class Samples(Protocol):
@@ -65,13 +67,14 @@ class Pooled:
     cls: Tensor | None  # (n, D) float32
     patch_mean: Tensor  # (n, D) float32
     labels: Tensor  # (n,) int64
+    patch_max: Tensor | None = None  # (n, D) float32, the greatest of all tokens; of kinds whose extraction says so
 
 
 @dataclass(frozen=True)
 class Dense:
     """Patch maps of one split, memory-mapped, beside its label maps at their own size."""
 
-    patches: npt.NDArray[np.float16]  # (n, rows, cols, D)
+    patches: npt.NDArray[np.float16]  # (n, rows, cols, D); of volumes (n, x, y, z, D)
     labels: LabelMaps
 
 
@@ -86,7 +89,7 @@ def write_features(
     device: torch.device,
     threads: Threads,
 ) -> None:
-    """Runs the backbone over both splits and writes `SPLIT.cls`, `.patch_mean`, `.labels` or `SPLIT.patches`.
+    """Runs the backbone over both splits and writes `SPLIT.labels` and what a `Pooled` has, or `SPLIT.patches`.
 
     And `SPLIT.contents`, (n,) uint64, the `content_hash` of what the backbone was given.
 
@@ -108,7 +111,7 @@ def write_features(
         settings: dict[str, Any] = {"batch_size": batch_size, "device": device, "threads": threads}
         if recipe["tokens"] == "pooled":
             labelled = pooled_batches(dataset, backbone, extraction, recipe, note, **settings)
-            _write_pooled(writer, split, dataset.num_samples, backbone.embed_dim, labelled)
+            _write_pooled(writer, split, dataset.num_samples, labelled)
         else:
             batches = _batches(dataset, backbone, extraction, recipe, note, _patch_map, **settings)
             _write_patches(writer, split, dataset.num_samples, batches)
@@ -126,8 +129,8 @@ def pooled_batches(
     threads: Threads,
     start: int = 0,
     stop: int | None = None,
-) -> Iterator[tuple[slice, Tensor | None, Tensor, list[Note]]]:
-    """Features of samples in their order: (rows, CLS tokens (B, D) or None, means of patch tokens (B, D), notes).
+) -> Iterator[tuple[slice, Taken, list[Note]]]:
+    """Features of samples in their order: (rows, `cls`, `patch_max` and `patch_mean` (B, D) as far as given, notes).
 
     Args:
         samples: Those from `start` to before `stop` are read.
@@ -138,25 +141,27 @@ def pooled_batches(
     Raises:
         EvaluationError, DataError: As `write_features`.
     """
-    batches = _batches(
+    return _batches(
         samples,
         backbone,
         extraction,
         recipe,
         note,
-        _pooled_tokens,
+        partial(_pooled_tokens, pooling=extraction.pooling),
         batch_size=batch_size,
         device=device,
         threads=threads,
         start=start,
         stop=stop,
     )
-    for rows, (cls, mean), notes in batches:
-        yield rows, cls, mean, notes
 
 
 def splits_of(
-    arrays: Mapping[str, npt.NDArray[Any]], data: OpenedData, recipe: Mapping[str, Any]
+    arrays: Mapping[str, npt.NDArray[Any]],
+    data: OpenedData,
+    extraction: Extraction,
+    recipe: Mapping[str, Any],
+    label: Label,
 ) -> tuple[Pooled | Dense, Pooled | Dense, int]:
     """Returns (train, test, number of classes) as a head takes them, from the arrays that `write_features` wrote."""
     if recipe["tokens"] == "pooled":
@@ -164,19 +169,26 @@ def splits_of(
         return train, test, data.num_classes or 1 + int(max(train.labels.max(), test.labels.max()))
     if data.num_classes is None:  # `EvaluationData.open` refuses such data
         raise AssertionError("dense labels without a number of classes")
+    settings: dict[str, Any] = {
+        "num_classes": data.num_classes,
+        "ignore_index": data.ignore_index,
+        "sequences": data.sequences,
+        "label": label,
+    }
     dense = [
         Dense(
             arrays[f"{split}.patches"],
-            LabelMaps(
-                getattr(data, split),
-                num_classes=data.num_classes,
-                ignore_index=data.ignore_index,
-                sequences=data.sequences,
-            ),
+            LabelMaps(getattr(data, split), **settings, lay=_laying(getattr(data, split), extraction, recipe)),
         )
         for split in SPLITS
     ]
     return dense[0], dense[1], data.num_classes
+
+
+def _laying(samples: Samples, extraction: Extraction, recipe: Mapping[str, Any]) -> Any:
+    """`Extraction.lay` of the labels of a sample."""
+    lay, field = extraction.lay, samples.require_field(*extraction.inputs)
+    return None if lay is None else lambda labels, sample: lay(labels, sample[field], recipe)
 
 
 def num_test_in_train(arrays: Mapping[str, npt.NDArray[Any]]) -> int | None:
@@ -189,53 +201,50 @@ def _pooled(arrays: Mapping[str, npt.NDArray[Any]], split: str) -> Pooled:
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(np.array(arrays[f"{split}.{name}"]))
 
-    return Pooled(
-        cls=tensor("cls") if f"{split}.cls" in arrays else None,
-        patch_mean=tensor("patch_mean"),
-        labels=tensor("labels"),
-    )
+    def present(name: str) -> Tensor | None:
+        return tensor(name) if f"{split}.{name}" in arrays else None
+
+    return Pooled(present("cls"), tensor("patch_mean"), tensor("labels"), present("patch_max"))
 
 
 def _write_pooled(
-    writer: ArrayWriter,
-    split: str,
-    num_samples: int,
-    width: int,
-    batches: Iterator[tuple[slice, Tensor | None, Tensor, list[int]]],
+    writer: ArrayWriter, split: str, num_samples: int, batches: Iterator[tuple[slice, Taken, list[int]]]
 ) -> None:
     labels_out = writer.create(f"{split}.labels", (num_samples,), np.int64)
-    mean_out = writer.create(f"{split}.patch_mean", (num_samples, width), np.float32)
-    cls_out: npt.NDArray[Any] | None = None
-    for rows, cls, mean, labels in batches:
-        mean_out[rows] = mean.numpy()
-        if cls is not None:
-            if cls_out is None:
-                cls_out = writer.create(f"{split}.cls", (num_samples, width), np.float32)
-            cls_out[rows] = cls.numpy()
+    outs: dict[str, npt.NDArray[Any]] = {}
+    for rows, pooled, labels in batches:
+        for name, vectors in pooled.items():
+            if name not in outs:
+                outs[name] = writer.create(f"{split}.{name}", (num_samples, vectors.shape[1]), np.float32)
+            outs[name][rows] = vectors.numpy()
         labels_out[rows] = labels
 
 
 def _write_patches(
-    writer: ArrayWriter, split: str, num_samples: int, batches: Iterator[tuple[slice, tuple[Tensor], list[int]]]
+    writer: ArrayWriter, split: str, num_samples: int, batches: Iterator[tuple[slice, Taken, list[int]]]
 ) -> None:
     patches_out: npt.NDArray[Any] | None = None
-    for rows, (patches,), _ in batches:
+    for rows, taken, _ in batches:
+        patches = taken["patches"]
         if patches_out is None:
             patches_out = writer.create(f"{split}.patches", (num_samples, *patches.shape[1:]), np.float16)
         patches_out[rows] = patches.numpy()
 
 
-def _pooled_tokens(features: Features) -> tuple[Tensor | None, Tensor]:
-    """CLS tokens (B, D), if there are any, and means of patch tokens (B, D), both float32 on the CPU."""
-    mean = features.tokens.float().mean(dim=1)
-    return None if features.cls is None else features.cls.float().cpu(), mean.cpu()
+def _pooled_tokens(features: Features, pooling: Sequence[str]) -> Taken:
+    """CLS tokens (B, D), if there are any, maxima of patch tokens if asked for, and their means; float32."""
+    tokens = features.tokens.float()
+    pooled = {} if features.cls is None else {"cls": features.cls.float().cpu()}
+    if "max" in pooling:
+        pooled["patch_max"] = tokens.amax(dim=1).cpu()
+    return {**pooled, "patch_mean": tokens.mean(dim=1).cpu()}
 
 
-def _patch_map(features: Features) -> tuple[Tensor]:
-    """Patch tokens (B, rows, columns, D) float16 on the CPU."""
+def _patch_map(features: Features) -> Taken:
+    """Patch tokens (B, rows, columns, D), of volumes (B, x, y, z, D), in float16."""
     if features.grid is None:
         raise EvaluationError("the backbone has no grid of tokens to make a map of")
-    return (features.tokens.to(torch.float16).unflatten(1, features.grid).cpu(),)
+    return {"patches": features.tokens.to(torch.float16).unflatten(1, features.grid).cpu()}
 
 
 def _batches(
@@ -280,9 +289,8 @@ def _batches(
         batch = _moved(default_collate(list(inputs)), device)
         with encoding, torch.inference_mode():
             taken = take(backbone.tokens(batch))
-        for features in taken:
-            if features is not None:
-                require_finite(features, first)
+        for features in taken.values():
+            require_finite(features, first)
         return rows, taken, list(notes)
 
     def require_finite(features: Tensor, first: int) -> None:

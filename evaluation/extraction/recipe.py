@@ -1,11 +1,11 @@
 """How a backbone of one kind is given the samples of evaluation data, and which kinds there are.
 
-`Extraction` holds what is peculiar to a kind: the sample fields that it reads, the facts that decide its features, and
-how a field becomes network input. The kind is that of `Encoder.kind`, which a backbone's file names. Another
-package adds a kind through the entry-point group `pretrain.extractions`, whose entries are named for the kind and load
-to an `Extraction`.
+`Extraction` holds what is peculiar to a kind: the sample fields that it reads, the facts that decide its features, how
+a field becomes network input, and how tokens become one vector. The kind is that of `Encoder.kind`, which a backbone's
+file names. Another package adds a kind through the entry-point group `pretrain.extractions`, whose entries are named
+for the kind and load to an `Extraction`.
 
-Not here: the forward pass (`evaluation.extraction.forward`), images (`evaluation.extraction.images`).
+Not here: the forward pass (`evaluation.extraction.forward`), the kinds themselves (one file each beside this one).
 """
 
 from __future__ import annotations
@@ -13,21 +13,36 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backbones.plugins import by_name, entry_points, load_entry, origin
 from evaluation.protocol import EvaluationError, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
-__all__ = ["EXTRACTIONS", "Extraction", "Size", "extraction_of", "feature_facts", "feature_recipe"]
+__all__ = ["EXTRACTIONS", "BuiltIn", "Extraction", "Size", "extraction_of", "feature_facts", "feature_recipe", "fits"]
 
 ENTRY_POINT_GROUP = "pretrain.extractions"
 EXTRACTOR_VERSION = 2  # 2: photos and masks as EXIF turns them, masks of 2 and 4 bits as stored
 
-# kind of backbone -> where its `Extraction` is
-EXTRACTIONS: dict[str, str] = {"image": "evaluation.extraction.images:IMAGES"}
+
+class BuiltIn(NamedTuple):
+    """Where an `Extraction` of this package is, and what of it is to be known without torch."""
+
+    place: str
+    tokens: tuple[str, ...]
+    axes: int
+
+
+# by kind of backbone
+EXTRACTIONS: dict[str, BuiltIn] = {
+    "image": BuiltIn("evaluation.extraction.images:IMAGES", ("pooled", "patches"), 2),
+    "points": BuiltIn("evaluation.extraction.points:POINTS", ("pooled",), 0),
+    "voxels": BuiltIn("evaluation.extraction.voxels:VOXELS", ("pooled", "patches"), 3),
+}
 
 Size = int | tuple[int, int]
 
@@ -44,12 +59,20 @@ class Extraction:
             Raises `EvaluationError` where these do not go together.
         prepare: `prepare(content, recipe)` turns the content of the input field into one sample, a tensor or a dict of
             tensors. Samples are stacked along a new first axis and given to `Encoder.tokens`.
+        axes: Of the grid of tokens that "patches" are.
+        pooling: What pooled features have of all tokens beside a class token: "mean", and "max" where the greatest
+            value of each channel tells more.
+        lay: `lay(labels, content, recipe)` brings a map of labels to where `prepare` put the content that they belong
+            to, `evaluation.data.IGNORED` where nothing is. None: labels of any size lie over the whole input.
     """
 
     inputs: tuple[str, ...]
     tokens: tuple[str, ...]
     recipe: Callable[[Protocol, Mapping[str, Any], Size | None], dict[str, Any]]
     prepare: Callable[[Any, Mapping[str, Any]], Tensor | dict[str, Tensor]]
+    axes: int = 2
+    pooling: tuple[str, ...] = ("mean",)
+    lay: Callable[[npt.NDArray[np.int64], Any, Mapping[str, Any]], npt.NDArray[np.int64]] | None = None
 
 
 def extraction_of(kind: str) -> Extraction:
@@ -71,8 +94,14 @@ def extraction_of(kind: str) -> Extraction:
 
 
 def _all() -> dict[str, EntryPoint]:
-    built_in = {kind: EntryPoint(kind, value, ENTRY_POINT_GROUP) for kind, value in EXTRACTIONS.items()}
-    return built_in | by_name(entry_points(group=ENTRY_POINT_GROUP), "extraction", EXTRACTIONS, EvaluationError)
+    places = {kind: built_in.place for kind, built_in in EXTRACTIONS.items()}
+    built_in = {kind: EntryPoint(kind, place, ENTRY_POINT_GROUP) for kind, place in places.items()}
+    return built_in | by_name(entry_points(group=ENTRY_POINT_GROUP), "extraction", places, EvaluationError)
+
+
+def fits(spec: Protocol, tokens: tuple[str, ...], axes: int) -> bool:
+    """Whether a protocol can use what a kind of backbone gives: these sorts of features, maps of so many axes."""
+    return spec.tokens in tokens and (spec.tokens == "pooled" or spec.target_label.axes == axes)
 
 
 def feature_recipe(
@@ -83,14 +112,20 @@ def feature_recipe(
     Raises:
         EvaluationError: The protocol, the backbone and the size do not go together.
     """
-    if spec.tokens not in extraction.tokens:
+    if not fits(spec, extraction.tokens, extraction.axes):
+        maps = spec.tokens in extraction.tokens
+        needs = f"maps of {spec.target_label.axes} axes" if maps else f"{spec.tokens!r} features"
+        gives = f"{extraction.axes}" if maps else " and ".join(map(repr, extraction.tokens))
         raise EvaluationError(
-            f"protocol {spec.name!r} needs {spec.tokens!r} features; backbone {architecture.get('name')!r} gives "
-            f"{' and '.join(map(repr, extraction.tokens))}"
+            f"protocol {spec.name!r} needs {needs}; backbone {architecture.get('name')!r} gives {gives}"
         )
-    shared = {"version": EXTRACTOR_VERSION, "tokens": spec.tokens, "norm": "final"}
-    labels = {"labels": "cls", "storage": "float32"} if spec.tokens == "pooled" else {"storage": "float16"}
-    return {**shared, **labels, **extraction.recipe(spec, architecture, size)}
+    facts: dict[str, Any] = {"version": EXTRACTOR_VERSION, "tokens": spec.tokens, "norm": "final"}
+    if spec.tokens == "pooled":
+        facts |= {"labels": "cls", "storage": "float32"}
+        facts |= {} if extraction.pooling == ("mean",) else {"pooling": list(extraction.pooling)}
+    else:
+        facts |= {"storage": "float16"}
+    return {**facts, **extraction.recipe(spec, architecture, size)}
 
 
 def feature_facts(weights: str, recipe: Mapping[str, Any], data: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pretrain.record.interrupts import stopped_by_signals
 if TYPE_CHECKING:
     import torch
 
+    from backbones.encoder import Encoder
     from evaluation.extraction.recipe import Extraction
     from pretrain.embeddings.rows import Rows
     from pretrain.embeddings.sources import Source
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["FORMS", "TOKENS", "Embedded", "embed"]
 
 FORMS = ("parquet", "npy")
-TOKENS = {"cls": ("cls",), "patch": ("patch_mean",), "both": ("cls", "patch_mean")}
+# What is asked for -> columns; those that a backbone or its kind does not have are left out.
+TOKENS = {"cls": ("cls",), "patch": ("patch_max", "patch_mean"), "both": ("cls", "patch_max", "patch_mean")}
 SAVE_EVERY_S = 2.0  # what a kill may cost
 COPIED = 8192  # rows at once
 GOES_ON = "the same command goes on where it was"
@@ -78,8 +80,8 @@ def embed(
         dest: The folder to make. `parquet`: `embeddings.parquet` with columns `shard`, `key` and those of `tokens`.
             `npy`: `keys.npy` and an array for each. Both: `_embedding.json`, what was embedded by what.
         form: `parquet` or `npy`.
-        tokens: `cls` (the class token), `patch` (column `patch_mean`: the mean of the patch tokens), or `both`, which
-            leaves out `cls` for a backbone that has none.
+        tokens: `cls` (the class token), `patch` (column `patch_mean`: the mean of the patch tokens; of point clouds
+            also `patch_max`, their maximum), or `both`, which leaves out `cls` for a backbone that has none.
         batch_size: Samples per forward pass; decides speed and memory.
         device: `auto` (CUDA if there is a device), `cpu`, `cuda` or `cuda:N`.
         storage: Where runs and evaluations live.
@@ -123,7 +125,7 @@ def embed(
     if _is_done(dest, request):
         return Embedded(dest, total, num_kept=total, num_known=0)
     backbone = load_backbone(directory).to(on_device).eval()
-    columns = _columns(tokens, backbone.has_cls, backbone.spec["name"])
+    columns = _columns(tokens, backbone, extraction)
     with Rows(dest, request, total, {name: backbone.embed_dim for name in columns}) as rows:
         kept = rows.num_done
         known = 0
@@ -191,10 +193,11 @@ def _is_done(dest: Path, request: Mapping[str, Any]) -> bool:
     return True
 
 
-def _columns(tokens: str, has_cls: bool, name: str) -> tuple[str, ...]:
-    if tokens == "cls" and not has_cls:
-        raise RequestError(f"tokens cls: backbone {name!r} has no class token; use --tokens patch")
-    return tuple(column for column in TOKENS[tokens] if column != "cls" or has_cls)
+def _columns(tokens: str, backbone: Encoder, extraction: Extraction) -> tuple[str, ...]:
+    if tokens == "cls" and not backbone.has_cls:
+        raise RequestError(f"tokens cls: backbone {backbone.spec['name']!r} has no class token; use --tokens patch")
+    is_there = {"cls": backbone.has_cls, "patch_max": "max" in extraction.pooling, "patch_mean": True}
+    return tuple(column for column in TOKENS[tokens] if is_there[column])
 
 
 Made = Iterator[tuple[list[str], Mapping[str, Any]]]
@@ -241,8 +244,8 @@ def _computed(
         start=begin,
         stop=end,
     )
-    for _, cls, mean, keys in batches:
-        yield keys, {"patch_mean": mean.numpy(), **({} if cls is None else {"cls": cls.numpy()})}
+    for _, pooled, keys in batches:
+        yield keys, {name: vectors.numpy() for name, vectors in pooled.items()}
 
 
 @dataclass(frozen=True)
@@ -255,7 +258,7 @@ class _Stored:
 
     def of(self, begin: int, end: int) -> dict[str, Any]:
         """Vectors by column of some of these samples, counted from the first."""
-        names = [name for name in ("cls", "patch_mean") if f"{self.split}.{name}" in self.arrays]
+        names = [name for name in TOKENS["both"] if f"{self.split}.{name}" in self.arrays]
         return {name: self.arrays[f"{self.split}.{name}"][self.first + begin : self.first + end] for name in names}
 
 
