@@ -51,7 +51,12 @@ class _BuiltIn(NamedTuple):
 
 
 # kind -> name -> encoder
-_BUILT_IN: dict[str, dict[str, _BuiltIn]] = {}
+_BUILT_IN: dict[str, dict[str, _BuiltIn]] = {
+    "voxels": {
+        "voxel_swin": _BuiltIn("backbones.voxels.config:VoxelSwinConfig", "backbones.voxels.swin:VoxelSwin"),
+        "voxel_vit": _BuiltIn("backbones.voxels.config:VoxelVitConfig", "backbones.voxels.vit:VoxelVit"),
+    },
+}
 
 
 def kinds() -> tuple[str, ...]:

@@ -46,6 +46,7 @@ _KIND_OF_PREFIX = {
     ("depth", "png"): "depth",
     ("points", "npy"): "points",
     ("volume", "npy"): "volume",
+    ("grid", "npy"): "volume",
 }
 
 

@@ -87,7 +87,7 @@ class Objective(nn.Module, ABC):
     """
 
     Config: ClassVar[type]
-    compares_images: ClassVar[bool] = False
+    compares_images: bool = False
     backbone: Encoder
     teacher: Teacher | None = None
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["RandomMask", "random_mask", "random_noise"]
+__all__ = ["RandomMask", "random_mask", "random_noise", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ def random_noise(seed: Tensor, num_patches: int, stream: int = 0) -> Tensor:
     # Two rounds: neighbouring seeds must not give shifted copies of one sequence.
     start = _mix(seed + _signed((stream + 1) * _GOLDEN_GAMMA))  # (B,)
     return _shift_right(_mix(start[:, None] + counter * _GOLDEN_GAMMA), 1)  # (B, N)
+
+
+def uniform(seed: Tensor, count: int, stream: int = 0) -> Tensor:
+    """Independent uniform numbers per sample: seeds (n,) to (n, count) float64 in [0, 1), see `random_noise`."""
+    return (random_noise(seed, count, stream) >> 10).double() / 2**53
 
 
 def random_mask(noise: Tensor, mask_ratio: float) -> RandomMask:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from backbones.encoder import Encoder
 from backbones.errors import BackboneError
 from backbones.images.base import ImageEncoder
+from backbones.voxels.base import VoxelEncoder
 from objectives.errors import ObjectiveError
 
-__all__ = ["require", "require_images", "require_sizes"]
+__all__ = ["require", "require_images", "require_sizes", "require_voxels"]
 
 # Flag of a backbone -> what an objective needs, and what is to be said of a backbone without it.
 _CAPABILITIES = {
@@ -60,3 +61,17 @@ def require_sizes(backbone: ImageEncoder, objective: str, *sizes: int) -> None:
             backbone.grid_at(size, size)
         except BackboneError as error:
             raise ObjectiveError(f"objective {objective!r} needs images of {size} px: {error}") from error
+
+
+def require_voxels(backbone: Encoder, objective: str) -> VoxelEncoder:
+    """The backbone, if it encodes voxels.
+
+    Raises:
+        ObjectiveError: naming the objective, the backbone, and what it encodes.
+    """
+    if not isinstance(backbone, VoxelEncoder):
+        raise ObjectiveError(
+            f"objective {objective!r} needs voxels; backbone {backbone.spec['name']!r} is of kind {backbone.kind!r}: "
+            "use backbone.kind=voxels"
+        )
+    return backbone

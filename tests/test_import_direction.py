@@ -65,6 +65,7 @@ CHEAP = (
     "backbones",
     "backbones.images.config",
     "backbones.images.timm_names",
+    "backbones.voxels.config",
     "backbones.registry",
     "cluster",
     "evaluation",

@@ -11,8 +11,6 @@ timm's. NOT here: what an objective decides for itself (MAE always begins like t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +19,9 @@ from backbones.images.base import ImageEncoder
 from backbones.images.config import INITIALIZATIONS
 from backbones.images.positions import sincos_positions
 from backbones.images.vit import ViTBackbone
+from backbones.initialization import TOKEN_STD, draw_matrices
 
-__all__ = ["TOKEN_STD", "draw_matrices", "draw_patch_projection", "initialize"]
-
-TOKEN_STD = 0.02
+__all__ = ["draw_patch_projection", "initialize"]
 
 
 def initialize(backbone: ImageEncoder, init: str) -> None:
@@ -48,18 +45,6 @@ def initialize(backbone: ImageEncoder, init: str) -> None:
     if positions is not None:
         with torch.no_grad():
             positions.copy_(sincos_positions(backbone.embed_dim, backbone.grid))
-
-
-def draw_matrices(modules: Iterable[nn.Module]) -> None:
-    """Xavier-uniform weights and zero biases of linear layers; norms become the identity."""
-    for module in modules:
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
 
 
 def draw_patch_projection(backbone: ViTBackbone) -> Tensor:

@@ -78,7 +78,7 @@ class DINOv3(ImageObjective):
     """Self-distillation of class tokens and masked patches, with features that spread out and stay local."""
 
     Config: ClassVar[type] = DINOv3Config
-    compares_images: ClassVar[bool] = True  # Sinkhorn-Knopp and KoLeo see the images of a micro-batch, on all ranks
+    compares_images = True  # Sinkhorn-Knopp and KoLeo see the images of a micro-batch, on all ranks
     backbone: ViTBackbone
 
     def __init__(self, backbone: ImageEncoder, config: DINOv3Config) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from backbones.decoder import MaskedDecoder, PixelHead
 from backbones.features import Features, take_tokens
 from backbones.images.base import ImageEncoder
-from backbones.images.initialization import TOKEN_STD, draw_matrices, draw_patch_projection
+from backbones.images.initialization import draw_patch_projection
 from backbones.images.vit import ViTBackbone
+from backbones.initialization import TOKEN_STD, draw_matrices
 from objectives.base import ImageObjective, Output, Progress
 from objectives.errors import ObjectiveError
 from objectives.mae.config import MAEConfig

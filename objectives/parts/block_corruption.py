@@ -24,7 +24,7 @@ from torch import Tensor
 
 from backbones.images.base import ImageEncoder
 from objectives.errors import ObjectiveError
-from objectives.masking import random_noise
+from objectives.masking import random_noise, uniform
 from objectives.parts.settings import CorruptionConfig
 
 __all__ = [
@@ -197,11 +197,6 @@ def _first_cover(blocks: Tensor, size: int) -> Tensor:
         weight = rows.mT @ is_inside[:, :, 1].float()  # (n, size, size)
     first = top + 1 - torch.frexp(weight).exponent.long()  # frexp's mantissa is in [0.5, 1)
     return torch.where(weight > 0, first.clamp_min(0), num_blocks)
-
-
-def uniform(seed: Tensor, count: int, stream: int) -> Tensor:
-    """(n,) seeds to (n, count) float64 in [0, 1)."""
-    return (random_noise(seed, count, stream) >> 10).double() / 2**53
 
 
 def normal_noise(seed: Tensor, count: int) -> Tensor:

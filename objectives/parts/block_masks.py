@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from objectives.masking import random_noise
+from objectives.masking import random_noise, uniform
 
 __all__ = ["BlockMasks", "block_masks", "masked_counts"]
 
@@ -96,7 +96,7 @@ def _blocks(seeds: Tensor, grid: tuple[int, int], wanted: Tensor) -> Tensor:
         is_open = is_open & (limit > 0)
         if mask.device.type == "cpu" and not is_open.any():  # elsewhere asking would cost more than going on
             break
-        area, log_aspect, top, left = _uniform(seeds, 4 * _ATTEMPTS, _STREAMS + 1 + number).chunk(4, dim=1)  # (n, 10)
+        area, log_aspect, top, left = uniform(seeds, 4 * _ATTEMPTS, _STREAMS + 1 + number).chunk(4, dim=1)  # (n, 10)
         area = _MIN_AREA + area * (limit[:, None] - _MIN_AREA)
         aspect = ((2 * log_aspect - 1) * -math.log(_ASPECT)).exp()
         block_height, block_width = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
@@ -132,8 +132,3 @@ def _exact(seeds: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
     order = rank.argsort(dim=1, stable=True)  # masked ones first
     is_within = torch.arange(mask.shape[1], device=seeds.device) < wanted[:, None]  # (n, N)
     return torch.zeros_like(mask).scatter(1, order, is_within)
-
-
-def _uniform(seeds: Tensor, count: int, stream: int) -> Tensor:
-    """(n, count) float64 in [0, 1)."""
-    return (random_noise(seeds, count, stream) >> 10).double() / (1 << 53)

@@ -21,13 +21,23 @@ def feature_metrics(features: Features) -> dict[str, Tensor]:
     return {"effective_rank": effective_rank(image_token(features)), "patch_cosine": patch_cosine(features.patches)}
 
 
-def reconstruction_finding(metrics: Mapping[str, float], progress: Progress) -> str | None:
-    """The finding of `Objective.diagnose` about a reconstruction; None in a young run."""
+def reconstruction_finding(
+    metrics: Mapping[str, float],
+    progress: Progress,
+    predicted: str = "masked pixels",
+    trivial: str = "their mean colour",
+) -> str | None:
+    """The finding of `Objective.diagnose` about a reconstruction; None in a young run.
+
+    Args:
+        predicted: what is predicted, for the message.
+        trivial: the prediction of which "explained" is 0.
+    """
     if progress.is_young:
         return None
     if metrics["explained"] < 0.01:
         return (
-            f"masked pixels are predicted no better than by their mean colour (explained {metrics['explained']:.3f}); "
+            f"{predicted} are predicted no better than by {trivial} (explained {metrics['explained']:.3f}); "
             "raise or lower optimizer.lr, or train longer"
         )
     if metrics["effective_rank"] < 1.05 or metrics["patch_cosine"] > 0.9999:

@@ -12,12 +12,16 @@ __all__ = [
     "CROP_SCALE",
     "FILL",
     "FILLED_SHARE",
+    "FLIP",
     "FREEZE",
     "GLOBAL_SCALE",
     "HFLIP",
     "LAST_LAYERS",
     "LOCAL_SCALE",
     "TEACHER_MOMENTUM",
+    "TURN",
+    "VOLUME_ARRAY",
+    "VOLUME_FIELD",
     "AugmentationConfig",
     "CorruptionConfig",
     "DistillationConfig",
@@ -30,6 +34,10 @@ GLOBAL_SCALE = CROP_SCALE | {"help": "smallest and largest share of the image of
 LOCAL_SCALE = CROP_SCALE | {"help": "smallest and largest share of the image of a local crop"}
 HFLIP = {"range": (0.0, 1.0), "help": "probability of a horizontal flip"}
 TEACHER_MOMENTUM = {"range": (0.0, 1.0), "help": "share of the teacher kept per step at the start; then to 1"}
+FLIP = {"range": (0.0, 1.0), "length": 3, "help": "probability of a mirror along each axis"}
+TURN = {"range": (0.0, 1.0), "help": "probability of a quarter turn in the plane of the first two axes"}
+VOLUME_FIELD = {"help": "field of the samples to read, an npy or npz; null: the first of those a volume may have"}
+VOLUME_ARRAY = {"help": "which array of an npz; null: the only one"}
 FREEZE = {"range": (0.0, 1.0), "help": "share of the steps, from the start, with fixed prototypes"}
 FILLED_SHARE = {
     "range": (0.01, 0.9),

@@ -77,7 +77,7 @@ class SiT(ImageObjective):
     """
 
     Config: ClassVar[type] = SiTConfig
-    compares_images: ClassVar[bool] = True
+    compares_images = True
     teacher: Teacher
 
     def __init__(self, backbone: ImageEncoder, config: SiTConfig) -> None:

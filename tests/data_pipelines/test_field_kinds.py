@@ -26,6 +26,7 @@ from data_pipelines.field_kinds import (
         ("depth.png", "depth"),
         ("points.npy", "points"),
         ("volume.npy", "volume"),
+        ("grid.npy", "volume"),
         ("pose.npy", "array"),
         ("npz", "array"),
         ("cls", "label"),

@@ -368,3 +368,11 @@ def test_view_maker__missing_channels_and_arrays_are_damaged_samples() -> None:
     ):
         with pytest.raises(CorruptSampleError, match=re.escape(f"field npz: {message}")):
             maker([{"name": "v", "size": 4, "field": "npz", **spec}], ["npz"])(sample, 0)
+
+
+def test_volume__reads_a_radiance_grid_under_its_own_name() -> None:
+    grid = np.random.default_rng(0).random((4, 3, 5, 2)).astype(np.float16)
+    spec = {"name": "grid", "kind": "volume", "size": (4, 4, 4), "return_size": True}
+    entries = maker([spec], ["json", "grid.npy"])({"json": b"{}", "grid.npy": saved(npy=grid)}, 1)
+    assert entries["grid"].dtype == torch.float16 and entries["grid.size"].tolist() == [3, 4, 2]
+    assert not entries["grid"][:, 3:].any() and not entries["grid"][..., 2:].any()

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from objectives.errors import ObjectiveError
+from objectives.masking import uniform
 from objectives.parts.block_corruption import (
     BlockCorruption,
     blocks_from_uniform,
     first_blocks,
     mask_from_blocks,
     normal_noise,
-    uniform,
 )
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "gmml.json").read_text(encoding="utf-8"))["gmml"]

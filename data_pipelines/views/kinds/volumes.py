@@ -28,7 +28,7 @@ __all__ = ["Placement", "VolumeView", "as_volume"]
 
 Array = npt.NDArray[Any]
 
-_FIELDS = ("volume.npy", "volume.npz", *ARRAY_FIELDS)
+_FIELDS = ("volume.npy", "volume.npz", "grid.npy", *ARRAY_FIELDS)
 
 
 class Placement(NamedTuple):
