@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipelines.decode import IMAGE_FIELDS, decode_array, decode_label, decode_mask
+from data_pipelines.decode import IMAGE_FIELDS, decode_array, decode_arrays, decode_label, decode_mask
 from data_pipelines.errors import DataError
 from data_pipelines.fields import decode_field, label_mix_up
 from data_pipelines.shards.dataset import Dataset, open_dataset
@@ -23,7 +23,7 @@ from data_pipelines.split_names import held_out
 from evaluation.keys import digest_of
 from evaluation.protocol import LABELS, EvaluationError, Label, Protocol
 
-__all__ = ["IGNORED", "EvaluationData", "LabelMaps", "OpenedData", "class_label"]
+__all__ = ["IGNORED", "EvaluationData", "LabelMaps", "OpenedData", "class_label", "has_labels"]
 
 IGNORED = -1  # what `LabelMaps` puts where the data has its ignore value
 DEFAULT_IGNORE_INDEX = 255
@@ -174,6 +174,14 @@ def _decoded(content: bytes, field: str, label: Label) -> npt.NDArray[np.int64]:
 def _bounds(labels: npt.NDArray[np.int64]) -> tuple[int, ...]:
     """Least and greatest; none of none."""
     return (int(labels.min()), int(labels.max())) if labels.size else ()
+
+
+def has_labels(dataset: Dataset, label: Label) -> bool:
+    """Whether samples have such labels: a field of theirs and, of an npz, in the first sample, the array."""
+    field = next((name for name in label.fields if name in dataset.fields), None)
+    if field is None or not field.endswith("npz"):
+        return field is not None
+    return label.array in decode_arrays(dataset.read(0)[field])
 
 
 def class_label(sample: Mapping[str, Any], classes: Sequence[str] | None) -> int:

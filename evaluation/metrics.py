@@ -39,8 +39,8 @@ class Outcome:
     details: Mapping[str, Any]
 
 
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """Returns the 95 % Wilson score interval of `correct` out of `total` > 0 as fractions."""
+def wilson_interval(correct: float, total: int) -> tuple[float, float]:
+    """Returns the 95 % Wilson score interval of `correct` out of `total` > 0 as fractions; means of counts serve."""
     share, z2 = correct / total, Z_95**2
     centre = share + z2 / (2 * total)
     spread = Z_95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))

@@ -104,6 +104,7 @@ class Protocol:
         metrics: What the head reports. A plain name is accepted and means a fraction of which more is better. The
             headline is the one that says so, else the first that has a direction.
         params: Every number the head depends on.
+        usual_for: Kinds of backbones that are evaluated so unless protocols are named; None: all that it fits.
 
     Raises:
         EvaluationError: An unknown label, no metric with a direction, a name twice, or more than one headline.
@@ -117,6 +118,7 @@ class Protocol:
     label: str
     metrics: tuple[Metric, ...]
     params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    usual_for: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.label not in LABELS:

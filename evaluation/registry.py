@@ -20,9 +20,20 @@ from typing import Any
 from backbones.errors import suggest
 from backbones.plugins import by_name, entry_points, load_entry, origin
 from evaluation import protocols
+from evaluation.extraction.recipe import EXTRACTIONS, fits
 from evaluation.protocol import EvaluationError, Metric, Protocol, described
 
-__all__ = ["PROTOCOLS", "EvaluationError", "Metric", "Protocol", "describe", "load_head", "names", "protocol"]
+__all__ = [
+    "PROTOCOLS",
+    "EvaluationError",
+    "Metric",
+    "Protocol",
+    "describe",
+    "fitting",
+    "load_head",
+    "names",
+    "protocol",
+]
 
 ENTRY_POINT_GROUP = "pretrain.evaluations"
 _FACTS = tuple(field.name for field in fields(Metric))
@@ -65,6 +76,18 @@ def protocol(name: str) -> Protocol:
     if not isinstance(found, Protocol) or found.name != name:
         raise EvaluationError(f"entry point {origin(plugins[name])} must be a Protocol named {name!r}, got {found!r}")
     return found
+
+
+def fitting(kind: str, among: Iterable[str] = PROTOCOLS) -> tuple[str, ...]:
+    """Names of those protocols that backbones of a kind can be evaluated by; all, of a kind that a plug-in adds.
+
+    What such a kind gives is known when its `Extraction` has been imported, which may take torch.
+
+    Raises:
+        EvaluationError: as `protocol`, for names in `among`.
+    """
+    known = EXTRACTIONS.get(kind)
+    return tuple(name for name in among if known is None or fits(protocol(name), known.tokens, known.axes))
 
 
 def describe(name: str, reported: Iterable[str], facts: Iterable[Mapping[str, Any]] = ()) -> tuple[Metric, ...]:

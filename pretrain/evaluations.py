@@ -124,7 +124,7 @@ def evaluate(
         asked = [
             (EvaluationTask(protocol, name), Path(directory))
             for name, directory in data.items()
-            for protocol in protocols or _suitable_protocols(Path(directory))
+            for protocol in protocols or _suitable_protocols(path, Path(directory))
         ]
     else:
         recipe = _recipe_of(path)
@@ -311,10 +311,20 @@ def _recipe_of(checkpoint: Path) -> Recipe:
     return load_recipe(path, check_files=False)
 
 
-def _suitable_protocols(directory: Path) -> list[str]:
-    """Protocols whose labels the data has."""
+def _suitable_protocols(checkpoint: Path, directory: Path) -> list[str]:
+    """Protocols that are usual for the kind of backbone, fit it, and whose labels the data has."""
     from data_pipelines.shards.dataset import open_dataset
+    from evaluation.data import has_labels
+    from evaluation.extraction.recipe import extraction_of, fits
     from evaluation.registry import names, protocol
+    from evaluation.runner import architecture_of
 
-    fields = open_dataset(str(directory / "train-*.tar")).fields
-    return [name for name in names() if protocol(name).label in fields]
+    kind = architecture_of(checkpoint).get("kind", "image")
+    extraction, dataset = extraction_of(kind), open_dataset(str(directory / "train-*.tar"))
+    return [
+        name
+        for name, spec in ((name, protocol(name)) for name in names())
+        if (spec.usual_for is None or kind in spec.usual_for)
+        and fits(spec, extraction.tokens, extraction.axes)
+        and has_labels(dataset, spec.target_label)
+    ]

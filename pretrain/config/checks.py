@@ -24,9 +24,10 @@ from data_pipelines.shards.source import check_source
 from data_pipelines.split_names import held_out
 from data_pipelines.storage.locations import redact, scheme_of
 from evaluation import registry as evaluations
+from evaluation.extraction.recipe import EXTRACTIONS
 from pretrain.config.mistakes import Mistakes
 from pretrain.config.optimizer_facts import WHOLE_PARAMETER
-from pretrain.config.schema import DataConfig, EvaluationConfig, OptimizerConfig, Recipe, TrainConfig
+from pretrain.config.schema import DataConfig, EvaluationConfig, EvaluationTask, OptimizerConfig, Recipe, TrainConfig
 from pretrain.errors import nearest
 
 __all__ = [
@@ -544,6 +545,7 @@ def _check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, mistake
     for index, task in enumerate(evaluation.tasks):
         key = f"evaluation.tasks[{index}]"
         _check_known(f"{key}.protocol", task.protocol, "protocol", protocols, mistakes)
+        _check_fits(key, task, backbone.kind, mistakes)
         if mistakes.sound("evaluation.data"):
             _check_known(f"{key}.data", task.data, "entry of evaluation.data", evaluation.data, mistakes)
         if mistakes.sound(f"{key}.image_size", "backbone.patch_size") and task.image_size and patch_size:
@@ -560,6 +562,22 @@ def _check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, mistake
             mistakes.add("evaluation.select", evaluation.select, problem)
         else:
             _check_known("evaluation.select", evaluation.select, "score of evaluation.tasks", choices, mistakes)
+
+
+def _check_fits(key: str, task: EvaluationTask, kind: str, mistakes: Mistakes) -> None:
+    """Refuse what a backbone of this kind cannot be evaluated by."""
+    if not mistakes.sound(f"{key}.protocol", "backbone.kind"):
+        return
+    try:
+        does_fit = bool(evaluations.fitting(kind, [task.protocol]))
+    except evaluations.EvaluationError as error:  # a plug-in that cannot be imported
+        mistakes.add(f"{key}.protocol", task.protocol, str(error))
+        return
+    if not does_fit:
+        problem = f"does not fit backbone.kind={kind}; built-in ones that do: {', '.join(evaluations.fitting(kind))}"
+        mistakes.add(f"{key}.protocol", task.protocol, problem)
+    elif task.image_size is not None and kind in EXTRACTIONS and kind != "image":
+        mistakes.add(f"{key}.image_size", task.image_size, f"is of images; with backbone.kind={kind} leave it out")
 
 
 def _check_known(key: str, name: str, noun: str, known: Iterable[str], mistakes: Mistakes) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from evaluation import protocols, registry
 from evaluation.extraction.images import image_size_px
+from evaluation.extraction.recipe import EXTRACTIONS, extraction_of
 from evaluation.protocol import EvaluationError, Metric, Protocol
 from evaluation.registry import PROTOCOLS
 
@@ -40,6 +41,25 @@ def test_protocol__states_what_it_needs_and_gives(name: str) -> None:
     assert spec.headline.name == ("miou" if name == "segmentation" else "top1")
     assert spec.label == ("seg.png" if name == "segmentation" else "cls")
     assert callable(registry.load_head(spec))
+
+
+@pytest.mark.parametrize("kind", sorted(EXTRACTIONS))
+def test_extractions__are_what_is_known_of_them_without_torch(kind: str) -> None:
+    known, extraction = EXTRACTIONS[kind], extraction_of(kind)
+    assert (known.tokens, known.axes) == (extraction.tokens, extraction.axes)
+
+
+def test_fitting__protocols_of_each_kind() -> None:
+    pooled = {"knn", "linear", "svm", "few_shot"}
+    assert pooled | {"segmentation"} <= set(registry.fitting("image"))
+    assert set(registry.fitting("points")) == pooled
+    assert pooled <= set(registry.fitting("voxels")) and "segmentation" not in registry.fitting("voxels")
+    assert registry.fitting("series") == tuple(PROTOCOLS)  # a kind of a plug-in, which is asked when it is used
+
+
+def test_protocol__of_an_unknown_label_is_refused() -> None:
+    with pytest.raises(EvaluationError, match=r"protocol 'knn': label='txt'; known are cls, seg\.png, seg\.npy"):
+        replace(PROTOCOLS["knn"], label="txt")
 
 
 def test_protocol__unknown_name_gets_the_nearest() -> None:

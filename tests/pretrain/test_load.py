@@ -137,6 +137,17 @@ def test_load_recipe__item_of_a_list_of_settings(shards: Path) -> None:
     assert [task.image_size for task in tasks] == [None, 64]
 
 
+def test_load__an_evaluation_that_does_not_fit_the_kind_of_backbone(shards: Path) -> None:
+    tasks = "[{protocol: segmentation, data: mine}, {protocol: knn, data: mine, image_size: 32}]"
+    data = [f"data.root={shards}", f"evaluation.data={{mine: {shards}}}", f"evaluation.tasks={tasks}"]
+    with pytest.raises(RequestError) as caught:
+        load_recipe("mae_cifar10", [*data, "evaluation.select=null", "backbone={kind: voxels, name: voxel_vit}"])
+    said = str(caught.value)
+    assert "evaluation.tasks[0].protocol=segmentation" in said and "does not fit backbone.kind=voxels" in said
+    assert "built-in ones that do: few_shot, knn, linear, svm" in said
+    assert "evaluation.tasks[1].image_size=32" in said and "with backbone.kind=voxels leave it out" in said
+
+
 def test_load_recipe__a_list_or_mapping_replaces(shards: Path) -> None:
     overrides = [f"evaluation.data={{mine: {shards}}}", "evaluation.tasks=[{protocol: knn, data: mine}]"]
     recipe = load_recipe("demo", [*overrides, "evaluation.select=knn/mine/top1"])
