@@ -319,8 +319,9 @@ def test_load_recipe__kind_of_backbone_chooses_its_settings(minimal: str, monkey
     )
     with pytest.raises(RequestError) as caught:
         load_recipe(minimal, ["backbone.kind=imge", "backbone.dim=65"])
-    expected = "command line: backbone.kind=imge: unknown kind of backbone; known are image; did you mean 'image'?"
-    assert caught.value.mistakes == (expected,)
+    known = ", ".join(backbones.kinds())
+    expected = f"unknown kind of backbone; known are {known}; did you mean 'image'?"
+    assert caught.value.mistakes == (f"command line: backbone.kind=imge: {expected}",)
 
 
 def _written_by_a_run(minimal: str, tmp_path: Path) -> Path:
