@@ -56,6 +56,11 @@ _BUILT_IN: dict[str, dict[str, _BuiltIn]] = {
         "voxel_swin": _BuiltIn("backbones.voxels.config:VoxelSwinConfig", "backbones.voxels.swin:VoxelSwin"),
         "voxel_vit": _BuiltIn("backbones.voxels.config:VoxelVitConfig", "backbones.voxels.vit:VoxelVit"),
     },
+    "points": {
+        "point_transformer": _BuiltIn(
+            "backbones.points.config:PointTransformerConfig", "backbones.points.transformer:PointTransformer"
+        )
+    },
 }
 
 

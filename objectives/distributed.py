@@ -6,13 +6,13 @@ samples. The group is always that of all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from backbones.ranks import foreseen_ranks, has_group, num_ranks, rank, sum_over_ranks, total_over_ranks
 
 __all__ = [
     "foreseen_ranks",
@@ -28,33 +28,6 @@ __all__ = [
 ]
 
 
-_foreseen = 1
-
-
-@contextmanager
-def foreseen_ranks(number: int) -> Iterator[None]:
-    """Without a process group, and in this context, results have the shapes that `number` ranks would give them.
-
-    For a step without numbers, on torch's meta device: copies stand for what the other ranks have.
-    """
-    global _foreseen
-    before, _foreseen = _foreseen, number
-    try:
-        yield
-    finally:
-        _foreseen = before
-
-
-def num_ranks() -> int:
-    """Number of processes that train together."""
-    return dist.get_world_size() if _has_group() else _foreseen
-
-
-def rank() -> int:
-    """Number of this process, from 0."""
-    return dist.get_rank() if _has_group() else 0
-
-
 @torch.no_grad()
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """Mean of the ranks' tensors, the same on all of them; without gradient, and a new tensor."""
@@ -62,19 +35,10 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def total_over_ranks(tensor: Tensor) -> Tensor:
-    """Sum of the ranks' tensors, the same on all of them; without gradient, and a new tensor."""
-    total = tensor.clone()
-    if _has_group():
-        dist.all_reduce(total)
-    return total
-
-
-@torch.no_grad()
 def max_over_ranks(tensor: Tensor) -> Tensor:
     """Elementwise maximum of the ranks' tensors, the same on all of them; without gradient, and a new tensor."""
     highest = tensor.clone()
-    if _has_group():
+    if has_group():
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     return highest
 
@@ -82,8 +46,8 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def gather_rows(tensor: Tensor) -> Tensor:
     """Rows of all ranks, rank 0's first: (n, ...) -> (W * n, ...) for W ranks; without gradient."""
-    if not _has_group():
-        return tensor if _foreseen == 1 else torch.cat([tensor] * _foreseen)
+    if not has_group():
+        return torch.cat([tensor] * num_ranks()) if num_ranks() > 1 else tensor
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(num_ranks())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
@@ -92,7 +56,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def gather_parts(tensor: Tensor) -> Tensor:
     """Vectors of all ranks as rows, rank 0's first: (n,) -> (W, n) for W ranks; without gradient."""
-    if not _has_group():
+    if not has_group():
         return tensor[None]
     rows = tensor.new_empty(num_ranks() * len(tensor))
     dist.all_gather_into_tensor(rows, tensor.contiguous())
@@ -107,25 +71,6 @@ def gather_rows_with_gradient(tensor: Tensor) -> Tensor:
     return tensor if num_ranks() == 1 else _Gather.apply(tensor)
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Sum of the ranks' tensors, with gradient.
-
-    What arrives at a rank's tensor is the sum of all ranks' gradients, so that the mean over ranks that an engine
-    takes of parameter gradients is the gradient of the mean loss.
-    """
-    return _Sum.apply(tensor) if _has_group() else tensor
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, tensor: Tensor) -> Tensor:
-        return total_over_ranks(tensor)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        return total_over_ranks(gradient.contiguous())
-
-
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, tensor: Tensor) -> Tensor:
@@ -134,7 +79,3 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
         return total_over_ranks(gradient.contiguous()).chunk(num_ranks())[rank()]
-
-
-def _has_group() -> bool:
-    return dist.is_available() and dist.is_initialized()

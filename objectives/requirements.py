@@ -8,10 +8,11 @@ from __future__ import annotations
 from backbones.encoder import Encoder
 from backbones.errors import BackboneError
 from backbones.images.base import ImageEncoder
+from backbones.points.base import PointEncoder
 from backbones.voxels.base import VoxelEncoder
 from objectives.errors import ObjectiveError
 
-__all__ = ["require", "require_images", "require_sizes", "require_voxels"]
+__all__ = ["require", "require_images", "require_points", "require_sizes", "require_voxels"]
 
 # Flag of a backbone -> what an objective needs, and what is to be said of a backbone without it.
 _CAPABILITIES = {
@@ -31,6 +32,20 @@ def require_images(backbone: Encoder, objective: str) -> ImageEncoder:
         raise ObjectiveError(
             f"objective {objective!r} needs images; backbone {backbone.spec['name']!r} is of kind {backbone.kind!r}: "
             "use backbone.kind=image"
+        )
+    return backbone
+
+
+def require_points(backbone: Encoder, objective: str) -> PointEncoder:
+    """The backbone, if it encodes point clouds.
+
+    Raises:
+        ObjectiveError: naming the objective, the backbone, and what it encodes.
+    """
+    if not isinstance(backbone, PointEncoder):
+        raise ObjectiveError(
+            f"objective {objective!r} needs point clouds; backbone {backbone.spec['name']!r} is of kind "
+            f"{backbone.kind!r}: use backbone.kind=points backbone.name=point_transformer"
         )
     return backbone
 

@@ -1,15 +1,37 @@
-"""Sizes of every objective that make a step cheap, for 32-pixel images, and a teacher for those that need one."""
+"""What makes a step of every objective cheap: its sizes, a backbone, data; and a teacher for those that need one."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from backbones.images.config import ImageConfig
+from backbones.points.config import PointTransformerConfig
 from backbones.registry import create_backbone
 from objectives.base import Objective
+from tests import small_data
 
-__all__ = ["SMALL", "with_frozen_teacher"]
+__all__ = ["SMALL", "backbone_of", "data_of", "kind_of", "with_frozen_teacher"]
+
+PHOTOS = Path(__file__).resolve().parents[1] / "pretrain" / "demo_data" / "grocery"
+# Of the objectives that encode something else than images.
+_KINDS = {"point_mae": "points"}
+_BACKBONES: dict[str, Any] = {
+    "image": ImageConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3}),
+    "points": PointTransformerConfig(
+        num_points=96,
+        num_groups=12,
+        group_size=8,
+        embed_dim=48,
+        depth=3,
+        num_heads=3,
+        tokenizer_dim=8,
+        drop_path=0.0,
+    ),
+}
+_DATA = {"image": lambda: PHOTOS, "points": small_data.clouds}
 
 SMALL: dict[str, dict[str, Any]] = {
     "mae": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
@@ -24,6 +46,22 @@ SMALL["dinov3"] = SMALL["dino"] | {
     "patch_head_bottleneck_dim": 32,
 }
 SMALL["distillation"] = {"teacher_dim": 32, "head_hidden_dim": 48}
+SMALL["point_mae"] = {"decoder_depth": 1, "decoder_heads": 3, "decoder_drop_path": 0.0}
+
+
+def kind_of(name: str) -> str:
+    """What the backbone of an objective encodes."""
+    return _KINDS.get(name, "image")
+
+
+def backbone_of(name: str) -> Any:
+    """Settings of a small backbone for an objective."""
+    return _BACKBONES[kind_of(name)]
+
+
+def data_of(name: str) -> Path:
+    """A folder with train-*.tar of what an objective learns from."""
+    return _DATA[kind_of(name)]()
 
 
 def with_frozen_teacher(objective: Objective) -> Objective:

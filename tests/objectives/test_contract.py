@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backbones.images.config import ImageConfig
-from backbones.registry import create_backbone
+from backbones.registry import create_backbone, from_config
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.streaming.stream import Stream
 from data_pipelines.views.specs import views_from
@@ -28,10 +27,8 @@ from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainCon
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from tests.small_objectives import SMALL as SIZES
-from tests.small_objectives import with_frozen_teacher
+from tests.small_objectives import backbone_of, data_of, kind_of, with_frozen_teacher
 
-PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
-BACKBONE = ImageConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3})
 # Without what depends on which images a rank has: another image of the micro-batch in the place of blocks; stochastic
 # depth, how many patches of which crop are masked, KoLeo.
 ALIKE = {"mask_share": 1.0, "mask_ratio": [0.3, 0.3], "drop_path": 0.0, "koleo_weight": 0.0}
@@ -59,8 +56,8 @@ def recipe_of(name: str, *, workers: int = 1, stage: int = 1, precision: str = "
     return Recipe(
         name="contract",
         objective=registry.config_class(name)(**SMALL[name]),
-        backbone=BACKBONE,
-        data=DataConfig(train=str(PHOTOS)),
+        backbone=backbone_of(name),
+        data=DataConfig(train=str(data_of(name) / "train-*.tar")),
         optimizer=OptimizerConfig(lr=1e-3, clip_grad=1.0),
         train=train,
     )
@@ -80,7 +77,7 @@ def batches_of(
 ) -> Iterator[Any]:
     """Micro-batches as the training loop hands them over."""
     stream = Stream(
-        open_dataset(PHOTOS, limit=64),
+        open_dataset(data_of(objective.Config().name) / "train-*.tar", limit=64),
         views_from(objective.views()),
         global_batch_size=batch,
         micro_batch_size=micro,
@@ -106,7 +103,10 @@ def _one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_contract__builds_from_its_default_config(name: str) -> None:
-    backbone = create_backbone("vit_tiny_patch16_224", options=_options_of(name))
+    if kind_of(name) == "image":
+        backbone = create_backbone("vit_tiny_patch16_224", options={"depth": 4})  # few, to be quick
+    else:
+        backbone = from_config(type(backbone_of(name))())
     objective = registry.load(name)(backbone, registry.config_class(name)())
     assert objective.Config is registry.config_class(name)
     assert objective.backbone is backbone and views_from(objective.views())
@@ -114,11 +114,6 @@ def test_contract__builds_from_its_default_config(name: str) -> None:
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     trainable = [id(parameter) for parameter in objective.parameters() if parameter.requires_grad]
     assert sorted(grouped) == sorted(trainable)
-
-
-def _options_of(name: str) -> dict[str, Any]:
-    """The depth that keeps the test quick."""
-    return {"depth": 4}
 
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
@@ -141,7 +136,7 @@ def test_contract__public_checks_name_what_is_wrong() -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_contract__loss_falls_on_real_photos(name: str) -> None:
+def test_contract__loss_falls(name: str) -> None:
     """A loss against a moving target says little about learning, so teacher and center are held still here."""
     objective = objective_of(name, still=True)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=2e-3)
@@ -318,6 +313,18 @@ def alone(run_on_ranks: Callable[..., Any], directory: Path) -> dict[str, Any]:
     return run_on_ranks(1, _every_setting, directory)
 
 
+def assert_alike(ours: dict[str, float], others: dict[str, float]) -> None:
+    """Norms of tensors of the state, by name.
+
+    Biases in front of a batch norm have gradients of rounding errors, of which Adam makes steps of the learning rate in
+    any direction: hence the absolute part, and a larger one for the means that such a norm takes away.
+    """
+    assert ours.keys() == others.keys()
+    for name, norm in ours.items():
+        drift = STEPS * 1e-3 if name.endswith("running_mean") else 1e-5
+        assert norm == pytest.approx(others[name], rel=1e-5, abs=drift), name
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -327,8 +334,7 @@ def test_contract__two_ranks_equal_one_process(
     """The same global batch in two ranks and in one process."""
     ours, single = both[f"{name}-fp32-{stage}"], alone[f"{name}-fp32-0"]
     assert ours["losses"] == pytest.approx(single["losses"], rel=2e-5)
-    # Biases in front of a batch norm have gradients of rounding errors, hence the absolute part.
-    assert ours["norms"] == pytest.approx(single["norms"], rel=1e-5, abs=1e-5)
+    assert_alike(ours["norms"], single["norms"])
 
 
 @pytest.mark.integration
@@ -354,7 +360,7 @@ def test_contract__the_engine_equals_a_plain_pytorch_loop(name: str, alone: dict
         losses.append(loss.item())
     norms = {n: t.double().norm().item() for n, t in objective.extra_state().items() if t.is_floating_point()}
     assert alone[f"{name}-fp32-0"]["losses"] == pytest.approx(losses, rel=1e-5)
-    assert alone[f"{name}-fp32-0"]["norms"] == pytest.approx(norms, rel=1e-5, abs=1e-5)
+    assert_alike(alone[f"{name}-fp32-0"]["norms"], norms)
 
 
 @pytest.mark.integration

@@ -1,0 +1,47 @@
+"""Batch normalization over the rows of all ranks, with running statistics.
+
+S. Ioffe, C. Szegedy, 2015, arXiv:1502.03167. torch's SyncBatchNorm does the same on CUDA alone; this one gives every
+number of ranks the result of one process with all rows, on any device. NOT here: one without running statistics
+(`objectives.parts.batch_norm`).
+
+Legend: n rows on a rank, W ranks, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from backbones.ranks import num_ranks, sum_over_ranks
+
+__all__ = ["RankBatchNorm"]
+
+
+class RankBatchNorm(nn.BatchNorm1d):
+    """Normalizes the last dimension, in float32 at least; in evaluation mode by the running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D) in the type of `x`. In training a collective: every rank has equally many rows."""
+        if not self.training or num_ranks() == 1:
+            with torch.autocast(x.device.type, enabled=False):
+                wide = x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
+                return super().forward(wide).view(x.shape).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))  # (n, D)
+            num_rows = len(wide) * num_ranks()
+            mean = sum_over_ranks(wide.sum(0)) / num_rows  # (D,)
+            centered = wide - mean
+            variance = sum_over_ranks(centered.square().sum(0)) / num_rows
+            self._note(mean.detach(), variance.detach(), num_rows)
+            normal = centered * (variance + self.eps).rsqrt()
+            return (normal * self.weight + self.bias).view(x.shape).to(x.dtype)
+
+    @torch.no_grad()
+    def _note(self, mean: Tensor, variance: Tensor, num_rows: int) -> None:
+        """Moves the running statistics, whose variance is that of a population, as torch's norms do."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        unbiased = variance * (num_rows / max(1, num_rows - 1))
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)

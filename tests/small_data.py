@@ -1,0 +1,76 @@
+"""Small data sets for objectives of other kinds than photos, made anew in each process and the same in all of them."""
+
+from __future__ import annotations
+
+import atexit
+import io
+import math
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["clouds", "shape_cloud", "write_shard"]
+
+NUM_CLOUDS, NUM_POINTS = 64, 128
+
+
+def shape_cloud(rng: np.random.Generator, label: int, num_points: int = NUM_POINTS) -> npt.NDArray[np.float32]:
+    """Points of a sphere, a box, a cylinder or a torus, of random extent and turned about z: (num_points, 3)."""
+    u, v = rng.uniform(0, 1, (2, num_points))
+    around, height = 2 * math.pi * u, 2 * v - 1
+    if label == 0:
+        ring = np.sqrt(1 - height**2)
+        points = np.stack([ring * np.cos(around), ring * np.sin(around), height], 1)
+    elif label == 1:
+        points = rng.uniform(-1, 1, (num_points, 3))
+        points[np.arange(num_points), rng.integers(3, size=num_points)] = rng.choice([-1.0, 1.0], num_points)
+    elif label == 2:
+        points = np.stack([np.cos(around), np.sin(around), height], 1)
+    else:
+        tube = 2 * math.pi * v
+        ring = 1 + 0.35 * np.cos(tube)
+        points = np.stack([ring * np.cos(around), ring * np.sin(around), 0.35 * np.sin(tube)], 1)
+    angle = rng.uniform(0, 2 * math.pi)
+    turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
+    points = points * rng.uniform(0.5, 1.0, 3) @ turn.T
+    return (points + rng.normal(0, 0.02, points.shape)).astype(np.float32)
+
+
+@cache
+def clouds() -> Path:
+    """A folder with train-000000.tar: 64 clouds of 128 points, `points.npy` and `cls`."""
+
+    def sample(idx: int) -> Mapping[str, bytes]:
+        rng = np.random.default_rng(idx)
+        return {"points.npy": _npy(shape_cloud(rng, idx % 4)), "cls": str(idx % 4).encode()}
+
+    return _folder(sample, NUM_CLOUDS)
+
+
+def write_shard(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> None:
+    """A tar of samples: key -> field -> bytes."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, fields in samples.items():
+            for field, data in fields.items():
+                info = tarfile.TarInfo(f"{key}.{field}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def _folder(sample: Callable[[int], Mapping[str, bytes]], number: int) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="small-data-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_shard(folder / "train-000000.tar", {f"{idx:04d}": sample(idx) for idx in range(number)})
+    return folder
+
+
+def _npy(array: npt.NDArray[np.generic]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
