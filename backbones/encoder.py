@@ -10,6 +10,7 @@ Legend: B batch, N tokens, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
@@ -54,9 +55,23 @@ class Encoder(nn.Module, ABC):
         """Features of a batch as data pipelines give it, before any normalization.
 
         Args:
-            batch: what a view of this kind holds: of images the uint8 tensor (B, C, H, W), of arrays the float tensor,
-                of point clouds a dict of tensors.
+            batch: what a view of this kind holds: of images the uint8 tensor (B, C, H, W), of point clouds the float
+                tensor (B, N, 3 + F), of volumes the tensor (B, C, X, Y, Z), of arrays the float tensor.
         """
+
+    def grid_of(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """How many tokens a sample of a batch has, along each axis where they lie on a grid.
+
+        Args:
+            shape: of one sample of what `tokens` takes, without B.
+
+        Returns:
+            None where it is not known without a sample, which is the default.
+
+        Raises:
+            BackboneError: the encoder does not take samples of this shape.
+        """
+        return None
 
     @property
     def network(self) -> nn.Module:

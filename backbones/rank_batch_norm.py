@@ -33,8 +33,8 @@ class RankBatchNorm(nn.BatchNorm1d):
             centered = wide - mean
             variance = sum_over_ranks(centered.square().sum(0)) / num_rows
             self._note(mean.detach(), variance.detach(), num_rows)
-            normal = centered * (variance + self.eps).rsqrt()
-            return (normal * self.weight + self.bias).view(x.shape).to(x.dtype)
+            scale = (variance + self.eps).rsqrt() * self.weight  # (D,); so, only `centered` is kept
+            return (centered * scale + self.bias).view(x.shape).to(x.dtype)
 
     @torch.no_grad()
     def _note(self, mean: Tensor, variance: Tensor, num_rows: int) -> None:

@@ -44,13 +44,13 @@ def shape_cloud(rng: np.random.Generator, label: int, num_points: int = NUM_POIN
 
 @cache
 def clouds() -> Path:
-    """A folder with train-000000.tar: 64 clouds of 128 points, `points.npy` and `cls`."""
+    """Clouds of 128 points, `points.npy` and `cls`: 64 in train-000000.tar, 16 others in test-000000.tar."""
 
     def sample(idx: int) -> Mapping[str, bytes]:
         rng = np.random.default_rng(idx)
         return {"points.npy": _npy(shape_cloud(rng, idx % 4)), "cls": str(idx % 4).encode()}
 
-    return _folder(sample, NUM_CLOUDS)
+    return _folder(sample, NUM_CLOUDS, NUM_CLOUDS // 4)
 
 
 def write_shard(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> None:
@@ -63,10 +63,12 @@ def write_shard(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
-def _folder(sample: Callable[[int], Mapping[str, bytes]], number: int) -> Path:
+def _folder(sample: Callable[[int], Mapping[str, bytes]], num_train: int, num_test: int) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="small-data-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    write_shard(folder / "train-000000.tar", {f"{idx:04d}": sample(idx) for idx in range(number)})
+    numbers = range(num_train + num_test)
+    for split, chosen in (("train", numbers[:num_train]), ("test", numbers[num_train:])):
+        write_shard(folder / f"{split}-000000.tar", {f"{idx:04d}": sample(idx) for idx in chosen})
     return folder
 
 

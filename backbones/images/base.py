@@ -199,6 +199,10 @@ class ImageEncoder(Encoder):
             BackboneError: the model does not take images of this size.
         """
 
+    def grid_of(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """(rows, columns) of an image (C, H, W); see `Encoder`."""
+        return self.grid_at(shape[1], shape[2])
+
     @abstractmethod
     def forward_features(self, x: Tensor) -> Any:
         """As timm's method of the same name."""

@@ -10,6 +10,7 @@ Legend: B batch, N points, G groups, K groups that run, S points of a group, D w
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -65,6 +66,10 @@ class PointEncoder(Encoder):
                 f"of {cloud.shape[1]} points is too small"
             )
         return group(cloud[..., :3], self.num_groups, self.group_size)
+
+    def grid_of(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """(G,), whatever the cloud; see `Encoder`."""
+        return (self.num_groups,)
 
     @abstractmethod
     def features(self, groups: Groups, keep_idx: Tensor | None = None) -> Features:

@@ -108,6 +108,10 @@ class VoxelEncoder(Encoder):
         x, y, z = (-(-side // self.token_size) for side in size)
         return x, y, z
 
+    def grid_of(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Tokens along each axis of a volume (C, X, Y, Z); see `Encoder`."""
+        return self.grid_at(shape[1:])
+
     @property
     def num_patches(self) -> int:
         """N at `size`."""

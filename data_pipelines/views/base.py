@@ -101,6 +101,11 @@ class View(ABC):
         """
         return getattr(self, "count", None)
 
+    @property
+    def extent(self) -> str:
+        """How large what it shows is, for people."""
+        return self.kind
+
     @abstractmethod
     def reads(self, fields: frozenset[str]) -> Reading:
         """What this view is made of.
@@ -111,6 +116,17 @@ class View(ABC):
         Raises:
             DataError: none of them suits.
         """
+
+    def shapes(self, channels: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
+        """Shape and type of each entry of one sample, as an objective gets it, without a first dimension of `count`.
+
+        Args:
+            channels: of the data, which a view may not know.
+
+        Returns:
+            None where the data decide, which is the default.
+        """
+        return None
 
     def draw(self, content: Any, rng: ViewRandom, led: Mapping[str, Any]) -> Any:
         """What is shown of a sample, such as rectangles: drawn for all views before the entries of any are made.

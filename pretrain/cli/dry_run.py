@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -151,7 +152,10 @@ def _crops(one: Shown) -> Iterator[str]:
     """Views that are alike together: `global_1, global_2: 224 px, 14 x 14 patches`."""
     names: dict[str, list[str]] = {}
     for view, grid in zip(one.views, one.grids, strict=True):
-        what = view.kind if grid is None else f"{view.size}{_GLUE}px, {grid[0]}{_GLUE}x{_GLUE}{grid[1]}{_GLUE}patches"  # type: ignore[attr-defined]
+        what = view.extent
+        if grid is not None:
+            what += f", {' x '.join(map(str, grid))} {'patches' if len(grid) > 1 else 'tokens'}"
+        what = re.sub(r"(?<=\d) (?=[a-z])|(?<=x) (?=\d)", _GLUE, what)  # numbers stay with what they count
         names.setdefault(what if view.times is None else f"{view.times}{_GLUE}x{_GLUE}{what}", []).append(view.name)
     for what, those in names.items():
         yield f"{', '.join(those)}: {what}"

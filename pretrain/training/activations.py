@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from backbones.errors import BackboneError
-from backbones.images.base import ImageEncoder
 from data_pipelines.errors import DataError
 from data_pipelines.views.base import View
-from data_pipelines.views.kinds.images import ImageView
 from objectives.base import Objective, Progress
 from objectives.distributed import foreseen_ranks
 from objectives.errors import ObjectiveError
@@ -34,7 +32,7 @@ Storages = dict[int, torch.UntypedStorage]  # by their identity
 
 
 def kept_by_forward(recipe: Recipe, objective: Objective, views: Sequence[View]) -> int | None:
-    """Bytes that each worker keeps of a micro-batch, the pictures themselves among them.
+    """Bytes that each worker keeps of a micro-batch, the batch itself among them.
 
     Args:
         recipe: Of the stage.
@@ -42,7 +40,7 @@ def kept_by_forward(recipe: Recipe, objective: Objective, views: Sequence[View])
         views: What it is shown.
 
     Returns:
-        None where the views are no pictures, or the objective looks at numbers.
+        None where a view does not know its shape, or the objective looks at numbers.
 
     Raises:
         BackboneError, DataError, ObjectiveError: The objective refuses such a micro-batch on so many ranks.
@@ -65,18 +63,16 @@ def kept_by_forward(recipe: Recipe, objective: Objective, views: Sequence[View])
 
 
 def _batch(recipe: Recipe, objective: Objective, views: Sequence[View]) -> Mapping[str, Tensor] | None:
-    """A micro-batch of pictures as an objective gets it, without numbers; None where views are something else."""
+    """A micro-batch as an objective gets it, without numbers; None where a view does not know the shape of it."""
     num_samples, encoder = recipe.train.micro_batch_size, objective.backbone
     batch = {name: torch.empty(num_samples or 1, dtype=torch.int64, device="meta") for name in ("sample_id", "seed")}
     for view in views:
-        if not isinstance(view, ImageView) or not isinstance(encoder, ImageEncoder):
+        shapes = view.shapes(getattr(encoder, "in_chans", 1))
+        if shapes is None:
             return None
-        first = [*([] if view.count is None else [view.count]), num_samples or 1]
-        is_changed = view.photometric is not None and view.photometric.mode == "linear"  # to float on the device
-        dtype = torch.float32 if is_changed else torch.uint8
-        batch[view.name] = torch.empty(*first, encoder.in_chans, view.size, view.size, dtype=dtype, device="meta")
-        if view.return_box:
-            batch[f"{view.name}.box"] = torch.empty(*first, 5, device="meta")
+        first = [*([] if view.times is None else [view.times]), num_samples or 1]
+        for name, (shape, dtype) in shapes.items():
+            batch[name] = torch.empty(*first, *shape, dtype=dtype, device="meta")
     return batch
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from backbones.errors import BackboneError
 from backbones.images.base import ImageEncoder
 from data_pipelines.views.base import View
-from data_pipelines.views.kinds.images import ImageView
 from data_pipelines.views.specs import views_from
 from objectives.base import Objective
 from objectives.errors import ObjectiveError
@@ -35,18 +34,18 @@ class Shown:
     Attributes:
         share: Of the steps.
         views: As the objective states them.
-        grids: (rows, columns) of patches of each view's crop; None of one that is no picture.
+        grids: Tokens of what each view shows, along each axis where they lie on a grid; None where it is not known.
         num_prefix: Tokens before the patches of a crop.
     """
 
     share: float
     views: tuple[View, ...]
-    grids: tuple[tuple[int, int] | None, ...]
+    grids: tuple[tuple[int, ...] | None, ...]
     num_prefix: int
 
     @property
     def tokens(self) -> int | None:
-        """Of a sample, with those of patches that the objective leaves out; None where a view is no picture."""
+        """Of a sample, with those that the objective leaves out; None where it is not known of a view."""
         if None in self.grids:
             return None
         counted = zip(self.views, self.grids, strict=True)
@@ -209,15 +208,16 @@ def _largest(shown: Sequence[tuple[View, ...]]) -> list[tuple[View, ...]]:
     return [views for views in different if not any(covers(sizes(other), sizes(views)) for other in different)]
 
 
-def _grid(objective: Objective, view: View) -> tuple[int, int] | None:
-    """Patches of a crop of the view; None where it is no picture.
+def _grid(objective: Objective, view: View) -> tuple[int, ...] | None:
+    """Tokens of what a view shows; None where it is not known.
 
     Raises:
-        ObjectiveError: Patches do not tile it.
+        ObjectiveError: The encoder does not take it.
     """
-    if not isinstance(view, ImageView) or not isinstance(objective.backbone, ImageEncoder):
+    shapes = view.shapes(getattr(objective.backbone, "in_chans", 1))
+    if shapes is None:
         return None
     try:
-        return objective.backbone.grid_at(view.size, view.size)
+        return objective.backbone.grid_of(shapes[view.name][0])
     except BackboneError as error:
-        raise ObjectiveError(f"view {view.name!r} is of {view.size} px: {error}") from error
+        raise ObjectiveError(f"view {view.name!r} is of {view.extent}: {error}") from error

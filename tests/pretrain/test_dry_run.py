@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import pretrain
 from pretrain.cli.main import main
 from pretrain.config.load import recipe_content, recipe_names
 from pretrain.training import preflight
-
-DATA = Path(pretrain.__file__).parent / "demo_data" / "grocery"
+from tests.small_objectives import data_of
 
 
 def screen(
@@ -19,7 +17,7 @@ def screen(
 ) -> list[str]:
     """The lines of a dry run in an empty directory, which it leaves empty."""
     monkeypatch.chdir(tmp_path)
-    root = [] if name == "demo" else [f"data.root={DATA}"]
+    root = [] if name == "demo" else [f"data.root={data_of(recipe_content(name)['objective']['name'])}"]
     assert main(["run", name, *root, *settings, "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == []
     return capsys.readouterr().out.splitlines()
@@ -55,8 +53,8 @@ def test_dry_run__a_stage_as_it_is_read(
     lines = screen(tmp_path, capsys, monkeypatch, "dinov3_cifar10", "train.device=cpu")
     begin, end = (next(i for i, line in enumerate(lines) if f"stage {name}:" in line) for name in ("gram", "highres"))
     assert [line for line in lines[begin:end] if not line[10:].startswith(("activations  ", "in all"))] == [
-        "train     stage gram: dinov3, 300 steps of 64 = 19200 samples, 30 epochs; adamw,",
-        "          peak lr 0.0003, warm-up 0 steps",
+        "train     stage gram: dinov3, 1500 steps of 64 = 96000 samples, 150 epochs;",
+        "          adamw, peak lr 0.0003, warm-up 0 steps",
         "views     global_1, global_2: 32 px, 4 x 4 patches; local: 4 x 16 px,",
         "          2 x 2 patches; 60 tokens per sample",
         "          3840 tokens per step, 2 of each crop beside its patches",
@@ -69,9 +67,9 @@ def test_dry_run__a_stage_as_it_is_read(
         "          teacher and gram                          7.6     7.6     7.6     3.8",
         "          [0] is train.zero_stage",
         "          activations are those of 32 samples",
-        "disk      every 300 steps a backbone of 3.3 MB, heads of 1.1 MB and a training",
+        "disk      every 750 steps a backbone of 3.3 MB, heads of 1.1 MB and a training",
         "          state of 20.6 MB",
-        "          82.4 MB when the stage ends (5 backbones, 3 states); one state more",
+        "          86.7 MB when the stage ends (6 backbones, 3 states); one state more",
         "          while it is written",
     ]
 

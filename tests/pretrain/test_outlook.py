@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backbones.images.config import ImageConfig
+from data_pipelines.views.specs import views_from
 from objectives import registry
-from objectives.base import Progress
+from objectives.base import Objective, Progress
 from objectives.distributed import foreseen_ranks, gather_rows, gather_rows_with_gradient, num_ranks
 from objectives.errors import ObjectiveError
 from pretrain.config.load import load_plan
@@ -23,7 +24,7 @@ from pretrain.training.engine import Engine
 from pretrain.training.memory import memory_of
 from pretrain.training.model import build_objective
 from pretrain.training.outlook import Outlook, look_at
-from tests.small_objectives import SMALL, with_frozen_teacher
+from tests.small_objectives import SMALL, backbone_of, kind_of, with_frozen_teacher
 
 RANKS, MICRO = 2, 4
 SETTINGS = [("fp32", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)]
@@ -31,11 +32,12 @@ SETTINGS = [("fp32", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)]
 
 def recipe_of(name: str, precision: str = "fp32", stage: int = 0, **settings: Any) -> Recipe:
     depth = {"depth": 4} | ({"class_token": False, "final_norm": False} if name == "selfpatch" else {})
+    is_of_images = kind_of(name) == "image"
     sizes = {"steps": 4, "global_batch_size": RANKS * MICRO, "micro_batch_size": MICRO, "workers": RANKS}
     return Recipe(
         name="foreseen",
         objective=registry.config_class(name)(**SMALL[name] | settings),
-        backbone=ImageConfig("vit_tiny_patch16_224", 32, 8, options=depth),
+        backbone=ImageConfig("vit_tiny_patch16_224", 32, 8, options=depth) if is_of_images else backbone_of(name),
         data=DataConfig(train="shards"),
         optimizer=OptimizerConfig(lr=1e-4),
         train=TrainConfig(**sizes, accumulation=1, zero_stage=stage, precision=precision, checkpoint_every=4),  # type: ignore[arg-type]
@@ -48,15 +50,17 @@ def outlook_of(recipe: Recipe) -> Outlook:
     return look_at(recipe, objective)
 
 
-def batch_of(views: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """As a stream gives it; a photometric view is float by then."""
-    generator = torch.Generator().manual_seed(0)
+def batch_of(objective: Objective) -> dict[str, Tensor]:
+    """As a stream gives it."""
+    torch.manual_seed(0)
     batch = {"seed": torch.arange(MICRO), "sample_id": torch.arange(MICRO)}
-    for view in views:
-        times = [view["count"]] if "count" in view else []
-        shape = (*times, MICRO, 3, view["size"], view["size"])
-        pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        batch[view["name"]] = pixels / 255 if view.get("photometric") else pixels
+    for view in views_from(objective.views()):
+        shapes = view.shapes(getattr(objective.backbone, "in_chans", 1))
+        assert shapes is not None
+        for name, (shape, dtype) in shapes.items():
+            whole = (*([] if view.times is None else [view.times]), MICRO, *shape)
+            values = torch.rand(whole)
+            batch[name] = values if dtype.is_floating_point else (values * 255).to(dtype)
     return batch
 
 
@@ -65,7 +69,7 @@ def test_activations__are_what_autograd_keeps_of_a_real_step(name: str) -> None:
     recipe = recipe_of(name)
     torch.manual_seed(0)
     objective = with_frozen_teacher(build_objective(recipe))
-    batch = batch_of(objective.views())
+    batch = batch_of(objective)
     weights = {tensor.data_ptr() for tensor in [*objective.parameters(), *objective.buffers()]}
     kept = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in batch.values()}
 
@@ -153,7 +157,7 @@ def _save(folder: Path) -> dict[str, int]:
         torch.manual_seed(0)
         engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
         engine.set_schedule(1e-4, 0.05, 0)
-        batch = batch_of(engine.objective.views())
+        batch = batch_of(engine.objective)
         assert engine.step([batch], Progress(0, 4, is_logged=False)).applied
         saved = folder / f"{precision}-{stage}"
         if dist.get_rank() == 0:

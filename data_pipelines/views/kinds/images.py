@@ -145,6 +145,10 @@ class ImageView(View):
             raise DataError(f"view {spec.get('name')!r}, {error}") from None
         return super().from_spec({**spec, "photometric": photometric})
 
+    @property
+    def extent(self) -> str:
+        return f"{self.size} px"
+
     def reads(self, fields: frozenset[str]) -> Reading:
         is_smooth = self.resize == "bicubic"
         if not is_smooth and self.field is None:
@@ -160,6 +164,13 @@ class ImageView(View):
         if self.channels is not None or self.array is not None:
             raise DataError(f"view {self.name!r}: channels and array are for npy and npz fields; field is {field!r}")
         return PhotoReading(field) if is_smooth else MaskReading(field)
+
+    def shapes(self, channels: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Photos are bytes, unless their colors change on the device; other channels are taken for bytes, too."""
+        is_changed = self.photometric is not None and self.photometric.mode == "linear"
+        dtype = torch.float32 if is_changed else torch.uint8
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {self.name: ((channels, self.size, self.size), dtype)}
+        return shapes | ({f"{self.name}.box": ((5,), torch.float32)} if self.return_box else {})
 
     def draw(self, content: Picture, rng: ViewRandom, led: Mapping[str, Any]) -> list[Crop]:
         crops = self._crops((content.width, content.height), rng, led)

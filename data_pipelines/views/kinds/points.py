@@ -83,10 +83,17 @@ class PointsView(View):
     jitter: float = 0.0
     drop: float = 0.0
 
+    @property
+    def extent(self) -> str:
+        return f"{self.num_points} points"
+
     def reads(self, fields: frozenset[str]) -> Reading:
         field = self.chosen_field(self.field, _FIELDS, fields)
         self.require_suffix(field, ARRAY_FIELDS)
         return ArrayReading(field, self.array)
+
+    def shapes(self, channels: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {self.name: ((self.num_points, 3 + self.features), torch.float32)}
 
     def entries(self, content: npt.NDArray[Any], rng: ViewRandom, drawn: None) -> dict[str, Tensor]:
         return {self.name: self.stacked([self.make(content, rng) for _ in range(self.count or 1)])}

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from data_pipelines.errors import DataError
@@ -85,10 +86,19 @@ class VolumeView(View):
     same_crop_as: str | None = None
     return_size: bool = False
 
+    @property
+    def extent(self) -> str:
+        return f"{' x '.join(map(str, self.size))} voxels"
+
     def reads(self, fields: frozenset[str]) -> Reading:
         field = self.chosen_field(self.field, _FIELDS, fields)
         self.require_suffix(field, ARRAY_FIELDS)
         return VolumeReading(field, self.array)
+
+    def shapes(self, channels: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Without a window, types are those of the data: then as the widest of them, 32 bits."""
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {self.name: ((channels, *self.size), torch.float32)}
+        return shapes | ({f"{self.name}.size": ((3,), torch.int64)} if self.return_size else {})
 
     def draw(self, content: Array, rng: ViewRandom, led: Mapping[str, Any]) -> list[Placement]:
         if self.same_crop_as is not None:
