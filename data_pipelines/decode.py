@@ -52,6 +52,7 @@ __all__ = [
     "decode_image",
     "decode_label",
     "decode_mask",
+    "decode_rgba",
     "open_image",
 ]
 
@@ -186,6 +187,20 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
     return Photo(data).pixels
 
 
+def decode_rgba(data: bytes) -> npt.NDArray[np.uint8]:
+    """Decode a photo to (H, W, 4) uint8 with straight alpha, as stored; pictures without alpha are opaque.
+
+    Raises:
+        DataError: see `Photo`.
+    """
+    opened = _open(data, _IMAGE_FORMATS)
+    if not _fits(*opened.size):
+        raise _too_large(*opened.size)
+    image = _loaded(opened, data)
+    _require_eight_bits(image)
+    return np.array(image.convert("RGBA"))
+
+
 def decode_mask(data: bytes, *, exif_rotation: bool = True) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
     """Decode a label or depth map without touching its values (palette images give their indices).
 
@@ -286,9 +301,13 @@ def _reason(error: Exception) -> str:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    _require_eight_bits(image)
+    return image.convert("RGB")
+
+
+def _require_eight_bits(image: Image.Image) -> None:
     if image.mode.startswith(("I", "F")):
         raise DataError(f"image has more than 8 bits per channel (mode {image.mode}); it is no RGB photo")
-    return image.convert("RGB")
 
 
 def _fits(width: int, height: int, factor: int = 1) -> bool:

@@ -24,7 +24,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Rooms of a package from the ground up: a file may import its own room and those of earlier rows, not its neighbors in
 # a row. A room is a folder or a file of the package itself; those that no row names are together the room "".
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "data_pipelines": (("",), ("storage",), ("shards",), ("views",), ("streaming",), ("packing", "inspection")),
+    "data_pipelines": (
+        ("",),
+        ("storage",),
+        ("shards",),
+        ("views",),
+        ("streaming",),
+        ("packing", "inspection"),
+        ("radiance",),
+    ),
     "evaluation": (
         ("protocol", "keys", "lease", "metrics", "threads"),
         ("selection", "results", "features", "data"),
@@ -42,7 +50,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("checkpoints",),
         ("training", "evaluations", "exports", "embeddings"),
         ("reporting", "known_checkpoints"),
-        ("worker", "photos"),
+        ("worker", "photos", "radiance"),
         ("driver",),
         ("cli",),
         ("",),

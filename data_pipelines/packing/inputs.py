@@ -68,6 +68,7 @@ class Item(NamedTuple):
     sequence: str | None = None
     split: str | None = None  # that the source puts it in
     problem: str | None = None  # what is wrong with it, as far as listing can tell
+    key: str | None = None  # of the sample, without dots; None: its number in the data set
 
 
 class Entry(NamedTuple):

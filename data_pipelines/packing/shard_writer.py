@@ -96,7 +96,7 @@ class _Seen:
 
 
 def sample_key(number: int) -> str:
-    """Key of a sample: its number in the whole data set, sortable as text, without dots."""
+    """Key of a sample that has no name of its own: its number in the whole data set, sortable as text, without dots."""
     return f"{number:09d}"
 
 
@@ -155,7 +155,7 @@ def _write_tar(path: Path, job: ShardJob, advance: Advance, seen: _Seen) -> None
                 except DataError as error:
                     seen.rejected.append((item.name, str(error)))
                 else:
-                    _add_sample(tar, sample_key(number), sample.fields)
+                    _add_sample(tar, item.key or sample_key(number), sample.fields)
                     seen.add(sample)
                 advance(1)
         file.flush()

@@ -1,7 +1,7 @@
 """`pretrain data ...`: files to shards, and what is in them.
 
-Requests are checked before numpy or an image library is imported. The work is in `data_pipelines`: `pack`, `verify`,
-`stats` and `show`.
+Requests are checked before numpy or an image library is imported. The work is in `data_pipelines`: `packing`,
+`radiance` and `inspection`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from data_pipelines.radiance.settings import AXES, BACKGROUNDS, DTYPES, UPS, FitSettings
 from pretrain.cli.filled import Commands
 from pretrain.errors import RequestError
 from pretrain.record.destinations import require_local
@@ -25,12 +26,14 @@ from pretrain.reporting.progress import progress_of
 from pretrain.screen import say
 
 if TYPE_CHECKING:
+    from data_pipelines.radiance.make import Made
     from data_pipelines.shards.manifest import Manifest
 
 __all__ = ["data", "plain_warnings"]
 
 KINDS = ("auto", "images", "pairs", "sequences", "points", "volumes", "list", "tars")
 _SHOWN_CLASSES = 12
+_GOOD_PSNR = 25.0  # dB, from which on grids of whole objects look right
 
 _sources = click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
 _workers = click.option(
@@ -44,6 +47,7 @@ def data() -> None:
 
     \b
     pretrain data pack photos/ shards/ --split train=0.9,test=0.1
+    pretrain data radiance scenes/ grids/              photos with known cameras to voxel grids
     pretrain data verify shards/                       every damage by shard, sample and offset
     pretrain data stats shards/ --json                 sizes, channel means, class balance
     pretrain data show shards/ -o sheet.png            a contact sheet
@@ -155,6 +159,115 @@ def pack(
 
 
 @data.command()
+@click.argument("src")
+@click.argument("dest")
+@click.option(
+    "--resolution",
+    type=click.IntRange(8, 512),
+    metavar="N",
+    default=64,
+    show_default=True,
+    help="Voxels, longest side.",
+)
+@click.option("--steps", type=click.IntRange(1), metavar="N", default=1000, show_default=True, help="Of the optimiser.")
+@click.option("--rays", type=click.IntRange(1), metavar="N", default=1024, show_default=True, help="In each step.")
+@click.option(
+    "--size",
+    type=click.IntRange(1),
+    metavar="PIXELS",
+    default=400,
+    show_default=True,
+    help="Reduce photos to this shorter side.",
+)
+@click.option(
+    "--bound",
+    type=click.FloatRange(0, min_open=True),
+    metavar="LENGTH",
+    help="Fit the cube [-LENGTH, LENGTH] of the world; default: what the cameras look at, or the room they are in.",
+)
+@click.option(
+    "--background",
+    type=click.Choice(tuple(BACKGROUNDS)),
+    default="white",
+    show_default=True,
+    help="Behind transparent parts and the box.",
+)
+@click.option(
+    "--axes", type=click.Choice(AXES), default="opengl", show_default=True, help="Of cameras in JSON and npz files."
+)
+@click.option(
+    "--up",
+    type=click.Choice(UPS),
+    default="auto",
+    show_default=True,
+    help="Axis that points up; auto: z, with COLMAP that of the pictures.",
+)
+@click.option(
+    "--min-psnr",
+    type=float,
+    metavar="DB",
+    default=20.0,
+    show_default=True,
+    help="Leave out scenes below, on held-out views.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="uint8", show_default=True, help="Of the grids.")
+@click.option("--cuts", type=click.IntRange(1), metavar="N", help="Random cubes of each scene instead of all of it: 64")
+@click.option("--cut-size", type=click.IntRange(1), metavar="N", help="Voxels of a side of a cut; default: 32.")
+@click.option("--test", multiple=True, metavar="SCENE", help="Put this scene into the split test (may be repeated).")
+@click.option(
+    "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Of pixels, cuts and order."
+)
+@click.option("--name", metavar="NAME", help="Of the data set; default: that of SRC.")
+@click.option("--address", metavar="URL", help="A running Ray; default: $RAY_ADDRESS, else a private local one.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Scenes at a time; default: as many as cores.")
+def radiance(
+    src: str,
+    dest: str,
+    min_psnr: float,
+    dtype: str,
+    cuts: int | None,
+    cut_size: int | None,
+    test: tuple[str, ...],
+    name: str | None,
+    address: str | None,
+    workers: int | None,
+    **settings: Any,
+) -> None:
+    """Fit voxel grids of color and opacity to photos with known cameras; shards of them in DEST.
+
+    SRC is a scene, or a folder of scenes: transforms_train.json of the Blender sets, transforms.json of nerfstudio and
+    instant-ngp, a COLMAP text model, an npz of images, poses and focal, or a tar of one of these. Scenes run as Ray
+    tasks. The same command goes on where a killed one stopped; exit code 1 if a scene was left out.
+
+    \b
+    pretrain data radiance chair.tar grids/ --bound 1.2
+    pretrain data radiance scenes/ grids/ --test lego --cuts 64 --cut-size 32
+    """
+    _require_inputs(src, None)
+    if cut_size is not None and cuts is None:
+        raise RequestError(f"--cut-size {cut_size}: there are no cuts without --cuts N")
+    from data_pipelines.radiance.make import Writing, make_grids
+    from data_pipelines.worker_pool import run_jobs
+    from pretrain.radiance import run_on_ray
+
+    began, workers = time.monotonic(), workers or _cores()
+    writing = Writing(test, min_psnr, dtype, cuts or 0, cut_size or 32, name=name)
+    with progress_of("fitting") as progress:
+        made = make_grids(
+            src,
+            dest,
+            FitSettings(**settings),
+            writing,
+            workers=workers,
+            run_jobs=run_jobs if workers == 1 and address is None else run_on_ray(address),
+            progress=progress,
+        )
+    _say_made(made, dest, time.monotonic() - began)
+    if made.manifest is None or made.manifest.rejected:
+        raise click.exceptions.Exit(1)
+
+
+@data.command()
 @_sources
 @click.option("--no-decode", is_flag=True, help="Check bytes and structure only; do not decode images and arrays.")
 @_workers
@@ -256,6 +369,25 @@ def show(
     sheet = contact_sheet(dataset, chosen, size, field)
     sheet.save(output)
     say(f"{len(chosen)} of {dataset.num_samples} samples are in {output} ({sheet.width} x {sheet.height})")
+
+
+def _say_made(made: Made, dest: str, seconds: float) -> None:
+    """A line for each scene, and what was written."""
+    for scene in made.scenes:
+        if scene.problem is not None:
+            say(f"error: left out: {scene.problem}", err=True)
+        else:
+            note = "" if (scene.psnr or 0.0) >= _GOOD_PSNR else f"; below {_GOOD_PSNR:g} dB, look at it before use"
+            say(f"{scene.name}: {scene.psnr:.1f} dB on held-out views, fitted in {scene.seconds:.0f} CPU s{note}")
+    if made.manifest is None:
+        say(f"error: no scene is left, nothing was written to {dest}", err=True)
+        return
+    samples = ", ".join(f"{name} {split.samples}" for name, split in made.manifest.splits.items())
+    if made.scenes:
+        say(f"wrote {samples} grids in {seconds:.1f} s")
+    else:
+        say(f"{dest} holds them already: {samples} grids; {made.manifest.rejected or 0} scenes were left out")
+    say(f"next: pretrain data show {dest} -o sheet.png --size 256")
 
 
 def _said_classes(manifest: Manifest) -> str:
