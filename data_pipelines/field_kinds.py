@@ -22,6 +22,7 @@ __all__ = [
     "field_kind",
     "has_channels",
     "is_never_read",
+    "is_radiance_grid",
     "kind_of_field",
     "picture_names",
     "shared_names",
@@ -62,6 +63,11 @@ def field_kind(name: str) -> str | None:
 def is_never_read(field: str) -> bool:
     """True for fields whose name says pickle, also below a compression (`pkl.gz`)."""
     return not _NEVER_READ.isdisjoint(field.lower().split("."))
+
+
+def is_radiance_grid(field: str) -> bool:
+    """True for fields whose name says that their volume is colors and alpha (`grid.npy`)."""
+    return field.lower().split(".")[-2:] == ["grid", "npy"]
 
 
 def kind_of_field(field: str, declared: Any) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines.errors import CorruptSampleError, DataError
-from data_pipelines.field_kinds import kind_of_field
+from data_pipelines.field_kinds import is_radiance_grid, kind_of_field
 from data_pipelines.fields import decode_field
 from data_pipelines.inspection.thumbnails import PICTURED, thumbnail
 from data_pipelines.shards.dataset import Dataset
@@ -80,8 +80,9 @@ def _cell(dataset: Dataset, sample_id: int, size: int, field: str | None) -> tup
     pictures, caption = [], f"{sample_id}  {sample['__key__']}"
     for name in _chosen(dataset, sample, field):
         kind = kind_of_field(name, declared)
+        is_grid = is_radiance_grid(name)
         try:
-            picture = thumbnail(kind, sample[name], size, ignore_index) if kind in PICTURED else None
+            picture = thumbnail(kind, sample[name], size, ignore_index, is_grid=is_grid) if kind in PICTURED else None
         except DataError as error:
             caption += f"  {name}: {error}"
         else:

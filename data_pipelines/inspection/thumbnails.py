@@ -1,4 +1,4 @@
-"""Small RGB pictures of whatever a field holds: photos, masks, depth, arrays, point clouds, volumes.
+"""Small RGB pictures of whatever a field holds: photos, masks, depth, arrays, point clouds, volumes, radiance grids.
 
 Masks get one fixed colour per class, so the same class looks the same in every sheet. Values without a natural scale
 are stretched from their 2nd to their 98th percentile. Pictures are for people: nothing here is exact.
@@ -17,6 +17,7 @@ from PIL import Image
 
 from data_pipelines.field_kinds import ARRAY_KINDS, has_channels
 from data_pipelines.fields import decode_field
+from data_pipelines.inspection.grid_pictures import as_unit, looks_like_grid, middle_slices, seen_from_a_corner
 
 __all__ = ["PICTURED", "thumbnail"]
 
@@ -28,7 +29,9 @@ _AZIMUTH, _ELEVATION = np.deg2rad(30), np.deg2rad(20)  # from where point clouds
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
 
 
-def thumbnail(kind: str, data: bytes, size: int, ignore_index: int | None = None) -> Image.Image | None:
+def thumbnail(
+    kind: str, data: bytes, size: int, ignore_index: int | None = None, *, is_grid: bool = False
+) -> Image.Image | None:
     """A picture of one field, `size` pixels high (volumes: three middle slices side by side).
 
     Args:
@@ -36,6 +39,7 @@ def thumbnail(kind: str, data: bytes, size: int, ignore_index: int | None = None
         data: bytes of the field.
         size: of the square that the picture fits into; a volume fits into three of them.
         ignore_index: value of masks that is drawn black.
+        is_grid: a volume holds colors and alpha: it is seen from a corner, and cut level and upright.
 
     Returns:
         RGB picture; None when the values are no picture, such as a vector.
@@ -43,7 +47,9 @@ def thumbnail(kind: str, data: bytes, size: int, ignore_index: int | None = None
     Raises:
         DataError: the bytes do not decode.
     """
-    planes = _planes(kind, decode_field(kind, data), size, ignore_index)
+    value = decode_field(kind, data)
+    planes = _grid_planes(value, size) if is_grid else []
+    planes = planes or _planes(kind, value, size, ignore_index)
     if not planes:
         return None
     pictures = [_fit(plane, size) for plane in planes]
@@ -70,6 +76,11 @@ def _planes(kind: str, value: Any, size: int, ignore_index: int | None) -> list[
         return [_scatter(cloud[:, :3].astype(np.float64), size) for cloud in clouds[:1]]
     drawable = [array for array in arrays if array.ndim >= 2 and min(array.shape[-2:]) >= _MIN_SIDE]
     return _array_planes(kind, drawable[0]) if drawable else []
+
+
+def _grid_planes(value: Any, size: int) -> list[Pixels]:
+    grids = [as_unit(array) for array in value.values() if looks_like_grid(array)]
+    return [seen_from_a_corner(grids[0], size), *middle_slices(grids[0])] if grids else []
 
 
 def _array_planes(kind: str, array: npt.NDArray[Any]) -> list[Pixels]:

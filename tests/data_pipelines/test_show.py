@@ -43,6 +43,26 @@ def picture(kind: str, data: bytes, ignore_index: int | None = None) -> np.ndarr
     return np.array(image)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16])
+def test_thumbnail__a_radiance_grid_is_seen_from_a_corner_and_cut(dtype: type) -> None:
+    """A cube, red below and blue above, in the right half of the grid."""
+    grid = np.zeros((4, 16, 16, 16), np.float32)
+    grid[3, 9:15, 5:11, 4:12] = 1
+    grid[0, :, :, :8], grid[2, :, :, 8:] = 1, 1
+    values = (grid * 255 if dtype is np.uint8 else grid).astype(dtype)
+    drawn = thumbnail("volume", npy(values), SIZE, is_grid=True)
+    assert drawn is not None and drawn.size == (3 * SIZE, SIZE)
+    seen, level, upright = np.split(np.array(drawn), 3, axis=1)
+    is_red, is_blue = (seen == (255, 0, 0)).all(axis=2), (seen == (0, 0, 255)).all(axis=2)
+    rows = np.arange(SIZE)[:, None]
+    assert is_red.sum() > 20 and is_blue.sum() > 20
+    assert (rows * is_blue).sum() / is_blue.sum() < (rows * is_red).sum() / is_red.sum()  # blue is above
+    assert (seen[0] == 255).all()
+    assert (level[16, 24] == (0, 0, 255)).all() and (level[16, 8] == 255).all()
+    assert (upright[10, 24] == (0, 0, 255)).all() and (upright[20, 24] == (255, 0, 0)).all()
+    assert thumbnail("volume", npy(values[:3]), SIZE, is_grid=True) is not None  # no grid, drawn as a volume
+
+
 @pytest.fixture
 def dataset(tmp_path: Path, write_tar: WriteTar) -> Dataset:
     """Three red, green and blue photos with masks, labels and some text; the second has a damaged photo."""

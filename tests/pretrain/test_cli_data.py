@@ -122,7 +122,8 @@ def test_data__wrong_requests_and_help_import_nothing_heavy(tmp_path: Path) -> N
     code = (
         "import sys\nfrom pretrain.cli.main import main\n"
         "for request in (['--help'], ['pack', '--help'], ['verify', 'no.tar'], ['stats', 's3://'], ['show', 'no.tar'],"
-        " ['pack', 'no', 'out'], ['pack', '.', 'out', '--split', 'x']):\n"
+        " ['pack', 'no', 'out'], ['radiance', 'no', 'out'], ['radiance', '--help'],"
+        " ['pack', '.', 'out', '--split', 'x']):\n"
         "    main(['data', *request])\n"
         "print([name for name in ('torch', 'numpy', 'PIL', 'ray', 'fsspec') if name in sys.modules])"
     )
