@@ -1,4 +1,6 @@
-"""From encoded images back to pixels: MAE's light decoder (arXiv:2111.06377) and SimMIM's head (arXiv:2111.09886).
+"""From encoded images back to pixels, from volumes to voxels: decoders of MAE (arXiv:2111.06377) and SimMIM.
+
+SimMIM is arXiv:2111.09886.
 
 NOT here: the encoder, the choice of what is masked, the loss.
 
@@ -18,6 +20,7 @@ from backbones.features import Features, ImageFeatures
 from backbones.images.base import ImageEncoder
 from backbones.images.positions import sincos_positions
 from backbones.norms import make_norms_exact
+from backbones.voxels.positions import sincos_positions_3d
 
 __all__ = ["MaskedDecoder", "PixelHead"]
 
@@ -32,12 +35,13 @@ class MaskedDecoder(nn.Module):
     positions: Tensor
 
     def __init__(
-        self, encoder_dim: int, grid: tuple[int, int], output_dim: int, *, dim: int, depth: int, num_heads: int
+        self, encoder_dim: int, grid: tuple[int, ...], output_dim: int, *, dim: int, depth: int, num_heads: int
     ) -> None:
-        """Builds `depth` blocks of width `dim`; `output_dim` numbers are predicted per patch of the `grid`.
+        """Builds `depth` blocks of width `dim`; `output_dim` numbers are predicted per patch of the `grid`, which has
+        two axes or three.
 
         Raises:
-            BackboneError: `dim` is not divisible by `num_heads`, or not by 4.
+            BackboneError: `dim` is not divisible by `num_heads`, or has no sin-cos positions (of an image: not by 4).
         """
         super().__init__()
         if dim % num_heads:
@@ -51,7 +55,7 @@ class MaskedDecoder(nn.Module):
         self.predict = nn.Linear(dim, output_dim)
         make_norms_exact(self)
         # A buffer stays float32 where an engine casts parameters; derived from the grid, so not in the state dict.
-        self.register_buffer("positions", sincos_positions(dim, grid), persistent=False)  # (N, E)
+        self.register_buffer("positions", _positions(dim, grid), persistent=False)  # (N, E)
 
     def forward(self, visible: Features, keep_idx: Tensor, drop_idx: Tensor) -> Tensor:
         """Predictions for the masked patches.
@@ -73,6 +77,13 @@ class MaskedDecoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.predict(self.norm(x[:, -drop_idx.shape[1] :]))  # (B, M, output_dim)
+
+
+def _positions(dim: int, grid: tuple[int, ...]) -> Tensor:
+    """(N, E) of an image or a volume."""
+    if len(grid) == 2:
+        return sincos_positions(dim, (grid[0], grid[1]))
+    return sincos_positions_3d(dim, (grid[0], grid[1], grid[2]))
 
 
 class PixelHead(nn.Module):

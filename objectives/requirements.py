@@ -12,7 +12,14 @@ from backbones.points.base import PointEncoder
 from backbones.voxels.base import VoxelEncoder
 from objectives.errors import ObjectiveError
 
-__all__ = ["require", "require_images", "require_points", "require_sizes", "require_voxels"]
+__all__ = [
+    "require",
+    "require_images",
+    "require_mask_ratio",
+    "require_points",
+    "require_sizes",
+    "require_voxels",
+]
 
 # Flag of a backbone -> what an objective needs, and what is to be said of a backbone without it.
 _CAPABILITIES = {
@@ -90,3 +97,16 @@ def require_voxels(backbone: Encoder, objective: str) -> VoxelEncoder:
             "use backbone.kind=voxels"
         )
     return backbone
+
+
+def require_mask_ratio(mask_ratio: float, num_patches: int) -> None:
+    """Refuses a share of masked patches that leaves none to see or none to predict.
+
+    Raises:
+        ObjectiveError: naming the share and the number of patches.
+    """
+    if not 0 < int(num_patches * (1 - mask_ratio)) < num_patches:
+        raise ObjectiveError(
+            f"objective.mask_ratio {mask_ratio} leaves nothing to see or to predict of {num_patches} patches; "
+            "choose it between 0 and 1, or a smaller patch size"
+        )

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["clouds", "shape_cloud", "write_shard"]
+__all__ = ["clouds", "grids", "shape_cloud", "volumes", "write_shard"]
 
 NUM_CLOUDS, NUM_POINTS = 64, 128
 
@@ -51,6 +51,42 @@ def clouds() -> Path:
         return {"points.npy": _npy(shape_cloud(rng, idx % 4)), "cls": str(idx % 4).encode()}
 
     return _folder(sample, NUM_CLOUDS, NUM_CLOUDS // 4)
+
+
+@cache
+def grids() -> Path:
+    """Radiance grids of a ball, `grid.npy` (4, X, Y, Z) of 12 to 18 voxels a side: 64 in train-000000.tar."""
+
+    def sample(idx: int) -> Mapping[str, bytes]:
+        rng = np.random.default_rng(idx)
+        distance = _distance(rng, rng.integers(12, 19, 3))
+        alpha = (1 - distance).clip(0, 1)
+        colors = np.broadcast_to(rng.uniform(0, 1, (3, 1, 1, 1)), (3, *alpha.shape)) * (alpha > 0)
+        return {"grid.npy": _npy(np.concatenate([colors, alpha[None]]).astype(np.float16))}
+
+    return _folder(sample, 64, 16)
+
+
+@cache
+def volumes() -> Path:
+    """Scans of a bright ball in noise, `npz` with image and label (X, Y, Z) uint8: 64 in train-000000.tar."""
+
+    def sample(idx: int) -> Mapping[str, bytes]:
+        rng = np.random.default_rng(idx)
+        distance = _distance(rng, rng.integers(12, 19, 3))
+        image = (60 + 120 * (1 - distance).clip(0, 1) + rng.normal(0, 10, distance.shape)).clip(0, 255)
+        file = io.BytesIO()
+        np.savez_compressed(file, image=image.astype(np.uint8), label=(distance < 1).astype(np.uint8))
+        return {"npz": file.getvalue()}
+
+    return _folder(sample, 64, 16)
+
+
+def _distance(rng: np.random.Generator, sides: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    """How far each voxel is from the middle of a ball somewhere in a volume, 1 at its surface."""
+    axes = np.meshgrid(*(np.arange(side) for side in sides), indexing="ij")
+    middle, radius = rng.uniform(0.3, 0.7, 3) * sides, rng.uniform(4, 7)
+    return np.sqrt(sum((axis - at) ** 2 for axis, at in zip(axes, middle, strict=True))) / radius
 
 
 def write_shard(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> None:

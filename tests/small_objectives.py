@@ -10,6 +10,7 @@ import torch
 from backbones.images.config import ImageConfig
 from backbones.points.config import PointTransformerConfig
 from backbones.registry import create_backbone
+from backbones.voxels.config import VoxelSwinConfig, VoxelVitConfig
 from objectives.base import Objective
 from tests import small_data
 
@@ -17,7 +18,8 @@ __all__ = ["SMALL", "backbone_of", "data_of", "kind_of", "with_frozen_teacher"]
 
 PHOTOS = Path(__file__).resolve().parents[1] / "pretrain" / "demo_data" / "grocery"
 # Of the objectives that encode something else than images.
-_KINDS = {"point_mae": "points"}
+_KINDS = {"nerf_mae": "voxels", "point_mae": "points", "volume_mae": "voxels"}
+# By objective, else by kind.
 _BACKBONES: dict[str, Any] = {
     "image": ImageConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3}),
     "points": PointTransformerConfig(
@@ -30,8 +32,15 @@ _BACKBONES: dict[str, Any] = {
         tokenizer_dim=8,
         drop_path=0.0,
     ),
+    "nerf_mae": VoxelSwinConfig(size=[16, 16, 16], embed_dim=12, depths=[1, 2], num_heads=[1, 2], drop_path=0.0),
+    "volume_mae": VoxelVitConfig(size=[16, 16, 16], patch_size=4, embed_dim=48, depth=3, num_heads=3),
 }
-_DATA = {"image": lambda: PHOTOS, "points": small_data.clouds}
+_DATA = {
+    "image": lambda: PHOTOS,
+    "points": small_data.clouds,
+    "nerf_mae": small_data.grids,
+    "volume_mae": small_data.volumes,
+}
 
 SMALL: dict[str, dict[str, Any]] = {
     "mae": {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3},
@@ -46,6 +55,8 @@ SMALL["dinov3"] = SMALL["dino"] | {
     "patch_head_bottleneck_dim": 32,
 }
 SMALL["distillation"] = {"teacher_dim": 32, "head_hidden_dim": 48}
+SMALL["nerf_mae"] = {"mask_block": 2}
+SMALL["volume_mae"] = {"decoder_dim": 24, "decoder_depth": 1, "decoder_heads": 2, "volume_array": "image"}
 SMALL["point_mae"] = {"decoder_depth": 1, "decoder_heads": 3, "decoder_drop_path": 0.0}
 
 
@@ -56,12 +67,12 @@ def kind_of(name: str) -> str:
 
 def backbone_of(name: str) -> Any:
     """Settings of a small backbone for an objective."""
-    return _BACKBONES[kind_of(name)]
+    return _BACKBONES.get(name) or _BACKBONES[kind_of(name)]
 
 
 def data_of(name: str) -> Path:
     """A folder with train-*.tar of what an objective learns from."""
-    return _DATA[kind_of(name)]()
+    return (_DATA.get(name) or _DATA[kind_of(name)])()
 
 
 def with_frozen_teacher(objective: Objective) -> Objective:

@@ -69,6 +69,8 @@ CHEAP = (
     "objectives.registry",
     "objectives.dino.config",
     "objectives.mae.config",
+    "objectives.nerf_mae.config",
+    "objectives.volume_mae.config",
     "objectives.parts.settings",
     "backbones",
     "backbones.images.config",

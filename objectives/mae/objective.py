@@ -31,7 +31,7 @@ from objectives.mae.config import MAEConfig
 from objectives.masking import RandomMask, random_mask, random_noise
 from objectives.parts.reconstruction_health import feature_metrics, reconstruction_finding
 from objectives.parts.visuals import MAX_PICTURES, as_pixels, evaluating
-from objectives.requirements import require
+from objectives.requirements import require, require_mask_ratio
 
 __all__ = ["MAE", "patchify", "unpatchify"]
 
@@ -80,7 +80,7 @@ class MAE(ImageObjective):
         self.patch_size = _patch_size(backbone, config, self.drops)
         self.grid = (backbone.image_size // self.patch_size,) * 2
         self.num_patches = self.grid[0] * self.grid[1]
-        _check_ratio(config.mask_ratio, self.num_patches)
+        require_mask_ratio(config.mask_ratio, self.num_patches)
         if not self.drops:
             _refuse_decoder(config)
             self.decoder = PixelHead(backbone, self.patch_size)
@@ -225,14 +225,6 @@ def _patch_size(backbone: ImageEncoder, config: MAEConfig, drops: bool) -> int:
     if size**2 * backbone.in_chans == 1 and config.norm_pix_loss:
         raise ObjectiveError("objective.norm_pix_loss needs more than one number per patch; set it to false")
     return size
-
-
-def _check_ratio(mask_ratio: float, num_patches: int) -> None:
-    if not 0 < int(num_patches * (1 - mask_ratio)) < num_patches:
-        raise ObjectiveError(
-            f"objective.mask_ratio {mask_ratio} leaves nothing to see or to predict of {num_patches} patches; "
-            "choose it between 0 and 1, or a smaller patch size"
-        )
 
 
 def _refuse_decoder(config: MAEConfig) -> None:

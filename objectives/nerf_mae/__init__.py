@@ -1,0 +1,1 @@
+"""NeRF-MAE: masked autoencoder of radiance grids."""
