@@ -18,6 +18,7 @@ from typing import Any
 __all__ = [
     "ARRAY_KINDS",
     "FIELD_KINDS",
+    "INPUT_FIELDS",
     "cut_names",
     "field_kind",
     "has_channels",
@@ -33,6 +34,12 @@ FIELD_KINDS = ("image", "label", "json", "text", "mask", "depth", "array", "poin
 ARRAY_KINDS = ("array", "points", "volume")
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
+# What a view of each kind reads where it is not told, the first of these that every sample has.
+INPUT_FIELDS = {
+    "image": (*_IMAGES, "npy", "npz"),
+    "points": ("points.npy", "points.npz", "npy", "npz"),
+    "volume": ("volume.npy", "volume.npz", "grid.npy", "npy", "npz"),
+}
 _CUT = re.compile(r"[0-9]+\.(?:.*\.)?(?:jpg|jpeg|png|webp)")
 _NEVER_READ = frozenset({"pickle", "pkl", "pt", "pth", "pyd"})  # reading one of these runs code
 _KIND_OF_EXTENSION = {

@@ -32,6 +32,7 @@ from data_pipelines.shards.manifest import MANIFEST_NAME
 from evaluation import registry as evaluations
 from pretrain.config.checks import absolute
 from pretrain.config.load import data_root, load_plan
+from pretrain.config.pairing import photos_problem
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan
 from pretrain.errors import RequestError
@@ -111,6 +112,7 @@ def packed_plan(recipe: str, overrides: Sequence[str], folder: Path, draft: Plan
     Raises:
         RequestError, DataError, RunStopped: as `load`.
     """
+    _require_images(folder, draft.recipe)
     storage = Path(draft.recipe.storage)
     listing = listed(folder, storage)
     dest = packed(folder, storage, listing)
@@ -155,6 +157,7 @@ def foreseen_plan(recipe: str, overrides: Sequence[str], folder: Path, draft: Pl
     Returns:
         the plan, what is to be packed, and where.
     """
+    _require_images(folder, draft.recipe)
     storage = Path(draft.recipe.storage)
     listing = listed(folder, storage)
     dest = place_of(folder, storage, listing)
@@ -238,6 +241,12 @@ def _pack(folder: Path, dest: Path, listing: Listing) -> None:
     counts = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())
     classes = f"{len(manifest.classes)} classes" if manifest.classes else "no classes"
     say(f"data: packed {counts}; {classes}; {time.monotonic() - began:.1f} s")
+
+
+def _require_images(folder: Path, draft: Recipe) -> None:
+    """Raises RequestError for photos that the backbone cannot read, before they are packed."""
+    if problem := photos_problem(draft.backbone.kind):
+        raise RequestError(f"data.root={folder}: {problem}")
 
 
 def _pointing_at(dest: Path, folder: Path, listing: Listing, draft: Recipe) -> Iterator[str]:

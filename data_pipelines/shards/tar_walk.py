@@ -9,14 +9,16 @@ README) are left out, wherever they lie. Bytes of members are not read here.
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
+from pathlib import Path
 
 from data_pipelines.hidden import is_hidden
 
-__all__ = ["Damage", "LeftOut", "Member", "walk"]
+__all__ = ["Damage", "LeftOut", "Member", "first_fields", "walk"]
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 2048 * _BLOCK
@@ -86,6 +88,23 @@ def walk(file: BufferedReader, num_bytes: int) -> Iterator[Member | Damage | Lef
             at = following
     if samples.is_empty:
         yield Damage(None, 0, f"the tar holds no sample ({num_bytes} bytes); remove it or write it again")
+
+
+def first_fields(path: Path) -> frozenset[str]:
+    """Fields of the first sample of a tar, of which no more is read than that; none where it has no sound one.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    fields, key = set(), None
+    with open(path, "rb") as file:
+        for found in walk(file, os.fstat(file.fileno()).st_size):
+            if isinstance(found, LeftOut):
+                continue
+            if isinstance(found, Damage) or found.key != (key := key or found.key):
+                break
+            fields.add(found.field)
+    return frozenset(fields)
 
 
 class _Samples:

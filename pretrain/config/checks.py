@@ -27,6 +27,7 @@ from evaluation import registry as evaluations
 from evaluation.extraction.recipe import EXTRACTIONS
 from pretrain.config.mistakes import Mistakes
 from pretrain.config.optimizer_facts import WHOLE_PARAMETER
+from pretrain.config.pairing import source_problem
 from pretrain.config.schema import DataConfig, EvaluationConfig, EvaluationTask, OptimizerConfig, Recipe, TrainConfig
 from pretrain.errors import nearest
 
@@ -107,6 +108,8 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
         storage=_checked_storage(draft.storage, mistakes),
     )
     _check_data(draft.data, mistakes, check_files=check_files)
+    if check_files and mistakes.sound("backbone.kind"):
+        _check_pairing(draft, mistakes)
     if recipe.evaluation.enabled:
         if check_files:
             _check_evaluation_data(recipe.evaluation, mistakes)
@@ -452,6 +455,18 @@ def _check_data(data: DataConfig, mistakes: Mistakes, *, check_files: bool) -> N
                 check_source(absolute(source), allow_pipe=data.allow_pipe, compressed=compressed)
             except DataError as error:
                 mistakes.add(key, redact(source), str(error))
+
+
+def _check_pairing(draft: Recipe, mistakes: Mistakes) -> None:
+    """Refuse data of another kind than the backbone encodes."""
+    sources = {"data.train": draft.data.train}
+    sources |= {f"data.mixture[{index}].shards": part.shards for index, part in enumerate(draft.data.mixture)}
+    for key, source in sources.items():
+        if source is not None and mistakes.sound(key):
+            allow_pipe = draft.data.allow_pipe
+            problem = source_problem(draft.backbone.kind, str(absolute(source)), allow_pipe=allow_pipe)
+            if problem:
+                mistakes.add(key, redact(source), problem)
 
 
 def _check_unindexed(data: DataConfig, mistakes: Mistakes) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from evaluation import registry as evaluations
+from objectives import registry as objectives
 from pretrain.config.load import load_for_resume, load_recipe, to_yaml
 from pretrain.errors import RequestError
 
@@ -80,11 +82,13 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         # names
         (
             "objective.name=maee",
-            "objective.name=maee: unknown objective; known are dino, dinov3, distillation, gmml, mae, selfpatch, sit; "
-            "did you mean 'mae'?",
+            f"objective.name=maee: unknown objective; known are {', '.join(objectives.names())}; did you mean 'mae'?",
         ),
         ("name=a/b", "name=a/b: expected letters, digits"),
-        ("evaluation.tasks[0].protocol=liner", "unknown protocol; known are knn, linear, segmentation; did you mean "),
+        (
+            "evaluation.tasks[0].protocol=liner",
+            f"unknown protocol; known are {', '.join(evaluations.names())}; did you mean ",
+        ),
         ("evaluation.tasks[0].data=mein", "unknown entry of evaluation.data; known are mine; did you mean 'mine'?"),
         ("evaluation.select=linear/mine/top1_ci_low", "only reported, nothing can be best by it; those that say"),
         ("evaluation.select=knn/mine/top2", "unknown score of evaluation.tasks; known are linear/mine/top1"),

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.decode import IMAGE_FIELDS, Photo, decode_array, decode_mask
+from data_pipelines.decode import Photo, decode_array, decode_mask
 from data_pipelines.errors import DataError
+from data_pipelines.field_kinds import INPUT_FIELDS
 from data_pipelines.purposes import ViewPurpose
 from data_pipelines.randomness import ViewRandom
 from data_pipelines.specs import (
@@ -47,7 +48,7 @@ from data_pipelines.views.photometric import PARAMS_SUFFIX, Photometric, referen
 __all__ = ["ImageView", "random_resized_crop"]
 
 _RESIZERS = ("bicubic", "nearest")
-_READABLE = IMAGE_FIELDS + ARRAY_FIELDS
+_READABLE = INPUT_FIELDS["image"]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.errors import DataError
+from data_pipelines.field_kinds import INPUT_FIELDS
 from data_pipelines.order import permutation
 from data_pipelines.randomness import ViewRandom
 from data_pipelines.specs import (
@@ -38,7 +39,6 @@ __all__ = ["PointsView", "choose_points", "farthest_points", "random_rotation"]
 Cloud = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
-_FIELDS = ("points.npy", "points.npz", *ARRAY_FIELDS)
 _CHOICES = ("random", "replace", "farthest")
 _NORMALIZATIONS = ("none", "unit_sphere")
 _ROTATIONS = ("none", "x", "y", "z", "any")
@@ -88,7 +88,7 @@ class PointsView(View):
         return f"{self.num_points} points"
 
     def reads(self, fields: frozenset[str]) -> Reading:
-        field = self.chosen_field(self.field, _FIELDS, fields)
+        field = self.chosen_field(self.field, INPUT_FIELDS["points"], fields)
         self.require_suffix(field, ARRAY_FIELDS)
         return ArrayReading(field, self.array)
 

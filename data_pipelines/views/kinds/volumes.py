@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.errors import DataError
+from data_pipelines.field_kinds import INPUT_FIELDS
 from data_pipelines.randomness import ViewRandom
 from data_pipelines.specs import is_number, is_range, refuse, require_count, require_integers, require_probabilities
 from data_pipelines.views.base import ARRAY_FIELDS, ArrayReading, Decoding, Reading, View
@@ -28,8 +29,6 @@ from data_pipelines.views.base import ARRAY_FIELDS, ArrayReading, Decoding, Read
 __all__ = ["Placement", "VolumeView", "as_volume"]
 
 Array = npt.NDArray[Any]
-
-_FIELDS = ("volume.npy", "volume.npz", "grid.npy", *ARRAY_FIELDS)
 
 
 class Placement(NamedTuple):
@@ -91,7 +90,7 @@ class VolumeView(View):
         return f"{' x '.join(map(str, self.size))} voxels"
 
     def reads(self, fields: frozenset[str]) -> Reading:
-        field = self.chosen_field(self.field, _FIELDS, fields)
+        field = self.chosen_field(self.field, INPUT_FIELDS["volume"], fields)
         self.require_suffix(field, ARRAY_FIELDS)
         return VolumeReading(field, self.array)
 

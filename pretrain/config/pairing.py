@@ -1,0 +1,72 @@
+"""Do a backbone and the data go together? Told by the names of the first sample's fields, before anything starts.
+
+A recipe of point clouds on photos, or the other way round, is the mistake of a moment. What an objective reads of data
+of the right kind is found out later (`pretrain.training.preflight`). Imports no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from backbones.registry import IMAGE
+from data_pipelines.errors import DataError
+from data_pipelines.field_kinds import INPUT_FIELDS
+from data_pipelines.shards.source import expand_source
+from data_pipelines.shards.tar_walk import first_fields
+from data_pipelines.storage.locations import is_local
+
+__all__ = ["photos_problem", "source_problem"]
+
+# Kind of backbone -> kind of view, and what messages call such data.
+_VIEWS = {IMAGE: ("image", "images"), "points": ("points", "point clouds"), "voxels": ("volume", "volumes")}
+# Fields that any kind may read, and that say nothing of what is in them.
+_SAYS_NOTHING = ("npy", "npz")
+_MOST_NAMES = 5
+
+
+def source_problem(kind: str, source: str, *, allow_pipe: bool) -> str | None:
+    """Why a backbone of this kind cannot read a source; None where it can, or where that is not known yet.
+
+    Args:
+        kind: of the backbone; of one that a plug-in adds nothing is known.
+        source: shards, with absolute paths. Only those of this machine are looked at.
+    """
+    if kind not in _VIEWS or not is_local(source):
+        return None
+    try:
+        fields = first_fields(Path(expand_source(source, allow_pipe=allow_pipe)[0]))
+    except (DataError, OSError):  # whoever opens the shards says what is wrong with them
+        return None
+    read = INPUT_FIELDS[_VIEWS[kind][0]]
+    if not fields or not fields.isdisjoint(read):
+        return None
+    found = {other: field for other in _VIEWS for field in _telling(other) if field in fields}
+    if not found:
+        return f"its samples have {', '.join(sorted(fields))}, and backbone.kind={kind} reads {' or '.join(read)}"
+    other = next(iter(found))
+    return f"its field {found[other]} holds {_VIEWS[other][1]}, and {_reads(kind)}; {_fitting(other)}"
+
+
+def photos_problem(kind: str) -> str | None:
+    """Why a backbone of this kind cannot read a folder of photos; None where it can, or where that is not known."""
+    if kind == IMAGE or kind not in _VIEWS:
+        return None
+    return f"it holds photos, and {_reads(kind)}; {_fitting(IMAGE)}"
+
+
+def _telling(kind: str) -> tuple[str, ...]:
+    return tuple(field for field in INPUT_FIELDS[_VIEWS[kind][0]] if field not in _SAYS_NOTHING)
+
+
+def _reads(kind: str) -> str:
+    return f"backbone.kind={kind} reads {_VIEWS[kind][1]} ({', '.join(_telling(kind))})"
+
+
+def _fitting(kind: str) -> str:
+    """The recipes for data of this kind."""
+    from pretrain.config.load import recipe_content, recipe_names
+
+    kinds = {name: (recipe_content(name).get("backbone") or {}).get("kind", IMAGE) for name in recipe_names()}
+    names = [name for name, found in kinds.items() if found == kind]
+    more = f" and {len(names) - _MOST_NAMES} more (pretrain recipes)" if len(names) > _MOST_NAMES else ""
+    return f"recipes of {_VIEWS[kind][1]}: {', '.join(names[:_MOST_NAMES])}{more}"
