@@ -8,6 +8,7 @@ Errors of the other packages (`data_pipelines.errors.DataError`, `backbones` err
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "last_line",
     "listed",
     "nearest",
+    "nearest_file",
     "said_by_system",
     "shortened",
 ]
@@ -98,3 +100,12 @@ def listed(items: Iterable[Any], limit: int = 20) -> str:
     """What there is, as one phrase: `a, b, c`, at most `limit` of them; `none` when there is nothing."""
     texts = [str(item) for item in items]
     return (", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")) or "none"
+
+
+def nearest_file(path: Path) -> str:
+    """The hint for a path that does not exist: the closest name that does, or the first folder that is missing."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f"; there is no directory {folder}"
+    close = difflib.get_close_matches(path.name, sorted(os.listdir(folder)), n=1)
+    return f"; did you mean '{folder / close[0]}'?" if close else ""

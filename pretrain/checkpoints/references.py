@@ -157,7 +157,7 @@ def locate(reference: str, storage: Path, *, resumable: bool = False) -> Publish
     if reference.startswith("runs:/"):
         return _of_run(reference, storage, resumable)
     if path.exists() or not (reference.startswith("models:/") or "@" in reference):
-        from pretrain.config.checks import nearest_file
+        from pretrain.errors import nearest_file
 
         why = f"no {MANIFEST} in it" if path.exists() else f"no such directory{nearest_file(path)}"
         raise RequestError(f"checkpoint {reference}: {why}; expected {FORMS}")

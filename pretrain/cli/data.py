@@ -425,7 +425,7 @@ def _parse_splits(text: str) -> dict[str, float]:
 
 
 def _require_inputs(src: str, masks: str | None) -> None:
-    from pretrain.config.checks import nearest_file
+    from pretrain.errors import nearest_file
 
     given = {"SRC": src} | ({} if masks is None else {"--masks": masks})
     mistakes = [

@@ -6,7 +6,6 @@ Each rule runs when the settings it reads are sound by themselves, so one reques
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,13 +28,12 @@ from pretrain.config.mistakes import Mistakes
 from pretrain.config.optimizer_facts import WHOLE_PARAMETER
 from pretrain.config.pairing import source_problem
 from pretrain.config.schema import DataConfig, EvaluationConfig, EvaluationTask, OptimizerConfig, Recipe, TrainConfig
-from pretrain.errors import nearest
+from pretrain.errors import nearest, nearest_file
 
 __all__ = [
     "absolute_reference",
     "data_folder_problem",
     "evaluation_data_problem",
-    "nearest_file",
     "resolve",
     "zero_objections",
 ]
@@ -138,15 +136,6 @@ def absolute_reference(reference: str | None) -> str | None:
         return f"{name}@{absolute(file)}" if at else reference
     is_path = "/" in reference or reference.endswith(".safetensors") or os.path.exists(expanded(reference))
     return str(absolute(reference)) if is_path else reference
-
-
-def nearest_file(path: Path) -> str:
-    """The hint for a path that does not exist: the closest name that does, or the first folder that is missing."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        return f"; there is no directory {folder}"
-    close = difflib.get_close_matches(path.name, sorted(os.listdir(folder)), n=1)
-    return f"; did you mean '{folder / close[0]}'?" if close else ""
 
 
 def data_folder_problem(folder: Path) -> str | None:

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from yaml import YAMLError
 
-from data_pipelines.files import expanded
 from data_pipelines.storage.locations import redacted
-from pretrain.config import checks
 from pretrain.config.layers import resolved
 from pretrain.config.mistakes import Mistakes, shown
 from pretrain.config.optimizer_facts import RESHARDABLE
+from pretrain.config.recipe_files import read_yaml, recipe_content, recipe_names, recipe_path
 from pretrain.config.schema import (
     REQUIRED,
     ClusterConfig,
@@ -44,7 +42,7 @@ from pretrain.config.stage_list import (
     teachers_without_checkpoint,
 )
 from pretrain.config.stages import Plan, in_order, stage_and_step
-from pretrain.config.values import Typed, first_line, parse_yaml, typed
+from pretrain.config.values import Typed, typed
 from pretrain.errors import RequestError, nearest
 
 __all__ = [
@@ -68,7 +66,6 @@ __all__ = [
     "to_yaml",
 ]
 
-_RECIPES = Path(__file__).parents[1] / "recipes"
 _NONE = object()
 _LENGTH = ("train.steps", "train.epochs")  # fixed in a run of stages
 # What a resume may change: how and where the work is done, and for how long; never what is learned.
@@ -100,45 +97,13 @@ _RESUMABLE_KEYS = re.compile(
 )
 
 
-def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes that come with the package, sorted."""
-    return tuple(sorted(path.stem for path in _RECIPES.glob("*.yaml")))
-
-
-def recipe_path(name_or_path: str | Path) -> Path:
-    """The file of a recipe given by name or by path.
-
-    Raises:
-        RequestError: there is no such recipe or file.
-    """
-    text = str(name_or_path)
-    if text in recipe_names():
-        return _RECIPES / f"{text}.yaml"
-    path = expanded(text)
-    if os.path.isfile(path):  # unlike `Path.is_file`, also of names that no file can have
-        return path.absolute()
-    if "/" in text or path.suffix in (".yaml", ".yml"):
-        raise RequestError(f"recipe {text}: no such file{checks.nearest_file(path)}")
-    known = recipe_names()
-    raise RequestError(f"recipe {text}: unknown; known are {', '.join(known)}, or a path{nearest(text, known)}")
-
-
-def recipe_content(name_or_path: str | Path) -> dict[str, Any]:
-    """What a recipe sets, as it is written.
-
-    Raises:
-        RequestError: there is no such recipe or file, or it is not readable.
-    """
-    return _read_yaml(recipe_path(name_or_path))
-
-
 def data_root(name_or_path: str | Path, overrides: Sequence[str] = ()) -> str | None:
     """`data.root` as it is written in a request, if the shards to train on are given by it.
 
     Raises:
         RequestError: there is no such recipe or file.
     """
-    data = _read_yaml(recipe_path(name_or_path)).get("data")
+    data = read_yaml(recipe_path(name_or_path)).get("data")
     given = {key.strip(): value for key, _, value in (text.partition("=") for text in overrides)}
     if not isinstance(data, Mapping) or "${data.root}" not in str(data) or given.keys() & {"data.train", "data"}:
         return None
@@ -162,11 +127,11 @@ def replaced_objective(name_or_path: str | Path, overrides: Sequence[str] = ()) 
         name_or_path, overrides: of a request that `load_plan` has accepted.
     """
     path = recipe_path(name_or_path)
-    written = _objective_of(_read_yaml(path))
+    written = _objective_of(read_yaml(path))
     named = [text.partition("=")[2] for text in overrides if text.partition("=")[0].strip() == "objective.name"]
     if not named or named[-1] == written:
         return None
-    made_for = [name for name in recipe_names() if _objective_of(_read_yaml(recipe_path(name))) == named[-1]]
+    made_for = [name for name in recipe_names() if _objective_of(read_yaml(recipe_path(name))) == named[-1]]
     better = f"; recipes made for {named[-1]}: {', '.join(made_for)}" if made_for else ""
     return (
         f"objective.name={named[-1]}: its settings are its defaults; all others stay those of {path.stem}, made for "
@@ -202,7 +167,7 @@ def load_plan(name_or_path: str | Path, overrides: Sequence[str] = (), *, check_
     Args and errors are those of `load_recipe`. `stages[0].train.steps=5` among the overrides changes one stage.
     """
     path = recipe_path(name_or_path)
-    return _plan(path, _read_yaml(path), overrides, f"pretrain run {name_or_path}", check_files=check_files)
+    return _plan(path, read_yaml(path), overrides, f"pretrain run {name_or_path}", check_files=check_files)
 
 
 def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_set: str, *, check_files: bool) -> Plan:
@@ -258,7 +223,7 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
     Raises:
         RequestError: a setting may not change any more, or the result does not work out.
     """
-    content = _read_yaml(path)
+    content = read_yaml(path)
     if "storage" not in content:  # what a run writes last
         copy = "the newest checkpoint of the run has a copy of its settings"
         raise RequestError(f"recipe {path}: cut short, for the end is missing; restore it, {copy}")
@@ -332,21 +297,6 @@ def _written(content: Mapping[str, Any], stage: Mapping[str, Any], path: Path, k
 def to_yaml(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal recipe, but for credentials in URLs."""
     return OmegaConf.to_yaml(OmegaConf.create(redacted(OmegaConf.to_container(OmegaConf.structured(recipe)))))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise RequestError(f"recipe {path}{where}: not readable as YAML: {first_line(error)}") from None
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        found = "a list" if isinstance(content, list) else f"only {shown(content)}"
-        raise RequestError(f"recipe {path}: expected settings (key: value), found {found}")
-    return {str(key): value for key, value in content.items()}
 
 
 def _parse_overrides(overrides: Sequence[str], mistakes: Mistakes) -> Iterator[tuple[str, Typed]]:

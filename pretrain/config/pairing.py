@@ -14,6 +14,7 @@ from data_pipelines.field_kinds import INPUT_FIELDS
 from data_pipelines.shards.source import expand_source
 from data_pipelines.shards.tar_walk import first_fields
 from data_pipelines.storage.locations import is_local
+from pretrain.config.recipe_files import recipe_content, recipe_names
 
 __all__ = ["photos_problem", "source_problem"]
 
@@ -64,8 +65,6 @@ def _reads(kind: str) -> str:
 
 def _fitting(kind: str) -> str:
     """The recipes for data of this kind."""
-    from pretrain.config.load import recipe_content, recipe_names
-
     kinds = {name: (recipe_content(name).get("backbone") or {}).get("kind", IMAGE) for name in recipe_names()}
     names = [name for name, found in kinds.items() if found == kind]
     more = f" and {len(names) - _MOST_NAMES} more (pretrain recipes)" if len(names) > _MOST_NAMES else ""

@@ -19,9 +19,8 @@ from data_pipelines.shards.manifest import MANIFEST_NAME
 from data_pipelines.shards.source import check_source
 from data_pipelines.storage.locations import redact
 from evaluation.extraction.forward import Samples
-from pretrain.config.checks import nearest_file
 from pretrain.config.load import in_storage, load_recipe
-from pretrain.errors import RequestError, listed
+from pretrain.errors import RequestError, listed, nearest_file
 from pretrain.record.run_dir import RECIPE
 
 __all__ = ["PhotoFolder", "Source", "open_source", "part_rows"]
