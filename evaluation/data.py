@@ -129,6 +129,11 @@ class LabelMaps:
     def __len__(self) -> int:
         return int(self._dataset.num_samples)
 
+    @property
+    def axes(self) -> int:
+        """2 of images, 3 of volumes."""
+        return self._label.axes
+
     def read(self, sample_idx: int) -> tuple[npt.NDArray[np.int64], str | None]:
         """Returns the label map (H, W) or (X, Y, Z), `IGNORED` where ignored, and the sequence of the sample or None.
 

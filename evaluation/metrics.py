@@ -1,4 +1,4 @@
-"""Metric formulas of the protocols: accuracies with intervals, and mIoU from counts.
+"""Metric formulas of the protocols: accuracies with intervals, and mIoU and Dice from counts.
 
 Definitions follow `evaluation` protocol version 1: one integer confusion matrix over the whole test set at label
 resolution, classes with an empty union skipped, ignored pixels removed from both sides. Depth, retrieval and detection
@@ -8,7 +8,7 @@ metrics are not here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,10 @@ __all__ = [
     "Outcome",
     "bootstrap_miou",
     "confusion_matrix",
+    "dice_per_class",
+    "foreground_dice",
     "iou_per_class",
+    "jackknife_interval",
     "mean_class_accuracy",
     "mean_iou",
     "pixel_accuracy",
@@ -94,6 +97,43 @@ def iou_per_class(confusion: Tensor) -> Tensor:
 def mean_iou(confusion: Tensor) -> float:
     """Mean over classes that were present or predicted; NaN when no pixel was counted."""
     return float(iou_per_class(confusion).nanmean())
+
+
+def dice_per_class(confusion: Tensor) -> Tensor:
+    """Dice, the F1 score, 2 I / (P + G) (..., C) float64 of confusion matrices (..., C, C); NaN where both are 0."""
+    hit = confusion.diagonal(dim1=-2, dim2=-1).double()
+    return 2 * hit / (confusion.sum(-1) + confusion.sum(-2))
+
+
+def foreground_dice(confusion: Tensor) -> Tensor:
+    """Mean Dice (...) of the classes but 0, the ground, that were present or predicted; NaN where none was."""
+    return dice_per_class(confusion)[..., 1:].nanmean(dim=-1)
+
+
+def jackknife_interval(per_sample: Tensor, score: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """95 % interval over samples of a score in [0, 1] of summed counts: jackknife, Student's t, on the logit scale.
+
+    Of few samples it is wider than percentiles of a bootstrap, which resamples no more than the few are, and covers
+    better: see tests/evaluation/test_metrics.py.
+
+    Args:
+        per_sample: confusion counts (n, C, C). Of one sample nothing is known: (0, 1).
+        score: of counts (..., C, C) the scores (...).
+    """
+    from scipy.special import stdtrit  # here, since cached scores need none
+
+    total, num_samples = per_sample.sum(dim=0), len(per_sample)
+    value, without = float(score(total)), score(total - per_sample)  # without: (n,)
+    without = without[without.isfinite()]
+    if num_samples < 2 or len(without) < 2:
+        return 0.0, 1.0
+    spread = float(without.var(correction=0)) * (num_samples - 1)  # squared standard error
+    margin = float(stdtrit(num_samples - 1, 0.975)) * math.sqrt(spread)
+    if not 0 < value < 1:
+        return max(0.0, value - margin), min(1.0, value + margin)
+    center, margin = math.log(value / (1 - value)), margin / (value * (1 - value))
+    low, high = (0.5 + 0.5 * math.tanh(bound / 2) for bound in (center - margin, center + margin))  # the logistic
+    return low, high
 
 
 def pixel_accuracy(confusion: Tensor) -> float:

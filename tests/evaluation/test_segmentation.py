@@ -14,7 +14,8 @@ from torch import Tensor
 
 from evaluation.extraction.images import Dense
 from evaluation.protocol import EvaluationError
-from evaluation.protocols.segmentation.score import Standardiser, logits_at_pixels, score, upsampled
+from evaluation.protocols.linear_maps import Standardiser, logits_at, upsampled
+from evaluation.protocols.segmentation.score import score
 from evaluation.registry import PROTOCOLS
 
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def test_head__golden_logits_and_predictions(golden: dict[str, Any], golden_head
 def test_head__golden_loss_through_single_pixels(golden: dict[str, Any], golden_head: tuple[Tensor, Tensor]) -> None:
     """The logits the training loss sees are those of the upsampled map, and so is the loss."""
     block, (logits, labels) = golden["C_seg_head"], golden_head
-    at_pixels = logits_at_pixels(logits, _pixel_centres(12, 16))
+    at_pixels = logits_at(logits, _pixel_centres(12, 16))
     assert torch.allclose(at_pixels, upsampled(logits, (12, 16)).flatten(2), rtol=1e-10, atol=1e-12)
     loss = F.cross_entropy(at_pixels, labels.flatten()[None], ignore_index=-1)
     assert float(loss) == pytest.approx(block["ce_full_res"], rel=1e-8)

@@ -1,0 +1,1 @@
+"""Linear segmentation of volumes on frozen tokens."""
