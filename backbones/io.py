@@ -30,6 +30,7 @@ __all__ = [
     "Initialized",
     "initialize_from",
     "load_backbone",
+    "read_shapes",
     "read_weights",
     "save_backbone",
     "weights_digest",
@@ -101,15 +102,40 @@ def read_weights(file: Path, data: bytes) -> dict[str, Tensor]:
     Raises:
         BackboneError: it holds neither, or anything else than tensors.
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    if file.suffix not in STATE_DICT_SUFFIXES:
-        try:
-            return load(data)
-        except SafetensorError as error:
-            raise BackboneError(f"{file}: not a safetensors file ({error})") from error
+    if file.suffix in STATE_DICT_SUFFIXES:
+        return _state_dict(file, data)
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise BackboneError(f"{file}: not a safetensors file ({error})") from error
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what `read_weights` would read; of a safetensors file by its header alone, without torch.
+
+    Raises:
+        BackboneError: as `read_weights`, or the file cannot be read.
+    """
+    try:
+        if file.suffix in STATE_DICT_SUFFIXES:
+            return {name: tuple(tensor.shape) for name, tensor in _state_dict(file, file.read_bytes()).items()}
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = opened.read(8)
+            data = length + opened.read(min(int.from_bytes(length, "little"), size))
+    except OSError as error:
+        raise BackboneError(f"{file}: {error.strerror or error}") from error
+    header, _ = _header(file, data, size)
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _state_dict(file: Path, data: bytes) -> dict[str, Tensor]:
+    """Tensors of what `torch.save` wrote."""
+    import torch
+
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own have the command's arguments in them
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -229,16 +255,23 @@ def _file(path: Path | str) -> Path:
     return file
 
 
-def _header(file: Path, data: bytes) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file (8 bytes length, then JSON) and the offset where tensor bytes begin."""
+def _header(file: Path, data: bytes, size: int | None = None) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file (8 bytes length, then JSON) and the offset where tensor bytes begin.
+
+    Args:
+        file: is named in messages.
+        data: its bytes, to the end of the header at least.
+        size: how many it has; None: those of `data`.
+    """
+    size = len(data) if size is None else size
     start = 8 + int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8:start])
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise BackboneError(f"{file}: not a safetensors file (unreadable header)") from error
-    if start + max(ends, default=0) != len(data):
-        raise BackboneError(f"{file}: {len(data)} bytes long, its header says {start + max(ends, default=0)}; damaged")
+    if start + max(ends, default=0) != size:
+        raise BackboneError(f"{file}: {size} bytes long, its header says {start + max(ends, default=0)}; damaged")
     return header, start
 
 

@@ -10,7 +10,7 @@ Not here: the moving average of a student (`objectives.teacher`), how shards bec
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -39,6 +39,7 @@ class Companion:
 
     Attributes:
         part: what of a checkpoint fills it, if a checkpoint does: the exported "backbone", or the "heads" beside it.
+        remedy: what to do about weights that do not fit it, for messages.
         module: the network. One that is frozen is in evaluation mode. Its weights are there to be read only as long as
             it is not sharded; `state_dict` has them always.
         filled: "student": with the student's weights, at the start of a run; "checkpoint": by `load`, from a file;
@@ -51,6 +52,7 @@ class Companion:
     """
 
     part: ClassVar[Literal["backbone", "heads"]] = "backbone"
+    remedy: ClassVar[str] = "give weights of that architecture"
 
     def __init__(
         self,
@@ -99,23 +101,43 @@ class Companion:
         try:
             data = file.read_bytes()  # read once: what is hashed is what is loaded
         except OSError as error:
-            raise ObjectiveError(f"companion's weights {file}: {error.strerror or error}; put the file back") from None
+            raise ObjectiveError(f"weights {file}: {error.strerror or error}; put the file back") from None
         digest = hashlib.sha256(data).hexdigest()
         if sha256 not in (None, digest):
             raise ObjectiveError(
-                f"companion's weights {file}: sha256 {digest[:12]}.., but training began with {sha256:.12}..; "
+                f"weights {file}: sha256 {digest[:12]}.., but training began with {sha256:.12}..; "
                 "put that file back, or start a new run"
             )
-        network = self.module.network if isinstance(self.module, Encoder) else self.module
         try:
             weights = read_weights(file, data)
         except BackboneError as error:
-            raise ObjectiveError(f"companion's weights {error}") from error
-        parts = {name.partition(".")[0] for name in network.state_dict()}
-        weights = {name: tensor for name, tensor in weights.items() if name.partition(".")[0] in parts}
-        _require_fit(network.state_dict(), weights, file)
-        self._write(network, weights)
+            raise ObjectiveError(f"weights {error}") from error
+        self.require_fit({name: tensor.shape for name, tensor in weights.items()})
+        self._write(self._network, weights)
         self.source = Source(str(file), digest)
+
+    @property
+    def _network(self) -> nn.Module:
+        """What a file of weights has the names of."""
+        return self.module.network if isinstance(self.module, Encoder) else self.module
+
+    def require_fit(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Whether `load` would take a file of weights with these names and shapes; also on torch's meta device.
+
+        Raises:
+            ObjectiveError: one of its own is not among them, has another shape, or there are more in a part of it.
+        """
+        own = {name: tuple(tensor.shape) for name, tensor in self._network.state_dict().items()}
+        parts = {name.partition(".")[0] for name in own}
+        found = {name: tuple(shape) for name, shape in shapes.items() if name.partition(".")[0] in parts}
+        unlike = [name for name in own if found.get(name, own[name]) != own[name]]
+        wrong = [f"{name} has shape {found[name]}, not {own[name]}" for name in unlike]
+        wrong += [f"{name} is missing" for name in own if name not in found]
+        wrong += [f"{name} is not part of it" for name in found if name not in own]
+        if wrong:
+            more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
+            of = f"weights of {self.module.spec['name']}" if isinstance(self.module, Encoder) else "weights"
+            raise ObjectiveError(f"the {of} do not fit, see: {'; '.join(wrong[:2])}{more}; {self.remedy}")
 
     def to(self, device: torch.device) -> None:
         """Move to a device, before it is sharded; never to another type."""
@@ -180,12 +202,3 @@ class Companion:
                 self._shards.write(tensor, weights[name])
             else:
                 tensor.copy_(weights[name])
-
-
-def _require_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: Path) -> None:
-    """Raises ObjectiveError for other names or shapes."""
-    wrong = sorted(own.keys() ^ weights.keys())
-    wrong += [name for name in sorted(own.keys() & weights.keys()) if own[name].shape != weights[name].shape]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ObjectiveError(f"companion's weights {file}: do not fit, see {', '.join(wrong[:3])}{more}")

@@ -110,7 +110,8 @@ def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = (), *, on_start:
     run_id = f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dir = RunDir(Path(plan.recipe.storage) / run_id)
     plan = checked_plan(plan, run_dir.path)
-    if _address(plan.recipe):  # a cluster may be long in giving workers a place; those of a private Ray look themselves
+    # A cluster may be long in giving workers a place, and a teacher may not fit; of other runs the workers look.
+    if _address(plan.recipe) or any(stage.recipe.teacher_from is not None for stage in plan.stages):
         with shown_while("looking at the model and the data"):
             from pretrain.training.preflight import look_ahead  # imports torch
 
@@ -160,6 +161,7 @@ def resume(
         before = load_for_resume(run_dir.recipe, ())
         if before.total_steps != plan.total_steps:
             say(schedules_line(before.recipe, plan.recipe, done))
+    plan = checked_plan(plan, run_dir.path)
     return _Driver(plan, run_dir, launched).drive(on_start)
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch.nn import functional
 
 from backbones.images.base import ImageEncoder
 from objectives.companions import Companion
+from objectives.errors import ObjectiveError
 from objectives.precision import at_least_float32
 from objectives.teacher import Teacher
 
@@ -69,6 +72,8 @@ def is_refreshed(done: int, every: int | None, first: int, most: int) -> bool:
 class GramTeacher(Companion):
     """The anchor: a backbone in evaluation mode and float32 that changes only when it takes the teacher's weights."""
 
+    remedy = "an anchor is of the student's architecture: set backbone as in the run that it comes from"
+
     def __init__(self, backbone: ImageEncoder, *, from_checkpoint: bool) -> None:
         super().__init__(
             copy.deepcopy(backbone).float(),
@@ -82,6 +87,14 @@ class GramTeacher(Companion):
         """The network."""
         assert isinstance(self.module, ImageEncoder)
         return self.module
+
+    def outline(self, spec: Mapping[str, Any]) -> None:
+        """It is the student, and stays so. Raises ObjectiveError: the weights are of another patch size."""
+        if (found := spec.get("patch_size", self.backbone.patch_size)) != self.backbone.patch_size:
+            raise ObjectiveError(
+                f"the anchor has patches of {found} px, the student of {self.backbone.patch_size}; set "
+                f"backbone.patch_size={found}"
+            )
 
     @torch.no_grad()
     def take(self, teacher: Teacher) -> None:

@@ -22,6 +22,8 @@ __all__ = ["FrozenBackbone"]
 class FrozenBackbone(Companion):
     """An image encoder in float32 and evaluation mode; training states refer to the file that its weights are in."""
 
+    remedy = "name the model that the file is of: timm:NAME@FILE"
+
     def __init__(self, student: ImageEncoder, sizes: Sequence[int]) -> None:
         """Begins without a network, until it is outlined.
 

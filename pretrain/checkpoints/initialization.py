@@ -28,19 +28,37 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from backbones.io import STATE_DICT_SUFFIXES
+from backbones.errors import BackboneError
+from backbones.io import STATE_DICT_SUFFIXES, read_shapes
 from backbones.registry import IMAGE
 from data_pipelines.files import sha256
 from data_pipelines.parsing import parse_json
 from pretrain.checkpoints import references
-from pretrain.checkpoints.store import CheckpointError, Published, latest, read_manifest
+from pretrain.checkpoints.store import (
+    REFERENCES,
+    TRAINING_STATE,
+    CheckpointError,
+    Published,
+    find_published,
+    latest,
+    read_manifest,
+)
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan
 from pretrain.errors import RequestError, RunFailed, nearest
 from pretrain.record.run_dir import BACKBONE, HEADS, RunDir
 
-__all__ = ["Start", "Weights", "checked", "checked_plan", "find_training_state", "find_weights", "starting_point"]
+__all__ = [
+    "Start",
+    "Weights",
+    "about",
+    "checked",
+    "checked_plan",
+    "find_training_state",
+    "find_weights",
+    "starting_point",
+]
 
 TIMM = "timm:"
 How = Literal["resume", "resume_from", "stage", "init_from", "scratch"]
@@ -106,8 +124,8 @@ def find_weights(reference: str, storage: Path) -> Weights:
     """
     if reference.startswith(TIMM):
         name, _, path = reference.removeprefix(TIMM).partition("@")
-        file = Path(path) if path else _cached_timm_file(name, reference)
-        return Weights(reference, _existing(file, reference), sha256(file), {"kind": IMAGE, "name": name})
+        file = _existing(Path(path) if path else _cached_timm_file(name, reference), reference)
+        return Weights(reference, file, sha256(file), {"kind": IMAGE, "name": name})
     if reference.endswith(".safetensors"):
         file = _existing(Path(reference), reference)
         return Weights(reference, file, sha256(file), _spec_in(file))
@@ -164,12 +182,59 @@ def checked(recipe: Recipe, run_dir: Path) -> Recipe:
 
 
 def checked_plan(plan: Plan, run_dir: Path) -> Plan:
-    """`checked` for the recipe of every stage.
+    """`checked` for the recipe of every stage. Of a run that goes on, the frozen teachers that it still needs as well.
 
     Raises:
-        RequestError: As `checked`.
+        RequestError: As `checked`; or a teacher is gone, or is another one than training began with.
     """
-    return Plan(tuple(replace(stage, recipe=checked(stage.recipe, run_dir)) for stage in plan.stages))
+    newest = latest(run_dir)
+    if newest is None:
+        return Plan(tuple(replace(stage, recipe=checked(stage.recipe, run_dir)) for stage in plan.stages))
+    mistakes: list[str] = []
+    for index, stage in enumerate(plan.stages):
+        if stage.last_step > newest.step:
+            try:
+                _require_teacher(plan, index, newest, run_dir)
+            except RequestError as error:
+                mistakes += error.mistakes
+    if mistakes:
+        raise RequestError(*dict.fromkeys(mistakes))
+    return plan
+
+
+def _require_teacher(plan: Plan, index: int, newest: Published, run_dir: Path) -> None:
+    """Look whether what fills the frozen teachers of a stage is there, and is what filled them before."""
+    stage = plan.stages[index]
+    key = f"stages[{index}].teacher_from" if stage.name else "teacher_from"
+    if stage.teacher_from is not None:
+        source = plan.stages[stage.teacher_from]
+        step = source.last_step if stage.teacher_step is None else stage.teacher_step
+        if step <= newest.step and find_published(run_dir, step) is None:
+            problem = f"the checkpoint of step {step} of this run is gone, and stage {stage.name} needs it; put it back"
+            written = source.name if stage.teacher_step is None else f"{source.name}/{step}"
+            raise RequestError(f"{key}={written}: {problem}")
+    elif (reference := stage.recipe.teacher_from) is not None:
+        with _named(key, reference):
+            try:
+                weights = find_weights(reference, Path(stage.recipe.storage))
+            except RequestError as error:
+                remedy = "the run goes on with the teacher that it began with, so put it back"
+                raise RequestError(*(f"{mistake}; {remedy}" for mistake in error.mistakes)) from None
+            if stage.first_step < newest.step:
+                _require_same(weights, newest)
+
+
+def _require_same(weights: Weights, newest: Published) -> None:
+    """Refuse other weights than those that a training state has been learning from."""
+    try:
+        began_with = parse_json(newest.storage.read(f"{newest.name}/{TRAINING_STATE}/{REFERENCES}"))
+    except FileNotFoundError:  # it has none, or has them in itself
+        return
+    found = {weights.sha256, *([weights.heads.sha256] if weights.heads else [])}
+    for place, digest in {(source["location"], source["sha256"]) for source in began_with.values()}:
+        if digest not in found and not (Path(place).is_file() and sha256(Path(place)) == digest):
+            problem = f"not what the run began with, {place} with SHA-256 {digest[:12]}.."
+            raise RequestError(f"{problem}; put that file back, or begin a new run")
 
 
 def _pinned(reference: str, storage: Path) -> str:
@@ -231,16 +296,29 @@ def _named(key: str, reference: str) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        raise RequestError(*(f"{key}={reference}: {mistake}" for mistake in error.mistakes)) from None
+        raise RequestError(*(about(key, reference, mistake) for mistake in error.mistakes)) from None
     except (CheckpointError, RunFailed) as error:
-        raise RequestError(f"{key}={reference}: {error}") from None
+        raise RequestError(about(key, reference, str(error))) from None
+
+
+def about(key: str, reference: str, problem: str) -> str:
+    """A mistake with the key that gave the reference in front, and the reference once."""
+    for named in (f"{reference}: ", f"{reference!r}: ", f"checkpoint {reference}: "):
+        problem = problem.removeprefix(named)
+    return f"{key}={reference}: {problem}"
 
 
 def _existing(file: Path, reference: str) -> Path:
+    """A file of weights that is there; of safetensors one whose header says so."""
     if not file.is_file():
         raise RequestError(f"{reference}: no such file")
     if file.suffix not in (known := (".safetensors", *STATE_DICT_SUFFIXES)):
         raise RequestError(f"{reference}: expected a file of weights, whose name ends in one of {', '.join(known)}")
+    if file.suffix not in STATE_DICT_SUFFIXES:
+        try:
+            read_shapes(file)
+        except BackboneError as error:
+            raise CheckpointError(str(error)) from error
     return file
 
 

@@ -41,6 +41,7 @@ from pretrain.record.run_dir import BACKBONE, HEADS, MANIFEST, RECIPE
 from pretrain.version import __version__
 
 __all__ = [
+    "REFERENCES",
     "TRAINING_STATE",
     "CheckpointError",
     "Published",
@@ -67,6 +68,7 @@ __all__ = [
 FORMAT = 1
 TRAINING_STATE = "training_state"
 REMOVED = "training_state.removed"
+REFERENCES = "companions.json"  # in a training state: where weights that it has not come from, with their sha256
 REMEDY = "delete this checkpoint to resume from the one before"
 _ELSEWHERE = "stored_at.txt"  # in the run's checkpoints/: the URI of the storage that holds them instead
 _NAME = re.compile(r"step-(\d{8})")

@@ -7,17 +7,19 @@ Not here: what an objective does with them, what `teacher_from` may say (`pretra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from backbones.errors import BackboneError
+from backbones.io import read_shapes
 from objectives.base import Objective
 from objectives.companions import Companion
 from objectives.errors import ObjectiveError
-from pretrain.checkpoints.initialization import Weights, find_weights
+from pretrain.checkpoints.initialization import Weights, about, find_weights
 from pretrain.checkpoints.store import CheckpointError
 from pretrain.config.stages import Plan, Stage
 from pretrain.errors import RequestError, RunFailed
@@ -26,7 +28,15 @@ from pretrain.training.state import checkpoint_at
 
 __all__ = ["fill", "outline"]
 
-Specs = Mapping[str, Mapping[str, Any] | None]  # of each part of a checkpoint; None: it has no such part
+
+class _Part(NamedTuple):
+    """What is known of a part of a checkpoint without its numbers: architecture, names and shapes."""
+
+    spec: Mapping[str, Any]
+    shapes: Mapping[str, Sequence[int]]
+
+
+Parts = Mapping[str, _Part | None]  # None: it has no such part
 
 
 def outline(plan: Plan, index: int, objective: Objective, earlier: Mapping[int, Objective]) -> None:
@@ -46,14 +56,13 @@ def outline(plan: Plan, index: int, objective: Objective, earlier: Mapping[int, 
     wanting = _wanting(stage, objective, named)
     if stage.teacher_from is not None:
         if (source := earlier.get(stage.teacher_from)) is not None:
-            heads = source.exported_heads()
-            _outline(wanting, named, {"backbone": source.exported.spec, "heads": None if heads is None else heads.spec})
+            _outline(wanting, named, _parts_of(source))
     elif named is not None:
         try:
             weights = find_weights(named, Path(stage.recipe.storage))
         except (CheckpointError, RequestError, RunFailed) as error:
-            raise ObjectiveError(f"teacher_from={named}: {error}") from error
-        _outline(wanting, named, _specs(weights))
+            raise ObjectiveError(about("teacher_from", named, str(error))) from error
+        _outline(wanting, named, _parts(weights, named))
 
 
 def fill(plan: Plan, index: int, objective: Objective, run_dir: Path) -> None:
@@ -81,10 +90,10 @@ def fill(plan: Plan, index: int, objective: Objective, run_dir: Path) -> None:
     try:
         weights = find_weights(reference, Path(stage.recipe.storage))
     except (RequestError, RunFailed) as error:
-        raise CheckpointError(f"teacher_from={named}: {error}") from error
+        raise CheckpointError(about("teacher_from", named, str(error))) from error
     try:
         with torch.random.fork_rng(devices=[]):  # the student's numbers do not depend on its teacher's
-            _outline(wanting, named, _specs(weights))
+            _outline(wanting, named, _parts(weights, named))
         for companion in wanting:
             part = weights if companion.part == "backbone" else weights.heads
             assert part is not None  # it has been outlined
@@ -116,18 +125,50 @@ def _wanting(stage: Stage, objective: Objective, named: str | None) -> list[Comp
     return wanting
 
 
-def _specs(weights: Weights) -> Specs:
-    return {"backbone": weights.spec, "heads": None if weights.heads is None else weights.heads.spec}
+def _parts_of(objective: Objective) -> Parts:
+    """Of the checkpoint that an objective will leave."""
+    heads = objective.exported_heads()
+    return {
+        "backbone": _Part(objective.exported.spec, _shapes(objective.exported.weights())),
+        "heads": None if heads is None else _Part(heads.spec, _shapes(heads.tensors)),
+    }
 
 
-def _outline(wanting: list[Companion], named: str | None, specs: Specs) -> None:
-    if any(specs[companion.part] is None for companion in wanting):
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _parts(weights: Weights, named: str) -> Parts:
+    """Of a checkpoint, or a file, that is there.
+
+    Raises:
+        ObjectiveError: A file holds no weights.
+    """
+    try:
+        return {
+            "backbone": _Part(weights.spec, read_shapes(weights.file)),
+            "heads": None if weights.heads is None else _Part(weights.heads.spec, read_shapes(weights.heads.file)),
+        }
+    except BackboneError as error:
+        raise ObjectiveError(about("teacher_from", named, str(error))) from error
+
+
+def _outline(wanting: list[Companion], named: str | None, parts: Parts) -> None:
+    """Give companions the architecture of what will fill them.
+
+    Raises:
+        ObjectiveError: A part that one wants is not there, or does not fit it.
+    """
+    if any(parts[companion.part] is None for companion in wanting):
         raise ObjectiveError(
-            f"teacher_from={named}: has no {HEADS}, as checkpoints of objective dinov3 have, whose outputs would be "
-            "learned; give such a checkpoint, or learn features with objective.name=distillation"
+            f"teacher_from={named}: has no {HEADS}, whose outputs would be learned; checkpoints of objective dinov3 "
+            "have it, but that of step 0; give such a one, or learn features with objective.name=distillation"
         )
     for companion in wanting:
+        part = parts[companion.part]
+        assert part is not None  # refused above
         try:
-            companion.outline(specs[companion.part] or {})
+            companion.outline(part.spec)
+            companion.require_fit(part.shapes)
         except (BackboneError, ObjectiveError) as error:
             raise ObjectiveError(f"teacher_from={named}: {error}") from error

@@ -30,7 +30,7 @@ from data_pipelines.streaming.stream import Stream, StreamState
 from objectives.base import Objective
 from objectives.errors import ObjectiveError
 from pretrain.checkpoints import copies, store
-from pretrain.checkpoints.initialization import Start, find_training_state, find_weights, starting_point
+from pretrain.checkpoints.initialization import Start, about, find_training_state, find_weights, starting_point
 from pretrain.config.load import to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage
@@ -54,7 +54,6 @@ __all__ = [
 ]
 
 EXTRA_STATE = "objective-{:05d}.safetensors"  # of each rank with a share: buffers and companions of the objective
-REFERENCES = "companions.json"  # where companions that are not saved come from, with the sha256 of each file
 
 
 def take(
@@ -222,7 +221,7 @@ def find_start(run_dir: Path, recipe: Recipe) -> tuple[Start, Snapshot | None]:
                 found = find_training_state(start.reference, Path(recipe.storage))
             answer = [(start, found)]
         except (RequestError, RunFailed, store.CheckpointError) as error:
-            answer = [store.CheckpointError(f"resume_from={recipe.resume_from}: {error}")]
+            answer = [store.CheckpointError(about("resume_from", start.reference, str(error)))]
         if lost is not None:
             text = f"{lost.location} and those before it have no training state any more, so that the run cannot go on"
             answer = [store.CheckpointError(f"{text}; a new run may take its weights by init_from")]
@@ -269,7 +268,7 @@ def begin_with(objective: Objective, start: Start, stage: Stage) -> Initialized:
             found = find_weights(reference, Path(stage.recipe.storage))
             answer = [(found.sha256, read_weights(found.file, found.file.read_bytes()))]
         except (BackboneError, RequestError, RunFailed, store.CheckpointError) as error:
-            answer = [store.CheckpointError(f"init_from={reference}: {error}")]
+            answer = [store.CheckpointError(about("init_from", reference, str(error)))]
     dist.broadcast_object_list(answer, src=0)  # all ranks: begin with the same weights or fail alike
     if isinstance(answer[0], Exception):
         raise answer[0]
@@ -422,7 +421,7 @@ def _save_objective(objective: Objective, state_dir: Path) -> None:
         plain = {name: tensor.detach().cpu().clone() for name, tensor in share.items()}
         save_file(plain, state_dir / EXTRA_STATE.format(rank))
     if rank == 0 and (references := objective.references()):
-        (state_dir / REFERENCES).write_text(json.dumps(references, indent=1))
+        (state_dir / store.REFERENCES).write_text(json.dumps(references, indent=1))
 
 
 def _load_objective(objective: Objective, state_dir: Path) -> None:
@@ -435,7 +434,7 @@ def _load_objective(objective: Objective, state_dir: Path) -> None:
     for file in sorted(state_dir.glob(EXTRA_STATE.replace("{:05d}", "*"))):
         state |= load_file(file)
     objective.load_extra_state(state)
-    file = state_dir / REFERENCES
+    file = state_dir / store.REFERENCES
     try:
         objective.load_references(parse_json(file.read_text()) if file.is_file() else {})
     except ObjectiveError as error:

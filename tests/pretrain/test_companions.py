@@ -222,8 +222,8 @@ def test_companions__come_back_and_references_are_checked(
     assert found["same"] == {"teacher": True, "frozen": True, "carried": True}
     assert found["references"].keys() == {"frozen"} and found["references"]["frozen"]["location"] == str(weights)
     changed, gone = found["refusals"]
-    assert f"companion's weights {weights}: sha256 " in changed and "put that file back" in changed
-    assert f"companion's weights {weights}: No such file or directory; put the file back" in gone
+    assert f"weights {weights}: sha256 " in changed and "put that file back" in changed
+    assert f"weights {weights}: No such file or directory; put the file back" in gone
     assert "\n" not in changed + gone
 
 
@@ -234,7 +234,7 @@ def test_companion__by_reference_has_to_be_filled_from_a_file_and_to_fit(tmp_pat
     with pytest.raises(ObjectiveError, match=r"^companion 'frozen' was never filled: call its `load`"):
         toy.references()
     save_file({"weight": torch.zeros(3, 2), "extra": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ObjectiveError, match="do not fit, see "):
+    with pytest.raises(ObjectiveError, match="do not fit, see: cls_token is missing; "):
         toy.frozen.load(tmp_path / "other.safetensors")
     with pytest.raises(ObjectiveError, match=r"companions differ in frozen$"):
         toy.load_references({})

@@ -22,11 +22,13 @@ from backbones.io import save_backbone
 from objectives.base import Objective, Progress
 from objectives.companions import Companion
 from objectives.parts.frozen_teacher import FrozenBackbone
+from pretrain.checkpoints.initialization import checked_plan
 from pretrain.checkpoints.store import CheckpointError, verify
 from pretrain.cli.main import main
 from pretrain.config.load import load_plan
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage
+from pretrain.driver import run
 from pretrain.errors import RequestError
 from pretrain.training import frozen_teachers, state
 from pretrain.training.engine import Engine
@@ -168,6 +170,52 @@ def test_fill__what_is_not_there_or_damaged_is_one_line(
     assert f"teacher_from={teacher}: " in refused() and "no such directory" in refused()
 
 
+def test_checked_plan__a_run_goes_on_with_the_teacher_that_it_began_with(
+    plan_of: Callable[..., Plan], teacher: Path, tmp_path: Path, make_checkpoint: Callable[[Path, int], Path]
+) -> None:
+    """Asked before anything starts. One that has moved is the same; when all steps are done none is needed."""
+    plan = plan_of(*STUDENT, f"teacher_from={teacher}")
+    student = build_objective(plan.recipe)
+    frozen_teachers.fill(plan, 0, student, tmp_path)
+    run_dir = tmp_path / "runs" / "small-1"
+    references = make_checkpoint(run_dir, 2) / "training_state" / "companions.json"
+    references.write_text(json.dumps(student.references()))
+
+    def refused(plan: Plan) -> str:
+        with pytest.raises(RequestError) as error:
+            checked_plan(plan, run_dir)
+        (line,) = error.value.mistakes
+        return line
+
+    assert checked_plan(plan, run_dir) == plan
+    moved = plan_of(*STUDENT, f"teacher_from={shutil.copytree(teacher, tmp_path / 'moved')}")
+    assert checked_plan(moved, run_dir) == moved
+    torch.manual_seed(9)
+    shutil.rmtree(teacher)
+    publish(teacher, build_objective(plan_of().recipe))
+    changed = refused(plan)
+    assert changed.startswith(f"teacher_from={teacher}: not what the run began with, {teacher}/")
+    assert changed.endswith("; put that file back, or begin a new run")
+    shutil.rmtree(teacher)
+    gone = refused(plan)
+    assert gone.startswith(f"teacher_from={teacher}: no such directory") and gone.count(str(teacher)) == 1
+    assert gone.endswith("; the run goes on with the teacher that it began with, so put it back")
+    make_checkpoint(run_dir, 4)
+    assert checked_plan(plan, run_dir) == plan
+
+
+def test_checked_plan__an_earlier_stage_whose_checkpoint_is_gone(
+    plan_of: Callable[..., Plan], tmp_path: Path, make_checkpoint: Callable[[Path, int], Path]
+) -> None:
+    plan = plan_of("stages=[{name: a}, {name: b, teacher_from: a/2, objective: {gram_weight: 1.0}}]")
+    run_dir = tmp_path / "runs" / "small-1"
+    kept, _ = make_checkpoint(run_dir, 2), make_checkpoint(run_dir, 4)
+    assert checked_plan(plan, run_dir) == plan
+    shutil.rmtree(kept)
+    with pytest.raises(RequestError, match=r"^stages\[1\].teacher_from=a/2: the checkpoint of step 2 .* is gone, "):
+        checked_plan(plan, run_dir)
+
+
 def test_verify__heads_that_are_not_listed_are_refused(teacher: Path) -> None:
     manifest = json.loads((teacher / "checkpoint.json").read_text())
     del manifest["files"]["heads.safetensors"]
@@ -224,7 +272,10 @@ class _Code:
     [
         ({"x": _Code()}, "x.pth: holds something else than tensors, which could run code; refused"),
         ({"cls_token": "no tensor"}, "x.pth: no state dict, which holds tensors by name and nothing else"),
-        ({"cls_token": torch.zeros(1, 1, 3)}, r"x.pth: do not fit, see blocks.0.attn.proj.bias, .* and \d+ more"),
+        (
+            {"cls_token": torch.zeros(1, 1, 3)},
+            r"weights of vit_tiny\w+ do not fit, see: cls_token has shape .* and \d+ more; name the model that",
+        ),
         (None, "x.pth: not a file that torch.save wrote, or damaged"),
     ],
 )
@@ -250,8 +301,11 @@ def test_timm__files_that_are_refused(content: Any, says: str, tmp_path: Path) -
             ["teacher_from=TEACHER", "backbone.patch_size=8"],
             "has patches of 4 px, the student of 8; set backbone.patch_",
         ),
-        (["teacher_from=TEACHER/backbone.safetensors"], "has no heads.safetensors, as checkpoints of objective dinov3"),
-        (["teacher_from=HEADLESS"], "has no heads.safetensors, as checkpoints of objective dinov3 have, whose outputs"),
+        (
+            ["teacher_from=TEACHER/backbone.safetensors"],
+            "has no heads.safetensors, whose outputs would be learned; checkpoints of objective dinov3 have",
+        ),
+        (["teacher_from=HEADLESS"], "has no heads.safetensors, whose outputs"),
         (["teacher_from=timm:vit_tiny_patch16_224@TIMM"], "has no heads.safetensors"),
         ([], "objective 'dinov3' has a frozen teacher; say with teacher_from whose weights it has"),
         (
@@ -272,6 +326,61 @@ def test_look_ahead__refuses_a_teacher_that_does_not_fit(
         look_ahead(plan_of(*STUDENT, *overrides))
     (line,) = refused.value.mistakes
     assert "\n" not in line and line.startswith(("teacher_from=", "objective 'dinov3'"))
+
+
+@pytest.mark.parametrize("name", ["tiny.safetensors", "tiny.pth"])
+def test_look_ahead__weights_of_another_model_than_the_one_that_is_named(
+    name: str, plan_of: Callable[..., Plan], tiny: Any, tmp_path: Path
+) -> None:
+    """Names and shapes tell, before a run has a directory; it failed in the workers, when all had been started."""
+    weights = tiny.state_dict()
+    torch.save(weights, tmp_path / name) if name.endswith(".pth") else save_file(weights, tmp_path / name)
+    features = ["objective={name: distillation, teacher_dim: 384}"]
+    reference = f"timm:vit_small_patch16_224@{tmp_path / name}"
+    with pytest.raises(RequestError) as refused:
+        look_ahead(plan_of(*features, f"teacher_from={reference}"))
+    (line,) = refused.value.mistakes
+    assert line.startswith(
+        f"teacher_from={reference}: the weights of vit_small_patch16_224 do not fit, see: cls_token has shape "
+        "(1, 1, 192), not (1, 1, 384); "
+    )
+    assert line.endswith(" more; name the model that the file is of: timm:NAME@FILE")
+    (tmp_path / name).write_bytes(b"something else than weights")
+    with pytest.raises(RequestError, match=f"^teacher_from={reference}: {tmp_path / name}: not a") as refused:
+        look_ahead(plan_of(*features, f"teacher_from={reference}"))
+    assert len(refused.value.mistakes) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["backbone.patch_size=8"], "the anchor has patches of 4 px, the student of 8; set backbone.patch_size=4"),
+        (STUDENT[2:], "an anchor is of the student's architecture: set backbone as in the run that it comes from"),
+    ],
+)
+def test_look_ahead__an_anchor_of_another_architecture(
+    settings: list[str], says: str, plan_of: Callable[..., Plan], teacher: Path
+) -> None:
+    """Of a checkpoint, or of an earlier stage."""
+    with pytest.raises(RequestError, match=f"^teacher_from={teacher}: ") as refused:
+        look_ahead(plan_of("objective.gram_weight=1.0", f"teacher_from={teacher}", *settings))
+    assert says in str(refused.value) and len(refused.value.mistakes) == 1
+    stages = "stages=[{name: before}, {name: gram, teacher_from: before, objective: {gram_weight: 1.0}}]"
+    with pytest.raises(RequestError, match=r"^stage gram: teacher_from=before: ") as refused:
+        look_ahead(plan_of(stages, *(f"stages[1].{text}" for text in settings)))
+    assert says in str(refused.value) and len(refused.value.mistakes) == 1
+
+
+def test_run__with_a_teacher_looks_before_anything_is_started(
+    plan_of: Callable[..., Plan], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drive(*arguments: Any) -> None:
+        raise AssertionError("was started")
+
+    monkeypatch.setattr("pretrain.driver._Driver.drive", drive)
+    with pytest.raises(RequestError, match="the anchor has patches of 4 px, the student of 8"):
+        run(plan_of("objective.gram_weight=1.0", f"teacher_from={teacher}", "backbone.patch_size=8"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_look_ahead__counts_the_frozen_teacher(plan_of: Callable[..., Plan], teacher: Path) -> None:
@@ -300,7 +409,7 @@ def test_dry_run__of_a_student(
     assert re.search(r"every 2 steps a backbone of [0-9.]+ kB, heads of [0-9.]+ kB and a training state", screen)
     assert main([*request, f"teacher_from={tmp_path}/none"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: teacher_from={tmp_path}/none: ")
+    assert line.startswith(f"error: teacher_from={tmp_path}/none: no such directory; ") and line.count("/none") == 1
 
 
 def test_look_ahead__a_teacher_of_an_earlier_stage_has_to_fit_as_well(plan_of: Callable[..., Plan]) -> None:

@@ -127,7 +127,7 @@ def test_checked__a_run_with_a_checkpoint_of_its_own_needs_neither(
     [
         ({"init_from": "runs:/tiny-2026"}, r"init_from=runs:/tiny-2026: no run 'tiny-2026' in .*; there are: tiny-"),
         ({"init_from": "models:/tinny"}, r"init_from=models:/tinny: no registered model 'tinny'; did you mean 'tiny'"),
-        ({"init_from": "/no/such"}, "init_from=/no/such: checkpoint /no/such: no such directory"),
+        ({"init_from": "/no/such"}, "init_from=/no/such: no such directory"),
         ({"init_from": "/no/such.safetensors"}, r"init_from=/no/such\.safetensors: .*no such file"),
         ({"init_from": "timm:vit_tinny_patch16_224"}, r"has no model 'vit_tinny_patch16_224'; did you mean 'vit_tiny"),
         ({"init_from": "timm:vit_tiny_patch16_224"}, r"not in the local cache, and nothing is downloaded .*@FILE"),
