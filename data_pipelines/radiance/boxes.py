@@ -1,9 +1,9 @@
 """Which part of the world is fitted: a box around the object, or around the cameras of a room.
 
-The rules, of which the first that applies holds: a bound that the user declares; for a COLMAP model with points, the
-box of their 1st to 99th percentiles; for cameras that look at one place, the cube around the largest ball there that
-half of them see whole; else the box of the cameras' positions. Boxes of points and of cameras are made 10 % longer at
-either end, as in the extraction of NeRF-RPN (Hu et al. 2023).
+The rules, of which the first that applies holds: a bound or a box that the user declares; for a COLMAP model with
+points, the box of their 1st to 99th percentiles; for cameras that look at one place, the cube around the largest ball
+there that half of them see whole; else the box of the cameras' positions. Boxes of points and of cameras are made 10 %
+longer at either end, as in the extraction of NeRF-RPN (Hu et al. 2023).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from data_pipelines.errors import DataError
 from data_pipelines.radiance.cameras import Camera
+from data_pipelines.radiance.settings import FitSettings
 
 __all__ = ["Box", "choose_box", "fitting_shape"]
 
@@ -30,25 +31,31 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Box:
-    """Corners (3,) in the world with z up, and the rule they come from: `bound`, `points`, `object` or `cameras`."""
+    """Corners (3,) in the world with z up.
+
+    Attributes:
+        rule: they come from: `bound`, `box`, `points`, `object` or `cameras`.
+    """
 
     low: Array
     high: Array
     rule: str
 
 
-def choose_box(cameras: Sequence[Camera], bound: float | None, points: Array | None, where: str) -> Box:
+def choose_box(cameras: Sequence[Camera], settings: FitSettings, points: Array | None, where: str) -> Box:
     """The box to fit.
 
     Args:
-        bound: half the side of a cube around the origin.
+        settings: whose `bound` or `box`, if there is one, decides.
         points: (n, 3) on surfaces of the scene.
 
     Raises:
         DataError: The cameras say too little.
     """
-    if bound is not None:
-        return Box(np.full(3, -bound), np.full(3, bound), "bound")
+    if settings.bound is not None:
+        return Box(np.full(3, -settings.bound), np.full(3, settings.bound), "bound")
+    if settings.box is not None:
+        return Box(np.array(settings.box[:3]), np.array(settings.box[3:]), "box")
     if points is not None and len(points) >= _MIN_POINTS:
         low, high = np.percentile(points, _PERCENTILES, axis=0)
         return _enlarged(low, high, "points", where)
@@ -88,5 +95,7 @@ def _enlarged(low: Array, high: Array, rule: str, where: str) -> Box:
     extent = high - low
     if not extent.max() > 0 or extent.min() < 0.02 * extent.max():
         shown = " x ".join(f"{length:.3g}" for length in extent)
-        raise DataError(f"{where}: the box of its {rule} is flat ({shown}); declare the part to fit with --bound")
+        raise DataError(
+            f"{where}: the box of its {rule} is flat ({shown}); declare the part to fit with --bound or --box"
+        )
     return Box(low - _MARGIN * extent, high + _MARGIN * extent, rule)

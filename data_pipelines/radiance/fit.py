@@ -61,7 +61,7 @@ def fit_scene(scene: Scene, settings: FitSettings, advance: Callable[[int], None
         began = time.process_time()
         background = BACKGROUNDS[settings.background]
         rays = _rays_of(scene, scene.train, settings)
-        box = choose_box([view.camera for view in scene.train], settings.bound, scene.points, str(scene.path))
+        box = choose_box([view.camera for view in scene.train], settings, scene.points, str(scene.path))
         box, finest = fitting_shape(box, settings.resolution)
         _require_hits(box, rays, str(scene.path))
         generator = torch.Generator().manual_seed(settings.seed)
@@ -97,7 +97,7 @@ def _require_hits(box: Box, rays: PixelRays, where: str) -> None:
         low, high = (" ".join(f"{value:.3g}" for value in corner) for corner in (box.low, box.high))
         raise DataError(
             f"{where}: no view shows the box from ({low}) to ({high}), which the rule {box.rule!r} gives; declare the "
-            "part to fit with --bound, or name the axes of the cameras with --axes"
+            "part to fit with --bound or --box, or name the axes of the cameras with --axes"
         )
 
 

@@ -11,12 +11,13 @@ Legend: (X, Y, Z) voxels of a grid, S voxels of a side of a cut.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipelines.radiance.field import VoxelField
+if TYPE_CHECKING:
+    from data_pipelines.radiance.field import VoxelField
 
 __all__ = ["ALPHA_STEP_VOX", "Cut", "cut_grid", "draw_cuts", "grid_of", "stored"]
 

@@ -4,6 +4,8 @@ A fitted scene is kept in `$PRETRAIN_CACHE/radiance`, by its pictures, cameras a
 with the scenes it had not fitted, and other cuts or another threshold cost no new fit. The shards themselves are those
 of `packing`: the same scenes and options give the same bytes.
 
+What is wrong with a request or a scene is found without torch, which takes seconds to import; a fit imports it.
+
 Not here: reading (`scenes`), fitting (`fit`), what a sample holds (`grids`).
 """
 
@@ -30,7 +32,6 @@ from data_pipelines.packing.inputs import Item, Piece
 from data_pipelines.packing.plan import plan_shards
 from data_pipelines.packing.shard_writer import ShardJob, ShardRecord, finished_shard, write_shard
 from data_pipelines.parsing import parse_json
-from data_pipelines.radiance.fit import fit_scene
 from data_pipelines.radiance.grids import ALPHA_STEP_VOX, Cut, cut_grid, draw_cuts, grid_of, stored
 from data_pipelines.radiance.scenes import Scene, find_scenes, read_scene, scene_name
 from data_pipelines.radiance.settings import DTYPES, FitSettings
@@ -175,6 +176,8 @@ def fit_to_cache(job: FitJob, advance: Advance) -> tuple[str, str | None]:
     Returns:
         The name of the scene, and what is wrong with it if something is.
     """
+    from data_pipelines.radiance.fit import fit_scene
+
     try:
         scene = read_scene(job.path, axes=job.settings.axes, up=job.settings.up)
         fit = fit_scene(scene, job.settings, advance)
@@ -225,6 +228,7 @@ def _options(scenes: Sequence[Scene], settings: FitSettings, writing: Writing) -
         "kind": "radiance",
         "input": hashlib.sha256(contents.encode()).hexdigest(),
         **asdict(settings),
+        "box": None if settings.box is None else list(settings.box),
         "test": sorted(writing.test) or None,
         "min_psnr": writing.min_psnr,
         "dtype": writing.dtype,
@@ -283,10 +287,15 @@ def _judged(scene: Scene, fitted: _Fitted | None, problem: str | None, min_psnr:
     psnr, views = fitted.facts["psnr_heldout"], fitted.facts["n_heldout"]
     if psnr < min_psnr:
         problem = (
-            f"{scene.path}: {psnr:.1f} dB on {views} held-out views is less than {min_psnr:g} dB: the scene moves, its "
-            "cameras or the box are wrong, or it takes a larger resolution and more steps"
+            f"{scene.path}: {psnr:.1f} dB on {views} held-out views is less than {min_psnr:g} dB; look at the cameras "
+            f"and at the box {_shown(fitted.facts)} (--axes, --bound, --box), or take more --resolution and --steps"
         )
     return SceneReport(scene.name, psnr, fitted.facts["seconds"], problem)
+
+
+def _shown(facts: Mapping[str, Any]) -> str:
+    low, high = (" ".join(f"{value:.3g}" for value in facts[corner]) for corner in ("bbox_min", "bbox_max"))
+    return f"({low}) to ({high})"
 
 
 def _items(

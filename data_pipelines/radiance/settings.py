@@ -6,6 +6,7 @@ Imports nothing heavy, for the command line.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from data_pipelines.errors import DataError, suggest
 
@@ -26,7 +27,8 @@ class FitSettings:
         steps: of the optimiser, over all stages.
         rays: per step.
         size: shorter side in pixels that larger pictures are reduced to.
-        bound: half the side of a cube around the origin; None: see `boxes`.
+        bound: half the side of a cube around the origin that is fitted.
+        box: lowest, then highest x, y and z of what is fitted, in the world with z up; without either see `boxes`.
         background: what transparent parts and the space behind the box look like, one of `BACKGROUNDS`.
         axes: of the cameras in JSON and npz, one of `AXES`.
         up: axis of the source that points up, one of `UPS`.
@@ -41,6 +43,7 @@ class FitSettings:
     rays: int = 1024
     size: int = 400
     bound: float | None = None
+    box: tuple[float, ...] | None = None
     background: str = "white"
     axes: str = "opengl"
     up: str = "auto"
@@ -50,8 +53,16 @@ class FitSettings:
         for name, least in (("resolution", 8), ("steps", 1), ("rays", 1), ("size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise DataError(f"{name}={getattr(self, name)} is not allowed; it must be {least} or more")
-        if self.bound is not None and not 0 < self.bound < float("inf"):
+        if self.bound is not None and not 0 < self.bound < inf:
             raise DataError(f"bound={self.bound} is not allowed; it must be above 0")
+        if self.box is not None and (
+            len(self.box) != 6
+            or not all(-inf < low < high < inf for low, high in zip(self.box, self.box[3:], strict=False))
+        ):
+            shown = ",".join(f"{value:g}" for value in self.box)
+            raise DataError(f"box={shown} is not allowed; it is X0,Y0,Z0,X1,Y1,Z1, each end above its beginning")
+        if self.box is not None and self.bound is not None:
+            raise DataError(f"bound={self.bound:g} is not allowed beside a box; give one of the two")
         for name, allowed in (("background", tuple(BACKGROUNDS)), ("axes", AXES), ("up", UPS)):
             value = getattr(self, name)
             if value not in allowed:

@@ -63,6 +63,8 @@ def _shots(files: SceneFiles, name: str, axes: str, split_of: Any) -> Iterator[S
         where = f"{where} ({frame['file_path']})"
         if "transform_matrix" not in frame:
             raise DataError(f"{where} has no transform_matrix; give its camera-to-world matrix")
+        if frame.get("mask_path"):
+            raise DataError(f"{where} has a mask_path, which is not read; write the mask as alpha of the picture")
         pose = as_pose(frame["transform_matrix"], axes, where)
         picture = files.picture(frame["file_path"], where)
         yield Shot(picture, where, pose, _lens({**described, **frame}, where), split_of(frame["file_path"]))

@@ -185,6 +185,7 @@ def pack(
     metavar="LENGTH",
     help="Fit the cube [-LENGTH, LENGTH] of the world; default: what the cameras look at, or the room they are in.",
 )
+@click.option("--box", metavar="X0,Y0,Z0,X1,Y1,Z1", help="Fit this part of the world instead, z up.")
 @click.option(
     "--background",
     type=click.Choice(tuple(BACKGROUNDS)),
@@ -223,6 +224,7 @@ def pack(
 def radiance(
     src: str,
     dest: str,
+    box: str | None,
     min_psnr: float,
     dtype: str,
     cuts: int | None,
@@ -246,6 +248,7 @@ def radiance(
     _require_inputs(src, None)
     if cut_size is not None and cuts is None:
         raise RequestError(f"--cut-size {cut_size}: there are no cuts without --cuts N")
+    chosen = FitSettings(**settings, box=None if box is None else _parse_box(box))
     from data_pipelines.radiance.make import Writing, make_grids
     from data_pipelines.worker_pool import run_jobs
     from pretrain.radiance import run_on_ray
@@ -256,7 +259,7 @@ def radiance(
         made = make_grids(
             src,
             dest,
-            FitSettings(**settings),
+            chosen,
             writing,
             workers=workers,
             run_jobs=run_jobs if workers == 1 and address is None else run_on_ray(address),
@@ -422,6 +425,18 @@ def _parse_splits(text: str) -> dict[str, float]:
     if abs(sum(shares.values()) - 1) > 1e-6:
         raise RequestError(f"--split {text}: the shares add up to {sum(shares.values()):g}; they must add up to 1")
     return shares
+
+
+def _parse_box(text: str) -> tuple[float, ...]:
+    """`X0,Y0,Z0,X1,Y1,Z1` -> numbers.
+
+    Raises:
+        RequestError: one of them is none.
+    """
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise RequestError(f"--box {text}: expected six numbers X0,Y0,Z0,X1,Y1,Z1 such as -1,-1,0,1,1,2") from None
 
 
 def _require_inputs(src: str, masks: str | None) -> None:

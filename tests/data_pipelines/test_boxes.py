@@ -8,8 +8,10 @@ import pytest
 from data_pipelines.errors import DataError
 from data_pipelines.radiance.boxes import Box, choose_box, fitting_shape
 from data_pipelines.radiance.cameras import Camera
+from data_pipelines.radiance.settings import FitSettings
 from tests.analytic_scene import photographs
 
+AUTO = FitSettings()
 LENS = (100, 80, 125.0, 125.0, 50.0, 40.0)
 INWARD = [Camera(*LENS, photo.opengl) for photo in photographs(12, size=8)]
 
@@ -25,12 +27,14 @@ def outward() -> list[Camera]:
 
 
 def test_choose_box__a_declared_bound_wins() -> None:
-    box = choose_box(INWARD, 1.2, np.zeros((99, 3)), "a")
+    box = choose_box(INWARD, FitSettings(bound=1.2), np.zeros((99, 3)), "a")
     assert box.rule == "bound" and box.low.tolist() == [-1.2] * 3 and box.high.tolist() == [1.2] * 3
+    box = choose_box(INWARD, FitSettings(box=(0, -1, 2, 3, 4, 5)), np.zeros((99, 3)), "a")
+    assert box.rule == "box" and box.low.tolist() == [0, -1, 2] and box.high.tolist() == [3, 4, 5]
 
 
 def test_choose_box__around_what_the_cameras_look_at() -> None:
-    box = choose_box(INWARD, None, None, "a")
+    box = choose_box(INWARD, AUTO, None, "a")
     radius = 4 * np.sin(np.arctan(40 / 125))  # of the ball that each sees whole: 4 away, 80 pixels high
     assert box.rule == "object"
     np.testing.assert_allclose([box.low, box.high], [[-radius] * 3, [radius] * 3], atol=1e-9)
@@ -38,7 +42,7 @@ def test_choose_box__around_what_the_cameras_look_at() -> None:
 
 def test_choose_box__around_the_cameras_of_a_room() -> None:
     cameras = outward()
-    box = choose_box(cameras, None, None, "a")
+    box = choose_box(cameras, AUTO, None, "a")
     positions = np.array([camera.position for camera in cameras])
     extent = positions.max(0) - positions.min(0)
     assert box.rule == "cameras"
@@ -49,14 +53,14 @@ def test_choose_box__around_the_cameras_of_a_room() -> None:
 def test_choose_box__around_points_without_the_outermost() -> None:
     points = np.random.default_rng(0).uniform(0, 1, (1000, 3)) * (1, 2, 3)
     points[0] = 1000
-    box = choose_box(INWARD, None, points, "a")
+    box = choose_box(INWARD, AUTO, points, "a")
     assert box.rule == "points"
     np.testing.assert_allclose(box.high, [1.09, 2.18, 3.27], atol=0.05)
 
 
 def test_choose_box__cameras_that_say_too_little_are_refused() -> None:
     with pytest.raises(DataError, match=r"a: the box of its cameras is flat .*declare the part to fit with --bound"):
-        choose_box([Camera(*LENS, np.eye(4)), Camera(*LENS, np.diag([-1.0, 1, -1, 1]))], None, None, "a")
+        choose_box([Camera(*LENS, np.eye(4)), Camera(*LENS, np.diag([-1.0, 1, -1, 1]))], AUTO, None, "a")
 
 
 def test_fitting_shape__cubic_voxels_and_even_sides() -> None:

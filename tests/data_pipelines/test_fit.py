@@ -81,7 +81,16 @@ def test_psnr__of_known_errors() -> None:
     assert psnr(0.01) == pytest.approx(20) and psnr(0.0) == 100
 
 
-WRONG = [("resolution", 7), ("steps", 0), ("bound", -1.0), ("background", "green"), ("axes", "opngl"), ("up", "w")]
+WRONG = [
+    ("resolution", 7),
+    ("steps", 0),
+    ("bound", -1.0),
+    ("box", (0.0, 0, 0, 1, 1, 0)),
+    ("box", (0.0, 0, 1)),
+    ("background", "green"),
+    ("axes", "opngl"),
+    ("up", "w"),
+]
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)

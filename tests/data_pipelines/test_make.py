@@ -17,7 +17,7 @@ import pytest
 
 from data_pipelines.errors import DataError
 from data_pipelines.inspection.verify import verify
-from data_pipelines.radiance import make
+from data_pipelines.radiance import fit
 from data_pipelines.radiance.make import Writing, make_grids
 from data_pipelines.radiance.settings import FitSettings
 from data_pipelines.shards.dataset import Dataset, open_dataset
@@ -26,6 +26,7 @@ from tests.analytic_scene import SPHERES, photographs, write_blender, write_colm
 
 ROOT = Path(__file__).parents[2]
 FAST = FitSettings(resolution=16, steps=60, rays=128, bound=1.2)
+BOXED = FitSettings(resolution=16, steps=60, rays=128, box=(-1.2, -1.2, -1.2, 1.2, 1.2, 0.0))
 KEEP_ALL = Writing(min_psnr=0.0)
 
 
@@ -82,7 +83,7 @@ def test_make_grids__the_same_again_costs_no_fit_and_other_options_are_refused(
 ) -> None:
     make_grids(scenes / "a", tmp_path / "out", FAST, KEEP_ALL)
     before = bytes_of(tmp_path / "out")
-    monkeypatch.setattr(make, "fit_scene", forbidden)
+    monkeypatch.setattr(fit, "fit_scene", forbidden)
     again = make_grids(scenes / "a", tmp_path / "out", FAST, KEEP_ALL)
     assert again.scenes == () and again.manifest is not None
     with pytest.raises(DataError, match="holds a data set packed with dtype='uint8', this request has 'float16'"):
@@ -95,6 +96,14 @@ def test_make_grids__the_same_again_costs_no_fit_and_other_options_are_refused(
 
 def forbidden(*_: object) -> None:
     raise AssertionError("fitted again")
+
+
+def test_make_grids__of_a_declared_box_twice(scenes: Path, tmp_path: Path) -> None:
+    make_grids(scenes / "b", tmp_path / "out", BOXED, KEEP_ALL)
+    assert make_grids(scenes / "b", tmp_path / "out", BOXED, KEEP_ALL).scenes == ()
+    ((grid, facts),) = samples(open_dataset(tmp_path / "out")).values()
+    assert grid.shape == (4, 16, 16, 10) and facts["resolution"] == [16, 16, 10] and facts["box_rule"] == "box"
+    assert facts["bbox_min"][2] <= -1.2 and facts["bbox_max"][2] >= 0
 
 
 def test_make_grids__goes_on_where_a_killed_one_stopped(scenes: Path, tmp_path: Path, cache: Path) -> None:
@@ -141,7 +150,7 @@ def test_make_grids__leaves_out_what_is_not_good_enough(scenes: Path, tmp_path: 
     made = make_grids(scenes, tmp_path / "out", FAST, Writing(min_psnr=threshold))
     (refused,) = [scene for scene in made.scenes if scene.problem]
     assert refused.psnr == scores[0] and refused.name not in samples(open_dataset(tmp_path / "out"))
-    said = f"{scenes / refused.name}: {scores[0]:.1f} dB on 1 held-out views is less than {threshold:g} dB: "
+    said = f"{scenes / refused.name}: {scores[0]:.1f} dB on 1 held-out views is less than {threshold:g} dB; "
     assert str(refused.problem).startswith(said.replace("on 1", "on 2" if refused.name == "a" else "on 1"))
     assert made.manifest is not None and made.manifest.rejected == 1
     nothing = make_grids(scenes, tmp_path / "none", FAST, Writing(min_psnr=99.0))

@@ -140,6 +140,10 @@ BLENDER_FAULTS = {
         lambda s: change(s, "transforms_train.json", lambda d: d["frames"][1]["transform_matrix"][0].__setitem__(0, 9)),
         "transforms_train.json: frame 1 (./train/r_1): the rotation of the pose has the determinant ",
     ),
+    "mask": (
+        lambda s: change(s, "transforms_train.json", lambda d: d["frames"][1].update(mask_path="masks/1.png")),
+        "frame 1 (./train/r_1) has a mask_path, which is not read; write the mask as alpha of the picture",
+    ),
     "angle": (
         lambda s: change(s, "transforms_train.json", lambda d: d.update(camera_angle_x=39.6)),
         "camera_angle_x=39.6 is no angle of view in radians",

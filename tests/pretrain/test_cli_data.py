@@ -60,6 +60,7 @@ def test_data__surface_is_frozen() -> None:
                 "--rays",
                 "--size",
                 "--bound",
+                "--box",
                 "--background",
                 "--axes",
                 "--up",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from pretrain.errors import RequestError, RunFailed
 from pretrain.radiance import run_on_ray
 from tests.analytic_scene import SPHERES, photographs, write_blender, write_nerfstudio
 
+ROOT = Path(__file__).parents[2]
 FAST = ("--resolution", "16", "--steps", "60", "--rays", "128", "--bound", "1.2")
 
 
@@ -31,7 +34,7 @@ def scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_radiance__options_have_the_defaults_of_the_settings() -> None:
     defaults = {option.name: option.default for option in data.commands["radiance"].params}
     settings = FitSettings()
-    shared = {name for name in defaults if hasattr(settings, str(name))} - {"bound"}
+    shared = {name for name in defaults if hasattr(settings, str(name))} - {"bound", "box"}
     assert len(shared) == 8 and all(defaults[name] == getattr(settings, str(name)) for name in shared)
 
 
@@ -55,7 +58,10 @@ def test_radiance__scenes_below_the_threshold_are_named_and_the_exit_code_is_1(
     said = capsys.readouterr()
     left_out, nothing = said.err.splitlines()
     assert said.out == "" and not Path("grids").exists()
-    assert left_out.startswith("error: left out: scenes/a: ") and " is less than 60 dB: " in left_out
+    assert (
+        left_out.startswith("error: left out: scenes/a: ")
+        and " is less than 60 dB; look at the cameras and at the box (-1.2 -1.2 -1.2) to (1.2 1.2 1.2)" in left_out
+    )
     assert nothing == "error: no scene is left, nothing was written to grids"
 
 
@@ -65,6 +71,9 @@ def test_radiance__scenes_below_the_threshold_are_named_and_the_exit_code_is_1(
         (["nowhere", "grids"], "SRC nowhere: no such file or directory"),
         ([".", "grids", "--cut-size", "8"], "--cut-size 8: there are no cuts without --cuts N"),
         ([".", "grids", "--bound", "0"], "Invalid value for '--bound'"),
+        ([".", "grids", "--box", "a,b"], "--box a,b: expected six numbers X0,Y0,Z0,X1,Y1,Z1"),
+        ([".", "grids", "--box", "0,0,0,1,1"], "box=0,0,0,1,1 is not allowed; it is X0,Y0,Z0,X1,Y1,Z1, each end above"),
+        ([".", "grids", "--bound", "1", "--box", "0,0,0,1,1,1"], "bound=1 is not allowed beside a box"),
         ([".", "grids", "--axes", "opencl"], "Invalid value for '--axes'"),
         ([".", "grids", "--up", "w"], "Invalid value for '--up'"),
         ([".", "grids", "--resolution", "4"], "Invalid value for '--resolution'"),
@@ -78,6 +87,19 @@ def test_radiance__wrong_requests_are_2_with_one_line(
     assert main(["data", "radiance", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}") and list(tmp_path.iterdir()) == []
+
+
+def test_radiance__a_scene_that_is_wrong_is_refused_without_torch(scenes: Path) -> None:
+    (scenes / "b" / "images" / "002.png").unlink()
+    code = (
+        "import sys\nfrom pretrain.cli.main import main\n"
+        "main(['data', 'radiance', 'scenes', 'grids'])\n"
+        "print([name for name in ('torch', 'ray') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and not Path("grids").exists()
+    assert done.stderr.startswith("error: scenes/b/transforms.json: frame 2 (images/002.png): there is no picture ")
 
 
 def test_run_on_ray__one_job_runs_here() -> None:
