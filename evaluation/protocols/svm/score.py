@@ -77,6 +77,7 @@ def svm_predictions(x: Tensor, y: Tensor, queries: Tensor, *, c: float, seed: in
     with warnings.catch_warnings():
         # At large C the last digits of the margin take more rounds than liblinear allows; they move no prediction.
         warnings.filterwarnings("ignore", message="Liblinear failed to converge")
+        warnings.filterwarnings("ignore", message="The number of unique classes")  # of one label per class
         machine.fit(_doubles(x), y.cpu().numpy())
     return torch.from_numpy(machine.predict(_doubles(queries)).astype(np.int64))
 
