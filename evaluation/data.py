@@ -23,7 +23,7 @@ from data_pipelines.split_names import held_out
 from evaluation.keys import digest_of
 from evaluation.protocol import LABELS, EvaluationError, Label, Protocol
 
-__all__ = ["IGNORED", "EvaluationData", "LabelMaps", "OpenedData", "class_label", "has_labels"]
+__all__ = ["IGNORED", "EvaluationData", "LabelMaps", "OpenedData", "class_label", "has_labels", "require_labels"]
 
 IGNORED = -1  # what `LabelMaps` puts where the data has its ignore value
 DEFAULT_IGNORE_INDEX = 255
@@ -54,7 +54,7 @@ class EvaluationData:
                 raise EvaluationError(f"evaluation data {self.name!r}: no {prefix}-*.tar in {root}")
             splits[split] = dataset = open_dataset(str(root / f"{prefix}-*.tar"))
             dataset.require_field(*inputs)
-            dataset.require_field(*spec.target_label.fields)
+            require_labels(dataset, spec.target_label)
         description = splits["train"].description
         opened = OpenedData(
             name=self.name,
@@ -187,6 +187,18 @@ def has_labels(dataset: Dataset, label: Label) -> bool:
     if field is None or not field.endswith("npz"):
         return field is not None
     return label.array in decode_arrays(dataset.read(0)[field])
+
+
+def require_labels(dataset: Dataset, label: Label) -> None:
+    """Refuse samples that have no such labels, as far as the fields of all and the first sample show.
+
+    Raises:
+        DataError: no field of theirs has them, or the npz of the first sample has no such array.
+    """
+    field = dataset.require_field(*label.fields)
+    if not has_labels(dataset, label):
+        found = ", ".join(decode_arrays(dataset.read(0)[field]))
+        raise DataError(f"{dataset.where(0)}, field {field}: no array {label.array!r} with labels; it has {found}")
 
 
 def class_label(sample: Mapping[str, Any], classes: Sequence[str] | None) -> int:

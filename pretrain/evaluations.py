@@ -101,7 +101,8 @@ def evaluate(
 
     Args:
         checkpoint: A directory or URI, `runs:/ID[/step]` or `models:/NAME@ALIAS`.
-        protocols: Names of protocols; default: those of the checkpoint's recipe, else every one that suits the data.
+        protocols: Names of protocols; default: those of the checkpoint's recipe, else those usual for the backbone
+            whose labels the data has.
         data: Name -> directory with train-*.tar and test-*.tar; default: the data of the checkpoint's recipe.
         storage: Root of runs and evaluations.
         batch_size: Samples at a time; decides speed and memory, no score. None: as suits the device.

@@ -23,7 +23,9 @@ from data_pipelines.shards.source import expand_source
 from data_pipelines.storage.locations import is_local
 from data_pipelines.views.maker import ViewMaker
 from data_pipelines.views.specs import views_from
-from evaluation.registry import protocol
+from evaluation.data import require_labels
+from evaluation.extraction.recipe import extraction_of
+from evaluation.registry import EvaluationError, protocol
 from objectives.base import Objective
 from objectives.errors import ObjectiveError
 from pretrain.config.schema import Recipe
@@ -69,7 +71,7 @@ def look_ahead(plan: Plan, *, with_data: bool = True) -> list[Outlook | None]:
         except (BackboneError, DataError, ObjectiveError) as error:
             mistakes.append(f"{where}{error}")
     if with_data:
-        mistakes += _labels(plan.recipe)
+        mistakes += _evaluation_data(plan.recipe)
     if mistakes:
         raise RequestError(*dict.fromkeys(mistakes))
     return found
@@ -123,7 +125,8 @@ def _sources(recipe: Recipe, objective: Objective) -> Iterator[str]:
             yield f"{key}={source}: objective {recipe.objective.name}: {error}"
 
 
-def _labels(recipe: Recipe) -> Iterator[str]:
+def _evaluation_data(recipe: Recipe) -> Iterator[str]:
+    """What evaluations need of their samples, input of the backbone and labels, and data have not."""
     if not recipe.evaluation.enabled:
         return
     for task in recipe.evaluation.tasks:
@@ -132,8 +135,10 @@ def _labels(recipe: Recipe) -> Iterator[str]:
             try:
                 first = next(iter(sorted(Path(directory).glob(f"{split}-*.tar"))), None)
                 if first is not None:
-                    open_dataset(str(first)).require_field(protocol(task.protocol).label)
-            except DataError as error:
+                    dataset = open_dataset(str(first))
+                    require_labels(dataset, protocol(task.protocol).target_label)
+                    dataset.require_field(*extraction_of(recipe.backbone.kind).inputs)
+            except (DataError, EvaluationError) as error:
                 yield f"evaluation.data.{task.data}={directory}: protocol {task.protocol}: {error}"
 
 
