@@ -38,6 +38,7 @@ class VoxelSwin(StagedVoxelEncoder):
 
     Config = VoxelSwinConfig
     positions: Tensor
+    kept_shares: Tensor
 
     def __init__(self, config: VoxelSwinConfig) -> None:
         """A randomly initialized encoder; draws from torch's global generator.
@@ -69,9 +70,10 @@ class VoxelSwin(StagedVoxelEncoder):
             for stage in range(num_stages)
         )
         make_norms_exact(self)
-        # The share of samples that skip a branch rises from 0 in the first block to `drop_path` in the last.
+        # The share of samples that do not skip a branch falls from 1 in the first block to 1 - `drop_path` in the last.
         last = max(1, self.num_blocks - 1)
-        self._drop_shares = [config.drop_path * number / last for number in range(self.num_blocks)]
+        kept = [1 - config.drop_path * number / last for number in range(self.num_blocks)]
+        self.register_buffer("kept_shares", torch.tensor(kept).view(-1, 1), persistent=False)  # (n, 1)
         # A buffer stays float32 where an engine casts parameters; derived from the grid, so not in the state dict.
         table = sincos_positions_3d(config.embed_dim, self._first_grid(self.size))  # (X Y Z, D)
         self.register_buffer("positions", table, persistent=False)
@@ -131,8 +133,7 @@ class VoxelSwin(StagedVoxelEncoder):
 
     def _branch_scales(self, noise: Tensor) -> Tensor:
         """What the branches of a sample are multiplied by, (n, 2, B): 0, or the inverse of the share that stays."""
-        kept = 1 - torch.tensor(self._drop_shares, dtype=noise.dtype, device=noise.device).view(-1, 1)  # (n, 1)
-        return ((noise < kept) / kept).permute(1, 2, 0)
+        return ((noise < self.kept_shares) / self.kept_shares).permute(1, 2, 0)
 
     def _first_grid(self, size: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:
         x, y, z = (side // self.patch_size for side in size)

@@ -126,8 +126,7 @@ class NeRFMAE(Objective):
         result = self._reconstruct(batch)
         with torch.autocast(result.target.device.type, enabled=False):
             parts = voxel_loss(result.prediction, result.target, result.is_scored, self.config.occupied_alpha)
-            rgb_loss = self._quotient(parts.rgb_error, parts.num_occupied)
-            alpha_loss = self._quotient(parts.alpha_error, parts.num_scored)
+            rgb_loss, alpha_loss = self._quotients(parts)
             loss = self.config.rgb_weight * rgb_loss + self.config.alpha_weight * alpha_loss
         metrics = {"loss": loss.detach(), "rgb_loss": rgb_loss.detach(), "alpha_loss": alpha_loss.detach()}
         if progress.is_logged:
@@ -163,12 +162,16 @@ class NeRFMAE(Objective):
         num_blocks = self.backbone.num_blocks
         return uniform(seed, 2 * num_blocks, _DROPS).float().unflatten(1, (num_blocks, 2))  # (B, n, 2)
 
-    def _quotient(self, error: Tensor, count: Tensor) -> Tensor:
-        """One mean of the errors (B,) of so many voxels (B,), whose mean over ranks is that of one process."""
+    def _quotients(self, parts: VoxelLoss) -> tuple[Tensor, Tensor]:
+        """Mean errors of colors and of alpha, whose means over ranks are those of one process; scalars."""
+        errors = torch.stack([parts.rgb_error, parts.alpha_error])  # (2, B)
+        counts = torch.stack([parts.num_occupied, parts.num_scored])
         if self.config.reduction == "sample":
-            return (error / count.clamp_min(1)).mean()
-        # An engine takes the mean over ranks, so that each rank divides by the mean count of all, not by its own.
-        return error.sum() / mean_over_ranks(count.sum()).clamp_min(1 / num_ranks())
+            means = (errors / counts.clamp_min(1)).mean(1)
+        else:
+            # An engine takes the mean over ranks, so that each rank divides by the mean count of all, not by its own.
+            means = errors.sum(1) / mean_over_ranks(counts.sum(1)).clamp_min(1 / num_ranks())
+        return means[0], means[1]
 
     @torch.no_grad()
     def _metrics(self, result: _Reconstruction, parts: VoxelLoss) -> dict[str, Tensor]:

@@ -32,10 +32,9 @@ from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from pretrain.training.schedules import learning_rate, weight_decay
 from tests.small_objectives import SMALL as SIZES
-from tests.small_objectives import with_frozen_teacher
+from tests.small_objectives import backbone_of, data_of, kind_of, with_frozen_teacher
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "losses"
-PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
 STEPS, RANKS, MICRO, ACCUMULATION = 20, 2, 4, 2
 STAGES = (0, 1)
 TOLERANCE = 2e-3  # relative; seen between processors with and without AVX-512: up to 3e-4 after 20 steps
@@ -49,7 +48,9 @@ OPTIONS = {"depth": 3, "embed_dim": 48, "num_heads": 3}
 
 
 def _recipe(name: str, stage: int) -> Recipe:
-    backbone = ImageConfig("vit_tiny_patch16_224", 32, 8, options=OPTIONS | {"drop_path_rate": 0.1})
+    backbone: Any = ImageConfig("vit_tiny_patch16_224", 32, 8, options=OPTIONS | {"drop_path_rate": 0.1})
+    if kind_of(name) != "image":
+        backbone = backbone_of(name)
     if name == "dinov3":
         # LayerScale 1: its default of 1e-5 makes all images alike at first, and KoLeo's logarithm of their distances is
         # then rounding.
@@ -59,7 +60,7 @@ def _recipe(name: str, stage: int) -> Recipe:
         name="recorded",
         objective=registry.config_class(name)(**SMALL[name]),
         backbone=backbone,
-        data=DataConfig(train=str(PHOTOS)),
+        data=DataConfig(train=str(data_of(name) / "train-*.tar")),
         optimizer=OptimizerConfig(
             lr=1e-3,
             warmup_steps=4,
@@ -92,7 +93,7 @@ def _curve(recipe: Recipe) -> list[dict[str, Any]]:
     engine.objective.begin(engine.read_weights)
     torch.manual_seed(recipe.train.seed + 1 + rank)
     stream = Stream(
-        open_dataset(PHOTOS),
+        open_dataset(recipe.data.train or ""),
         views_from(engine.objective.views()),
         global_batch_size=recipe.train.global_batch_size,
         micro_batch_size=MICRO,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from backbones.images.config import ImageConfig
+from data_pipelines.views.specs import views_from
 from objectives import registry
 from objectives.base import Objective, Progress
 from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
@@ -21,7 +22,7 @@ from pretrain.training.blocks import compile_blocks, recompute_blocks
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from tests.small_objectives import SMALL as SIZES
-from tests.small_objectives import with_frozen_teacher
+from tests.small_objectives import backbone_of, kind_of, with_frozen_teacher
 
 RANKS, MICRO, STEPS = 2, 4, 2
 # DINOv3 has a stochastic depth of its own and refuses that of these backbones (tests/objectives/test_dinov3.py).
@@ -34,13 +35,13 @@ VIT = ImageConfig(
 FASTVIT = ImageConfig("fastvit_t8", 64)  # has batch norms in its blocks
 
 
-def _recipe(name: str, backbone: ImageConfig = VIT, **train: Any) -> Recipe:
+def _recipe(name: str, backbone: Any = VIT, **train: Any) -> Recipe:
     sizes = {"steps": STEPS, "global_batch_size": MICRO * RANKS, "micro_batch_size": MICRO, "accumulation": 1}
     settings: dict[str, Any] = {"zero_stage": 1, **sizes, **train}
     return Recipe(
         name="blocks",
         objective=registry.config_class(name)(**SMALL.get(name, {})),
-        backbone=backbone,
+        backbone=backbone if kind_of(name) == "image" else backbone_of(name),
         data=DataConfig(train="unused"),
         optimizer=OptimizerConfig(lr=1e-3, clip_grad=1.0),
         train=TrainConfig(**settings, workers=RANKS, checkpoint_every=STEPS),
@@ -55,10 +56,13 @@ def _objective(name: str, backbone: ImageConfig = VIT) -> Objective:
 def _batch(objective: Objective, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     batch: dict[str, Tensor] = {"seed": torch.arange(MICRO) + seed}
-    for view in objective.views():
-        shape = (MICRO, 3, view["size"], view["size"])
-        shape = (view["count"], *shape) if view.get("count", 1) > 1 else shape
-        batch[view["name"]] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    for view in views_from(objective.views()):
+        shapes = view.shapes(getattr(objective.backbone, "in_chans", 1))
+        assert shapes is not None
+        for entry, (shape, dtype) in shapes.items():
+            whole = (*([] if view.times is None else [view.times]), MICRO, *shape)
+            values = torch.rand(whole, generator=generator)
+            batch[entry] = values if dtype.is_floating_point else (values * 256).to(dtype)
     return batch
 
 

@@ -12,14 +12,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backbones.images.config import ImageConfig
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.streaming.stream import Stream
 from data_pipelines.views.specs import views_from
@@ -29,9 +27,8 @@ from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainCon
 from pretrain.training.engine import Engine, init_distributed
 from pretrain.training.model import build_objective
 from tests.small_objectives import SMALL as SIZES
-from tests.small_objectives import with_frozen_teacher
+from tests.small_objectives import backbone_of, data_of, with_frozen_teacher
 
-PHOTOS = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery" / "train-*.tar"
 RANKS, MICRO, STAGES = 2, 4, (0, 1)
 # Drawing the blocks of masks waits, on a CPU only (tests/objectives/test_block_masks.py).
 ANCHORED = {"gram_weight": 1.0, "gram_from": "teacher", "drop_path": 0.5, "mask_share": 0.0}
@@ -43,6 +40,7 @@ OF_ENGINE = {0: {"tolist": 1, "allreduce": 2}, 1: {"tolist": 1, "allreduce": 3, 
 # Of the objective, in all stages. DINO and SelfPatch send what centers move towards, GMML the number of hidden pixels,
 # DINOv3 two per iteration of Sinkhorn-Knopp, of which there are three for class tokens and three for patches; it asks
 # once whether there are blocks to draw, on a CPU only.
+# NeRF-MAE the numbers of voxels, Point-MAE the statistics of its batch norms, forward and backward.
 # SiT the statistics of the batch norms in its heads, forward and backward and for the teacher, and projections.
 OF_OBJECTIVE: dict[str, dict[str, int]] = {
     "mae": {},
@@ -52,6 +50,9 @@ OF_OBJECTIVE: dict[str, dict[str, int]] = {
     "selfpatch": {"allreduce": 2},
     "dinov3": {"allreduce": 12, "local_scalar_dense": 1},
     "distillation": {},
+    "nerf_mae": {"allreduce": 1},
+    "point_mae": {"allreduce": 9},
+    "volume_mae": {},
 }
 # In stage 1 its groups of parameters, which are those of parts that are clipped and scaled apart.
 MORE_GROUPS = {"dinov3": 8}
@@ -109,8 +110,8 @@ def _recipe(name: str, stage: int, workers: int = RANKS) -> Recipe:
     return Recipe(
         name="waits",
         objective=registry.config_class(name)(**SMALL[name]),
-        backbone=ImageConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 2, "embed_dim": 48, "num_heads": 3}),
-        data=DataConfig(train=str(PHOTOS)),
+        backbone=backbone_of(name),
+        data=DataConfig(train=str(data_of(name) / "train-*.tar")),
         optimizer=OptimizerConfig(lr=1e-3),
         train=TrainConfig(
             steps=1000,
@@ -128,7 +129,7 @@ def _engine_and_batch(recipe: Recipe, device: torch.device) -> tuple[Engine, dic
     engine = Engine(with_frozen_teacher(build_objective(recipe)), recipe, device)
     engine.set_schedule(1e-3, 0.05)
     stream = Stream(
-        open_dataset(PHOTOS),
+        open_dataset(recipe.data.train or ""),
         views_from(engine.objective.views()),
         global_batch_size=recipe.train.global_batch_size,
         micro_batch_size=MICRO,
