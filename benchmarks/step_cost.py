@@ -6,6 +6,8 @@ here in fifty lines: patches are embedded after they were chosen, and the head s
 CPU-seconds of the process, medians over rounds; a ratio above 1 says that the engine takes less than that loop.
 
     python benchmarks/step_cost.py [--rounds 7] [--cases mae_224 mae_cifar10 dino_cifar10] [key=value ...] [--short]
+
+Without --cases, those of photos, which come with the package; the others read ../shared/data.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 PHOTOS = Path(__file__).resolve().parents[1] / "pretrain" / "demo_data" / "grocery"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BATCH, NUM_BATCHES, TOTAL_STEPS = 32, 4, 100_000
 SECONDS = 2.0  # about what each way takes in a round
 
@@ -27,6 +30,14 @@ CASES = {  # name -> recipe, overrides
     "mae_224": ("mae_photos", ["backbone.image_size=224", "backbone.patch_size=16", "backbone.options={}"]),
     "mae_cifar10": ("mae_cifar10", []),
     "dino_cifar10": ("dino_cifar10", []),
+}
+CASES_OF_SHARED_DATA = {  # name -> recipe, overrides, folder
+    "point_mae_psb": ("point_mae_psb", [], "points_psb"),
+    "volume_mae_hippocampus": ("volume_mae_hippocampus", [], "volumes_hippocampus"),
+}
+CASES |= {
+    name: (recipe, [f"data.root={SHARED / folder}", f"data.train={SHARED / folder}/train-*.tar", *overrides])
+    for name, (recipe, overrides, folder) in CASES_OF_SHARED_DATA.items()
 }
 OVERRIDES = [
     f"data.root={PHOTOS}", f"data.train={PHOTOS}/train-*.tar", "data.loader_workers=0", "evaluation.enabled=false",
@@ -174,7 +185,9 @@ def measure(name: str, overrides: list[str], rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the recipes of all cases")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=[name for name in CASES if name not in CASES_OF_SHARED_DATA]
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--short", action="store_true", help="the small cases, three rounds")
     arguments = parser.parse_intermixed_args()
@@ -188,6 +201,8 @@ def main() -> None:
     torch.set_num_threads(1)
     init_distributed(torch.device("cpu"))
     rounds = min(arguments.rounds, 3) if arguments.short else arguments.rounds
+    if not SHARED.is_dir() and not CASES_OF_SHARED_DATA.keys().isdisjoint(arguments.cases):
+        parser.error(f"{', '.join(CASES_OF_SHARED_DATA)} need {SHARED}, which is not there")
     for name in arguments.cases:
         if not (arguments.short and name == "mae_224"):
             measure(name, arguments.overrides, rounds)

@@ -60,19 +60,21 @@ def farthest_points(xyz: Tensor, num: int) -> Tensor:
     Returns:
         (B, num) int64.
     """
-    x, y, z = xyz.unbind(-1)  # each (B, N)
+    axes = [axis.contiguous() for axis in xyz.unbind(-1)]  # 3 x (B, N)
     is_near_origin = xyz.square().sum(-1) <= _ORIGIN
-    distance = torch.where(is_near_origin, -1.0, torch.full_like(x, 1e10))  # (B, N), to the nearest chosen point
-    last = torch.zeros(len(xyz), 1, dtype=torch.int64, device=xyz.device)
-    chosen = [last]
-    for _ in range(num - 1):
-        away = (x - x.gather(1, last)).square_()
-        away += (y - y.gather(1, last)).square_()
-        away += (z - z.gather(1, last)).square_()
-        distance = torch.minimum(distance, away)  # left-out points stay at -1
-        last = distance.argmax(1, keepdim=True)
-        chosen.append(last)
-    return torch.cat(chosen, dim=1)
+    distance = torch.where(is_near_origin, -1.0, torch.full_like(axes[0], 1e10))  # (B, N), to the nearest chosen point
+    # Written in place: small tensors kept among large ones that come and go would fragment the heap by gigabytes.
+    chosen = torch.zeros(len(xyz), num, dtype=torch.int64, device=xyz.device)
+    away, difference = torch.empty_like(distance), torch.empty_like(distance)
+    for index in range(1, num):
+        last = chosen[:, index - 1 : index]
+        away.zero_()
+        for axis in axes:
+            torch.sub(axis, axis.gather(1, last), out=difference)
+            away += difference.square_()
+        torch.minimum(distance, away, out=distance)  # left-out points stay at -1
+        chosen[:, index] = distance.argmax(1)
+    return chosen
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,14 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from backbones import registry
+from backbones.errors import BackboneError
+from backbones.features import Features, take_tokens
+from backbones.io import load_backbone, save_backbone
+from backbones.points.base import PointEncoder
+from backbones.points.grouping import Groups
 from backbones.registry import create_backbone
+from objectives import contract
 from objectives.base import Progress
 from objectives.errors import ObjectiveError
 from objectives.parts import chamfer
@@ -18,8 +27,11 @@ from objectives.parts.chamfer import chamfer_distance, nearest_distances
 from objectives.parts.point_pictures import cloud_pictures
 from objectives.point_mae.config import PointMAEConfig
 from objectives.point_mae.objective import PointMAE, _by_distance
+from pretrain.config.load import load_recipe
+from pretrain.training.model import build_objective
 from tests.backbones.test_points import GOLDEN, SMALL, golden_clouds
 from tests.golden_streams import parameter, uniform
+from tests.small_data import clouds
 
 START = Progress(0, 1)
 LATE = Progress(999, 1000)
@@ -250,3 +262,60 @@ def test_cloud_pictures__near_points_hide_far_ones_and_nan_is_left_out():
     assert first[0, 1, is_red].max() == 0  # the green point lies behind the red one
     points[0, 1] = torch.nan
     assert cloud_pictures(points, colors, torch.ones(1)).isfinite().all()
+
+
+@dataclass(frozen=True)
+class MeanPointsConfig:
+    kind: str = "points"
+    name: str = "mean_points"
+    num_points: int = 64
+    num_groups: int = 8
+    group_size: int = 8
+    dim: int = 24
+
+
+class MeanPoints(PointEncoder):
+    """The least that a plug-in's encoder of point clouds has: a group is the mean of its points."""
+
+    Config = MeanPointsConfig
+
+    def __init__(self, config: MeanPointsConfig) -> None:
+        super().__init__(config)
+        self.embed_dim = config.dim
+        self.embed = torch.nn.Linear(6, config.dim)
+
+    def features(self, groups: Groups, keep_idx: Tensor | None = None) -> Features:
+        x = torch.cat([groups.neighborhoods.mean(2), groups.centers], dim=-1)  # (B, G, 6)
+        tokens = self.embed(x if keep_idx is None else take_tokens(x, keep_idx))
+        return Features(tokens, None, None, None, coords=groups.centers)
+
+
+def test_plugin__an_encoder_of_point_clouds_is_one_more_name_of_the_kind(monkeypatch, tmp_path):
+    """A third party's encoder is found by name, trained by Point-MAE, saved, and loaded."""
+    entry = EntryPoint("mean_points", "their.models:MeanPoints", "pretrain.backbones")
+    load = EntryPoint.load
+    monkeypatch.setattr(EntryPoint, "load", lambda self: MeanPoints if self.name == entry.name else load(self))
+    monkeypatch.setattr(registry, "plugins", lambda: {"mean_points": entry})
+    assert registry.names_of_kind("points") == ("mean_points", "point_transformer")
+    assert registry.config_class("points", "mean_points") is MeanPointsConfig
+    recipe = tmp_path / "theirs.yaml"
+    recipe.write_text(
+        "objective: {name: point_mae, decoder_depth: 1, decoder_heads: 3, decoder_drop_path: 0.0}\n"
+        "backbone: {kind: points, name: mean_points, dim: 48}\n"
+        f"data: {{train: {clouds()}/train-*.tar}}\n"
+        "optimizer: {lr: 1.0e-3}\n"
+        "train: {steps: 4, global_batch_size: 4, checkpoint_every: 4}\n"
+        "evaluation: {enabled: false}\n"
+    )
+    loaded = load_recipe(str(recipe))
+    assert loaded.backbone == MeanPointsConfig(dim=48)
+    objective = build_objective(loaded)
+    assert isinstance(objective.backbone, MeanPoints)
+    for check in contract.CHECKS:
+        check(objective, batch_of())
+    save_backbone(tmp_path / "backbone.safetensors", objective.backbone.weights(), objective.backbone.spec)
+    again = load_backbone(tmp_path)
+    assert torch.equal(again.tokens(golden_clouds()).tokens, objective.backbone.tokens(golden_clouds()).tokens)
+    monkeypatch.setattr(registry, "plugins", dict)
+    with pytest.raises(BackboneError, match=r"'mean_points' of kind 'points' is not installed here"):
+        load_backbone(tmp_path)
