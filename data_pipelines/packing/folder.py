@@ -128,10 +128,6 @@ class PackFolder:
         write_atomically(self._dest / MANIFEST_NAME, manifest.to_bytes())
         self._request.unlink()
 
-    def give_up(self) -> None:
-        """Nothing will be written: the next request may be another one."""
-        self._request.unlink(missing_ok=True)
-
     def _require_same(
         self, held: Mapping[str, Any], request: Mapping[str, Any], written: Path, newest: tuple[int, str]
     ) -> None:

@@ -151,7 +151,6 @@ def make_grids(
         complete = folder.held(request, (0, ""))
         if complete is not None:
             return Made(complete, ())
-        folder.begin(request)
         problems = _fit_all(scenes, settings, workers, run_jobs, progress)
         reports, items = [], list[Item]()
         files = folder.unpacked()
@@ -163,8 +162,10 @@ def make_grids(
                 split = "test" if scene.name in writing.test else "train"
                 items += _items(scene, fitted, split, writing, settings, files)
         if not items:
-            folder.give_up()
             return Made(None, tuple(reports))
+        folder.begin(
+            request
+        )  # from here on DEST is for this request; a run that ends while it fits leaves nothing there
         manifest = _write(folder, name, items, options, writing, sum(report.problem is not None for report in reports))
         folder.finish(manifest)
     return Made(manifest, tuple(reports))
@@ -308,7 +309,7 @@ def _items(
         "density_kind": "alpha",
         "alpha_step_vox": ALPHA_STEP_VOX,
         "up_axis": "z",
-        **fitted.facts,
+        **{name: value for name, value in fitted.facts.items() if name != "seconds"},  # which no two fits share
         "fit": asdict(settings),
     }
     grid = stored(fitted.grid, writing.dtype)

@@ -118,29 +118,31 @@ def test_make_grids__goes_on_where_a_killed_one_stopped(scenes: Path, tmp_path: 
     command = [sys.executable, "-c", code, str(scenes), str(tmp_path / "out")]
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
     assert len(list(cache.glob("*.npz"))) == 1 and not (tmp_path / "out" / "dataset.json").exists()
-    with pytest.raises(DataError, match="packed with seed=0, this request has 1"):
-        make_grids(
-            scenes, tmp_path / "out", FitSettings(resolution=16, steps=60, rays=128, bound=1.2, seed=1), KEEP_ALL
-        )
     told: list[int] = []
     make_grids(scenes, tmp_path / "out", FAST, KEEP_ALL, progress=lambda done, total: told.append(total))
     assert set(told) == {120}
     for path in cache.glob("*.npz"):
         path.unlink()
-    make_grids(scenes, tmp_path / "at once", FAST, KEEP_ALL)
-    assert without_seconds(tmp_path / "out") == without_seconds(tmp_path / "at once")
+    make_grids(scenes, tmp_path / "once", FAST, KEEP_ALL)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "once")
     assert not (tmp_path / "out" / ".packing").exists()
+
+
+def test_make_grids__interrupted_while_it_fits_leaves_no_trace_in_dest(scenes: Path, tmp_path: Path) -> None:
+    def interrupted(*arguments: Any) -> Iterator[Any]:
+        yield next(run_jobs(*arguments))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_grids(scenes, tmp_path / "out", FAST, KEEP_ALL, run_jobs=interrupted)
+    assert not (tmp_path / "out").exists()
+    made = make_grids(scenes / "b", tmp_path / "out", BOXED, KEEP_ALL)  # another request is free to take its place
+    assert made.manifest is not None
 
 
 def killed_after_first(*arguments: Any) -> Iterator[Any]:
     yield next(run_jobs(*arguments))
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def without_seconds(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
-    """Grids and descriptions, but for the time that the fit took."""
-    found = samples(open_dataset(folder))
-    return {key: (grid.tobytes(), {**facts, "seconds": 0}) for key, (grid, facts) in found.items()}
 
 
 def test_make_grids__leaves_out_what_is_not_good_enough(scenes: Path, tmp_path: Path, cache: Path) -> None:
@@ -213,4 +215,4 @@ def test_make_grids__a_damaged_fit_is_made_again(scenes: Path, tmp_path: Path, c
     kept.write_bytes(kept.read_bytes()[:-50])
     made = make_grids(scenes / "a", tmp_path / "again", FAST, KEEP_ALL)
     assert made.scenes[0].problem is None
-    assert without_seconds(tmp_path / "out") == without_seconds(tmp_path / "again")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "again")
