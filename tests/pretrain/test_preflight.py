@@ -8,6 +8,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +37,7 @@ def points(tmp_path: Path) -> Path:
         (["backbone.options={pretrained: true}"], "'pretrained' is set by the platform"),
         (["backbone.options={nonsense: 1}"], "unexpected keyword argument 'nonsense'"),
         (["objective.mask_ratio=0.99"], "leaves nothing to see or to predict"),
-        (["data.train={points}"], "data.train={points}: objective mae: "),
+        (["data.train={points}"], "data.train={points}: its field points.npy holds "),
         (
             ["evaluation.data={mine: {points}}", "evaluation.tasks=[{protocol: knn, data: mine}]"],
             "evaluation.data.mine={points}: protocol knn: {points}: no field cls",
@@ -113,3 +114,22 @@ def test_run__a_koleo_group_that_does_not_fit_is_refused_before_anything_starts(
         )
         assert size.startswith("error: stage highres: objective 'dinov3' needs images of 60 px: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_look_ahead__labels_of_volumes_are_an_array_of_the_npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    image = np.zeros((9, 9, 9), np.uint8)
+    for name, arrays in (("bare", {"image": image}), ("labelled", {"image": image, "label": image})):
+        (tmp_path / name).mkdir()
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        for split in ("train", "test"):
+            with tarfile.open(tmp_path / name / f"{split}-000000.tar", "w") as tar:
+                member = tarfile.TarInfo("a.npz")
+                member.size = len(file.getvalue())
+                tar.addfile(member, io.BytesIO(file.getvalue()))
+    look_ahead(load_plan("volume_mae_hippocampus", [f"data.root={tmp_path / 'labelled'}"]))
+    with pytest.raises(RequestError) as refused:
+        look_ahead(load_plan("volume_mae_hippocampus", [f"data.root={tmp_path / 'bare'}"]))
+    said = str(refused.value)
+    assert "protocol voxel_segmentation: " in said and "no array 'label' with labels; it has image" in said

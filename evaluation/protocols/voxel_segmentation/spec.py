@@ -26,7 +26,7 @@ SPEC = Protocol(
     ),
     params=MappingProxyType(
         {
-            "lrs": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+            "lrs": (3e-2, 1e-1, 3e-1, 1.0, 3.0),
             "weight_decay": 1e-3,
             "betas": (0.9, 0.999),
             "batch_size": 8,
