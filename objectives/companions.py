@@ -39,6 +39,7 @@ class Companion:
 
     Attributes:
         part: what of a checkpoint fills it, if a checkpoint does: the exported "backbone", or the "heads" beside it.
+        title: what people call it; empty: its name among the companions.
         remedy: what to do about weights that do not fit it, for messages.
         module: the network. One that is frozen is in evaluation mode. Its weights are there to be read only as long as
             it is not sharded; `state_dict` has them always.
@@ -52,6 +53,7 @@ class Companion:
     """
 
     part: ClassVar[Literal["backbone", "heads"]] = "backbone"
+    title: ClassVar[str] = ""
     remedy: ClassVar[str] = "give weights of that architecture"
 
     def __init__(

@@ -33,6 +33,7 @@ from pretrain.config.stages import Plan, plan_yaml
 from pretrain.errors import RequestError, RunFailed, RunStopped, last_line, said_by_system
 from pretrain.evaluations import evaluate_tasks
 from pretrain.known_checkpoints import KnownCheckpoints
+from pretrain.machine import misfit, this_machine
 from pretrain.record.disk import DiskFull, naming_disk
 from pretrain.record.events import (
     CheckpointPublished,
@@ -107,6 +108,7 @@ def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = (), *, on_start:
         recipe = load(recipe, overrides)
     plan = Plan.single(recipe) if isinstance(recipe, Recipe) else recipe
     launched = time.time()
+    _require_room_for_workers(plan.recipe)
     run_id = f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dir = RunDir(Path(plan.recipe.storage) / run_id)
     plan = checked_plan(plan, run_dir.path)
@@ -161,6 +163,7 @@ def resume(
         before = load_for_resume(run_dir.recipe, ())
         if before.total_steps != plan.total_steps:
             say(schedules_line(before.recipe, plan.recipe, done))
+    _require_room_for_workers(plan.recipe)
     plan = checked_plan(plan, run_dir.path)
     return _Driver(plan, run_dir, launched).drive(on_start)
 
@@ -497,6 +500,19 @@ class _Driver:
             last.update({f"{event.task}/{name}": value for name, value in event.metrics.items()})
         newest = store.latest(self.run_dir.path)
         return RunResult(self.run_dir.run_id, self.run_dir.path, copies.local(newest) if newest else None, last)
+
+
+def _require_room_for_workers(recipe: Recipe) -> None:
+    """Warn of workers that are many on this machine, which a private Ray would start without a word.
+
+    Raises:
+        RequestError: There are so many that it cannot be meant, or not the GPUs that they need.
+    """
+    found = misfit(recipe, this_machine())
+    if found is not None and found.is_refused:
+        raise RequestError(found.text)
+    if found is not None:
+        say(f"warning: {found.text}", err=True)
 
 
 def _address(recipe: Recipe) -> str | None:

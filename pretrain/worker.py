@@ -52,6 +52,7 @@ from pretrain.training.handover import take_over, weights_of
 from pretrain.training.image_grid import write_image_grid
 from pretrain.training.inputs import SampleRecord, Transfer, build_stream, num_corrupt
 from pretrain.training.model import build_objective
+from pretrain.training.outlook import accumulation_warning
 from pretrain.training.schedules import learning_rate, weight_decay
 from pretrain.training.stopping import StopRequest, watched
 from pretrain.training.throughput import StartupClock, Throughput, peak_memory_mb
@@ -286,11 +287,7 @@ def _announce(process: Process, stage: Stage, objective: Objective, stream: Stre
         epochs=recipe.train.steps * recipe.train.global_batch_size / stream.dataset.num_samples if counted else 0.0,
     )
     process.emit(start)
-    if objective.compares_images and (recipe.train.accumulation or 1) > 1:
-        text = (
-            f"{recipe.objective.name} compares the images of a micro-batch: {recipe.train.accumulation} of them "
-            "are not what one large one is; train.accumulation=1 is"
-        )
+    if text := accumulation_warning(recipe, compares_images=objective.compares_images):
         process.emit(Warned(step=step, about="accumulation", text=text))
 
 

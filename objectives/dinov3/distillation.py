@@ -84,6 +84,7 @@ class _FrozenHeads(Companion):
     """The heads of class tokens and of patches."""
 
     part = "heads"
+    title = "its heads"
 
     def __init__(self, backbone: FrozenBackbone, num_prototypes: int, patch_num_prototypes: int) -> None:
         super().__init__(nn.ModuleDict(), filled="checkpoint", moves="frozen", saved="reference")

@@ -72,6 +72,7 @@ def is_refreshed(done: int, every: int | None, first: int, most: int) -> bool:
 class GramTeacher(Companion):
     """The anchor: a backbone in evaluation mode and float32 that changes only when it takes the teacher's weights."""
 
+    title = "Gram anchor"
     remedy = "an anchor is of the student's architecture: set backbone as in the run that it comes from"
 
     def __init__(self, backbone: ImageEncoder, *, from_checkpoint: bool) -> None:

@@ -22,6 +22,7 @@ __all__ = ["FrozenBackbone"]
 class FrozenBackbone(Companion):
     """An image encoder in float32 and evaluation mode; training states refer to the file that its weights are in."""
 
+    title = "frozen teacher"
     remedy = "name the model that the file is of: timm:NAME@FILE"
 
     def __init__(self, student: ImageEncoder, sizes: Sequence[int]) -> None:

@@ -101,6 +101,7 @@ class Weights:
         sha256: Of the file.
         spec: Of what they belong to, or as much of it as is known: `Encoder.spec`, or that of heads.
         heads: Of a checkpoint whose objective exports some beside the backbone.
+        step: Of a checkpoint, the steps that were done.
     """
 
     reference: str
@@ -108,6 +109,7 @@ class Weights:
     sha256: str
     spec: Mapping[str, Any]
     heads: Weights | None = None
+    step: int | None = None
 
 
 def find_weights(reference: str, storage: Path) -> Weights:
@@ -134,7 +136,8 @@ def find_weights(reference: str, storage: Path) -> Weights:
     files, heads = manifest["files"], None
     if HEADS in files:
         heads = Weights(reference, checkpoint / HEADS, files[HEADS]["sha256"], manifest.get("heads", {}))
-    return Weights(reference, checkpoint / BACKBONE, files[BACKBONE]["sha256"], manifest["backbone"], heads)
+    digest, step = files[BACKBONE]["sha256"], manifest["step"]
+    return Weights(reference, checkpoint / BACKBONE, digest, manifest["backbone"], heads, step)
 
 
 def find_training_state(reference: str, storage: Path) -> Published:

@@ -19,6 +19,7 @@ from pretrain.config.checks import zero_objections
 from pretrain.config.mistakes import shown
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage
+from pretrain.machine import misfit, this_machine
 from pretrain.screen import say
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["explain"]
 
 _WIDTH, _INDENT = 80, 10
+_LABEL = 38  # of a row of the table of memory
 _GLUE = "\N{NO-BREAK SPACE}"  # between what stays on one line: a number and its unit
 
 
@@ -60,12 +62,16 @@ def explain(recipe: str, overrides: Sequence[str], plan: Plan, photos: Path | No
         if outlook is None:
             _show("model", "of a plug-in, which is not known before it is built")
             continue
+        if outlook.warning is not None:
+            _show("", f"warning: {outlook.warning}")
+        if outlook.teacher:
+            _show("teacher", outlook.teacher)
         _show("views", *_views(outlook))
         _show("model", _model(outlook))
         _show_as_it_is("memory", _memory(outlook))
         _show("", *_memory_notes(outlook))
         _show("disk", *_disk(plan, found[:number], samples))
-    _show("where", _machines(final))
+    _show("where", *_machines(plan))
     _show("evaluate", _evaluations(plan))
     where = f"checkpoints in {final.checkpoints.storage}; " if final.checkpoints.storage else ""
     _show(
@@ -165,7 +171,8 @@ def _model(outlook: Outlook) -> str:
     counted = outlook.counted
     parts = ", ".join(f"{name} {_count(number)}" for name, number in counted.parts.items())
     beside = {"not trained": counted.frozen} if counted.frozen else {}
-    more = "".join(f"; {name} {_count(number)}" for name, number in (beside | counted.companions).items())
+    companions = {counted.titles[name]: number for name, number in counted.companions.items()}
+    more = "".join(f"; {name} {_count(number)}" for name, number in (beside | companions).items())
     return f"{_count(counted.trained, 'million')} trained parameters: {parts}{more}"
 
 
@@ -178,7 +185,8 @@ def _memory(outlook: Outlook) -> Iterator[str]:
         "gradients, buffers": [max(each.backward, each.update) for each in memory],
     }
     if outlook.counted.companions:
-        rows[" and ".join(outlook.counted.companions)] = [each.companions for each in memory]
+        title = ", ".join(outlook.counted.titles.values())
+        rows[title if len(title) < _LABEL else "teachers"] = [each.companions for each in memory]
     if outlook.activations is not None:
         rows["activations"] = [outlook.activations] * len(memory)
     rows["in all, at the fullest moment"] = in_all = [outlook.in_all(stage) for stage in range(len(memory))]
@@ -186,9 +194,9 @@ def _memory(outlook: Outlook) -> Iterator[str]:
     title = f"{name} per worker (of {train.workers}), ZeRO stage"
     marks = [f"({stage})" if _refusal(outlook, stage) else f"{stage} " for stage in range(len(memory))]
     marks[train.zero_stage or 0] = f"[{train.zero_stage}]"
-    yield f"{title:<38}" + "".join(f"{mark:>8}" for mark in marks)
+    yield f"{title:<{_LABEL}}" + "".join(f"{mark:>8}" for mark in marks)
     for row, sizes in rows.items():
-        yield f"{row:<38}" + "".join(f"{size / unit:>7.1f} " for size in sizes)
+        yield f"{row:<{_LABEL}}" + "".join(f"{size / unit:>7.1f} " for size in sizes)
 
 
 def _memory_notes(outlook: Outlook) -> Iterator[str]:
@@ -251,11 +259,27 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / unit:.1f}{_GLUE}{name}"
 
 
-def _machines(recipe: Recipe) -> str:
-    train, address = recipe.train, recipe.cluster.address or os.environ.get("RAY_ADDRESS")
-    place = f"Ray at {redact(address)}" if address else "a private Ray on this machine"
-    micro = f"{train.workers} workers x micro-batch {train.micro_batch_size} x accumulation {train.accumulation}"
-    return f"{place}; {micro}; {train.precision}, ZeRO stage {train.zero_stage}, device {train.device}"
+def _machines(plan: Plan) -> Iterator[str]:
+    """Where it would run, how each stage divides its batch there, and whether this machine has what that takes."""
+    recipe, machine = plan.recipe, this_machine()
+    address = recipe.cluster.address or os.environ.get("RAY_ADDRESS")
+    place = f"Ray at {redact(address)}" if address else f"a private Ray on this machine, which has {machine}"
+    device = recipe.train.device
+    if device == "auto" and not address and machine.gpus is not None:
+        device = f"auto, which is {'cuda' if machine.gpus else 'cpu'} here"
+    of_stages: dict[str, list[str]] = {}
+    for stage in plan.stages:
+        train = stage.recipe.train
+        how = f"micro-batch {train.micro_batch_size} x accumulation {train.accumulation}; {train.precision}, ZeRO stage"
+        of_stages.setdefault(f"{how} {train.zero_stage}", []).append(stage.name)
+    workers = f"{place}; {recipe.train.workers} workers"
+    if len(of_stages) == 1:
+        yield f"{workers} x {next(iter(of_stages))}, device {device}"
+    else:
+        yield f"{workers}, device {device}"
+        yield from (f"stage {', '.join(names)}: {how}" for how, names in of_stages.items())
+    if (found := misfit(recipe, machine)) is not None:
+        yield f"{'would be refused' if found.is_refused else 'warning'}: {found.text}"
 
 
 def _evaluations(plan: Plan) -> str:

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from backbones.encoder import Encoder
 from backbones.errors import BackboneError
+from backbones.images.base import ImageEncoder
 from backbones.io import read_shapes
 from objectives.base import Objective
 from objectives.companions import Companion
@@ -39,7 +41,7 @@ class _Part(NamedTuple):
 Parts = Mapping[str, _Part | None]  # None: it has no such part
 
 
-def outline(plan: Plan, index: int, objective: Objective, earlier: Mapping[int, Objective]) -> None:
+def outline(plan: Plan, index: int, objective: Objective, earlier: Mapping[int, Objective]) -> str:
     """Give the frozen teachers of a stage the architecture of what will fill them.
 
     Args:
@@ -47,6 +49,9 @@ def outline(plan: Plan, index: int, objective: Objective, earlier: Mapping[int, 
         index: The stage.
         objective: Of the stage.
         earlier: Objectives of earlier stages by index; a teacher from a stage that is not among them stays as it is.
+
+    Returns:
+        Where they come from, for people; empty where nothing fills one.
 
     Raises:
         ObjectiveError: There is no such checkpoint, it does not fit, or the objective has no frozen teacher.
@@ -57,15 +62,18 @@ def outline(plan: Plan, index: int, objective: Objective, earlier: Mapping[int, 
     if stage.teacher_from is not None:
         if (source := earlier.get(stage.teacher_from)) is not None:
             _outline(wanting, named, _parts_of(source))
-    elif named is not None:
+        return _described(plan, stage)
+    if named is not None:
         try:
             weights = find_weights(named, Path(stage.recipe.storage))
         except (CheckpointError, RequestError, RunFailed) as error:
             raise ObjectiveError(about("teacher_from", named, str(error))) from error
         _outline(wanting, named, _parts(weights, named))
+        return _described(plan, stage, weights, wanting)
+    return ""
 
 
-def fill(plan: Plan, index: int, objective: Objective, run_dir: Path) -> None:
+def fill(plan: Plan, index: int, objective: Objective, run_dir: Path) -> str:
     """Fill the frozen teachers of a stage. A collective; draws no random numbers.
 
     Args:
@@ -73,6 +81,9 @@ def fill(plan: Plan, index: int, objective: Objective, run_dir: Path) -> None:
         index: The stage.
         objective: Of the stage, built alike on every rank.
         run_dir: Directory of the run, where earlier stages left their checkpoints.
+
+    Returns:
+        As `outline`.
 
     Raises:
         ObjectiveError: The objective has no frozen teacher, or has one and `teacher_from` says nothing.
@@ -82,7 +93,7 @@ def fill(plan: Plan, index: int, objective: Objective, run_dir: Path) -> None:
     named = _named(plan, stage)
     wanting = _wanting(stage, objective, named)
     if named is None:
-        return
+        return ""
     reference = named
     if stage.teacher_from is not None:
         step = stage.teacher_step or plan.stages[stage.teacher_from].last_step
@@ -100,6 +111,23 @@ def fill(plan: Plan, index: int, objective: Objective, run_dir: Path) -> None:
             companion.load(part.file, part.sha256)
     except ObjectiveError as error:
         raise CheckpointError(str(error)) from error
+    return _described(plan, stage) if stage.teacher_from is not None else _described(plan, stage, weights, wanting)
+
+
+def _described(plan: Plan, stage: Stage, weights: Weights | None = None, filled: Sequence[Companion] = ()) -> str:
+    """Where frozen teachers come from: `runs:/x/40: step 40, vit_small_patch16_224, 32 px, patches of 8 px`."""
+    named = _named(plan, stage)
+    if stage.teacher_from is not None:
+        source = plan.stages[stage.teacher_from]
+        step = source.last_step if stage.teacher_step is None else stage.teacher_step
+        return f"{named}: what this run exports at step {step}"
+    facts = [] if weights is None or weights.step is None else [f"step {weights.step}"]
+    for companion in filled:
+        if isinstance(encoder := companion.module, Encoder):
+            facts.append(encoder.spec.get("name", encoder.kind))
+        if isinstance(encoder, ImageEncoder):
+            facts += [f"{encoder.image_size} px", f"patches of {encoder.patch_size} px"]
+    return f"{named}: {', '.join(facts)}"
 
 
 def _named(plan: Plan, stage: Stage) -> str | None:

@@ -24,7 +24,7 @@ from pretrain.config.schema import Recipe
 from pretrain.training.activations import kept_by_forward
 from pretrain.training.memory import Memory, memory_of
 
-__all__ = ["Counted", "Outlook", "Shown", "look_at"]
+__all__ = ["Counted", "Outlook", "Shown", "accumulation_warning", "look_at"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Counted:
         parts: Of its trained parameters, by part (`Objective.part_of`).
         frozen: Of its other parameters.
         companions: Of each companion, by name.
+        titles: What people call each of them, by name.
         exported: Of the encoder that is exported.
         heads: Of what is exported beside it, see `Objective.exported_heads`.
         saved: Of what a training state has beside parameters and moments: buffers and companions.
@@ -68,6 +69,7 @@ class Counted:
     parts: dict[str, int]
     frozen: int
     companions: dict[str, int]
+    titles: dict[str, str]
     exported: int
     heads: int
     saved: int
@@ -87,6 +89,8 @@ class Outlook:
         counted: Numbers of its objective.
         memory: Of a worker, in each ZeRO stage.
         activations: Bytes that a worker keeps of a micro-batch of the largest views; None: not known before it is run.
+        compares_images: See `Objective.compares_images`.
+        teacher: Where its frozen teachers come from, for people; empty without any.
     """
 
     recipe: Recipe
@@ -94,6 +98,13 @@ class Outlook:
     counted: Counted
     memory: tuple[Memory, ...]
     activations: int | None
+    compares_images: bool
+    teacher: str = ""
+
+    @property
+    def warning(self) -> str | None:
+        """What a user may not expect of these settings."""
+        return accumulation_warning(self.recipe, compares_images=self.compares_images)
 
     @property
     def tokens_per_step(self) -> float | None:
@@ -153,7 +164,17 @@ def look_at(recipe: Recipe, objective: Objective) -> Outlook:
             parameter.data = parameter.data.bfloat16()
     kept = [kept_by_forward(recipe, objective, views) for views in _largest([one.views for one in shown])]
     known = [size for size in kept if size is not None]
-    return Outlook(recipe, shown, counted, memory, max(known) if len(known) == len(kept) else None)
+    activations = max(known) if len(known) == len(kept) else None
+    return Outlook(recipe, shown, counted, memory, activations, objective.compares_images)
+
+
+def accumulation_warning(recipe: Recipe, *, compares_images: bool) -> str | None:
+    """Why accumulation is no larger batch here; None where it is, or there is none."""
+    number = recipe.train.accumulation or 1
+    if not compares_images or number == 1:
+        return None
+    what = f"{recipe.objective.name} compares the images of a micro-batch"
+    return f"{what}: {number} of them are not what one large one is; train.accumulation=1 is"
 
 
 def _count(objective: Objective) -> Counted:
@@ -173,6 +194,7 @@ def _count(objective: Objective) -> Counted:
         parts=dict(parts),
         frozen=frozen,
         companions={name: size(companion.state_dict().values()) for name, companion in companions},
+        titles={name: companion.title or name for name, companion in companions},
         exported=size(objective.exported.weights().values()),
         heads=0 if heads is None else size(heads.tensors.values()),
         saved=size(objective.extra_state().values()),

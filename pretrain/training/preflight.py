@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,9 +66,9 @@ def look_ahead(plan: Plan, *, with_data: bool = True) -> list[Outlook | None]:
                 found.append(None)
                 continue
             with torch.device("meta"):
-                frozen_teachers.outline(plan, index, objective, outlined)
+                teacher = frozen_teachers.outline(plan, index, objective, outlined)
             outlined[index] = objective
-            found.append(look_at(stage.recipe, objective))
+            found.append(replace(look_at(stage.recipe, objective), teacher=teacher))
         except (BackboneError, DataError, ObjectiveError) as error:
             mistakes.append(f"{where}{error}")
     if with_data:

@@ -55,16 +55,17 @@ def test_dry_run__a_stage_as_it_is_read(
     assert [line for line in lines[begin:end] if not line[10:].startswith(("activations  ", "in all"))] == [
         "train     stage gram: dinov3, 1500 steps of 64 = 96000 samples, 150 epochs;",
         "          adamw, peak lr 0.0003, warm-up 0 steps",
+        "teacher   pretrain/4000: what this run exports at step 4000",
         "views     global_1, global_2: 32 px, 4 x 4 patches; local: 4 x 16 px,",
         "          2 x 2 patches; 60 tokens per sample",
         "          3840 tokens per step, 2 of each crop beside its patches",
         "model     1.1 million trained parameters: backbone 818944, head 131904,",
-        "          patch_head 131904; teacher 1.1 million; gram 818816",
+        "          patch_head 131904; teacher 1.1 million; Gram anchor 818816",
         "memory    MB per worker (of 2), ZeRO stage           [0]      1       2       3",
         "          weights                                   4.3     4.3     4.3     6.5",
         "          masters, moments                          8.7     6.5     6.5     6.5",
         "          gradients, buffers                        8.7   207.1   402.7   406.5",
-        "          teacher and gram                          7.6     7.6     7.6     3.8",
+        "          teacher, Gram anchor                      7.6     7.6     7.6     3.8",
         "          [0] is train.zero_stage",
         "          activations are those of 32 samples",
         "disk      every 750 steps a backbone of 3.3 MB, heads of 1.1 MB and a training",
@@ -133,3 +134,14 @@ def test_dry_run__a_plug_in_that_is_not_known_before_it_is_built(
     lines = screen(tmp_path, capsys, monkeypatch, "demo")
     assert "model     of a plug-in, which is not known before it is built" in lines
     assert not any(line.startswith(("views", "memory", "disk")) for line in lines)
+
+
+def test_dry_run__each_stage_has_its_own_division_of_the_batch_and_its_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divided = ["stages[2].train.micro_batch_size=16", "stages[2].train.accumulation=2"]
+    whole = " ".join(" ".join(screen(tmp_path, capsys, monkeypatch, "dinov3_cifar10", *divided)).split())
+    assert "stage pretrain, gram: micro-batch 32 x accumulation 1; fp32, ZeRO stage 0" in whole
+    assert "stage highres: micro-batch 16 x accumulation 2; fp32, ZeRO stage 0" in whole
+    warning = "warning: dinov3 compares the images of a micro-batch: 2 of them are not what one large one is"
+    assert whole.count(warning) == 1 and whole.index("stage highres: dinov3") < whole.index(warning)

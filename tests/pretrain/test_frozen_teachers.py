@@ -405,7 +405,9 @@ def test_dry_run__of_a_student(
     request = ["run", str(tmp_path / "small.yaml"), *STUDENT, f"storage={tmp_path}/runs", "--dry-run"]
     assert main([*request, f"teacher_from={teacher}"]) == 0
     screen = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"frozen_backbone \d+; frozen_heads \d+", screen)
+    assert re.search(r"; teacher \d+; frozen teacher \d+; its heads \d+", screen)
+    assert f"teacher {teacher}: step 4, vit_small_patch16_dinov3_qkvb, 16 px, patches of 4 px" in screen
+    assert "teacher, frozen teacher, its heads 0.1" in screen
     assert re.search(r"every 2 steps a backbone of [0-9.]+ kB, heads of [0-9.]+ kB and a training state", screen)
     assert main([*request, f"teacher_from={tmp_path}/none"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
