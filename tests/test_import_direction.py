@@ -46,7 +46,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "pretrain": (
         ("errors", "version", "screen"),
         ("record", "config"),
-        ("tracking",),
+        ("tracking", "machine"),
         ("checkpoints",),
         ("training", "evaluations", "exports", "embeddings"),
         ("reporting", "known_checkpoints"),

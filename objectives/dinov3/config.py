@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from objectives.parts.frozen_use import FrozenTeacherConfig, TeacherUse, patches_unlike
 from objectives.parts.settings import GLOBAL_SCALE, LAST_LAYERS, LOCAL_SCALE, DistillationConfig, MultiCropConfig
 
-__all__ = ["DINOv3Config"]
+__all__ = ["DINOv3Config", "prototypes_unlike"]
 
 _WEIGHT = {"range": (0.0, 1000.0)}
 _SHARE = {"range": (0.0, 1.0)}
@@ -17,13 +20,16 @@ _PIXELS = {"range": (1, 8192)}
 
 
 @dataclass
-class DINOv3Config(DistillationConfig, MultiCropConfig):
+class DINOv3Config(FrozenTeacherConfig, DistillationConfig, MultiCropConfig):
     """DINOv3 (Simeoni et al. 2025, arXiv:2508.10104); defaults are the authors' ViT-L/16 run on ImageNet-1k.
 
     With `sinkhorn`, separate heads and no Gram anchoring it is DINOv2 (arXiv:2304.07193); with `targets: softmax`,
     `shared_head` and `patch_center: all` iBOT (arXiv:2111.07832).
     """
 
+    teacher_settings: ClassVar[str] = (
+        "objective.distill=true, or objective.gram_weight above 0 with objective.gram_from=checkpoint"
+    )
     name: str = "dinov3"
 
     # Crops
@@ -188,3 +194,32 @@ class DINOv3Config(DistillationConfig, MultiCropConfig):
     patch_embed_lr: float = field(
         default=0.2, metadata=_SHARE | {"help": "learning rate of the patch embedding, times"}
     )
+
+    def teacher_use(self) -> TeacherUse | None:
+        """Distillation has a teacher with its heads, Gram anchoring an anchor unless that comes from the run itself."""
+        if self.distill:
+            return TeacherUse("distill", True, "a teacher", "false", needs_heads=True)
+        if self.gram_weight and self.gram_from == "checkpoint":
+            return TeacherUse("gram_weight", self.gram_weight, "an anchor", "0")
+        return None
+
+    def teacher_misfits(
+        self, patch_size: int | None, teacher: Mapping[str, Any], heads: Mapping[str, Any] | None
+    ) -> Iterator[str]:
+        """Patches of another size, and heads with other prototypes."""
+        found = teacher.get("patch_size")
+        if isinstance(found, int) and patch_size is not None and found != patch_size:
+            yield patches_unlike("teacher" if self.distill else "anchor", found, patch_size)
+        if self.distill and heads is not None:
+            patch = self.num_prototypes if self.shared_head else self.patch_num_prototypes
+            yield from prototypes_unlike(heads, self.num_prototypes, patch)
+
+
+def prototypes_unlike(heads: Mapping[str, Any], num_prototypes: int, patch_num_prototypes: int) -> Iterator[str]:
+    """The mistakes of a teacher's heads with other prototypes than the student's, which these numbers are."""
+    wanted = {"head": ("num_prototypes", num_prototypes), "patch_head": ("patch_num_prototypes", patch_num_prototypes)}
+    for name, (setting, own) in wanted.items():
+        facts = heads.get(name, heads.get("head"))  # the same one, if the teacher learned with a shared head
+        found = facts.get("num_prototypes") if isinstance(facts, Mapping) else None
+        if isinstance(found, int) and found != own:
+            yield f"the teacher's {name} has {found} prototypes, the student's {own}; set objective.{setting}={found}"

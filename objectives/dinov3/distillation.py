@@ -16,8 +16,10 @@ from torch import nn
 
 from backbones.images.base import ImageEncoder
 from objectives.companions import Companion
+from objectives.dinov3.config import prototypes_unlike
 from objectives.errors import ObjectiveError
 from objectives.parts.frozen_teacher import FrozenBackbone
+from objectives.parts.frozen_use import patches_unlike
 from objectives.parts.prototypes import DINOHead
 
 __all__ = ["FrozenTeacher"]
@@ -72,10 +74,7 @@ class _SameGrid(FrozenBackbone):
         super().outline(spec)
         encoder = self.backbone
         if encoder.patch_size != self._patch_size:
-            raise ObjectiveError(
-                f"the teacher {spec['name']!r} has patches of {encoder.patch_size} px, the student of "
-                f"{self._patch_size}; set backbone.patch_size={encoder.patch_size}"
-            )
+            raise ObjectiveError(patches_unlike("teacher", encoder.patch_size, self._patch_size))
         if not encoder.has_cls:
             raise ObjectiveError(f"the teacher {spec['name']!r} has no class token")
 
@@ -89,7 +88,7 @@ class _FrozenHeads(Companion):
     def __init__(self, backbone: FrozenBackbone, num_prototypes: int, patch_num_prototypes: int) -> None:
         super().__init__(nn.ModuleDict(), filled="checkpoint", moves="frozen", saved="reference")
         self._backbone = backbone
-        self._wanted = {"head": num_prototypes, "patch_head": patch_num_prototypes}
+        self._wanted = (num_prototypes, patch_num_prototypes)
 
     def outline(self, spec: Mapping[str, Any]) -> None:
         """Become the heads that `spec` describes, those of `DINOv3.exported_heads`.
@@ -102,16 +101,12 @@ class _FrozenHeads(Companion):
             of_tokens = {"head": heads["head"], "patch_head": heads.get("patch_head", heads["head"])}
         except (KeyError, TypeError) as error:
             raise ObjectiveError("the teacher's heads are not those of objective dinov3") from error
-        keys = {"head": "num_prototypes", "patch_head": "patch_num_prototypes"}
         for name, head in of_tokens.items():
             if head.spec["dim"] != self._backbone.backbone.embed_dim:
                 raise ObjectiveError(
                     f"the teacher's {name} takes tokens of {head.spec['dim']} numbers, and its backbone has "
                     f"{self._backbone.backbone.embed_dim}"
                 )
-            if (found := head.spec["num_prototypes"]) != self._wanted[name]:
-                raise ObjectiveError(
-                    f"the teacher's {name} has {found} prototypes, the student's {self._wanted[name]}; set "
-                    f"objective.{keys[name]}={found}"
-                )
+        if unlike := list(prototypes_unlike(spec, *self._wanted)):
+            raise ObjectiveError("; ".join(unlike))
         self.module = nn.ModuleDict(heads).requires_grad_(False).eval()

@@ -21,6 +21,7 @@ from torch.nn import functional
 from backbones.images.base import ImageEncoder
 from objectives.companions import Companion
 from objectives.errors import ObjectiveError
+from objectives.parts.frozen_use import patches_unlike
 from objectives.precision import at_least_float32
 from objectives.teacher import Teacher
 
@@ -92,10 +93,7 @@ class GramTeacher(Companion):
     def outline(self, spec: Mapping[str, Any]) -> None:
         """It is the student, and stays so. Raises ObjectiveError: the weights are of another patch size."""
         if (found := spec.get("patch_size", self.backbone.patch_size)) != self.backbone.patch_size:
-            raise ObjectiveError(
-                f"the anchor has patches of {found} px, the student of {self.backbone.patch_size}; set "
-                f"backbone.patch_size={found}"
-            )
+            raise ObjectiveError(patches_unlike("anchor", found, self.backbone.patch_size))
 
     @torch.no_grad()
     def take(self, teacher: Teacher) -> None:

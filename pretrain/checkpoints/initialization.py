@@ -33,6 +33,7 @@ from backbones.io import STATE_DICT_SUFFIXES, read_shapes
 from backbones.registry import IMAGE
 from data_pipelines.files import sha256
 from data_pipelines.parsing import parse_json
+from objectives.parts.frozen_use import FrozenTeacherConfig
 from pretrain.checkpoints import references
 from pretrain.checkpoints.store import (
     REFERENCES,
@@ -46,10 +47,12 @@ from pretrain.checkpoints.store import (
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan
+from pretrain.config.teachers import patch_size_of
 from pretrain.errors import RequestError, RunFailed, nearest
 from pretrain.record.run_dir import BACKBONE, HEADS, RunDir
 
 __all__ = [
+    "NO_HEADS",
     "Start",
     "Weights",
     "about",
@@ -61,6 +64,11 @@ __all__ = [
 ]
 
 TIMM = "timm:"
+_FORMS = f"{references.FORMS}, FILE.safetensors, timm:NAME or timm:NAME@FILE"
+NO_HEADS = (
+    f"has no {HEADS}, whose outputs would be learned; checkpoints of objective dinov3 have it, but that of step 0; "
+    "give such a one, or learn features with objective.name=distillation"
+)
 How = Literal["resume", "resume_from", "stage", "init_from", "scratch"]
 _HUB_FILES = ("model.safetensors", "open_clip_model.safetensors")  # as timm looks for them
 _SIZES = re.compile(r"_patch\d+.*")  # in the name of a model; what comes before tells width and depth
@@ -131,7 +139,7 @@ def find_weights(reference: str, storage: Path) -> Weights:
     if reference.endswith(".safetensors"):
         file = _existing(Path(reference), reference)
         return Weights(reference, file, sha256(file), _spec_in(file))
-    checkpoint = references.resolve(reference, storage)
+    checkpoint = references.resolve(reference, storage, forms=_FORMS)
     manifest = read_manifest(checkpoint)
     files, heads = manifest["files"], None
     if HEADS in files:
@@ -158,10 +166,15 @@ def find_training_state(reference: str, storage: Path) -> Published:
     return found
 
 
-def checked(recipe: Recipe, run_dir: Path) -> Recipe:
-    """The recipe with `init_from` and `resume_from` looked at, and pinned to what they mean now.
+def checked(recipe: Recipe, run_dir: Path, *, of_stage: str = "") -> Recipe:
+    """The recipe with `init_from`, `resume_from` and `teacher_from` looked at, and pinned to what they mean now.
 
-    A run that has a checkpoint of its own goes on from there: it needs neither any more.
+    A run that has a checkpoint of its own goes on from there: it needs neither of the first two any more.
+
+    Args:
+        recipe: Of a run or a stage.
+        run_dir: Directory of the run.
+        of_stage: What stands before keys in messages: `stages[1].` of what a stage alone says.
 
     Raises:
         RequestError: What they name is not there, or does not fit the recipe.
@@ -174,12 +187,12 @@ def checked(recipe: Recipe, run_dir: Path) -> Recipe:
             _check_state(found, recipe)
         recipe = replace(recipe, resume_from=_lasting(found, Path(recipe.storage)))
     elif recipe.init_from is not None:
-        with _named("init_from", recipe.init_from):
+        with _named(f"{of_stage}init_from", recipe.init_from):
             _check_architecture(find_weights(recipe.init_from, Path(recipe.storage)).spec, recipe)
             recipe = replace(recipe, init_from=_pinned(recipe.init_from, Path(recipe.storage)))
     if recipe.teacher_from is not None:
-        with _named("teacher_from", recipe.teacher_from):
-            find_weights(recipe.teacher_from, Path(recipe.storage))
+        with _named(f"{of_stage}teacher_from", recipe.teacher_from):
+            _check_teacher(find_weights(recipe.teacher_from, Path(recipe.storage)), recipe)
             recipe = replace(recipe, teacher_from=_pinned(recipe.teacher_from, Path(recipe.storage)))
     return recipe
 
@@ -192,7 +205,7 @@ def checked_plan(plan: Plan, run_dir: Path) -> Plan:
     """
     newest = latest(run_dir)
     if newest is None:
-        return Plan(tuple(replace(stage, recipe=checked(stage.recipe, run_dir)) for stage in plan.stages))
+        return _each_checked(plan, run_dir)
     mistakes: list[str] = []
     for index, stage in enumerate(plan.stages):
         if stage.last_step > newest.step:
@@ -203,6 +216,20 @@ def checked_plan(plan: Plan, run_dir: Path) -> Plan:
     if mistakes:
         raise RequestError(*dict.fromkeys(mistakes))
     return plan
+
+
+def _each_checked(plan: Plan, run_dir: Path) -> Plan:
+    said = {(stage.recipe.init_from, stage.recipe.teacher_from) for stage in plan.stages}
+    stages, mistakes = [], []
+    for index, stage in enumerate(plan.stages):
+        try:
+            recipe = checked(stage.recipe, run_dir, of_stage=f"stages[{index}]." if len(said) > 1 else "")
+            stages.append(replace(stage, recipe=recipe))
+        except RequestError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise RequestError(*dict.fromkeys(mistakes))
+    return Plan(tuple(stages))
 
 
 def _require_teacher(plan: Plan, index: int, newest: Published, run_dir: Path) -> None:
@@ -291,6 +318,18 @@ def _check_architecture(found: Mapping[str, Any], recipe: Recipe) -> None:
             f"holds a backbone {found['name']} of kind {found.get('kind', IMAGE)}, "
             f"the recipe has backbone.name={wanted.name} of kind {wanted.kind}"
         )
+
+
+def _check_teacher(found: Weights, recipe: Recipe) -> None:
+    """Refuse a teacher by what its checkpoint says of itself; tensors are compared when the model is outlined."""
+    use = recipe.objective.teacher_use() if isinstance(recipe.objective, FrozenTeacherConfig) else None
+    if use is None:
+        return
+    if use.needs_heads and found.heads is None:
+        raise RequestError(NO_HEADS)
+    heads = None if found.heads is None else found.heads.spec
+    if wrong := list(recipe.objective.teacher_misfits(patch_size_of(recipe), found.spec, heads)):
+        raise RequestError(*wrong)
 
 
 @contextmanager

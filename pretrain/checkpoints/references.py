@@ -112,7 +112,9 @@ def pull(
     return _fetch(version, place, uri, full, Path(storage))
 
 
-def resolve(reference: str | Path, storage: Path = Path("runs"), *, tracking_uri: str | None = None) -> Path:
+def resolve(
+    reference: str | Path, storage: Path = Path("runs"), *, tracking_uri: str | None = None, forms: str = FORMS
+) -> Path:
     """The local directory of the checkpoint that a reference means; what its backbone needs is there and verified.
 
     What is not on this machine is copied once into the cache (`pretrain.checkpoints.copies`).
@@ -121,12 +123,13 @@ def resolve(reference: str | Path, storage: Path = Path("runs"), *, tracking_uri
         reference: One of the forms at the top of this file.
         storage: Where runs live.
         tracking_uri: As for `pull`.
+        forms: What the caller takes, for messages.
 
     Raises:
         RequestError, CheckpointError, RunFailed: As `pull`.
     """
     text = os.fspath(reference)
-    found = locate(text, Path(storage))
+    found = locate(text, Path(storage), forms=forms)
     if found is None:
         checkpoint = _from_registry(text, tracking_uri or default_uri(Path(storage)))
     else:
@@ -135,13 +138,14 @@ def resolve(reference: str | Path, storage: Path = Path("runs"), *, tracking_uri
     return checkpoint
 
 
-def locate(reference: str, storage: Path, *, resumable: bool = False) -> Published | None:
+def locate(reference: str, storage: Path, *, resumable: bool = False, forms: str = FORMS) -> Published | None:
     """Where the run that published a checkpoint put it; None for what only the registry knows.
 
     Args:
         reference: One of the forms at the top of this file, a run's id or its directory.
         storage: Where runs live.
         resumable: Of a run without a step, the newest with a training state.
+        forms: What the caller takes, for messages.
 
     Raises:
         RequestError: There is no such thing.
@@ -160,7 +164,7 @@ def locate(reference: str, storage: Path, *, resumable: bool = False) -> Publish
         from pretrain.errors import nearest_file
 
         why = f"no {MANIFEST} in it" if path.exists() else f"no such directory{nearest_file(path)}"
-        raise RequestError(f"checkpoint {reference}: {why}; expected {FORMS}")
+        raise RequestError(f"checkpoint {reference}: {why}; expected {forms}")
     _parse_registered(reference)
     return None
 

@@ -35,6 +35,7 @@ __all__ = [
     "data_folder_problem",
     "evaluation_data_problem",
     "resolve",
+    "sizes",
     "zero_objections",
 ]
 
@@ -234,7 +235,7 @@ def _check_image_encoder(backbone: ImageConfig, mistakes: Mistakes) -> None:
         problem = f"unknown model; it is none of the {len(known)} registered names{nearest(plain_name, known)}"
         mistakes.add("backbone.name", backbone.name, problem)
         return
-    image_size, patch_size = _sizes(backbone)
+    image_size, patch_size = sizes(backbone)
     if mistakes.sound("backbone.image_size", "backbone.patch_size") and image_size and patch_size:
         _check_divisible("backbone.image_size", image_size, patch_size, mistakes)
     channels = backbone.in_chans
@@ -245,7 +246,7 @@ def _check_image_encoder(backbone: ImageConfig, mistakes: Mistakes) -> None:
             mistakes.add(blamed, channels if blamed.endswith("in_chans") else numbers, problem)
 
 
-def _sizes(backbone: ImageConfig) -> tuple[int | None, int | None]:
+def sizes(backbone: ImageConfig) -> tuple[int | None, int | None]:
     """Image and patch size in pixels, read from the model's name where the recipe leaves them open."""
     match = _MODEL_SIZES.search(backbone.name)
     patch_size, image_size = (int(match.group(1)), int(match.group(2))) if match else (None, None)
@@ -544,7 +545,7 @@ def _check_evaluation_data(evaluation: EvaluationConfig, mistakes: Mistakes) -> 
 
 
 def _check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, mistakes: Mistakes) -> None:
-    patch_size = _sizes(backbone)[1] if isinstance(backbone, ImageConfig) else None
+    patch_size = sizes(backbone)[1] if isinstance(backbone, ImageConfig) else None
     protocols = evaluations.names()
     for index, task in enumerate(evaluation.tasks):
         key = f"evaluation.tasks[{index}]"

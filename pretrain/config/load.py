@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from data_pipelines.storage.locations import redacted
 from pretrain.config.layers import resolved
-from pretrain.config.mistakes import Mistakes, shown
+from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.recipe_files import read_yaml, recipe_content, recipe_names, recipe_path
 from pretrain.config.schema import (
@@ -42,6 +42,7 @@ from pretrain.config.stage_list import (
     teachers_without_checkpoint,
 )
 from pretrain.config.stages import Plan, in_order, stage_and_step
+from pretrain.config.teachers import check_teacher
 from pretrain.config.values import Typed, typed
 from pretrain.errors import RequestError, nearest
 
@@ -179,6 +180,8 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
     common = [(key, value) for key, value in pairs if not is_about_stages(key)]
     if not stages:
         recipe = resolved([(content, origin)], common, mistakes, how_to_set, check_files=check_files)
+        if check_files:
+            check_teacher(recipe, mistakes, recipe.teacher_from)
         mistakes.raise_if_any()
         return Plan.single(recipe)
     of_list = mistakes.lines
@@ -188,11 +191,17 @@ def _plan(path: Path, content: dict[str, Any], overrides: Sequence[str], how_to_
         mistakes = Mistakes()
         for key in ("init_from", "teacher_from"):
             source, names = stage.keys.get(key), [name for name, _, _ in named]
-            is_stage = stage_and_step(source, names)[0] is not None if key == "teacher_from" else source in names
+            is_stage = source in names
+            if key == "teacher_from" and isinstance(source, str):
+                is_stage = stage_and_step(source, names)[0] is not None
             if source is not None and not is_stage:
                 stage.pairs.append((key, source))  # a reference, of which the recipe takes care
         layers = [(content, origin), (stage.settings, f"{origin}, stage {stage.name}")]
         recipe = resolved(layers, [*common, *stage.pairs], mistakes, how_to_set, check_files=check_files)
+        if check_files:
+            own, key = stage.keys.get("teacher_from"), f"stages[{index}].teacher_from"
+            said_by = COMMAND_LINE if key in dict(pairs) else origin
+            check_teacher(recipe, mistakes, own or recipe.teacher_from, key=key if own else None, said_by=said_by)
         if "train.seed" not in given(stage):
             seed = recipe.train.seed + index  # or every stage would see the samples in the same order
             recipe = replace(recipe, train=replace(recipe.train, seed=seed))

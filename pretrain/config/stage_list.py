@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipelines.files import expanded
 from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
 from pretrain.config.stages import FIXED, INIT_WITH, STAGE_KEYS, Plan
 from pretrain.config.values import Typed
@@ -98,6 +99,8 @@ def _check_stage(
         wrong("name", stage.name, "named twice; give each stage its own name")
     elif not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", stage.name):
         wrong("name", stage.name, "expected letters, digits, '_' and '-' only")
+    if problem := _teacher_problem(stage, earlier, later):
+        wrong("teacher_from", stage.keys["teacher_from"], problem)
     reset = stage.keys.get("reset_optimizer", True)
     if not isinstance(reset, bool):
         wrong("reset_optimizer", reset, "expected true or false")
@@ -125,6 +128,29 @@ def _check_stage(
             mistakes.add_stray(f"{where}.{key}", "is one for all stages; set it outside stages", origin=said_by)
 
 
+def _teacher_problem(stage: WrittenStage, earlier: list[str], later: list[str]) -> str | None:
+    """What is wrong with `teacher_from` of a stage, as far as names tell; None: nothing, or it is a reference."""
+    source = stage.keys.get("teacher_from")
+    forms = "expected an earlier stage, STAGE/STEP, or a reference as docs/stages.md lists them"
+    if source is None:
+        return None
+    if not (isinstance(source, str) and source):
+        return forms
+    name, slash, step = source.partition("/")
+    if name in earlier:
+        return None if not slash or step.isdecimal() else f"{step!r} is no step of stage {name}; expected {name}/STEP"
+    if name == stage.name:
+        return "that is this stage itself, which has nothing to give when it begins; expected an earlier one"
+    if name in later:
+        return "that stage comes later; expected an earlier one"
+    is_word = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*(/[0-9]+)?", source) is not None and not expanded(source).exists()
+    if is_word and (slash or (earlier and nearest(name, earlier))):
+        known = f"; earlier stages are {', '.join(earlier)}" if earlier else ""
+        hint = nearest(name, earlier) or known
+        return f"no earlier stage {name!r}{hint}; {forms}, such as timm:NAME@FILE"
+    return None
+
+
 def given(stage: WrittenStage) -> list[str]:
     """The settings that a stage states, in the recipe and on the command line."""
     values = ((key, value.value if isinstance(value, Typed) else value) for key, value in stage.pairs)
@@ -146,10 +172,11 @@ def said_once(lines: Sequence[Sequence[str]], names: Sequence[str]) -> Iterator[
     """The mistakes of all stages: what they share is said once, the rest with the name of its stage."""
     shared = {line for line in lines[0] if all(line in others for others in lines)}
     yield from (line for line in lines[0] if line in shared)
-    for own, name in zip(lines, names, strict=True):
+    for index, (own, name) in enumerate(zip(lines, names, strict=True)):
         for line in own:
             if line not in shared:
-                yield line if f", stage {name}:" in line else f"stage {name}: {line}"
+                says_it = f", stage {name}:" in line or f": stages[{index}]." in line
+                yield line if says_it else f"stage {name}: {line}"
 
 
 def moments_that_do_not_fit(plan: Plan) -> Iterator[str]:
@@ -181,8 +208,18 @@ def teachers_without_checkpoint(plan: Plan) -> Iterator[str]:
         source = plan.stages[stage.teacher_from]
         every, step = source.recipe.train.checkpoint_every, stage.teacher_step - source.first_step
         if step != source.recipe.train.steps and not (0 < step < source.recipe.train.steps and step % every == 0):
+            first, last = source.first_step, source.last_step
+            steps = listed_steps([*range(first + every, last, every), last])
             yield (
                 f"stages[{index}].teacher_from={source.name}/{stage.teacher_step}: no checkpoint of that step; stage "
-                f"{source.name} has those of steps {source.first_step + every}, {source.first_step + 2 * every}, .. "
-                f"{source.last_step}"
+                f"{source.name} has {steps}"
             )
+
+
+def listed_steps(steps: Sequence[int]) -> str:
+    """Steps that a checkpoint is made of, ascending: `that of step 20`, `those of steps 20, 40, 60, .. 200`."""
+    if len(steps) == 1:
+        return f"that of step {steps[0]}"
+    shown_steps = steps if len(steps) <= 4 else steps[:3]
+    rest = "" if len(steps) <= 4 else f", .. {steps[-1]}"
+    return f"those of steps {', '.join(map(str, shown_steps))}{rest}"

@@ -21,11 +21,11 @@ from backbones.io import read_shapes
 from objectives.base import Objective
 from objectives.companions import Companion
 from objectives.errors import ObjectiveError
-from pretrain.checkpoints.initialization import Weights, about, find_weights
+from pretrain.checkpoints.initialization import NO_HEADS, Weights, about, find_weights
 from pretrain.checkpoints.store import CheckpointError
 from pretrain.config.stages import Plan, Stage
+from pretrain.config.teachers import use_problem
 from pretrain.errors import RequestError, RunFailed
-from pretrain.record.run_dir import HEADS
 from pretrain.training.state import checkpoint_at
 
 __all__ = ["fill", "outline"]
@@ -146,10 +146,13 @@ def _wanting(stage: Stage, objective: Objective, named: str | None) -> list[Comp
     """
     name = stage.recipe.objective.name
     wanting = [companion for companion in objective.companions().values() if companion.filled == "checkpoint"]
-    if named is None and any(companion.source is None for companion in wanting):
-        raise ObjectiveError(f"objective {name!r} has a frozen teacher; say with teacher_from whose weights it has")
+    lacks = named is None and any(companion.source is None for companion in wanting)
+    if (lacks or (named is not None and not wanting)) and (problem := use_problem(stage.recipe, named)):
+        raise ObjectiveError(problem)
+    if lacks:
+        raise ObjectiveError(f"objective.name={name}: needs a teacher; give teacher_from=REFERENCE")
     if named is not None and not wanting:
-        raise ObjectiveError(f"teacher_from={named}: objective {name!r} has no frozen teacher to fill; leave it out")
+        raise ObjectiveError(f"teacher_from={named}: objective {name} has no frozen teacher to fill; leave it out")
     return wanting
 
 
@@ -188,10 +191,7 @@ def _outline(wanting: list[Companion], named: str | None, parts: Parts) -> None:
         ObjectiveError: A part that one wants is not there, or does not fit it.
     """
     if any(parts[companion.part] is None for companion in wanting):
-        raise ObjectiveError(
-            f"teacher_from={named}: has no {HEADS}, whose outputs would be learned; checkpoints of objective dinov3 "
-            "have it, but that of step 0; give such a one, or learn features with objective.name=distillation"
-        )
+        raise ObjectiveError(f"teacher_from={named}: {NO_HEADS}")
     for companion in wanting:
         part = parts[companion.part]
         assert part is not None  # refused above

@@ -262,13 +262,13 @@ def test_fill_companions__by_teacher_from(tmp_path: Path) -> None:
     assert toy.references()["frozen"]["location"] == str(tmp_path / "teacher.safetensors")
     frozen_teachers.fill(Plan.single(recipe_of("fp32", 1)), 0, toy, tmp_path)  # filled by itself: nothing to say
 
-    with pytest.raises(ValueError, match="'toy' has a frozen teacher; say with teacher_from"):
+    with pytest.raises(ValueError, match=r"objective\.name=toy: needs a teacher; give teacher_from=REFERENCE"):
         frozen_teachers.fill(Plan.single(recipe_of("fp32", 1)), 0, Toy(), tmp_path)
     gone = Plan.single(replace(recipe, teacher_from=str(tmp_path / "gone.safetensors")))
     with pytest.raises(CheckpointError, match=r"teacher_from=.*gone.safetensors: .*no such file"):
         frozen_teachers.fill(gone, 0, Toy(), tmp_path)
     toy.companions = dict  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="objective 'toy' has no frozen teacher to fill; leave it out"):
+    with pytest.raises(ValueError, match="objective toy has no frozen teacher to fill; leave it out"):
         frozen_teachers.fill(Plan.single(recipe), 0, toy, tmp_path)
 
 

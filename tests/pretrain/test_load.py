@@ -70,7 +70,8 @@ def test_load_recipe__every_shipped_recipe_comes_back_from_its_yaml(shards: Path
         recipe = load_recipe(name, what_it_requires(name, shards))
         saved = tmp_path / "recipe.yaml"
         saved.write_text(to_yaml(recipe))
-        assert load_recipe(saved) == recipe
+        # Of a recipe in stages this is the last one alone, whose teacher is the stage before.
+        assert load_recipe(saved, check_files=False) == recipe
 
 
 def test_load_recipe__paper_setting_is_the_papers() -> None:
