@@ -122,8 +122,8 @@ def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = (), *, on_start:
     run_dir.path.mkdir(parents=True)
     try:
         return _Driver(plan, run_dir, launched).drive(on_start)
-    except RequestError:
-        if not run_dir.journal.exists():  # a wrong request leaves nothing behind; a run that began is never deleted
+    except (RequestError, RunStopped):
+        if not run_dir.journal.exists():  # what never began leaves nothing behind; a run that began is never deleted
             shutil.rmtree(run_dir.path)
             with suppress(OSError):  # another run has been put there meanwhile
                 for folder in new:
@@ -252,7 +252,7 @@ class _Driver:
             except AlreadyConnected as error:
                 raise RequestError(str(error)) from None
             except KeyboardInterrupt:
-                raise RunStopped(f"stopped at once; go on with: {resume_command(self.run_dir)}") from None
+                raise RunStopped(self._stopped_at_once()) from None
             finally:
                 self.run_dir.training.unlink(missing_ok=True)  # of workers that a signal ended while they began
                 self._mirrors.close()
@@ -260,6 +260,14 @@ class _Driver:
                     self.terminal.say(f"MLflow has not received everything yet: {tracker.problem}")
         with heard(lambda: None):  # all is done but to say it
             return self._finish()
+
+    def _stopped_at_once(self) -> str:
+        """What there is to go on with."""
+        if self.known.newest_step > 0 or store.latest(self.run_dir.path) is not None:
+            return f"stopped at once; go on with: {resume_command(self.run_dir)}"
+        if self.run_dir.journal.exists():
+            return f"stopped before the first checkpoint; this begins at step 0 again: {resume_command(self.run_dir)}"
+        return "stopped before the first step: nothing was trained; the same command begins again"
 
     def _write_recipe(self) -> None:
         """Also what a resume changed, once that has begun: what is taken back before leaves nothing behind."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from pretrain.config import checks, load
 from pretrain.config.load import load_plan, load_recipe, to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import plan_yaml
-from pretrain.errors import RequestError
+from pretrain.errors import RequestError, RunStopped
 from pretrain.evaluations import due
 from pretrain.record.events import Evaluated, Metrics, Start
 from pretrain.record.journal import Journal
@@ -141,6 +143,42 @@ def test_resume__steps_may_become_fewer_down_to_those_that_are_done(
     assert f"train.steps 700 -> 400: schedules are those of a run of 400 steps, {rates}" in capsys.readouterr().out
     assert main([*command, "train.steps=299"]) == 2
     assert "train.steps=299: 300 steps of the run are done; give that many or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("begins", "said"),
+    [
+        (None, "stopped before the first step: nothing was trained; the same command begins again"),
+        (0, "stopped before the first checkpoint; this begins at step 0 again: pretrain resume "),
+        (10, "stopped at once; go on with: pretrain resume "),
+    ],
+)
+def test_run__stopped_at_once_says_what_there_is_to_go_on_with(
+    begins: int | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_checkpoint: Callable[[Path, int], Path],
+) -> None:
+    """A run that had not begun was told to be resumed, and stayed behind without anything in it."""
+
+    @contextmanager
+    def cluster(self: driver._Driver) -> Iterator[None]:
+        if begins is not None:
+            with Journal(self.run_dir.journal) as journal:
+                journal.write(Start(step=begins, total_steps=300, world_size=1, device="cpu"))
+        if begins:
+            make_checkpoint(self.run_dir.path, begins)
+        self._on_signal()
+        yield
+
+    monkeypatch.setattr(driver._Driver, "_cluster", cluster)
+    monkeypatch.setattr(driver._Driver, "_tracker", lambda self: SimpleNamespace(start=int, close=lambda status: True))
+    with pytest.raises(RunStopped) as stopped:
+        driver.run(load_recipe("demo", [f"storage={tmp_path}/new/runs"]))
+    assert str(stopped.value).startswith(said)
+    left = list(tmp_path.glob("new/runs/*/recipe.yaml"))
+    assert len(left) == (begins is not None) and (tmp_path / "new").exists() == (begins is not None)
 
 
 def test_only_driver__a_run_is_driven_by_one_process(run_dir: RunDir) -> None:
