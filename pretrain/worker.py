@@ -39,6 +39,7 @@ from pretrain.record.events import (
     Metrics,
     Preparing,
     Stopped,
+    Taught,
     Visualizations,
     Warned,
 )
@@ -179,7 +180,7 @@ def train_stage(
     objective = build_objective(recipe)
     initialized = state.begin_with(objective, start, stage) if start.how == "init_from" else None
     taken = take_over(objective, handed, stage.init_with) if start.how == "stage" else None
-    frozen_teachers.fill(plan, index, objective, run.path)
+    teacher = frozen_teachers.fill(plan, index, objective, run.path)
     engine = Engine(objective, recipe, device)
     torch.manual_seed(recipe.train.seed + 1 + rank)  # stochastic depth and the like differ between ranks
     process.clock.note("built")
@@ -188,6 +189,8 @@ def train_stage(
     stream = build_stream(recipe, objective, rank, begin, pin_memory=device.type == "cuda")
     if index == 0 or found:  # the first stage of this process
         _announce(process, stage, objective, stream, found.step if found else 0)
+    if teacher:
+        emit(Taught(step=found.step if found else stage.first_step, stage=stage.name, teacher=teacher))
     if initialized:
         emit(initialized)
     if found:

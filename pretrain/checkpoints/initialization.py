@@ -46,7 +46,7 @@ from pretrain.checkpoints.store import (
 )
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import Recipe
-from pretrain.config.stages import Plan
+from pretrain.config.stages import Plan, Stage
 from pretrain.config.teachers import patch_size_of
 from pretrain.errors import RequestError, RunFailed, nearest
 from pretrain.record.run_dir import BACKBONE, HEADS, RunDir
@@ -220,7 +220,8 @@ def checked_plan(plan: Plan, run_dir: Path) -> Plan:
 
 def _each_checked(plan: Plan, run_dir: Path) -> Plan:
     said = {(stage.recipe.init_from, stage.recipe.teacher_from) for stage in plan.stages}
-    stages, mistakes = [], []
+    stages: list[Stage] = []
+    mistakes: list[str] = []
     for index, stage in enumerate(plan.stages):
         try:
             recipe = checked(stage.recipe, run_dir, of_stage=f"stages[{index}]." if len(said) > 1 else "")

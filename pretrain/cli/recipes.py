@@ -37,8 +37,16 @@ def _row(name: str, content: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _model(backbone: Mapping[str, Any]) -> str:
-    """`ViT-Tiny/4, 32 px` of `vit_tiny_patch16_224` with another patch and image size; other names as they are."""
+    """`ViT-Tiny/4, 32 px` of `vit_tiny_patch16_224` with another patch and image size; other names as they are.
+
+    One with another width or depth is not of that family any more: `ViT 128 x 4/8, 32 px` has width 128 and 4 blocks.
+    """
     family, _, rest = str(backbone["name"]).partition("_patch")
     patch, _, side = rest.partition("_")
     sizes = f"/{backbone.get('patch_size', patch)}, {backbone.get('image_size', side)} px"
-    return f"ViT-{family.removeprefix('vit_').title()}{sizes}" if rest else str(backbone["name"])
+    if not rest:
+        return str(backbone["name"])
+    options = backbone.get("options") or {}
+    if {"embed_dim", "depth"} <= options.keys():
+        return f"ViT {options['embed_dim']} x {options['depth']}{sizes}"
+    return f"ViT-{family.removeprefix('vit_').title()}{sizes}"

@@ -24,6 +24,7 @@ from data_pipelines.split_names import held_out
 from data_pipelines.storage.locations import redact, scheme_of
 from evaluation import registry as evaluations
 from evaluation.extraction.recipe import EXTRACTIONS
+from objectives.parts.settings import MultiCropConfig
 from pretrain.config.mistakes import Mistakes
 from pretrain.config.optimizer_facts import WHOLE_PARAMETER
 from pretrain.config.pairing import source_problem
@@ -82,6 +83,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
     _check_names(draft, mistakes)
     if isinstance(draft.backbone, ImageConfig):  # of another kind, its own constructor knows what is right
         _check_image_encoder(draft.backbone, mistakes)
+        _check_crops(draft.objective, draft.backbone, mistakes)
     _check_optimizer(draft, mistakes)
     _check_zero_stage(draft, mistakes)
     _check_deepspeed(draft.deepspeed, mistakes)
@@ -244,6 +246,15 @@ def _check_image_encoder(backbone: ImageConfig, mistakes: Mistakes) -> None:
             problem = f"{key} has {len(numbers)} numbers, expected one for each of {channels} channels"
             blamed = mistakes.latest(key, "backbone.in_chans")
             mistakes.add(blamed, channels if blamed.endswith("in_chans") else numbers, problem)
+
+
+def _check_crops(objective: Any, backbone: ImageConfig, mistakes: Mistakes) -> None:
+    """Sides in pixels that an objective gives crops have to be whole patches."""
+    patch_size = sizes(backbone)[1]
+    if not isinstance(objective, MultiCropConfig) or patch_size is None or not mistakes.sound("backbone"):
+        return
+    if objective.num_local and objective.local_size and mistakes.sound("objective.local_size", "objective.num_local"):
+        _check_divisible("objective.local_size", objective.local_size, patch_size, mistakes)
 
 
 def sizes(backbone: ImageConfig) -> tuple[int | None, int | None]:
@@ -555,7 +566,11 @@ def _check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, mistake
             _check_known(f"{key}.data", task.data, "entry of evaluation.data", evaluation.data, mistakes)
         if mistakes.sound(f"{key}.image_size", "backbone.patch_size") and task.image_size and patch_size:
             _check_divisible(f"{key}.image_size", task.image_size, patch_size, mistakes)
-    if evaluation.select is not None and mistakes.sound("evaluation.select", "evaluation.tasks"):
+    if evaluation.select is not None and not evaluation.tasks and mistakes.sound("evaluation"):
+        key = mistakes.latest("evaluation.select", "evaluation.tasks")
+        value = evaluation.select if key == "evaluation.select" else []
+        mistakes.add(key, value, "no task has a score to select by; add evaluation.select=null")
+    elif evaluation.select is not None and mistakes.sound("evaluation.select", "evaluation.tasks"):
         scores = {
             f"{task.protocol}/{task.data}/{metric.name}": metric
             for task in evaluation.tasks

@@ -6,6 +6,7 @@ Not here: what a recipe becomes (`pretrain.config.load`).
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def recipe_path(name_or_path: str | Path) -> Path:
     path = expanded(text)
     if os.path.isfile(path):  # unlike `Path.is_file`, also of names that no file can have
         return path.absolute()
+    if re.fullmatch(r"[a-z_]+(\.\w+|\[\d+\])*=.*", text, re.DOTALL):
+        raise RequestError(f"{shown(text)}: a setting, and a recipe comes first: pretrain run RECIPE {shown(text)}")
     if "/" in text or path.suffix in (".yaml", ".yml"):
         raise RequestError(f"recipe {text}: no such file{nearest_file(path)}")
     known = recipe_names()

@@ -38,6 +38,7 @@ __all__ = [
     "Start",
     "Startup",
     "Stopped",
+    "Taught",
     "Visualizations",
     "Warned",
     "from_json",
@@ -171,6 +172,22 @@ class Initialized(Event):
     resampled: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught(Event):
+    """Frozen teachers of a stage have their weights.
+
+    Attributes:
+        step: Steps of the run that are done.
+        stage: Its name; empty in a run without stages.
+        teacher: Where they come from, for people: the reference, its step and architecture.
+    """
+
+    kind: ClassVar[str] = "teacher"
+    step: int
+    stage: str
+    teacher: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +365,7 @@ _KINDS: dict[str, type[Event]] = {
         Resumed,
         Initialized,
         StageBegan,
+        Taught,
         Metrics,
         CheckpointPublished,
         Visualizations,

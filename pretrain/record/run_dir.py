@@ -156,6 +156,8 @@ def find_run(run_id: str, storage: Path) -> RunDir:
         RequestError: There is none; names the closest one, or the newest.
     """
     run = RunDir(storage / run_id)
+    if "=" in run_id:
+        raise RequestError(f"{run_id}: a setting, and the run comes first: pretrain resume RUN_ID {run_id}")
     if not run_id or not run.is_run:
         known = [found.run_id for found in runs_in(storage)]
         hint = nearest(run_id, known) or f"; there are: {listed(known[-8:])}"

@@ -38,6 +38,7 @@ from pretrain.record.events import (
     Resumed,
     Start,
     Stopped,
+    Taught,
     Visualizations,
     Warned,
 )
@@ -240,6 +241,8 @@ def _facts(
             facts.append(("evaluations", f"{_duration(computed)} in all; the last ended {after} after training"))
     if resumed := sum(isinstance(event, Resumed) for event in events):
         facts.append(("resumed", f"{resumed} x"))
+    taught = {event.stage: event.teacher for event in events if isinstance(event, Taught)}
+    facts += [(f"teacher of {stage}" if stage else "teacher", teacher) for stage, teacher in taught.items()]
     warnings = [event for event in events if isinstance(event, Warned)]
     facts += [("warning", f"step {warning.step}: {warning.text}") for warning in warnings[-8:]]
     return facts

@@ -32,6 +32,7 @@ from pretrain.record.events import (
     Start,
     Startup,
     Stopped,
+    Taught,
     Warned,
 )
 from pretrain.screen import escaping_console, printable
@@ -116,6 +117,8 @@ class Terminal:
                 self.say(resumed_line(event))
             case StageBegan():
                 self.say(stage_line(event))
+            case Taught():
+                self.say(taught_line(event))
             case Initialized():
                 self.say(initialized_line(event))
             case Metrics():
@@ -246,6 +249,11 @@ def stage_line(event: StageBegan) -> str:
             parts.append(f"{len(names)} {verb} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
     moments = "optimizer goes on" if event.moments else "optimizer reset"
     return f"stage {event.stage} begins at step {event.step}: {', '.join(parts)}, {moments}"
+
+
+def taught_line(event: Taught) -> str:
+    """Which frozen teacher a stage has, in one line."""
+    return f"frozen teacher{f' of stage {event.stage}' if event.stage else ''}: {event.teacher}"
 
 
 def resumed_line(event: Resumed) -> str:

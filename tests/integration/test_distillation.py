@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from backbones.io import load_backbone
-from pretrain.record.events import Resumed
+from pretrain.record.events import Resumed, Taught
 from pretrain.record.journal import read_events
 
 pytestmark = pytest.mark.integration
@@ -65,6 +65,10 @@ def test_distillation__a_student_learns_from_the_checkpoint_of_a_run_and_is_resu
     again.wait()
     assert sorted(losses(again.run_dir)) == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in read_events(again.run_dir / "journal.jsonl")[0] if isinstance(event, Resumed)]
+
+    taught = [event for event in read_events(again.run_dir / "journal.jsonl")[0] if isinstance(event, Taught)]
+    described = "checkpoints/step-00000002: step 2, vit_small_patch16_dinov3_qkvb, 32 px, patches of 8 px"
+    assert [event.step for event in taught] == [0, 2] and all(event.teacher.endswith(described) for event in taught)
 
     checkpoint = again.run_dir / "checkpoints/step-00000006"
     assert load_backbone(checkpoint).embed_dim == 16

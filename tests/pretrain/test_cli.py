@@ -66,6 +66,10 @@ def test_cli__surface_is_frozen() -> None:
                 "error: command line: train.zero_stage=9: expected a whole number in [0, 3]",
             ],
         ),
+        (
+            ["run", "data.root=DIR", "dinov3_cifar10"],
+            ["error: data.root=DIR: a setting, and a recipe comes first: pretrain run RECIPE data.root=DIR"],
+        ),
         (["recipes", "dmeo"], ["error: recipe dmeo: unknown; known are demo, "]),
         (["resume", "demo-1"], ["error: run demo-1: not in "]),
         (["report", "demo-1"], ["error: run demo-1: not in "]),

@@ -36,6 +36,8 @@ def test_recipes__one_table_says_what_each_is_meant_for(capsys: pytest.CaptureFi
     assert header.split() == ["recipe", "model", "data", "hardware", "time"]
     assert [row.split()[0] for row in rows] == list(recipe_names())
     assert max(map(len, rows)) <= 100
+    models = dict(row.split("  ", 1) for row in rows)
+    assert models["dinov3_cifar10"].lstrip().startswith("ViT 128 x 4/8, 32 px  ")  # too small to be a ViT-Small
     for column in ("model", "data", "hardware", "time"):  # aligned: two blanks before each column
         assert all(row[header.index(column) - 2 : header.index(column)] == "  " for row in rows)
     assert all(set(recipe_content(name)["suits"]) == {"data", "hardware", "time"} for name in recipe_names())

@@ -18,6 +18,7 @@ EXAMPLES: list[Event] = [
     events.Startup(**{field.name: 1.5 for field in fields(events.Startup)}),
     events.Resumed(**{field.name: 3 for field in fields(events.Resumed)} | {"reference": "runs:/a/3"}),
     events.Metrics(step=1, values={"loss": 0.5, "samples_seen": 64}),
+    events.Taught(step=40, stage="gram", teacher="pretrain/40: what this run exports at step 40"),
     events.Initialized(step=0, reference="timm:x", sha256="ab", loaded=3, total=4, missing=("pos_embed",)),
     events.StageBegan(step=8, stage="large", loaded=3, total=4, fresh=("pos_embed",)),
     events.CheckpointPublished(step=1, path="checkpoints/step-00000001"),

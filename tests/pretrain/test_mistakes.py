@@ -41,6 +41,13 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
     return refused.value.mistakes
 
 
+def test_load_recipe__without_tasks_nothing_can_be_selected_by() -> None:
+    """The recipe's `select` is not to blame when the command line has taken its tasks away."""
+    (line,) = mistakes("demo", "evaluation.tasks=[]")
+    assert line == "command line: evaluation.tasks=[]: no task has a score to select by; add evaluation.select=null"
+    assert load_recipe("demo", ["evaluation.tasks=[]", "evaluation.select=null"]).evaluation.tasks == []
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
@@ -93,6 +100,10 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
         ("evaluation.select=linear/mine/top1_ci_low", "only reported, nothing can be best by it; those that say"),
         ("evaluation.select=knn/mine/top2", "unknown score of evaluation.tasks; known are linear/mine/top1"),
         # sizes
+        (
+            "objective={name: dino, local_size: 18}",
+            "line: objective.local_size=18: not a multiple of the patch size 4; nearest: 16 or 20",
+        ),
         ("backbone.image_size=30", "backbone.image_size=30: not a multiple of the patch size 4; nearest: 28 or 32"),
         ("evaluation.tasks[1].image_size=2", "image_size=2: not a multiple of the patch size 4; nearest: 4"),
         ("backbone.pixel_mean=[0.5]", "backbone.pixel_mean has 1 numbers, expected one for each of 3 channels"),

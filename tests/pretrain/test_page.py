@@ -21,6 +21,7 @@ from pretrain.record.events import (
     Metrics,
     Resumed,
     Start,
+    Taught,
     Visualizations,
 )
 from pretrain.record.journal import Journal
@@ -89,6 +90,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[
     rng = np.random.default_rng(0)
     with Journal(run_dir / "journal.jsonl") as journal:
         journal.write(Start(world_size=2, total_steps=400, step=0, device="cpu"))
+        journal.write(Taught(step=0, stage="", teacher="runs:/large/90: step 90"))
         before = -1
         for step in [*range(0, 250, 10), *range(210, 401, 10)]:
             if step < before:
@@ -129,6 +131,7 @@ def test_write_report__one_self_contained_page(page: Page) -> None:
         assert content.startswith((b"\x89PNG", b"<svg"))
     assert 'class="badge finished"' in page.text and "<dd>1 x</dd>" in page.text
     assert "torch 2.15.0" in page.text and "global_batch_size: 64" in page.text
+    assert "<dt>teacher</dt><dd>runs:/large/90: step 90</dd>" in re.sub(r">\s+<", "><", page.text)
     assert "<dd>0 min 8 s in all; the last ended 0 min 0 s after training</dd>" in page.text
 
 

@@ -85,6 +85,10 @@ def test_find_run__names_the_nearest_or_the_newest(tmp_path: Path) -> None:
         find_run("mea-03", tmp_path)
     with pytest.raises(RequestError, match=r"; there are: mae-03, .*, mae-10$"):
         find_run("xyz", tmp_path)
+    with pytest.raises(
+        RequestError, match=r"a setting, and the run comes first: pretrain resume RUN_ID train.workers=1"
+    ):
+        find_run("train.workers=1", tmp_path)
     with pytest.raises(RequestError, match=r"; there are: none$"):
         find_run("xyz", tmp_path / "nowhere")
 

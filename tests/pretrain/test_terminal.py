@@ -27,6 +27,7 @@ from pretrain.record.events import (
     Resumed,
     Start,
     Startup,
+    Taught,
     Visualizations,
     Warned,
 )
@@ -41,6 +42,14 @@ VALUES = {"loss": 0.5, "lr": 1e-3, "samples_per_s": 312.4, "data_wait_fraction":
 @pytest.mark.parametrize(
     ("event", "said"),
     [
+        (
+            Taught(step=0, stage="", teacher="runs:/x/40: step 40, vit_tiny_patch16_224, 32 px, patches of 8 px"),
+            "frozen teacher: runs:/x/40: step 40, vit_tiny_patch16_224, 32 px, patches of 8 px",
+        ),
+        (
+            Taught(step=40, stage="gram", teacher="pretrain/40: what this run exports at step 40"),
+            "frozen teacher of stage gram: pretrain/40: what this run exports at step 40",
+        ),
         (
             Start(step=0, total_steps=9, world_size=2, device="cpu"),
             "training on 2 x cpu, steps 0 to 9\nreading the first batch",
