@@ -12,7 +12,7 @@ import pytest
 
 from pretrain import driver
 from pretrain.cli.main import main
-from pretrain.config import checks, load
+from pretrain.config import checks, load, recipe_files
 from pretrain.config.load import load_plan, load_recipe, to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import plan_yaml
@@ -54,7 +54,7 @@ def test_resume__reads_and_checks_the_recipe_once(
 
         return counted
 
-    monkeypatch.setattr(load, "parse_yaml", counting("read", load.parse_yaml))
+    monkeypatch.setattr(recipe_files, "parse_yaml", counting("read", recipe_files.parse_yaml))
     monkeypatch.setattr(checks, "resolve", counting("checked", checks.resolve))
     monkeypatch.setattr(driver._Driver, "drive", lambda self, on_start: seen.append(self.recipe))
     assert main(["resume", "demo-1", *settings, "--storage", str(run_dir.path.parent)]) == 0
