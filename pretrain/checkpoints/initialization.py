@@ -361,7 +361,7 @@ def _existing(file: Path, reference: str) -> Path:
         try:
             read_shapes(file)
         except BackboneError as error:
-            raise CheckpointError(str(error)) from error
+            raise CheckpointError(f"{reference}: {str(error).removeprefix(f'{file}: ')}") from error
     return file
 
 

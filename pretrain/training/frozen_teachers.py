@@ -181,7 +181,7 @@ def _parts(weights: Weights, named: str) -> Parts:
             "heads": None if weights.heads is None else _Part(weights.heads.spec, read_shapes(weights.heads.file)),
         }
     except BackboneError as error:
-        raise ObjectiveError(about("teacher_from", named, str(error))) from error
+        raise ObjectiveError(f"teacher_from={named}: {str(error).removeprefix(f'{weights.file}: ')}") from error
 
 
 def _outline(wanting: list[Companion], named: str | None, parts: Parts) -> None:
