@@ -73,6 +73,10 @@ class Encoder(nn.Module, ABC):
         """
         return None
 
+    def channels_of(self, kind: str) -> int:
+        """Channels that it takes of what views of a kind show ("image", "volume"): `in_chans`, where it has that."""
+        return int(getattr(self, "in_chans", 1))
+
     @property
     def network(self) -> nn.Module:
         """The module whose state dict is exported: the encoder itself, unless it wraps one of another library."""

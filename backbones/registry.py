@@ -53,6 +53,7 @@ class _BuiltIn(NamedTuple):
 # kind -> name -> encoder
 _BUILT_IN: dict[str, dict[str, _BuiltIn]] = {
     "voxels": {
+        "unified_vit": _BuiltIn("backbones.voxels.config:UnifiedVitConfig", "backbones.voxels.unified:UnifiedVit"),
         "voxel_swin": _BuiltIn("backbones.voxels.config:VoxelSwinConfig", "backbones.voxels.swin:VoxelSwin"),
         "voxel_vit": _BuiltIn("backbones.voxels.config:VoxelVitConfig", "backbones.voxels.vit:VoxelVit"),
     },

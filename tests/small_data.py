@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-__all__ = ["clouds", "grids", "shape_cloud", "volumes", "write_shard"]
+__all__ = ["clouds", "grids", "photos_and_volumes", "shape_cloud", "volumes", "write_shard"]
 
 NUM_CLOUDS, NUM_POINTS = 64, 128
 
@@ -78,6 +79,25 @@ def volumes() -> Path:
         file = io.BytesIO()
         np.savez_compressed(file, image=image.astype(np.uint8), label=(distance < 1).astype(np.uint8))
         return {"npz": file.getvalue()}
+
+    return _folder(sample, 64, 16)
+
+
+@cache
+def photos_and_volumes() -> Path:
+    """Samples with a picture of a bright disc of some color, `png`, and a volume as in `volumes`, `npz`."""
+
+    def sample(idx: int) -> Mapping[str, bytes]:
+        rng = np.random.default_rng(idx)
+        distance = _distance(rng, rng.integers(12, 19, 3))
+        image = (60 + 120 * (1 - distance).clip(0, 1) + rng.normal(0, 10, distance.shape)).clip(0, 255)
+        volume, picture = io.BytesIO(), io.BytesIO()
+        np.savez_compressed(volume, image=image.astype(np.uint8))
+        rows, columns = np.meshgrid(np.arange(48), np.arange(48), indexing="ij")
+        disc = np.hypot(rows - rng.uniform(10, 38), columns - rng.uniform(10, 38)) < rng.uniform(6, 16)
+        colors = np.where(disc[..., None], rng.integers(100, 256, 3), rng.integers(0, 100, 3))
+        Image.fromarray(colors.astype(np.uint8)).save(picture, "PNG")
+        return {"png": picture.getvalue(), "npz": volume.getvalue()}
 
     return _folder(sample, 64, 16)
 

@@ -10,7 +10,7 @@ import torch
 from backbones.images.config import ImageConfig
 from backbones.points.config import PointTransformerConfig
 from backbones.registry import create_backbone
-from backbones.voxels.config import VoxelSwinConfig, VoxelVitConfig
+from backbones.voxels.config import UnifiedVitConfig, VoxelSwinConfig, VoxelVitConfig
 from objectives.base import Objective
 from tests import small_data
 
@@ -18,7 +18,7 @@ __all__ = ["SMALL", "backbone_of", "data_of", "kind_of", "with_frozen_teacher"]
 
 PHOTOS = Path(__file__).resolve().parents[1] / "pretrain" / "demo_data" / "grocery"
 # Of the objectives that encode something else than images.
-_KINDS = {"nerf_mae": "voxels", "point_mae": "points", "volume_mae": "voxels"}
+_KINDS = {"nerf_mae": "voxels", "point_mae": "points", "uni4eye": "voxels", "volume_mae": "voxels"}
 # By objective, else by kind.
 _BACKBONES: dict[str, Any] = {
     "image": ImageConfig("vit_tiny_patch16_224", 32, 8, options={"depth": 3, "embed_dim": 48, "num_heads": 3}),
@@ -33,12 +33,22 @@ _BACKBONES: dict[str, Any] = {
         drop_path=0.0,
     ),
     "nerf_mae": VoxelSwinConfig(size=[16, 16, 16], embed_dim=12, depths=[1, 2], num_heads=[1, 2], drop_path=0.0),
+    "uni4eye": UnifiedVitConfig(
+        size=[16, 16, 16],
+        patch_size=4,
+        image_size=32,
+        image_patch_size=8,
+        embed_dim=48,
+        depth=3,
+        num_heads=3,
+    ),
     "volume_mae": VoxelVitConfig(size=[16, 16, 16], patch_size=4, embed_dim=48, depth=3, num_heads=3),
 }
 _DATA = {
     "image": lambda: PHOTOS,
     "points": small_data.clouds,
     "nerf_mae": small_data.grids,
+    "uni4eye": small_data.photos_and_volumes,
     "volume_mae": small_data.volumes,
 }
 
@@ -57,6 +67,7 @@ SMALL["dinov3"] = SMALL["dino"] | {
 SMALL["distillation"] = {"teacher_dim": 32, "head_hidden_dim": 48}
 SMALL["nerf_mae"] = {"mask_block": 2}
 SMALL["volume_mae"] = {"decoder_dim": 24, "decoder_depth": 1, "decoder_heads": 2, "volume_array": "image"}
+SMALL["uni4eye"] = SMALL["volume_mae"] | {"image_field": "png"}
 SMALL["point_mae"] = {"decoder_depth": 1, "decoder_heads": 3, "decoder_drop_path": 0.0}
 
 

@@ -70,6 +70,7 @@ CHEAP = (
     "objectives.dino.config",
     "objectives.mae.config",
     "objectives.nerf_mae.config",
+    "objectives.uni4eye.config",
     "objectives.volume_mae.config",
     "objectives.parts.settings",
     "backbones",

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["DENSITIES", "VoxelConfig", "VoxelSwinConfig", "VoxelVitConfig"]
+from backbones.images.config import IMAGENET_MEAN, IMAGENET_STD
+
+__all__ = ["DENSITIES", "UnifiedVitConfig", "VoxelConfig", "VoxelSwinConfig", "VoxelVitConfig"]
 
 DENSITIES = ("alpha", "log_density", "relu_density")
 
@@ -56,6 +58,28 @@ class VoxelVitConfig(VoxelConfig):
     depth: int = field(default=12, metadata={"range": (1, 256), "help": "blocks"})
     num_heads: int = field(default=6, metadata={"range": (1, 256), "help": "attention heads, a divisor of the width"})
     mlp_ratio: float = field(default=4.0, metadata={"range": (0.1, 64.0), "help": "width of the MLPs / width"})
+
+
+@dataclass(frozen=True)
+class UnifiedVitConfig(VoxelVitConfig):
+    """A plain ViT of volumes and images, each with a patch embedding of its own (Uni4Eye, 2022, arXiv:2203.04614)."""
+
+    name: str = field(default="unified_vit", metadata={"help": "which encoder of voxels"})
+    image_size: int = field(
+        default=224, metadata={"range": (1, 8192), "help": "side of images in pixels, a multiple of image_patch_size"}
+    )
+    image_patch_size: int = field(
+        default=16, metadata={"range": (1, 1024), "help": "side of a patch of an image in pixels"}
+    )
+    image_chans: int = field(default=3, metadata={"range": (1, 1024), "help": "channels of images"})
+    pixel_mean: list[float] = field(
+        default_factory=lambda: list(IMAGENET_MEAN),
+        metadata={"help": "mean per channel of images in [0, 1]; default: ImageNet"},
+    )
+    pixel_std: list[float] = field(
+        default_factory=lambda: list(IMAGENET_STD),
+        metadata={"range": (1e-6, None), "help": "deviation per channel of images in [0, 1]; default: ImageNet"},
+    )
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,10 @@ class VoxelVit(VoxelEncoder):
         positions = self._positions_at(grid).expand(len(x), -1, -1)  # (B, N, D)
         if keep_idx is not None:
             patches, positions = take_tokens(patches, keep_idx), take_tokens(positions, keep_idx)  # (B, K, ...)
-        tokens = self.patch_embed(patches.to(self.dtype)) + positions
+        return self.encoded(self.patch_embed(patches.to(self.dtype)) + positions, grid)
+
+    def encoded(self, tokens: Tensor, grid: tuple[int, ...]) -> Features:
+        """What the blocks and the final norm make of embedded tokens (B, K, D) with their positions."""
         tokens = tokens.to(self.dtype)
         for block in self.blocks:
             tokens = block(tokens)
@@ -71,9 +74,9 @@ class VoxelVit(VoxelEncoder):
 
     def layer_ids(self) -> dict[str, int]:
         """Depth of each parameter: 0 the patch embedding, then by block, the final norm with the last."""
-        depth = {"patch_embed": 0, "norm": len(self.blocks)}
+        last = {"norm": len(self.blocks)}
         return {
-            name: depth[top] if (top := name.split(".")[0]) in depth else 1 + int(name.split(".")[1])
+            name: 1 + int(name.split(".")[1]) if (top := name.split(".")[0]) == "blocks" else last.get(top, 0)
             for name, _ in self.named_parameters()
         }
 

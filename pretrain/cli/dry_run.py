@@ -100,6 +100,9 @@ def _shards(recipe: Recipe) -> tuple[int, list[str]]:
     if data.unindexed != "index":
         return 0, [f"{redact(str(data.train))}, streamed without an index"]
     samples = open_data(data).num_samples
+    if data.mixture_by == "join":
+        parts = [f"{part.name} {redact(part.shards)}" for part in data.mixture]
+        return samples, [f"{samples} samples, each one of every part: {', '.join(parts)}"]
     sources = [str(data.train)] if data.train else [f"{part.name}: {part.shards}" for part in data.mixture]
     return samples, [f"{samples} samples of {redact(source)}" for source in sources]
 

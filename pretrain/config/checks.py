@@ -434,13 +434,20 @@ def _check_data(data: DataConfig, mistakes: Mistakes, *, check_files: bool) -> N
             mistakes.add(key, value, "data.train and data.mixture are both given; add data.train=null or mixture=[]")
     if mistakes.sound("data.limit", "data.mixture") and data.limit is not None and data.mixture:
         mistakes.add("data.limit", data.limit, "limits data.train; in a mixture give each part its own limit")
+    if mistakes.sound("data.mixture_by") and data.mixture_by == "join" and not data.mixture:
+        mistakes.add("data.mixture_by", "join", "joins the parts of data.mixture, and there is none; leave it out")
     if mistakes.sound("data.unindexed") and data.unindexed == "stream":
         _check_unindexed(data, mistakes)
     sources = {"data.train": data.train}
     for index, part in enumerate(data.mixture):
         key = f"data.mixture[{index}]"
         sources[f"{key}.shards"] = part.shards
-        if mistakes.sound(key) and (part.weight is None) == (part.repeat is None):
+        if mistakes.sound(key) and data.mixture_by == "join":
+            for name in ("weight", "repeat"):
+                if (value := getattr(part, name)) is not None:
+                    problem = "has no effect with data.mixture_by=join, of one sample of every part; leave it out"
+                    mistakes.add(f"{key}.{name}", value, problem)
+        elif mistakes.sound(key) and (part.weight is None) == (part.repeat is None):
             mistakes.add(f"{key}.weight", part.weight, "give one of weight (share) and repeat (passes) to each part")
         elif mistakes.sound(key) and (part.weight is None) != (data.mixture[0].weight is None):
             problem = f"{data.mixture[0].name} has the other of weight and repeat; give all parts the same one"
@@ -462,12 +469,16 @@ def _check_pairing(draft: Recipe, mistakes: Mistakes) -> None:
     """Refuse data of another kind than the backbone encodes."""
     sources = {"data.train": draft.data.train}
     sources |= {f"data.mixture[{index}].shards": part.shards for index, part in enumerate(draft.data.mixture)}
-    for key, source in sources.items():
-        if source is not None and mistakes.sound(key):
-            allow_pipe = draft.data.allow_pipe
-            problem = source_problem(draft.backbone.kind, str(absolute(source)), allow_pipe=allow_pipe)
-            if problem:
-                mistakes.add(key, redact(source), problem)
+    problems = {
+        key: source_problem(draft.backbone.kind, str(absolute(source)), allow_pipe=draft.data.allow_pipe)
+        for key, source in sources.items()
+        if source is not None and mistakes.sound(key)
+    }
+    if draft.data.mixture_by == "join" and None in problems.values():
+        return  # one part is what it encodes; what it wants of the others is found out later
+    for key, problem in problems.items():
+        if problem is not None:
+            mistakes.add(key, redact(str(sources[key])), problem)
 
 
 def _check_unindexed(data: DataConfig, mistakes: Mistakes) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from data_pipelines.shards.dataset import Dataset, open_dataset
 from data_pipelines.storage.stores import FetchOptions
+from data_pipelines.streaming.joined import Joined
 from data_pipelines.streaming.mixture import Mixture, Part
 from pretrain.config.schema import DataConfig, Recipe
 
@@ -36,13 +37,14 @@ def in_steps(recipe: Recipe) -> Recipe:
     return replace(recipe, train=train, optimizer=optimizer)
 
 
-def open_data(data: DataConfig) -> Dataset | Mixture:
+def open_data(data: DataConfig) -> Dataset | Mixture | Joined:
     """The recipe's data set, or its mixture of several."""
     fetch = fetch_options(data)
     if data.train is not None:
         return open_dataset(data.train, fetch=fetch, limit=data.limit)
     opened = ((part, open_dataset(part.shards, fetch=fetch, limit=part.limit)) for part in data.mixture)
-    return Mixture([Part(part.name, dataset, weight=part.weight, repeat=part.repeat) for part, dataset in opened])
+    parts = [Part(part.name, dataset, weight=part.weight, repeat=part.repeat) for part, dataset in opened]
+    return Joined(parts) if data.mixture_by == "join" else Mixture(parts)
 
 
 def fetch_options(data: DataConfig) -> FetchOptions:

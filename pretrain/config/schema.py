@@ -80,6 +80,11 @@ class DataConfig:
         metavar="SHARDS",
     )
     mixture: list[MixturePart] = setting("several data sets instead of data.train", [])
+    mixture_by: str = setting(
+        "share: each sample is of one part, in shares; join: each sample is one of every part, side by side",
+        "share",
+        choices=("share", "join"),
+    )
     limit: int | None = setting("use only the first n samples of data.train; null: all", None, range=(1, None))
     unindexed: str = setting(
         "shards without an index; index: read all once before the first step; stream: do not, but resume inexactly",

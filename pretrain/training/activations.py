@@ -67,7 +67,7 @@ def _batch(recipe: Recipe, objective: Objective, views: Sequence[View]) -> Mappi
     num_samples, encoder = recipe.train.micro_batch_size, objective.backbone
     batch = {name: torch.empty(num_samples or 1, dtype=torch.int64, device="meta") for name in ("sample_id", "seed")}
     for view in views:
-        shapes = view.shapes(getattr(encoder, "in_chans", 1))
+        shapes = view.shapes(encoder.channels_of(view.kind))
         if shapes is None:
             return None
         first = [*([] if view.times is None else [view.times]), num_samples or 1]

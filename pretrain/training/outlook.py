@@ -236,7 +236,7 @@ def _grid(objective: Objective, view: View) -> tuple[int, ...] | None:
     Raises:
         ObjectiveError: The encoder does not take it.
     """
-    shapes = view.shapes(getattr(objective.backbone, "in_chans", 1))
+    shapes = view.shapes(objective.backbone.channels_of(view.kind))
     if shapes is None:
         return None
     try:

@@ -115,15 +115,24 @@ def _sources(recipe: Recipe, objective: Objective) -> Iterator[str]:
     shown = [objective.views(), *(views for _, views in objective.mixed_views())]
     sources = {"data.train": recipe.data.train}
     sources |= {f"data.mixture[{index}].shards": part.shards for index, part in enumerate(recipe.data.mixture)}
+    if recipe.data.unindexed != "index":
+        return
+    fields: dict[str, frozenset[str]] = {}
     for key, source in sources.items():
-        if source is None or recipe.data.unindexed != "index":
-            continue
         try:
-            if (dataset := _first_shard(source, allow_pipe=recipe.data.allow_pipe)) is not None:
-                for views in map(views_from, shown):
-                    ViewMaker(views, dataset.fields)
+            if source and (dataset := _first_shard(source, allow_pipe=recipe.data.allow_pipe)) is not None:
+                fields[f"{key}={source}"] = dataset.fields
         except DataError as error:
             yield f"{key}={source}: objective {recipe.objective.name}: {error}"
+    if recipe.data.mixture_by == "join":
+        is_known = len(fields) == len(recipe.data.mixture)  # what a store elsewhere holds, the workers find out
+        fields = {"data.mixture": frozenset().union(*fields.values())} if is_known else {}
+    for source, present in fields.items():
+        try:
+            for views in map(views_from, shown):
+                ViewMaker(views, present)
+        except DataError as error:
+            yield f"{source}: objective {recipe.objective.name}: {error}"
 
 
 def _evaluation_data(recipe: Recipe) -> Iterator[str]:

@@ -57,7 +57,7 @@ def _batch(objective: Objective, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     batch: dict[str, Tensor] = {"seed": torch.arange(MICRO) + seed}
     for view in views_from(objective.views()):
-        shapes = view.shapes(getattr(objective.backbone, "in_chans", 1))
+        shapes = view.shapes(objective.backbone.channels_of(view.kind))
         assert shapes is not None
         for entry, (shape, dtype) in shapes.items():
             whole = (*([] if view.times is None else [view.times]), MICRO, *shape)

@@ -52,6 +52,7 @@ OF_OBJECTIVE: dict[str, dict[str, int]] = {
     "distillation": {},
     "nerf_mae": {"allreduce": 1},
     "point_mae": {"allreduce": 9},
+    "uni4eye": {},
     "volume_mae": {},
 }
 # In stage 1 its groups of parameters, which are those of parts that are clipped and scaled apart.

@@ -55,7 +55,7 @@ def batch_of(objective: Objective) -> dict[str, Tensor]:
     torch.manual_seed(0)
     batch = {"seed": torch.arange(MICRO), "sample_id": torch.arange(MICRO)}
     for view in views_from(objective.views()):
-        shapes = view.shapes(getattr(objective.backbone, "in_chans", 1))
+        shapes = view.shapes(objective.backbone.channels_of(view.kind))
         assert shapes is not None
         for name, (shape, dtype) in shapes.items():
             whole = (*([] if view.times is None else [view.times]), MICRO, *shape)
