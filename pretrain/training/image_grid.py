@@ -20,9 +20,12 @@ def write_image_grid(path: Path, pictures: dict[str, torch.Tensor]) -> None:
 
     Args:
         path: The file; its directory is made if missing.
-        pictures: Kind -> (n, C, H, W) in [0, 1]; other than three channels are shown by their mean.
+        pictures: Kind -> (n, C, H, W) in [0, 1]; other than three channels are shown by their mean. Kinds may differ in
+            size and number.
     """
     rows = [torch.cat([_rgb(image) for image in images], dim=2) for images in pictures.values()]  # (3, H, n * W)
+    widest = max(row.shape[2] for row in rows)
+    rows = [torch.nn.functional.pad(row, (0, widest - row.shape[2]), value=1.0) for row in rows]
     grid = torch.cat(rows, dim=1).mul(255).round().byte().permute(1, 2, 0)  # (rows * H, n * W, 3)
     path.parent.mkdir(parents=True, exist_ok=True)
     png = io.BytesIO()
