@@ -173,7 +173,7 @@ def accumulation_warning(recipe: Recipe, *, compares_images: bool) -> str | None
     number = recipe.train.accumulation or 1
     if not compares_images or number == 1:
         return None
-    what = f"{recipe.objective.name} compares the images of a micro-batch"
+    what = f"{recipe.objective.name} compares the samples of a micro-batch"
     return f"{what}: {number} of them are not what one large one is; train.accumulation=1 is"
 
 

@@ -143,5 +143,5 @@ def test_dry_run__each_stage_has_its_own_division_of_the_batch_and_its_warning(
     whole = " ".join(" ".join(screen(tmp_path, capsys, monkeypatch, "dinov3_cifar10", *divided)).split())
     assert "stage pretrain, gram: micro-batch 32 x accumulation 1; fp32, ZeRO stage 0" in whole
     assert "stage highres: micro-batch 16 x accumulation 2; fp32, ZeRO stage 0" in whole
-    warning = "warning: dinov3 compares the images of a micro-batch: 2 of them are not what one large one is"
+    warning = "warning: dinov3 compares the samples of a micro-batch: 2 of them are not what one large one is"
     assert whole.count(warning) == 1 and whole.index("stage highres: dinov3") < whole.index(warning)
