@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     MIX = 6  # streaming/unindexed: what leaves the shuffle buffer
     SHARDS = 7  # streaming/unindexed: shards of a pass
     SIZES = 8  # streaming/stream: which of several sets of views a step has
+    SIDE = 9  # streaming/joined: the seed of one of several data sets side by side
 
 
 @unique

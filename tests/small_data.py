@@ -85,21 +85,27 @@ def volumes() -> Path:
 
 @cache
 def photos_and_volumes() -> Path:
-    """Samples with a picture of a bright disc of some color, `png`, and a volume as in `volumes`, `npz`."""
+    """Samples with a photo of a bright disc of some color, `jpg`, and a volume as in `volumes`, `npz`.
+
+    The folder is also what is below it as `images` and `volumes`.
+    """
 
     def sample(idx: int) -> Mapping[str, bytes]:
         rng = np.random.default_rng(idx)
         distance = _distance(rng, rng.integers(12, 19, 3))
         image = (60 + 120 * (1 - distance).clip(0, 1) + rng.normal(0, 10, distance.shape)).clip(0, 255)
         volume, picture = io.BytesIO(), io.BytesIO()
-        np.savez_compressed(volume, image=image.astype(np.uint8))
+        np.savez_compressed(volume, image=image.astype(np.uint8), label=(distance < 1).astype(np.uint8))
         rows, columns = np.meshgrid(np.arange(48), np.arange(48), indexing="ij")
         disc = np.hypot(rows - rng.uniform(10, 38), columns - rng.uniform(10, 38)) < rng.uniform(6, 16)
         colors = np.where(disc[..., None], rng.integers(100, 256, 3), rng.integers(0, 100, 3))
-        Image.fromarray(colors.astype(np.uint8)).save(picture, "PNG")
-        return {"png": picture.getvalue(), "npz": volume.getvalue()}
+        Image.fromarray(colors.astype(np.uint8)).save(picture, "JPEG", quality=95)
+        return {"jpg": picture.getvalue(), "npz": volume.getvalue()}
 
-    return _folder(sample, 64, 16)
+    folder = _folder(sample, 64, 16)
+    for name in ("images", "volumes"):
+        (folder / name).symlink_to(folder)
+    return folder
 
 
 def _distance(rng: np.random.Generator, sides: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:

@@ -67,7 +67,7 @@ SMALL["dinov3"] = SMALL["dino"] | {
 SMALL["distillation"] = {"teacher_dim": 32, "head_hidden_dim": 48}
 SMALL["nerf_mae"] = {"mask_block": 2}
 SMALL["volume_mae"] = {"decoder_dim": 24, "decoder_depth": 1, "decoder_heads": 2, "volume_array": "image"}
-SMALL["uni4eye"] = SMALL["volume_mae"] | {"image_field": "png"}
+SMALL["uni4eye"] = SMALL["volume_mae"]
 SMALL["point_mae"] = {"decoder_depth": 1, "decoder_heads": 3, "decoder_drop_path": 0.0}
 
 

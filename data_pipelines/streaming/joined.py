@@ -101,7 +101,7 @@ class Joined:
         """Global positions -> (epochs of the largest part, sample ids)."""
         layout = {"block_size": block_size, "window": window, "num_streams": num_streams}
         orders = [
-            part.dataset.sample_order(seed=key(seed, Purpose.PART, number), **layout)
+            part.dataset.sample_order(seed=key(seed, Purpose.SIDE, number), **layout)
             for number, part in enumerate(self.parts)
         ]
         return JoinedOrder(orders, self._sizes)

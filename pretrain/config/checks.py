@@ -572,7 +572,8 @@ def _check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, mistake
     for index, task in enumerate(evaluation.tasks):
         key = f"evaluation.tasks[{index}]"
         _check_known(f"{key}.protocol", task.protocol, "protocol", protocols, mistakes)
-        _check_fits(key, task, backbone.kind, mistakes)
+        if mistakes.sound(f"{key}.protocol", "backbone.kind"):
+            _check_fits(key, task, backbone.kind, mistakes)
         if mistakes.sound("evaluation.data"):
             _check_known(f"{key}.data", task.data, "entry of evaluation.data", evaluation.data, mistakes)
         if mistakes.sound(f"{key}.image_size", "backbone.patch_size") and task.image_size and patch_size:
@@ -597,8 +598,6 @@ def _check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, mistake
 
 def _check_fits(key: str, task: EvaluationTask, kind: str, mistakes: Mistakes) -> None:
     """Refuse what a backbone of this kind cannot be evaluated by."""
-    if not mistakes.sound(f"{key}.protocol", "backbone.kind"):
-        return
     try:
         does_fit = bool(evaluations.fitting(kind, [task.protocol]))
     except evaluations.EvaluationError as error:  # a plug-in that cannot be imported

@@ -20,6 +20,7 @@ def test_purposes__are_those_of_every_run_so_far() -> None:
         "MIX": 6,
         "SHARDS": 7,
         "SIZES": 8,
+        "SIDE": 9,
     }
     assert {purpose.name: purpose.value for purpose in ViewPurpose} == {"COLORS": 1}
 

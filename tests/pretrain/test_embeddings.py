@@ -226,7 +226,7 @@ def test_embed__another_request_does_not_go_on_with_a_killed_one(
     where = checkpoint()
 
     def interrupt(done: int, total: int) -> None:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(RunStopped):
         embed(where, photos, tmp_path / "out", batch_size=3, progress=interrupt)

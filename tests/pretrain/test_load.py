@@ -31,6 +31,8 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory.mkdir()
     for name in ("train-000000.tar", "train-000001.tar", "test-000000.tar"):
         (directory / name).touch()
+    for name in ("images", "volumes"):  # of recipes with two data sets
+        (directory / name).symlink_to(directory)
     return directory
 
 
