@@ -12,7 +12,6 @@ Not here: data sets of which each sample is of one (`mixture`).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -22,17 +21,17 @@ import numpy as np
 
 from data_pipelines.errors import DataError
 from data_pipelines.field_kinds import under_shared_names
-from data_pipelines.order import Ids, SampleOrder, key
+from data_pipelines.order import Ids, SampleOrder
 from data_pipelines.purposes import Purpose
 from data_pipelines.shards.dataset import first_field
-from data_pipelines.streaming.mixture import Part
+from data_pipelines.streaming.mixture import Part, Parts
 
 __all__ = ["Joined", "JoinedOrder"]
 
 _MOST_IDS = 2**62
 
 
-class Joined:
+class Joined(Parts):
     """Parts of which each sample has one of each. It is read like a `Dataset`.
 
     Fields of a sample are those of all parts; one that several have is that of the first of these.
@@ -45,7 +44,7 @@ class Joined:
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = tuple(parts)
+        super().__init__(parts)
         names = [part.name for part in self.parts]
         if not names or len(set(names)) < len(names):
             raise DataError(f"joined parts ({', '.join(names)}): give at least one, each with a name of its own")
@@ -59,13 +58,7 @@ class Joined:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the content of the parts, in their order."""
-        sha = hashlib.sha256(b"pretrain-joined 1\n")
-        for part in self.parts:
-            sha.update(part.dataset.digest.encode())
-        return sha.hexdigest()
-
-    def __len__(self) -> int:
-        return self.num_samples
+        return self._digest(b"pretrain-joined 1\n")
 
     def read(self, sample_id: int) -> dict[str, Any]:
         """The fields of one sample of each part, see `Dataset.read`; `__key__` is that of the first."""
@@ -85,31 +78,18 @@ class Joined:
         """Part, shard and key of the samples of all parts, as error messages name them."""
         return " with ".join(f"{part.name}: {part.dataset.where(inside)}" for part, inside in self._located(sample_id))
 
-    def first_without(self, names: Sequence[str]) -> str:
-        """The first sample of any part that has none of these fields, see `Dataset.first_without`."""
-        return next((found for part in self.parts if (found := part.dataset.first_without(names))), "")
-
     def require_field(self, *candidates: str) -> str:
         """The first of `candidates` that every sample has.
 
         Raises:
             DataError: there is none; names what there is.
         """
-        return first_field(candidates, self.fields, f"{' with '.join(part.name for part in self.parts)}")
+        return first_field(candidates, self.fields, " with ".join(part.name for part in self.parts))
 
     def sample_order(self, *, seed: int, block_size: int, window: int, num_streams: int) -> JoinedOrder:
         """Global positions -> (epochs of the largest part, sample ids)."""
         layout = {"block_size": block_size, "window": window, "num_streams": num_streams}
-        orders = [
-            part.dataset.sample_order(seed=key(seed, Purpose.SIDE, number), **layout)
-            for number, part in enumerate(self.parts)
-        ]
-        return JoinedOrder(orders, self._sizes)
-
-    def close(self) -> None:
-        """Close the shard files of all parts."""
-        for part in self.parts:
-            part.dataset.close()
+        return JoinedOrder(self._orders(Purpose.SIDE, seed, layout), self._sizes)
 
     def _located(self, sample_id: int) -> list[tuple[Part, int]]:
         """Each part with the id of its sample."""

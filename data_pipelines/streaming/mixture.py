@@ -33,7 +33,7 @@ from data_pipelines.order import Ids, SampleOrder, key
 from data_pipelines.purposes import Purpose
 from data_pipelines.shards.dataset import Dataset, first_field, locate
 
-__all__ = ["MAX_PATTERN", "Mixture", "MixtureOrder", "Part", "pattern_of"]
+__all__ = ["MAX_PATTERN", "Mixture", "MixtureOrder", "Part", "Parts", "pattern_of"]
 
 MAX_PATTERN = 1 << 16  # slots; shares are realized to within 1 / 65536, and exactly where a shorter pattern can
 
@@ -55,7 +55,47 @@ class Part:
     repeat: float | None = None
 
 
-class Mixture:
+class Parts:
+    """Several data sets behind one, which says how they are read.
+
+    Attributes:
+        parts: as given.
+        num_samples: positions of one pass.
+    """
+
+    num_samples: int
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def first_without(self, names: Sequence[str]) -> str:
+        """The first sample of any part that has none of these fields, see `Dataset.first_without`."""
+        return next((found for part in self.parts if (found := part.dataset.first_without(names))), "")
+
+    def close(self) -> None:
+        """Close the shard files of all parts."""
+        for part in self.parts:
+            part.dataset.close()
+
+    def _digest(self, how: bytes) -> str:
+        """SHA-256 of how the parts are read and of their content, in their order."""
+        sha = hashlib.sha256(how)
+        for part in self.parts:
+            sha.update(part.dataset.digest.encode())
+        return sha.hexdigest()
+
+    def _orders(self, purpose: Purpose, seed: int, layout: dict[str, int]) -> list[SampleOrder]:
+        """The order of each part, drawn from a seed of its own; `layout` as of `Dataset.sample_order`."""
+        return [
+            part.dataset.sample_order(seed=key(seed, purpose, number), **layout)
+            for number, part in enumerate(self.parts)
+        ]
+
+
+class Mixture(Parts):
     """Parts as one array of samples: the ids of a part follow those of the part before.
 
     It is read like a `Dataset`; `sample_order` deals the positions to the parts. One pass (`num_samples` positions)
@@ -69,7 +109,7 @@ class Mixture:
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = tuple(parts)
+        super().__init__(parts)
         self.pattern = pattern_of(_shares(self.parts))
         self.fields = shared_names(part.dataset.fields for part in self.parts)
         self._begins = [0, *accumulate(part.dataset.num_samples for part in self.parts)]
@@ -78,13 +118,7 @@ class Mixture:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the content of the parts and of how they are mixed."""
-        sha = hashlib.sha256(b"pretrain-mixture 1\n" + self.pattern.astype("<u4").tobytes())
-        for part in self.parts:
-            sha.update(part.dataset.digest.encode())
-        return sha.hexdigest()
-
-    def __len__(self) -> int:
-        return self.num_samples
+        return self._digest(b"pretrain-mixture 1\n" + self.pattern.astype("<u4").tobytes())
 
     def read(self, sample_id: int) -> dict[str, Any]:
         """The fields of one sample, see `Dataset.read`."""
@@ -104,10 +138,6 @@ class Mixture:
         part, inside = self._locate(sample_id)
         return f"{part.name}: {part.dataset.where(inside)}"
 
-    def first_without(self, names: Sequence[str]) -> str:
-        """The first sample that has none of these fields, see `Dataset.first_without`."""
-        return next((found for part in self.parts if (found := part.dataset.first_without(names))), "")
-
     def require_field(self, *candidates: str) -> str:
         """The first of `candidates` that every sample of every part has.
 
@@ -119,16 +149,7 @@ class Mixture:
     def sample_order(self, *, seed: int, block_size: int, window: int, num_streams: int) -> MixtureOrder:
         """Global positions -> (epochs, sample ids); an epoch is the one of the sample's own part."""
         layout = {"block_size": block_size, "window": window, "num_streams": num_streams}
-        orders = [
-            part.dataset.sample_order(seed=key(seed, Purpose.PART, number), **layout)
-            for number, part in enumerate(self.parts)
-        ]
-        return MixtureOrder(self.pattern, orders, self._begins[:-1])
-
-    def close(self) -> None:
-        """Close the shard files of all parts."""
-        for part in self.parts:
-            part.dataset.close()
+        return MixtureOrder(self.pattern, self._orders(Purpose.PART, seed, layout), self._begins[:-1])
 
     def _locate(self, sample_id: int) -> tuple[Part, int]:
         number, inside = locate(sample_id, self._begins)

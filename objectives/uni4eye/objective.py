@@ -23,6 +23,7 @@ from backbones.voxels.unified import UnifiedVit, image_patches
 from objectives.base import Objective, Output, Progress
 from objectives.errors import ObjectiveError
 from objectives.masking import RandomMask, random_mask, random_noise
+from objectives.parts.padded_patches import center_and_spread, mean_over_samples
 from objectives.parts.reconstruction_health import feature_metrics, reconstruction_finding
 from objectives.parts.visuals import MAX_PICTURES, evaluating, to_rgb
 from objectives.parts.voxel_padding import inside
@@ -160,7 +161,8 @@ class Uni4Eye(Objective):
             for branch in prediction
         }
         if self.config.norm_pix_loss:
-            target["content"] = _normalized_patches(target["content"], is_scored["content"])
+            center, spread = center_and_spread(target["content"], is_scored["content"])
+            target["content"] = (target["content"] - center) / spread
         prediction = {branch: values.to(target[branch].dtype) for branch, values in prediction.items()}
         return _Reconstruction(whole, prediction, target, is_scored, mask, visible)
 
@@ -229,8 +231,7 @@ def masked_error(prediction: Tensor, target: Tensor, is_scored: Tensor) -> Tenso
         prediction, target: (B, M, L).
         is_scored: (B, M, L), 1 or 0.
     """
-    squared = (prediction - target).square() * is_scored
-    return (squared.sum((1, 2)) / is_scored.sum((1, 2)).clamp_min(1)).mean()
+    return mean_over_samples((prediction - target).square() * is_scored, is_scored)
 
 
 @torch.no_grad()
@@ -240,14 +241,6 @@ def _explained(result: _Reconstruction) -> Tensor:
     mean = (target * is_scored).sum() / is_scored.sum().clamp_min(1)
     constant = ((target - mean).square() * is_scored).sum().clamp_min(1e-12)
     return 1 - ((result.prediction["content"] - target).square() * is_scored).sum() / constant
-
-
-def _normalized_patches(target: Tensor, is_scored: Tensor) -> Tensor:
-    """As MAE, of the numbers that are no padding: unbiased variance, eps inside the root."""
-    count = is_scored.sum(-1, keepdim=True)  # (B, M, 1)
-    center = (target * is_scored).sum(-1, keepdim=True) / count.clamp_min(1)
-    squares = ((target - center).square() * is_scored).sum(-1, keepdim=True)
-    return (target - center) / (squares / (count - 1).clamp_min(1) + 1e-6).sqrt()
 
 
 def _spread(values: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from backbones.voxels.patches import from_patches, to_patches
 from objectives.base import Objective, Output, Progress
 from objectives.errors import ObjectiveError
 from objectives.masking import RandomMask, random_mask, random_noise
+from objectives.parts.padded_patches import center_and_spread, mean_over_samples
 from objectives.parts.reconstruction_health import feature_metrics, reconstruction_finding
 from objectives.parts.visuals import MAX_PICTURES, evaluating
 from objectives.parts.voxel_padding import inside
@@ -121,7 +122,7 @@ class VolumeMAE(Objective):
         result = self._reconstruct(batch)
         with torch.autocast(result.target.device.type, enabled=False):
             squared_error = (result.prediction - result.target).square() * result.is_scored  # (B, M, L)
-            loss = (squared_error.sum((1, 2)) / result.is_scored.sum((1, 2)).clamp_min(1)).mean()
+            loss = mean_over_samples(squared_error, result.is_scored)
         metrics = {"loss": loss.detach()}
         if progress.is_logged:
             metrics |= self._metrics(squared_error.detach(), result) | feature_metrics(result.features)
@@ -138,11 +139,7 @@ class VolumeMAE(Objective):
         is_scored = take_tokens(to_patches(is_inside, self.edge), mask.drop_idx)  # (B, M, L)
         center, spread = target.new_zeros(()), target.new_ones(())
         if self.config.norm_pix_loss:
-            # As MAE, of the numbers that are no padding: unbiased variance, eps inside the root.
-            count = is_scored.sum(-1, keepdim=True)  # (B, M, 1)
-            center = (target * is_scored).sum(-1, keepdim=True) / count.clamp_min(1)
-            squares = ((target - center).square() * is_scored).sum(-1, keepdim=True)
-            spread = (squares / (count - 1).clamp_min(1) + 1e-6).sqrt()
+            center, spread = center_and_spread(target, is_scored)
             target = (target - center) / spread
         return _Reconstruction(prediction.to(target.dtype), target, is_scored, center, spread, mask, visible)
 
