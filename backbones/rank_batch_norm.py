@@ -22,19 +22,21 @@ class RankBatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D) in the type of `x`. In training a collective: every rank has equally many rows."""
-        if not self.training or num_ranks() == 1:
-            with torch.autocast(x.device.type, enabled=False):
-                wide = x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
-                return super().forward(wide).view(x.shape).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))  # (n, D)
-            num_rows = len(wide) * num_ranks()
-            mean = sum_over_ranks(wide.sum(0)) / num_rows  # (D,)
-            centered = wide - mean
-            variance = sum_over_ranks(centered.square().sum(0)) / num_rows
-            self._note(mean.detach(), variance.detach(), num_rows)
-            scale = (variance + self.eps).rsqrt() * self.weight  # (D,); so, only `centered` is kept
-            return (centered * scale + self.bias).view(x.shape).to(x.dtype)
+            is_alone = not self.training or num_ranks() == 1
+            normal = super().forward(wide) if is_alone else self._over_ranks(wide)
+            return normal.view(x.shape).to(x.dtype)
+
+    def _over_ranks(self, x: Tensor) -> Tensor:
+        """(n, D) -> (n, D)."""
+        num_rows = len(x) * num_ranks()
+        mean = sum_over_ranks(x.sum(0)) / num_rows  # (D,)
+        centered = x - mean
+        variance = sum_over_ranks(centered.square().sum(0)) / num_rows
+        self._note(mean.detach(), variance.detach(), num_rows)
+        scale = (variance + self.eps).rsqrt() * self.weight  # (D,); so, only `centered` is kept for the gradient
+        return centered * scale + self.bias
 
     @torch.no_grad()
     def _note(self, mean: Tensor, variance: Tensor, num_rows: int) -> None:
