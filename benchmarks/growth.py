@@ -94,14 +94,16 @@ class Evaluations:
 
 def driver(checkpoints: int, folder: Path) -> float:
     """CPU-seconds of following the events, queueing, collecting, recording, showing and pruning."""
-    from pretrain.driver import _Driver
+    from pretrain.driver.drive import Driver
+    from pretrain.driver.trackers import open_mirrors
 
     run = RunDir(folder / "run")
     run.path.mkdir()
-    driving = _Driver(plan_of(folder, checkpoints), run, time.time())
+    driving = Driver(plan_of(folder, checkpoints), run, time.time())
     driving.terminal.console = escaping_console(io.StringIO(), width=160)
-    driving._mirrors = driving._open_mirrors()
+    driving._mirrors = open_mirrors(driving.plan, run, ())
     queue: Any = Evaluations()
+    evaluating = driving._evaluating(queue, {})
     took = 0.0
     with Journal(run.journal) as journal:
         for step in range(10, 10 * checkpoints + 1, 10):
@@ -109,8 +111,8 @@ def driver(checkpoints: int, folder: Path) -> float:
             journal.write(publish(run, step))
             began = time.process_time()
             if driving._follow():
-                driving._queue_evaluations(queue)
-            driving._collect(queue)
+                evaluating.queue_due()
+            evaluating.collect()
             took += time.process_time() - began
     return took
 

@@ -52,15 +52,12 @@ class Cluster:
     Attributes:
         private: This process started the instance and takes it down again.
         has_evaluation_slots: Nodes declare `EVALUATION_SLOT`.
-        spare_cores: Cores of a node that all may be used when nothing trains: those of this machine, or 1 of a cluster,
-            where others have theirs.
     """
 
     address: str
     private: bool
     num_gpus: float
     has_evaluation_slots: bool
-    spare_cores: int = 1
 
 
 def _quiet_environment() -> None:
@@ -140,8 +137,7 @@ def _described(address: str, *, private: bool) -> Cluster:
     import ray
 
     resources: Mapping[str, float] = ray.cluster_resources()
-    cores = len(os.sched_getaffinity(0)) if private else 1
-    return Cluster(address, private, resources.get("GPU", 0.0), EVALUATION_SLOT in resources, cores)
+    return Cluster(address, private, resources.get("GPU", 0.0), EVALUATION_SLOT in resources)
 
 
 def _with_huge_pages(tunables: str) -> str:

@@ -21,7 +21,8 @@ from pretrain.version import __version__
 
 if TYPE_CHECKING:
     from pretrain.checkpoints.references import load_backbone
-    from pretrain.driver import RunResult, resume, run
+    from pretrain.driver.drive import RunResult
+    from pretrain.driver.start import resume, run
     from pretrain.embeddings.embed import embed
     from pretrain.evaluations import evaluate
     from pretrain.exports.export import export
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
 __all__ = ["RunResult", "__version__", "embed", "evaluate", "export", "load_backbone", "resume", "run"]
 
 _HOMES = {
-    "RunResult": "pretrain.driver",
+    "RunResult": "pretrain.driver.drive",
     "embed": "pretrain.embeddings.embed",
     "evaluate": "pretrain.evaluations",
     "export": "pretrain.exports.export",
     "load_backbone": "pretrain.checkpoints.references",
-    "resume": "pretrain.driver",
-    "run": "pretrain.driver",
+    "resume": "pretrain.driver.start",
+    "run": "pretrain.driver.start",
 }
 
 

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipelines.cores import usable_cores
 from pretrain.config.schema import Recipe
 
 __all__ = ["Machine", "Misfit", "misfit", "this_machine"]
@@ -60,7 +61,7 @@ def this_machine() -> Machine:
     if found and visible is not None:
         found = min(found, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
     is_known = not set(_OTHERS) & set(files)
-    return Machine(len(os.sched_getaffinity(0)), found if found or is_known else None)
+    return Machine(usable_cores(), found if found or is_known else None)
 
 
 def misfit(recipe: Recipe, machine: Machine) -> Misfit | None:

@@ -30,9 +30,9 @@ from typing import IO, TYPE_CHECKING
 from data_pipelines.errors import TooManyDamagedError
 from data_pipelines.shards.manifest import MANIFEST_NAME
 from evaluation import registry as evaluations
-from pretrain.config.checks import absolute
 from pretrain.config.load import data_root, load_plan
 from pretrain.config.pairing import photos_problem
+from pretrain.config.paths import absolute
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan
 from pretrain.errors import RequestError

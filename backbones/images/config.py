@@ -1,7 +1,7 @@
 """Settings of image encoders, as a recipe gives them below `backbone:`, and ImageNet's normalization. Imports no torch.
 
 Field metadata: "help" says what it does, "range" = (lowest, highest) allowed, both ends included. NOT here: what the
-settings mean together (`backbones.images.build` and, before a run starts, `pretrain.config.checks`).
+settings mean together (`backbones.images.build` and, before a run starts, `pretrain.config.checks.model`).
 """
 
 from __future__ import annotations

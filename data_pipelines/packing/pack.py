@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.content import copies_between
+from data_pipelines.cores import usable_cores
 from data_pipelines.errors import DataError, TooManyDamagedError, suggest
 from data_pipelines.field_kinds import field_kind
 from data_pipelines.hidden import is_hidden
@@ -108,7 +109,7 @@ def pack(
     _check_numbers(shard_mb=shard_mb, shard_samples=shard_samples, size=size, workers=workers)
     if not 0 <= max_bad < 1:
         raise DataError(f"max_bad={max_bad} is not allowed; it is a fraction from 0 to below 1")
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or usable_cores()
     with PackFolder(dest, source) as folder:
         listing = _list(source, kind, masks, classes, folder.unpacked)
         listing.name = name or listing.name

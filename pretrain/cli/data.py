@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from data_pipelines.cores import usable_cores
 from data_pipelines.radiance.settings import AXES, BACKGROUNDS, DTYPES, UPS, FitSettings
 from pretrain.cli.filled import Commands
 from pretrain.errors import RequestError
@@ -140,7 +141,7 @@ def pack(
             ignore_index=ignore_index,
             name=name,
             dedupe=dedupe,
-            workers=workers or _cores(),
+            workers=workers or usable_cores(),
             max_bad=max_bad,
             progress=progress,
         )
@@ -253,7 +254,7 @@ def radiance(
     from data_pipelines.worker_pool import run_jobs
     from pretrain.radiance import run_on_ray
 
-    began, workers = time.monotonic(), workers or _cores()
+    began, workers = time.monotonic(), workers or usable_cores()
     writing = Writing(test, min_psnr, dtype, cuts or 0, cut_size or 32, name=name)
     with progress_of("fitting") as progress:
         made = make_grids(
@@ -289,7 +290,7 @@ def verify(sources: tuple[str, ...], no_decode: bool, workers: int | None) -> No
 
     began = time.monotonic()
     with progress_of("verifying") as progress:
-        report = verify(sources, decode=not no_decode, workers=workers or _cores(), progress=progress)
+        report = verify(sources, decode=not no_decode, workers=workers or usable_cores(), progress=progress)
     for finding in report.findings:
         say(str(finding))
     from data_pipelines.inspection.stats_text import readable_bytes
@@ -330,7 +331,7 @@ def stats(sources: tuple[str, ...], limit: int | None, as_json: bool, workers: i
     from data_pipelines.inspection.stats_text import stats_lines
 
     with progress_of("counting") as progress:
-        found = stats(sources, limit=limit, workers=workers or _cores(), progress=progress)
+        found = stats(sources, limit=limit, workers=workers or usable_cores(), progress=progress)
     as_text = json.dumps(found.to_dict(), indent=1).replace("\x7f", "\\u007f").splitlines() if as_json else None
     for line in as_text or stats_lines(found):
         say(line)
@@ -467,10 +468,6 @@ def _check_show(ids: tuple[int, ...], first: int | None, output: str | None) -> 
         raise RequestError(f"--output {output}: expected a name that ends in .png")
     if not require_local(output, "a contact sheet").parent.is_dir():
         raise RequestError(f"--output {output}: there is no directory {Path(output).absolute().parent}")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 @contextmanager

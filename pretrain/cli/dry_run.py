@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from data_pipelines.shards.manifest import MANIFEST_NAME
 from data_pipelines.storage.locations import redact
-from pretrain.config.checks import zero_objections
+from pretrain.config.checks.zero import zero_objections
 from pretrain.config.mistakes import shown
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage

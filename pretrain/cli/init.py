@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from data_pipelines.cores import usable_cores
 from pretrain.cli.filled import Filled
 from pretrain.errors import RequestError
 from pretrain.record.destinations import require_local
@@ -99,9 +100,10 @@ def init(
     """
     from backbones.images.config import ImageConfig
     from objectives.registry import config_class
-    from pretrain.config.checks import absolute, data_folder_problem
+    from pretrain.config.checks.data import data_folder_problem
     from pretrain.config.layers import REFERENCE_IN_A_NAME
     from pretrain.config.load import recipe_content, recipe_names
+    from pretrain.config.paths import absolute
 
     if not hours < _MOST_HOURS:  # also what is no number
         raise RequestError(f"--hours {hours}: expected a number above 0 and below {_MOST_HOURS}")
@@ -208,7 +210,7 @@ def _look_at(folder: Path) -> Found:
 
 def _shards(folder: Path) -> Found:
     from data_pipelines.shards.dataset import open_dataset
-    from pretrain.config.checks import evaluation_data_problem
+    from pretrain.config.checks.evaluation import evaluation_data_problem
 
     dataset = open_dataset(str(folder / "train-*.tar"))
     ids = range(0, len(dataset), max(1, len(dataset) // _LOOKED_AT))
@@ -247,7 +249,7 @@ def _machine() -> Machine:
     import psutil  # type: ignore[import-untyped]
     import torch
 
-    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total / 2**30
+    cores, memory = usable_cores(), psutil.virtual_memory().total / 2**30
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(gpus)}))
     return Machine(

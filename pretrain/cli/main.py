@@ -96,7 +96,7 @@ def run(parent: Parent, recipe: str, settings: tuple[str, ...], address: str | N
     if photos is not None:
         with plain_warnings():
             plan = packed_plan(recipe, (*settings, *place), photos, plan)
-    from pretrain.driver import run
+    from pretrain.driver.start import run
 
     run(plan, on_start=parent.begun)
 
@@ -110,7 +110,7 @@ def resume(parent: Parent, run_id: str, settings: tuple[str, ...], storage: str)
     """Go on with a run from its last complete checkpoint, on other workers if you say so (train.workers=1)."""
     find_run(run_id, Path(storage))  # refused before anything is imported
     parent.watch()
-    from pretrain.driver import resume
+    from pretrain.driver.start import resume
 
     resume(run_id, storage, settings, on_start=parent.begun)
 
@@ -301,7 +301,8 @@ def _check_evaluation(
     """
     from data_pipelines.errors import DataError
     from pretrain.checkpoints.references import locate
-    from pretrain.config.checks import absolute, evaluation_data_problem
+    from pretrain.config.checks.evaluation import evaluation_data_problem
+    from pretrain.config.paths import absolute
     from pretrain.photos import holds_photos, listed, unfit_for_evaluation
 
     mistakes: list[str] = []

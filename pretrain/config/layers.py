@@ -18,7 +18,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from backbones import registry as backbones
 from backbones.errors import BackboneError
 from objectives import registry as objectives
-from pretrain.config import checks
+from pretrain.config.checks.resolve import resolve
 from pretrain.config.fields import Setting, declared_settings, template
 from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
 from pretrain.config.schema import REQUIRED, Recipe
@@ -82,7 +82,7 @@ def resolved(
     for key, value in pairs:
         layers.assign(key, value, COMMAND_LINE)
     draft = layers.draft(contents[0][1], how_to_set=how_to_set)
-    return checks.resolve(draft, mistakes, check_files=check_files)
+    return resolve(draft, mistakes, check_files=check_files)
 
 
 def _choose_objective(
@@ -318,7 +318,7 @@ class _Layers:
                 self._mistakes.add(epochs, OmegaConf.select(self._cfg, epochs), problem)
             elif given and self._mistakes.latest(steps, epochs) == steps:
                 OmegaConf.update(self._cfg, epochs, None)
-            else:  # until the data are counted, in `pretrain.config.checks`
+            else:  # until the data are counted, in `pretrain.config.checks.data`
                 self._mistakes.forget(steps)
                 OmegaConf.update(self._cfg, steps, 0 if steps == "optimizer.warmup_steps" else 1)
 

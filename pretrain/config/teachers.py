@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from backbones.images.config import ImageConfig
 from objectives import registry as objectives
 from objectives.parts.frozen_use import FrozenTeacherConfig
-from pretrain.config.checks import sizes
+from pretrain.config.checks.model import sizes
 from pretrain.config.mistakes import Mistakes
 from pretrain.config.schema import Recipe
 

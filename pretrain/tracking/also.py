@@ -4,7 +4,7 @@ The driver passes on every event of a run, those of before a resume first. Tenso
 are written anew by each driver; W&B goes on with the run of that name. Of steps that were trained twice the first
 counts. A tracker that fails is given up with one line in the log: nothing here can stop a run.
 
-Not here: whether the packages are installed (`pretrain.config.checks`), MLflow (`pretrain.tracking.sync`).
+Not here: whether the packages are installed (`pretrain.config.checks.places`), MLflow (`pretrain.tracking.sync`).
 """
 
 from __future__ import annotations

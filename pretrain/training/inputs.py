@@ -28,7 +28,7 @@ def build_stream(
     recipe: Recipe, objective: Objective, rank: int, state: StreamState, *, pin_memory: bool = False
 ) -> Stream:
     """This rank's share of the recipe's sample order, from `state` on, in the views that the objective asks for."""
-    assert recipe.train.micro_batch_size is not None  # filled in by `pretrain.config.checks`, as is the next one
+    assert recipe.train.micro_batch_size is not None  # filled in by `pretrain.config.checks.batch`, as is the next one
     assert recipe.data.loader_workers is not None
     return _stream_of(recipe.data)(
         views_from(objective.views()),
@@ -58,7 +58,7 @@ def _stream_of(data: DataConfig) -> Callable[..., Stream]:
     """The kind of stream that the recipe wants, bound to its data."""
     if data.unindexed == "index":
         return partial(Stream, open_data(data))
-    assert data.train is not None  # checked by `pretrain.config.checks`
+    assert data.train is not None  # checked by `pretrain.config.checks.data`
     return partial(UnindexedStream, data.train, fetch=fetch_options(data))
 
 

@@ -21,7 +21,7 @@ from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.shards.index import scan_shard, sidecar
 from evaluation import EvaluationData, EvaluationError, EvaluationResult, evaluate
 from evaluation.registry import PROTOCOLS
-from pretrain.config.checks import evaluation_data_problem
+from pretrain.config.checks.evaluation import evaluation_data_problem
 
 Make = Callable[..., Path]
 

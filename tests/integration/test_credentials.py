@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 import pytest
 
-from pretrain.config.checks import absolute
 from pretrain.config.load import load_for_resume
+from pretrain.config.paths import absolute
 from pretrain.errors import RequestError
 from pretrain.record.events import Resumed
 from pretrain.record.journal import read_events

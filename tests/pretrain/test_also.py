@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pretrain.config import checks
+from pretrain.config.checks import places
 from pretrain.config.load import load_plan, load_recipe
 from pretrain.errors import RequestError
 from pretrain.record.events import Evaluated, Event, Finished, Metrics, Visualizations, Warned
@@ -90,7 +90,7 @@ def test_load__a_tracker_that_is_missing_or_unknown_is_refused_in_one_line(monke
     with pytest.raises(RequestError) as refused:
         load_plan("demo", ["tracking.also=[tensorbord]"])
     assert refused.value.mistakes[0].endswith("known are tensorboard, wandb; did you mean 'tensorboard'?")
-    monkeypatch.setattr(checks, "_TRACKERS", {"wandb": ("no_such_package",)})
+    monkeypatch.setattr(places, "_TRACKERS", {"wandb": ("no_such_package",)})
     with pytest.raises(RequestError) as refused:
         load_plan("demo", ["tracking.also=[wandb]"])
     assert refused.value.mistakes == (

@@ -15,7 +15,6 @@ import click
 import pytest
 
 from data_pipelines.errors import DataError
-from pretrain import driver
 from pretrain.cli.main import cli, main
 from pretrain.errors import RequestError, RunFailed
 from pretrain.record.events import Evaluated
@@ -153,7 +152,7 @@ def test_main__recipes(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def run_stub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
     """Put a function in the place of the work behind `pretrain run`."""
-    return lambda function: monkeypatch.setattr(driver, "run", lambda plan, on_start: function(plan))
+    return lambda function: monkeypatch.setattr("pretrain.driver.start.run", lambda plan, on_start: function(plan))
 
 
 def test_main__run_gets_the_resolved_recipe(run_stub: Callable[..., None]) -> None:

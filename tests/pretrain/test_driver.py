@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
-from pretrain import driver
 from pretrain.cli.main import main
-from pretrain.config import checks, load, recipe_files
+from pretrain.config import layers, load, recipe_files
 from pretrain.config.load import load_plan, load_recipe, to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import plan_yaml
+from pretrain.driver import drive, start
+from pretrain.driver.drive import Driver
+from pretrain.driver.placement import only_driver
+from pretrain.driver.trackers import open_mirrors
 from pretrain.errors import RequestError, RunStopped
 from pretrain.evaluations import due
 from pretrain.record.events import Evaluated, Metrics, Start
@@ -55,8 +58,8 @@ def test_resume__reads_and_checks_the_recipe_once(
         return counted
 
     monkeypatch.setattr(recipe_files, "parse_yaml", counting("read", recipe_files.parse_yaml))
-    monkeypatch.setattr(checks, "resolve", counting("checked", checks.resolve))
-    monkeypatch.setattr(driver._Driver, "drive", lambda self, on_start: seen.append(self.recipe))
+    monkeypatch.setattr(layers, "resolve", counting("checked", layers.resolve))
+    monkeypatch.setattr(Driver, "drive", lambda self, on_start: seen.append(self.recipe))
     assert main(["resume", "demo-1", *settings, "--storage", str(run_dir.path.parent)]) == 0
     assert counts == {"read": 1, "checked": 1}
     (train,) = [recipe.train for recipe in seen]
@@ -99,7 +102,7 @@ def test_resume__of_a_finished_run_says_so_and_starts_no_ray(
         journal.write(Metrics(step=300, values={"loss": 1.0, "samples_per_s": 100.0}))
     storage = ["--storage", str(run_dir.path.parent)]
     with pytest.raises(RayWasStarted):  # evaluations are missing
-        driver.resume("demo-1", run_dir.path.parent)
+        start.resume("demo-1", run_dir.path.parent)
 
     with Journal(run_dir.evaluations) as journal:
         for step, task in due(plan, steps, ()):
@@ -125,7 +128,7 @@ def test_resume__of_a_finished_run_says_so_and_starts_no_ray(
     assert "starting Ray" not in said and "1.0000 (step 300)" in said  # the closing table
     if not is_staged:
         with pytest.raises(RayWasStarted):
-            driver.resume("demo-1", run_dir.path.parent, ["train.steps=400"])
+            start.resume("demo-1", run_dir.path.parent, ["train.steps=400"])
 
 
 def test_resume__steps_may_become_fewer_down_to_those_that_are_done(
@@ -136,7 +139,7 @@ def test_resume__steps_may_become_fewer_down_to_those_that_are_done(
 ) -> None:
     """A mistyped number that training has begun with can be taken back."""
     make_checkpoint(run_dir.path, 300)
-    monkeypatch.setattr(driver._Driver, "drive", lambda self, on_start: None)
+    monkeypatch.setattr(Driver, "drive", lambda self, on_start: None)
     command = ["resume", "demo-1", "--storage", str(run_dir.path.parent)]
     assert main([*command, "train.steps=400"]) == 0
     rates = "so the learning rate is 2.5e-04 at step 301, after 9.8e-04 at step 300"
@@ -163,7 +166,7 @@ def test_run__stopped_at_once_says_what_there_is_to_go_on_with(
     """A run that had not begun was told to be resumed, and stayed behind without anything in it."""
 
     @contextmanager
-    def cluster(self: driver._Driver) -> Iterator[None]:
+    def cluster(self: Driver) -> Iterator[None]:
         if begins is not None:
             with Journal(self.run_dir.journal) as journal:
                 journal.write(Start(step=begins, total_steps=300, world_size=1, device="cpu"))
@@ -172,10 +175,10 @@ def test_run__stopped_at_once_says_what_there_is_to_go_on_with(
         self._on_signal()
         yield
 
-    monkeypatch.setattr(driver._Driver, "_cluster", cluster)
-    monkeypatch.setattr(driver._Driver, "_tracker", lambda self: SimpleNamespace(start=int, close=lambda status: True))
+    monkeypatch.setattr(Driver, "_cluster", cluster)
+    monkeypatch.setattr(drive, "tracker_of", lambda *_: SimpleNamespace(start=int, close=lambda status: True))
     with pytest.raises(RunStopped) as stopped:
-        driver.run(load_recipe("demo", [f"storage={tmp_path}/new/runs"]))
+        start.run(load_recipe("demo", [f"storage={tmp_path}/new/runs"]))
     assert str(stopped.value).startswith(said)
     left = list(tmp_path.glob("new/runs/*/recipe.yaml"))
     assert len(left) == (begins is not None) and (tmp_path / "new").exists() == (begins is not None)
@@ -183,15 +186,15 @@ def test_run__stopped_at_once_says_what_there_is_to_go_on_with(
 
 def test_only_driver__a_run_is_driven_by_one_process(run_dir: RunDir) -> None:
     with (
-        driver._only_driver(run_dir),
+        only_driver(run_dir),
         pytest.raises(RequestError, match=r"run demo-1 is already driven by process \d+"),
-        driver._only_driver(run_dir),
+        only_driver(run_dir),
     ):
         raise AssertionError("two drivers")
     refused = pytest.raises(RequestError, match=r"run demo-1 is already driven by process \d+")
-    with driver._only_driver(run_dir), refused, driver._only_driver(run_dir):
+    with only_driver(run_dir), refused, only_driver(run_dir):
         raise AssertionError("two drivers")
-    with driver._only_driver(run_dir):
+    with only_driver(run_dir):
         assert run_dir.driver_lock.read_text().isdigit()
 
 
@@ -199,12 +202,12 @@ def test_resume__settings_are_kept_once_their_training_has_begun(run_dir: RunDir
     """A mistyped number of steps of a run that did not even begin could not be taken back."""
     saved = run_dir.recipe.read_text()
     with pytest.raises(RequestError, match="no Ray answers there"):
-        driver.resume("demo-1", tmp_path, ["train.steps=100000", "cluster.address=127.0.0.1:1"])
+        start.resume("demo-1", tmp_path, ["train.steps=100000", "cluster.address=127.0.0.1:1"])
     assert run_dir.recipe.read_text() == saved
 
     longer = load.load_for_resume(run_dir.recipe, ["train.steps=100000"])
-    driving = driver._Driver(longer, run_dir, launched=0.0)
-    driving._mirrors = driving._open_mirrors()
+    driving = Driver(longer, run_dir, launched=0.0)
+    driving._mirrors = open_mirrors(driving.plan, run_dir, ())
     with Journal(run_dir.journal) as journal:
         journal.write(Start(step=0, total_steps=100_000, world_size=2, device="cpu"))
     driving._follow()

@@ -13,7 +13,7 @@ import pytest
 import cluster.connect
 from cluster.connect import Cluster
 from pretrain.config.load import load_recipe
-from pretrain.driver import run
+from pretrain.driver.start import run
 from pretrain.errors import RequestError
 
 

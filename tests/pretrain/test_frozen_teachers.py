@@ -28,7 +28,7 @@ from pretrain.cli.main import main
 from pretrain.config.load import load_plan
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage
-from pretrain.driver import run
+from pretrain.driver.start import run
 from pretrain.errors import RequestError
 from pretrain.training import frozen_teachers, state
 from pretrain.training.engine import Engine
@@ -372,7 +372,7 @@ def test_run__with_a_teacher_looks_before_anything_is_started(
     def drive(*arguments: Any) -> None:
         raise AssertionError("was started")
 
-    monkeypatch.setattr("pretrain.driver._Driver.drive", drive)
+    monkeypatch.setattr("pretrain.driver.drive.Driver.drive", drive)
     with pytest.raises(RequestError, match="the anchor has patches of 4 px, the student of 8"):
         run(plan_of("objective.gram_weight=1.0", f"teacher_from={teacher}", "backbone.patch_size=8"))
     assert not (tmp_path / "runs").exists()

@@ -19,15 +19,16 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+import pretrain
 from backbones.images.config import ImageConfig
 from evaluation import runner
 from evaluation.results import EvaluationResult, ResultStore
 from objectives.mae.config import MAEConfig
-from pretrain import driver
 from pretrain.cli.main import main
 from pretrain.config.fields import declared_settings
 from pretrain.config.load import load_plan
 from pretrain.config.stages import plan_yaml
+from pretrain.driver import drive
 from pretrain.errors import RunFailed
 from pretrain.record.events import CheckpointPublished, Evaluated, Metrics, Start, Visualizations, Warned
 from pretrain.record.journal import Journal
@@ -36,7 +37,7 @@ from pretrain.training.preflight import look_ahead
 RUN = "mine-1"
 SEED = 0
 KEYS = sorted(declared_settings({"objective": MAEConfig, "backbone": ImageConfig})[0])
-DEMO = Path(driver.__file__).parent / "demo_data" / "chair"
+DEMO = Path(pretrain.__file__).parent / "demo_data" / "chair"
 RECIPE = """
 objective: {name: mae, decoder_dim: 32, decoder_depth: 1, decoder_heads: 2}
 backbone: {name: vit_tiny_patch16_224, image_size: 32, patch_size: 8, options: {depth: 1}}
@@ -224,7 +225,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, migrated_database: Pa
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(driver._Driver, "drive", lambda self, on_start: look_ahead(self.plan))
+    monkeypatch.setattr(drive.Driver, "drive", lambda self, on_start: look_ahead(self.plan))
     monkeypatch.setattr(runner, "evaluate", refuse)
     yield
 

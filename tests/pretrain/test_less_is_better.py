@@ -23,7 +23,8 @@ from pretrain.cli.main import main
 from pretrain.config.load import load_recipe
 from pretrain.config.schema import EvaluationTask
 from pretrain.config.stages import Plan
-from pretrain.driver import _Driver
+from pretrain.driver.drive import Driver
+from pretrain.driver.trackers import open_mirrors, tracker_of
 from pretrain.errors import RequestError
 from pretrain.evaluations import _event
 from pretrain.record.events import CheckpointPublished, Evaluated, Metrics
@@ -86,10 +87,10 @@ def test_run__an_error_as_select_moves_best_pins_and_is_shown_with_its_unit(
     recipe = load_recipe("demo", [TASK, "evaluation.select=depth/grocery/rmse", *settings])
     run = RunDir(storage / "depth-run")
     run.logs.mkdir(parents=True)
-    driver = _Driver(Plan.single(replace(recipe, storage=str(storage))), run, time.time())
+    driver = Driver(Plan.single(replace(recipe, storage=str(storage))), run, time.time())
     driver.terminal.console = Console(file=io.StringIO(), width=160)
     driver._write_recipe()
-    driver._mirrors = driver._open_mirrors()
+    driver._mirrors = open_mirrors(driver.plan, run, ())
     with Journal(run.journal) as journal:
         values = {"loss": 1.0, "lr": 0.1, "samples_per_s": 100.0, "step_s": 0.1, "data_wait_fraction": 0.0}
         journal.write(Metrics(step=10, values=values))
@@ -97,14 +98,15 @@ def test_run__an_error_as_select_moves_best_pins_and_is_shown_with_its_unit(
             path = make_checkpoint(run.path, step)
             journal.write(CheckpointPublished(step=step, path=run.relative(path)))
     queue: Any = Queue()
+    evaluating = driver._evaluating(queue, {})
     assert driver._follow()
-    driver._queue_evaluations(queue)
+    evaluating.queue_due()
     for status in ("KILLED", "FINISHED"):  # checkpoints first, then scores: the one that is best last arrives first
-        tracker = driver._tracker()
+        tracker = tracker_of(driver.plan, run)
         tracker.start()
         assert tracker.close(status, 60)
-        driver._collect(queue)
-    tracker = driver._tracker()
+        evaluating.collect()
+    tracker = tracker_of(driver.plan, run)
     tracker.start()
     assert tracker.close("FINISHED", 60)
 

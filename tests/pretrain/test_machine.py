@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
+from data_pipelines.cores import usable_cores
 from pretrain import machine
 from pretrain.cli.main import main
 from pretrain.config.load import load_recipe
@@ -95,7 +95,7 @@ def test_this_machine__counts_without_libraries(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert this_machine() == Machine(len(os.sched_getaffinity(0)), gpus)
+    assert this_machine() == Machine(usable_cores(), gpus)
 
 
 def test_run__of_more_workers_than_can_be_meant_starts_nothing(
@@ -103,7 +103,7 @@ def test_run__of_more_workers_than_can_be_meant_starts_nothing(
 ) -> None:
     """Thirty-two workers on two cores were started without a word. A dry run, which may be of any machine, says it."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("pretrain.driver.this_machine", lambda: Machine(2, 0))
+    monkeypatch.setattr("pretrain.driver.placement.this_machine", lambda: Machine(2, 0))
     monkeypatch.setattr("pretrain.cli.dry_run.this_machine", lambda: Machine(2, 0))
     request = ["run", "demo", "train.workers=32", f"storage={tmp_path}/runs"]
     assert main(request) == 2

@@ -1,4 +1,4 @@
-"""The driver of a run: starts Ray and the workers, follows their events, queues evaluations, prunes, reports.
+"""The driver of a run: starts Ray and the workers, follows their events, has checkpoints evaluated, prunes, reports.
 
 The driver computes nothing. Workers write events and publish checkpoints; the driver reads the events and reacts.
 If it dies, nothing is lost: `pretrain resume RUN_ID` starts another one, which catches up on training and evaluations.
@@ -8,33 +8,27 @@ What is not here: the training loop (`pretrain.worker`), placement (`cluster`), 
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-import subprocess
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.connect import AlreadyConnected
+from data_pipelines.cores import usable_cores
 from data_pipelines.files import write_atomically
-from data_pipelines.storage.locations import redact, redacted
+from data_pipelines.storage.locations import redact
 from pretrain.checkpoints import copies, store
-from pretrain.checkpoints.initialization import checked_plan
-from pretrain.config.load import load_for_resume
-from pretrain.config.schema import EvaluationTask, Recipe
 from pretrain.config.stages import Plan, plan_yaml
+from pretrain.driver.evaluating import Evaluating
+from pretrain.driver.placement import given_address, gpus_per_worker, only_driver
+from pretrain.driver.trackers import open_mirrors, tracker_of
+from pretrain.driver.train_worker import train_worker
 from pretrain.errors import RequestError, RunFailed, RunStopped, last_line, said_by_system
-from pretrain.evaluations import evaluate_tasks
 from pretrain.known_checkpoints import KnownCheckpoints
-from pretrain.machine import misfit, this_machine
-from pretrain.record.disk import DiskFull, naming_disk
+from pretrain.record.disk import DiskFull
 from pretrain.record.events import (
     CheckpointPublished,
     Evaluated,
@@ -47,22 +41,17 @@ from pretrain.record.events import (
 )
 from pretrain.record.interrupts import heard
 from pretrain.record.journal import Journal, read_events
-from pretrain.record.lock import hold, holder
-from pretrain.record.run_dir import RunDir, find_run, resume_command, stopped_line
-from pretrain.reporting.progress import shown_while
+from pretrain.record.run_dir import RunDir, resume_command, stopped_line
 from pretrain.reporting.summary import TrainingSoFar, print_summary
 from pretrain.reporting.terminal import Terminal, finished_line
-from pretrain.screen import say
-from pretrain.training.schedules import schedules_line
 
 if TYPE_CHECKING:
     from cluster.connect import Cluster
     from cluster.tasks import TaskQueue
     from cluster.workers import End
-    from pretrain.tracking.also import Mirrors
     from pretrain.tracking.sync import Status
 
-__all__ = ["RunResult", "resume", "run", "train_worker"]
+__all__ = ["Driver", "OnStart", "RunResult"]
 
 POLL_S = 0.2
 ECHO_S = 1.0
@@ -89,111 +78,9 @@ class RunResult:
 OnStart = Callable[[Path], None]
 
 
-def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = (), *, on_start: OnStart | None = None) -> RunResult:
-    """Train, evaluate and record a new run.
+class Driver:
+    """Drives one run, from connecting to Ray to the closing table."""
 
-    Args:
-        recipe: A resolved recipe or plan of stages, or the name or file of one.
-        overrides: `key=value` texts for a recipe given by name.
-        on_start: Called with the run's directory before anything is started.
-
-    Raises:
-        RequestError: The recipe is wrong.
-        RunFailed: Training failed more often than `train.max_failures`.
-        RunStopped: SIGTERM or Ctrl-C ended it, after a checkpoint of the step that was at work.
-    """
-    if isinstance(recipe, str):
-        from pretrain.photos import load
-
-        recipe = load(recipe, overrides)
-    plan = Plan.single(recipe) if isinstance(recipe, Recipe) else recipe
-    launched = time.time()
-    _require_room_for_workers(plan.recipe)
-    run_id = f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run_dir = RunDir(Path(plan.recipe.storage) / run_id)
-    plan = checked_plan(plan, run_dir.path)
-    # A cluster may be long in giving workers a place, and a teacher may not fit; of other runs the workers look.
-    if _address(plan.recipe) or any(stage.recipe.teacher_from is not None for stage in plan.stages):
-        with shown_while("looking at the model and the data"):
-            from pretrain.training.preflight import look_ahead  # imports torch
-
-            look_ahead(plan)
-    new = [folder for folder in run_dir.path.parents if not folder.exists()]
-    run_dir.path.mkdir(parents=True)
-    try:
-        return _Driver(plan, run_dir, launched).drive(on_start)
-    except (RequestError, RunStopped):
-        if not run_dir.journal.exists():  # what never began leaves nothing behind; a run that began is never deleted
-            shutil.rmtree(run_dir.path)
-            with suppress(OSError):  # another run has been put there meanwhile
-                for folder in new:
-                    folder.rmdir()
-        raise
-
-
-def resume(
-    run_id: str,
-    storage: str | os.PathLike[str] = "runs",
-    overrides: Sequence[str] = (),
-    *,
-    on_start: OnStart | None = None,
-) -> RunResult:
-    """Go on with a run from its newest complete checkpoint, with the recipe it was started with.
-
-    Args:
-        run_id: Name of the run.
-        storage: Directory of the runs.
-        overrides: `key=value` texts for what may change, such as `train.workers=1`; kept for later resumes.
-        on_start: Called with the run's directory before anything is started.
-
-    Raises:
-        RequestError: There is no such run, another process drives it, or an override is not allowed.
-        RunFailed, RunStopped: As for `run`.
-    """
-    launched = time.time()
-    run_dir = find_run(run_id, Path(storage).absolute())
-    plan = load_for_resume(run_dir.recipe, overrides)
-    if any(text.startswith(("train.steps=", "train.epochs=")) for text in overrides):
-        newest = store.latest(run_dir.path)
-        done = newest.step if newest else 0
-        if plan.total_steps < done:
-            raise RequestError(
-                f"train.steps={plan.total_steps}: {done} steps of the run are done; give that many or more"
-            )
-        before = load_for_resume(run_dir.recipe, ())
-        if before.total_steps != plan.total_steps:
-            say(schedules_line(before.recipe, plan.recipe, done))
-    _require_room_for_workers(plan.recipe)
-    plan = checked_plan(plan, run_dir.path)
-    return _Driver(plan, run_dir, launched).drive(on_start)
-
-
-def train_worker(settings: dict[str, Any]) -> None:
-    """What Ray runs on each worker: the same loop as under torchrun, with its output in the run's log files.
-
-    Raises:
-        RequestError: On rank 0 of a run that is to begin, before it has written anything: the model or the data refuse
-            it. A worker looks at them since it imports torch anyway.
-    """
-    placed = time.time()
-    run_dir = RunDir(Path(settings["run_dir"]))
-    with run_dir.worker_log(int(os.environ["RANK"])).open("a") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    from pretrain.training.preflight import look_ahead, size_line
-    from pretrain.worker import train
-
-    is_new = os.environ["RANK"] == "0" and not run_dir.journal.exists()
-    try:
-        size = size_line(look_ahead(settings["plan"])) if is_new else ""
-        with naming_disk(run_dir.path, "what belongs to the run"):
-            train(settings["plan"], run_dir.path, size=size, launched=settings["launched"], placed=placed)
-    except BaseException:
-        traceback.print_exc()  # into the log; the driver gets the exception as well
-        raise
-
-
-class _Driver:
     def __init__(self, plan: Plan, run_dir: RunDir, launched: float) -> None:
         self.plan, self.run_dir, self.launched = plan, run_dir, launched
         self.recipe = plan.recipe  # what is asked of it below is the same in all stages
@@ -202,14 +89,13 @@ class _Driver:
         self._trained = TrainingSoFar(launched=launched)
         self._last_event: Event | None = None
         self._offset = 0
-        self._evaluation_options: dict[str, Any] = {}  # known when Ray is connected
         self._is_training = False  # from the first event of the workers to their end
         self._stop_asked: float | None = None  # when, by the monotonic clock
 
     def drive(self, on_start: OnStart | None = None) -> RunResult:
         """Everything from connecting to Ray to the closing table."""
         self.run_dir.logs.mkdir(exist_ok=True)
-        with _only_driver(self.run_dir), self.terminal, heard(self._on_signal) as listen_again:
+        with only_driver(self.run_dir), self.terminal, heard(self._on_signal) as listen_again:
             if on_start is not None:
                 on_start(self.run_dir.path)
             self.run_dir.stop_request.unlink(missing_ok=True)  # it was for the workers that it has stopped
@@ -220,9 +106,9 @@ class _Driver:
             self.known.look()
             if not self.run_dir.recipe.exists():
                 self._write_recipe()
-            tracker = self._tracker()
+            tracker = tracker_of(self.plan, self.run_dir)
             status: Status | None = None
-            self._mirrors = self._open_mirrors()
+            self._mirrors = open_mirrors(self.plan, self.run_dir, self.known.scores)
             try:
                 self._follow(show=False)  # a resumed run: what happened before
                 if self._is_trained() and not self.known.due:
@@ -247,7 +133,7 @@ class _Driver:
                     message = f"lost the cluster; go on with: {resume_command(self.run_dir)}"
                     raise RunFailed(message, self.run_dir.logs) from error
                 raise RequestError(
-                    f"cluster.address={_address(self.recipe)}: no Ray answers there ({last_line(error)})"
+                    f"cluster.address={given_address(self.recipe)}: no Ray answers there ({last_line(error)})"
                 ) from None
             except AlreadyConnected as error:
                 raise RequestError(str(error)) from None
@@ -274,7 +160,7 @@ class _Driver:
         write_atomically(self.run_dir.recipe, plan_yaml(self.plan).encode())
 
     def _place(self) -> str:
-        address = _address(self.recipe)
+        address = given_address(self.recipe)
         return f"connecting to Ray at {redact(address)}" if address else "starting Ray"
 
     def _cluster(self) -> AbstractContextManager[Cluster]:
@@ -296,11 +182,12 @@ class _Driver:
         slots = self.recipe.evaluation.slots
         trainer_gpus = self.recipe.train.workers * gpus_per_worker
         queue = TaskQueue(cluster, gpus_per_task=gpu_share(cluster, trainer_gpus=trainer_gpus, tasks=slots))
-        self._evaluation_options = {
+        options = {
             "device": None if queue.gpus_per_task else "cpu",
-            "threads": max(1, cluster.spare_cores // slots),
+            "threads": max(1, (usable_cores() if cluster.private else 1) // slots),  # of a cluster, others have theirs
             "training": str(self.run_dir.training),
         }
+        evaluating = self._evaluating(queue, options)
         # The evaluations of the last checkpoint then have the GPUs that the trainers leave.
         last_ones_wait = cluster.private and cluster.num_gpus > 0 and not queue.gpus_per_task
         group = WorkerGroup(
@@ -323,7 +210,7 @@ class _Driver:
 
         training = _Background(train)
         if not (last_ones_wait and self._is_trained()):
-            self._queue_evaluations(queue)
+            evaluating.queue_due()
         if not self._is_trained():
             self.terminal.wait_for(f"starting workers: {self.recipe.train.workers}")
             training.start()
@@ -342,10 +229,10 @@ class _Driver:
             if last_ones_wait and not is_training:
                 last_ones_wait, is_new = False, True
                 queue.gpus_per_task = gpu_share(cluster, trainer_gpus=0.0, tasks=slots)
-                self._evaluation_options["device"] = None
+                evaluating.options["device"] = None
             if is_new and not (last_ones_wait and self._is_trained()):
-                self._queue_evaluations(queue)
-            self._collect(queue)
+                evaluating.queue_due()
+            evaluating.collect()
             time.sleep(POLL_S)
             self._is_training = self._is_training and is_training
             if not is_training and queue.pending and self._stop_asked is None:
@@ -378,42 +265,13 @@ class _Driver:
                 self._write_recipe()
         return any(isinstance(event, Start | CheckpointPublished | Finished) for event in new)
 
-    def _queue_evaluations(self, queue: TaskQueue) -> None:
-        """What is due by now: the tasks of a checkpoint on one data set share a process, and so their features."""
-        groups: dict[tuple[store.Published, str], list[EvaluationTask]] = {}
-        for checkpoint, task in self.known.take_due().values():
-            groups.setdefault((checkpoint, task.data), []).append(task)
-        for (checkpoint, _), tasks in groups.items():
-            self._submit(queue, checkpoint, *tasks)
-        self.known.prune()
+    def _evaluating(self, queue: TaskQueue, options: dict[str, Any]) -> Evaluating:
+        def show(event: Evaluated | EvaluationFailed) -> None:
+            if isinstance(event, Evaluated):
+                self._mirrors.show([event])
+            self.terminal.show(event)
 
-    def _submit(self, queue: TaskQueue, checkpoint: store.Published, *tasks: EvaluationTask) -> None:
-        data = self.recipe.evaluation.data[tasks[0].data]
-        arguments = (checkpoint.location, checkpoint.step, tasks, data, self.recipe.storage)
-        queue.submit((checkpoint, tasks), evaluate_tasks, *arguments, **self._evaluation_options)
-
-    def _collect(self, queue: TaskQueue) -> None:
-        """Write down the evaluations that have ended; a failed one is recorded and stops nothing."""
-        for (checkpoint, tasks), events, error in queue.finished():
-            if error is None:
-                for event in events:
-                    self._record(event)
-            elif len(tasks) > 1:
-                # The process died, and nobody knows of which task: each has one of its own now. Scores are found again.
-                for task in tasks:
-                    self._submit(queue, checkpoint, task)
-            else:
-                of = {"step": checkpoint.step, "protocol": tasks[0].protocol, "data": tasks[0].data}
-                self._record(EvaluationFailed(**of, error=last_line(error)))
-
-    def _record(self, event: Evaluated | EvaluationFailed) -> None:
-        if isinstance(event, Evaluated):
-            self._mirrors.show([event])
-        with Journal(self.run_dir.evaluations) as journal:
-            journal.write(event)
-        self.terminal.show(event)
-        self.known.see(event)
-        self.known.prune()
+        return Evaluating(queue, options, self.recipe, self.run_dir, self.known, show)
 
     def _is_trained(self) -> bool:
         return self.known.newest_step >= self.plan.total_steps
@@ -428,51 +286,12 @@ class _Driver:
         self.terminal.say(f"{end.reason}; the workers start again{wait}")
 
     def _gpus_per_worker(self, cluster: Cluster) -> float:
-        """As the recipe says, or as many as there are for each.
-
-        Raises:
-            RequestError: There are some, but too few.
-        """
-        from cluster.connect import gpus_per_worker
-
-        wanted = self.recipe.cluster.gpus_per_worker
-        if wanted is not None or self._is_trained():
-            return wanted or 0.0
-        try:
-            gpus, note = gpus_per_worker(cluster, self.recipe.train.device, self.recipe.train.workers)
-        except ValueError as error:
-            raise RequestError(str(error)) from None
+        if self._is_trained() and self.recipe.cluster.gpus_per_worker is None:
+            return 0.0
+        gpus, note = gpus_per_worker(cluster, self.recipe)
         if note is not None:
             self.terminal.say(note)
         return gpus
-
-    def _tracker(self) -> Any:
-        from pretrain.tracking.client import default_uri
-        from pretrain.tracking.sync import Tracker
-
-        tags = {"objective": self.recipe.objective.name, "backbone": self.recipe.backbone.name, **_git_tags()}
-        if len(self.plan.stages) > 1:  # parameters are those of the last one
-            tags["stages"] = ", ".join(f"{stage.name} ({stage.recipe.train.steps} steps)" for stage in self.plan.stages)
-        return Tracker(
-            self.run_dir.path,
-            uri=default_uri(Path(self.recipe.storage)),
-            experiment=self.recipe.tracking.experiment,
-            recipe_yaml=plan_yaml(self.plan),
-            params=redacted(asdict(self.recipe)),
-            tags=tags,
-            model_name=self.recipe.tracking.model_name or self.recipe.name,
-            select=self.recipe.evaluation.select,
-            exported=copies.exported,
-        )
-
-    def _open_mirrors(self) -> Mirrors:
-        """The trackers beside MLflow, which know the scores of before."""
-        from pretrain.tracking.also import Mirrors
-
-        tracking, settings = self.recipe.tracking, redacted(asdict(self.recipe))
-        mirrors = Mirrors(tracking.also, self.run_dir.path, tracking.experiment, settings)
-        mirrors.show(self.known.scores)
-        return mirrors
 
     def _on_signal(self) -> None:
         """While steps are trained, let the workers end after the next one; in any other moment, or asked again, end.
@@ -510,24 +329,6 @@ class _Driver:
         return RunResult(self.run_dir.run_id, self.run_dir.path, copies.local(newest) if newest else None, last)
 
 
-def _require_room_for_workers(recipe: Recipe) -> None:
-    """Warn of workers that are many on this machine, which a private Ray would start without a word.
-
-    Raises:
-        RequestError: There are so many that it cannot be meant, or not the GPUs that they need.
-    """
-    found = misfit(recipe, this_machine())
-    if found is not None and found.is_refused:
-        raise RequestError(found.text)
-    if found is not None:
-        say(f"warning: {found.text}", err=True)
-
-
-def _address(recipe: Recipe) -> str | None:
-    """Of the cluster that a run is for; None: a private Ray."""
-    return recipe.cluster.address or os.environ.get("RAY_ADDRESS")
-
-
 class _Background(threading.Thread):
     """A function in a thread, with its exception."""
 
@@ -541,23 +342,3 @@ class _Background(threading.Thread):
             self._function()
         except BaseException as error:
             self.error = error
-
-
-@contextmanager
-def _only_driver(run_dir: RunDir) -> Iterator[None]:
-    """Hold the run's lock: two drivers would train into the same checkpoints."""
-    lock = hold(run_dir.driver_lock)
-    if lock is None:
-        raise RequestError(f"run {run_dir.run_id} is already driven by process {holder(run_dir.driver_lock)}")
-    with lock:
-        yield
-
-
-def _git_tags() -> dict[str, str]:
-    """Commit of the working directory, if it is in a repository."""
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"git.commit": answer.stdout.strip(), "git.dirty": str(bool(dirty.stdout.strip())).lower()}

@@ -1,0 +1,1 @@
+"""What settings mean together, one subject a file; `resolve` asks them all."""

@@ -1,0 +1,1 @@
+"""The driver of a run: starts it or goes on with it, drives it, has checkpoints evaluated, has it tracked."""

@@ -1,0 +1,108 @@
+"""Starts a run, or goes on with one: what is refused before its driver begins, and what is taken back after that.
+
+Not here: what the driver does then (`pretrain.driver.drive`).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from pretrain.checkpoints import store
+from pretrain.checkpoints.initialization import checked_plan
+from pretrain.config.load import load_for_resume
+from pretrain.config.schema import Recipe
+from pretrain.config.stages import Plan
+from pretrain.driver.drive import Driver, OnStart, RunResult
+from pretrain.driver.placement import given_address, require_room_for_workers
+from pretrain.errors import RequestError, RunStopped
+from pretrain.record.run_dir import RunDir, find_run
+from pretrain.reporting.progress import shown_while
+from pretrain.screen import say
+from pretrain.training.schedules import schedules_line
+
+__all__ = ["resume", "run"]
+
+
+def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = (), *, on_start: OnStart | None = None) -> RunResult:
+    """Train, evaluate and record a new run.
+
+    Args:
+        recipe: A resolved recipe or plan of stages, or the name or file of one.
+        overrides: `key=value` texts for a recipe given by name.
+        on_start: Called with the run's directory before anything is started.
+
+    Raises:
+        RequestError: The recipe is wrong.
+        RunFailed: Training failed more often than `train.max_failures`.
+        RunStopped: SIGTERM or Ctrl-C ended it, after a checkpoint of the step that was at work.
+    """
+    if isinstance(recipe, str):
+        from pretrain.photos import load
+
+        recipe = load(recipe, overrides)
+    plan = Plan.single(recipe) if isinstance(recipe, Recipe) else recipe
+    launched = time.time()
+    require_room_for_workers(plan.recipe)
+    run_id = f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run_dir = RunDir(Path(plan.recipe.storage) / run_id)
+    plan = checked_plan(plan, run_dir.path)
+    # A cluster may be long in giving workers a place, and a teacher may not fit; of other runs the workers look.
+    if given_address(plan.recipe) or any(stage.recipe.teacher_from is not None for stage in plan.stages):
+        with shown_while("looking at the model and the data"):
+            from pretrain.training.preflight import look_ahead  # imports torch
+
+            look_ahead(plan)
+    new = [folder for folder in run_dir.path.parents if not folder.exists()]
+    run_dir.path.mkdir(parents=True)
+    try:
+        return Driver(plan, run_dir, launched).drive(on_start)
+    except (RequestError, RunStopped):
+        if not run_dir.journal.exists():  # what never began leaves nothing behind; a run that began is never deleted
+            shutil.rmtree(run_dir.path)
+            with suppress(OSError):  # another run has been put there meanwhile
+                for folder in new:
+                    folder.rmdir()
+        raise
+
+
+def resume(
+    run_id: str,
+    storage: str | os.PathLike[str] = "runs",
+    overrides: Sequence[str] = (),
+    *,
+    on_start: OnStart | None = None,
+) -> RunResult:
+    """Go on with a run from its newest complete checkpoint, with the recipe it was started with.
+
+    Args:
+        run_id: Name of the run.
+        storage: Directory of the runs.
+        overrides: `key=value` texts for what may change, such as `train.workers=1`; kept for later resumes.
+        on_start: Called with the run's directory before anything is started.
+
+    Raises:
+        RequestError: There is no such run, another process drives it, or an override is not allowed.
+        RunFailed, RunStopped: As for `run`.
+    """
+    launched = time.time()
+    run_dir = find_run(run_id, Path(storage).absolute())
+    plan = load_for_resume(run_dir.recipe, overrides)
+    if any(text.startswith(("train.steps=", "train.epochs=")) for text in overrides):
+        newest = store.latest(run_dir.path)
+        done = newest.step if newest else 0
+        if plan.total_steps < done:
+            raise RequestError(
+                f"train.steps={plan.total_steps}: {done} steps of the run are done; give that many or more"
+            )
+        before = load_for_resume(run_dir.recipe, ())
+        if before.total_steps != plan.total_steps:
+            say(schedules_line(before.recipe, plan.recipe, done))
+    require_room_for_workers(plan.recipe)
+    plan = checked_plan(plan, run_dir.path)
+    return Driver(plan, run_dir, launched).drive(on_start)
