@@ -1,7 +1,7 @@
-"""Batch normalization over the rows of all ranks, with running statistics.
+"""Batch normalization over the rows of all ranks: the moments, and the layer with running statistics.
 
 S. Ioffe, C. Szegedy, 2015, arXiv:1502.03167. torch's SyncBatchNorm does the same on CUDA alone; this one gives every
-number of ranks the result of one process with all rows, on any device. NOT here: one without running statistics
+number of ranks the result of one process with all rows, on any device. NOT here: the layer without running statistics
 (`objectives.parts.batch_norm`).
 
 Legend: n rows on a rank, W ranks, D width.
@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from backbones.ranks import num_ranks, sum_over_ranks
 
-__all__ = ["RankBatchNorm"]
+__all__ = ["RankBatchNorm", "moments_over_ranks"]
+
+
+def moments_over_ranks(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, D) -> mean of each column over the rows of all ranks (D,), `x` without it (n, D), and the variance (D,).
+
+    A collective: every rank has equally many rows. The variance is that of the rows, not of a population behind them.
+    """
+    num_rows = len(x) * num_ranks()
+    mean = sum_over_ranks(x.sum(0)) / num_rows  # (D,)
+    centered = x - mean
+    return mean, centered, sum_over_ranks(centered.square().sum(0)) / num_rows
 
 
 class RankBatchNorm(nn.BatchNorm1d):
@@ -30,11 +41,8 @@ class RankBatchNorm(nn.BatchNorm1d):
 
     def _over_ranks(self, x: Tensor) -> Tensor:
         """(n, D) -> (n, D)."""
-        num_rows = len(x) * num_ranks()
-        mean = sum_over_ranks(x.sum(0)) / num_rows  # (D,)
-        centered = x - mean
-        variance = sum_over_ranks(centered.square().sum(0)) / num_rows
-        self._note(mean.detach(), variance.detach(), num_rows)
+        mean, centered, variance = moments_over_ranks(x)
+        self._note(mean.detach(), variance.detach(), len(x) * num_ranks())
         scale = (variance + self.eps).rsqrt() * self.weight  # (D,); so, only `centered` is kept for the gradient
         return centered * scale + self.bias
 

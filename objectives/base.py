@@ -29,7 +29,7 @@ from backbones.images.base import ImageEncoder
 from objectives.blocks import outer_blocks
 from objectives.companions import Companion
 from objectives.errors import ObjectiveError
-from objectives.requirements import require_images
+from objectives.requirements import require_kind
 from objectives.teacher import ReadWeights, Teacher
 
 __all__ = ["Heads", "ImageObjective", "Objective", "Output", "Progress"]
@@ -293,7 +293,7 @@ class ImageObjective(Objective):
             ObjectiveError: the backbone does not encode images.
         """
         super().__init__()
-        self.backbone = require_images(backbone, name)
+        self.backbone = require_kind(backbone, ImageEncoder, name)
 
     @property
     def exported(self) -> ImageEncoder:

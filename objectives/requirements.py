@@ -5,6 +5,8 @@ NOT here: which backbone can do what (`backbones.images.base`).
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from backbones.encoder import Encoder
 from backbones.errors import BackboneError
 from backbones.images.base import ImageEncoder
@@ -14,13 +16,19 @@ from objectives.errors import ObjectiveError
 
 __all__ = [
     "require",
-    "require_images",
+    "require_kind",
     "require_mask_ratio",
-    "require_points",
     "require_sizes",
-    "require_voxels",
 ]
 
+Kind = TypeVar("Kind", bound=Encoder)
+
+# Kind of encoder -> what it encodes, and which settings choose one.
+_KINDS: dict[type[Encoder], tuple[str, str]] = {
+    ImageEncoder: ("images", "backbone.kind=image"),
+    PointEncoder: ("point clouds", "backbone.kind=points backbone.name=point_transformer"),
+    VoxelEncoder: ("voxels", "backbone.kind=voxels"),
+}
 # Flag of a backbone -> what an objective needs, and what is to be said of a backbone without it.
 _CAPABILITIES = {
     "can_drop_patches": ("a backbone that can leave patches out", "cannot"),
@@ -29,30 +37,22 @@ _CAPABILITIES = {
 }
 
 
-def require_images(backbone: Encoder, objective: str) -> ImageEncoder:
-    """The backbone, if it encodes images.
+def require_kind(backbone: Encoder, wanted: type[Kind], objective: str) -> Kind:
+    """The backbone, if it encodes what an objective learns from.
+
+    Args:
+        backbone: any.
+        wanted: `ImageEncoder`, `PointEncoder` or `VoxelEncoder`.
+        objective: name, for the message.
 
     Raises:
         ObjectiveError: naming the objective, the backbone, and what it encodes.
     """
-    if not isinstance(backbone, ImageEncoder):
+    if not isinstance(backbone, wanted):
+        noun, remedy = _KINDS[wanted]
         raise ObjectiveError(
-            f"objective {objective!r} needs images; backbone {backbone.spec['name']!r} is of kind {backbone.kind!r}: "
-            "use backbone.kind=image"
-        )
-    return backbone
-
-
-def require_points(backbone: Encoder, objective: str) -> PointEncoder:
-    """The backbone, if it encodes point clouds.
-
-    Raises:
-        ObjectiveError: naming the objective, the backbone, and what it encodes.
-    """
-    if not isinstance(backbone, PointEncoder):
-        raise ObjectiveError(
-            f"objective {objective!r} needs point clouds; backbone {backbone.spec['name']!r} is of kind "
-            f"{backbone.kind!r}: use backbone.kind=points backbone.name=point_transformer"
+            f"objective {objective!r} needs {noun}; backbone {backbone.spec['name']!r} is of kind {backbone.kind!r}: "
+            f"use {remedy}"
         )
     return backbone
 
@@ -83,20 +83,6 @@ def require_sizes(backbone: ImageEncoder, objective: str, *sizes: int) -> None:
             backbone.grid_at(size, size)
         except BackboneError as error:
             raise ObjectiveError(f"objective {objective!r} needs images of {size} px: {error}") from error
-
-
-def require_voxels(backbone: Encoder, objective: str) -> VoxelEncoder:
-    """The backbone, if it encodes voxels.
-
-    Raises:
-        ObjectiveError: naming the objective, the backbone, and what it encodes.
-    """
-    if not isinstance(backbone, VoxelEncoder):
-        raise ObjectiveError(
-            f"objective {objective!r} needs voxels; backbone {backbone.spec['name']!r} is of kind {backbone.kind!r}: "
-            "use backbone.kind=voxels"
-        )
-    return backbone
 
 
 def require_mask_ratio(mask_ratio: float, num_patches: int) -> None:

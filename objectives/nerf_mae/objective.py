@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backbones.encoder import Encoder
 from backbones.features import Features
-from backbones.voxels.base import Cover, StagedVoxelEncoder
+from backbones.voxels.base import Cover, StagedVoxelEncoder, VoxelEncoder
 from objectives.base import Objective, Output, Progress
 from objectives.distributed import mean_over_ranks, num_ranks
 from objectives.errors import ObjectiveError
@@ -31,7 +31,7 @@ from objectives.parts.visuals import MAX_PICTURES, evaluating
 from objectives.parts.voxel_padding import inside
 from objectives.parts.voxel_pictures import front_views, grid_slices
 from objectives.precision import at_least_float32
-from objectives.requirements import require_voxels
+from objectives.requirements import require_kind
 
 __all__ = ["NeRFMAE", "VoxelLoss", "covered_tokens", "voxel_loss"]
 
@@ -277,7 +277,7 @@ def _hierarchical(backbone: Encoder, name: str) -> StagedVoxelEncoder:
     Raises:
         ObjectiveError: it has not, or does not.
     """
-    encoder = require_voxels(backbone, name)
+    encoder = require_kind(backbone, VoxelEncoder, name)
     if not isinstance(encoder, StagedVoxelEncoder):
         raise ObjectiveError(
             f"objective {name!r} needs stages of several resolutions; backbone {encoder.spec['name']!r} has one: use "

@@ -1,8 +1,8 @@
 """Batch normalisation over the rows of all ranks.
 
-S. Ioffe, C. Szegedy, 2015, arXiv:1502.03167. torch's SyncBatchNorm does the same on CUDA alone. This one gives every
-number of ranks the result of one process with all rows, on any device. NOT here: running statistics; a projector is
-used in training only, and a forward pass that changes buffers could not be repeated or thrown away.
+S. Ioffe, C. Szegedy, 2015, arXiv:1502.03167. With the moments of `backbones.rank_batch_norm`, every number of ranks
+gets the result of one process with all rows. NOT here: running statistics; a projector is used in training only, and a
+forward pass that changes buffers could not be repeated or thrown away.
 
 Legend: n rows on a rank, D width.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from objectives.distributed import num_ranks, sum_over_ranks
+from backbones.rank_batch_norm import moments_over_ranks
 from objectives.precision import at_least_float32
 
 __all__ = ["BatchNorm"]
@@ -31,11 +31,8 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, D) -> (n, D) in the type of `x`, or in float32 at least if it has no weights. Collective: n rows each."""
         with torch.autocast(x.device.type, enabled=False):
-            wide = at_least_float32(x)
-            num_rows = len(x) * num_ranks()
-            centerd = wide - sum_over_ranks(wide.sum(0)) / num_rows
-            variance = sum_over_ranks(centerd.square().sum(0)) / num_rows
-            normal = centerd * (variance + _EPS).rsqrt()
+            _, centered, variance = moments_over_ranks(at_least_float32(x))
+            normal = centered * (variance + _EPS).rsqrt()
             if self.weight is None or self.bias is None:
                 return normal
             return (normal * self.weight + self.bias).to(x.dtype)

@@ -32,7 +32,7 @@ from objectives.parts.reconstruction_health import feature_metrics, reconstructi
 from objectives.parts.visuals import MAX_PICTURES, evaluating
 from objectives.point_mae.config import PointMAEConfig
 from objectives.precision import at_least_float32
-from objectives.requirements import require_points
+from objectives.requirements import require_kind
 
 __all__ = ["PointMAE"]
 
@@ -61,7 +61,7 @@ class PointMAE(Objective):
     def __init__(self, backbone: Encoder, config: PointMAEConfig) -> None:
         """Raises ObjectiveError for a backbone of another kind, or when nothing would be hidden or seen."""
         super().__init__()
-        self.backbone = require_points(backbone, config.name)
+        self.backbone = require_kind(backbone, PointEncoder, config.name)
         self.config = config
         self.num_masked = int(config.mask_ratio * self.backbone.num_groups)
         dim = self.backbone.embed_dim

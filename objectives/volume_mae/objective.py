@@ -30,7 +30,7 @@ from objectives.parts.reconstruction_health import feature_metrics, reconstructi
 from objectives.parts.visuals import MAX_PICTURES, evaluating
 from objectives.parts.voxel_padding import inside
 from objectives.parts.voxel_pictures import volume_slices
-from objectives.requirements import require_mask_ratio, require_voxels
+from objectives.requirements import require_kind, require_mask_ratio
 from objectives.volume_mae.config import VolumeMAEConfig
 
 __all__ = ["VolumeMAE"]
@@ -68,7 +68,7 @@ class VolumeMAE(Objective):
             BackboneError: the decoder's width does not fit its heads or its positions.
         """
         super().__init__()
-        self.backbone = require_voxels(backbone, config.name)
+        self.backbone = require_kind(backbone, VoxelEncoder, config.name)
         self.config = config
         if not self.backbone.can_drop_patches:
             raise ObjectiveError(
