@@ -27,6 +27,7 @@ from cluster.connect import Cluster
 
 __all__ = ["End", "Place", "WorkerGroup", "WorkersFailed", "classify", "environments", "run_workers"]
 
+WATCH_S = 1.0  # between two looks at the group from outside
 SETTLE_S = 1.0  # after the first rank has ended, so that the cause is seen beside what it brings about in others
 LONGEST_PAUSE_S = 60.0
 
@@ -86,7 +87,9 @@ def run_workers(
     group: WorkerGroup,
     *,
     progress: Callable[[], Hashable] = lambda: None,
+    starting: Callable[[], None] = lambda: None,
     restarting: Callable[[End, float], None] = lambda end, pause_s: None,
+    hung: Callable[[], End | None] = lambda: None,
 ) -> None:
     """Run `function(settings)` on every worker of the group and wait until all have returned.
 
@@ -96,7 +99,10 @@ def run_workers(
         settings: Passed to the function as it is.
         group: Size and resources. When a worker dies or raises, the whole group starts again.
         progress: What has been reached, for example the newest checkpoint. Failures are counted anew when it changes.
+        starting: Called before each start of the group.
         restarting: Told of each restart: how the group ended, and the seconds until it starts again.
+        hung: Asked about once a second while the function runs: whether the group has to be ended, and why. Ray notices
+            a process that has died, none that hangs.
 
     Raises:
         WorkersFailed: A `fatal` exception, or more than `max_failures` failures without progress.
@@ -104,7 +110,8 @@ def run_workers(
     attempts, failures, reached = 0, 0, progress()
     while True:
         attempts += 1
-        end = _attempt(cluster, function, settings, group)
+        starting()
+        end = _attempt(cluster, function, settings, group, hung)
         if end is None:
             return
         if progress() != reached:
@@ -146,7 +153,11 @@ class _Worker:
 
 
 def _attempt(
-    cluster: Cluster, function: Callable[[dict[str, Any]], None], settings: dict[str, Any], group: WorkerGroup
+    cluster: Cluster,
+    function: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    group: WorkerGroup,
+    hung: Callable[[], End | None],
 ) -> End | None:
     """One life of the group; None when every worker has returned."""
     bundle = {"CPU": group.cpus_per_worker, "GPU": group.gpus_per_worker}
@@ -176,7 +187,9 @@ def _attempt(
             worker.run.remote(function, settings, environment): rank
             for rank, (worker, environment) in enumerate(zip(ranked, variables, strict=True))
         }
-        errors = _errors(running)
+        errors = _errors(running, hung)
+        if isinstance(errors, End):
+            return errors
         return classify(errors, group.fatal) if errors else None
     finally:
         for worker in workers:
@@ -184,14 +197,20 @@ def _attempt(
         remove_placement_group(places)
 
 
-def _errors(running: Mapping[Any, int]) -> dict[int, RayError]:
-    """Wait until all ranks have returned, or one has not: then for what the others say within a moment."""
+def _errors(running: Mapping[Any, int], hung: Callable[[], End | None]) -> dict[int, RayError] | End:
+    """Wait until all ranks have returned, or one has not: then for what the others say within a moment.
+
+    Returns:
+        What ranks raised, or how the group has to end because it hangs.
+    """
     waiting = list(running)
     errors: dict[int, RayError] = {}
     while waiting:
-        ended, waiting = ray.wait(waiting, num_returns=1, timeout=SETTLE_S if errors else None)
-        if not ended:
+        ended, waiting = ray.wait(waiting, num_returns=1, timeout=SETTLE_S if errors else WATCH_S)
+        if not ended and errors:
             break
+        if not ended and (end := hung()) is not None:
+            return end
         for reference in ended:
             try:
                 ray.get(reference)

@@ -44,6 +44,7 @@ from pretrain.record.events import (
     Warned,
 )
 from pretrain.record.events import Start as Started
+from pretrain.record.heartbeat import Heartbeat, beating
 from pretrain.record.journal import Journal
 from pretrain.record.run_dir import RunDir
 from pretrain.training import frozen_teachers, state
@@ -74,6 +75,7 @@ class Process:
         emit: Takes events; of other ranks than the first they go nowhere.
         clock: Runs until the first step is done.
         stop: Whether this process was asked to stop.
+        heartbeat: Told what this rank is doing.
         size: Of the model, one line for people.
     """
 
@@ -83,6 +85,7 @@ class Process:
     emit: Emit
     clock: StartupClock
     stop: StopRequest
+    heartbeat: Heartbeat
     size: str
 
 
@@ -118,43 +121,45 @@ def train(
         LoaderError: A loader process died or hangs.
     """
     clock = StartupClock(launched, placed)
-    device = pick_device(plan.recipe.train.device)
-    rank, world_size = init_distributed(device)
-    if world_size != plan.recipe.train.workers:
-        raise ValueError(f"{world_size} workers were started, but train.workers={plan.recipe.train.workers}")
-    clock.note("joined")
+    run, settings = RunDir(run_dir), plan.recipe.train
+    device = pick_device(settings.device)
+    with beating(run, int(os.environ["RANK"]), settings.hang_after_s) as heartbeat:
+        heartbeat.beat("start", 0)
+        rank, world_size = init_distributed(device, settings.collective_timeout_s)
+        if world_size != settings.workers:
+            raise ValueError(f"{world_size} workers were started, but train.workers={settings.workers}")
+        clock.note("joined")
 
-    run = RunDir(run_dir)
-    store.place(run_dir, plan.recipe.checkpoints.storage)
-    start, found = state.find_start(run_dir, plan.stages[0].recipe)
-    is_first = rank == 0
-    with (
-        Journal(run.journal) if is_first else nullcontext() as journal,
-        watched(run.stop_request if is_first else None) as stop,
-    ):
+        store.place(run_dir, plan.recipe.checkpoints.storage)
+        start, found = state.find_start(run_dir, plan.stages[0].recipe)
+        is_first = rank == 0
+        with (
+            Journal(run.journal) if is_first else nullcontext() as journal,
+            watched(run.stop_request if is_first else None) as stop,
+        ):
 
-        def emit(event: Event) -> None:
-            if journal is not None:
-                journal.write(event)
-                if listener is not None:
-                    listener(event)
+            def emit(event: Event) -> None:
+                if journal is not None:
+                    journal.write(event)
+                    if listener is not None:
+                        listener(event)
 
-        process = Process(plan, run, device, emit, clock, stop, size)
-        first = 0 if found is None else plan.index_at(found.step)
-        handed: dict[str, torch.Tensor] = {}  # weights of the stage before
-        stopped: int | None = None
-        for index in range(first, len(plan.stages)):
-            if index > first:
-                start, found = state.stage_start(run_dir, plan, index), None
-            stopped = train_stage(process, index, start, found, handed)
-            if stopped is not None:
-                break
-        if stopped is None or stopped == plan.total_steps:
-            emit(Finished(step=plan.total_steps))
-        else:
-            emit(Stopped(step=stopped))
-    dist.barrier()  # all ranks: nobody leaves while rank 0 still publishes
-    dist.destroy_process_group()
+            process = Process(plan, run, device, emit, clock, stop, heartbeat, size)
+            first = 0 if found is None else plan.index_at(found.step)
+            handed: dict[str, torch.Tensor] = {}  # weights of the stage before
+            stopped: int | None = None
+            for index in range(first, len(plan.stages)):
+                if index > first:
+                    start, found = state.stage_start(run_dir, plan, index), None
+                stopped = train_stage(process, index, start, found, handed)
+                if stopped is not None:
+                    break
+            if stopped is None or stopped == plan.total_steps:
+                emit(Finished(step=plan.total_steps))
+            else:
+                emit(Stopped(step=stopped))
+        dist.barrier()  # all ranks: nobody leaves while rank 0 still publishes
+        dist.destroy_process_group()
     return stopped in (None, plan.total_steps)
 
 
@@ -175,6 +180,7 @@ def train_stage(
     """
     plan, run, device, emit = process.plan, process.run, process.device, process.emit
     stage, recipe, rank = plan.stages[index], plan.stages[index].recipe, dist.get_rank()
+    process.heartbeat.beat("start", found.step if found else stage.first_step)
     emit(Preparing(what="building the model"))
     torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
     objective = build_objective(recipe)
@@ -222,7 +228,7 @@ def run_steps(
     Returns:
         The step of the run after which it was stopped, with a checkpoint; None: all were done.
     """
-    recipe, run, emit, clock = stage.recipe, process.run, process.emit, process.clock
+    recipe, run, emit, clock, heartbeat = stage.recipe, process.run, process.emit, process.clock, process.heartbeat
     total, accumulation = recipe.train.steps, recipe.train.accumulation or 1
     batches = iter(stream)
     samples = SampleRecord(run, is_wanted=recipe.data.record_samples)
@@ -236,10 +242,13 @@ def run_steps(
 
     for step in range(first_step - stage.first_step, total):
         done = stage.first_step + step + 1  # of the run
+        heartbeat.beat("start" if clock.is_running else "data", done)
         with throughput.waiting():
             loaded = [next(batches) for _ in range(accumulation)]
         samples.write(done, loaded)
         clock.note("first_batch")
+        if not clock.is_running:  # the first step, which compiles and reserves, belongs to the start
+            heartbeat.beat("step", done)
 
         is_logged = (step + 1) % recipe.train.log_every == 0 or step + 1 == total
         progress = Progress(step, total, is_logged)
@@ -267,6 +276,7 @@ def run_steps(
                     write_image_grid(run.visualizations(done), pictures)
                     emit(Visualizations(step=done, path=run.relative(run.visualizations(done))))
             if result.stops or _is_due(step + 1, total, recipe.train.checkpoint_every):
+                heartbeat.beat("checkpoint", done)
                 emit(CheckpointPublished(step=done, path=run.relative(take(done))))
         if result.stops:
             return done

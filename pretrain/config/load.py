@@ -77,6 +77,8 @@ _RESUMABLE = (
     "train.accumulation",
     "train.checkpoint_blocks",
     "train.max_failures",
+    "train.hang_after_s",
+    "train.collective_timeout_s",
     "train.keep_last",
     "train.keep_best",
     "data.train",

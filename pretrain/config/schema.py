@@ -218,6 +218,15 @@ class TrainConfig:
     keep_last: int = setting("newest checkpoints whose training state is kept; backbones all stay", 2, range=(1, None))
     keep_best: int = setting("best checkpoints by evaluation.select that keep theirs besides", 1, range=(0, None))
     max_failures: int = setting("restarts of the workers with no new checkpoint between them", 3, range=(0, None))
+    hang_after_s: float = setting(
+        "seconds of a step after which silent workers are ended, with their stacks in logs/, and start again; three "
+        "times as many of a start and of a checkpoint; 0: never",
+        600.0,
+        range=(0, None),
+    )
+    collective_timeout_s: float = setting(
+        "seconds that a worker waits for the others before it gives up", 1800.0, range=(1, None)
+    )
     max_skipped_steps: int = setting(
         "steps with a non-finite loss that are skipped before the run ends", 10, range=(0, None)
     )

@@ -52,6 +52,8 @@ FIXED = (
     "train.keep_last",
     "train.keep_best",
     "train.max_failures",
+    "train.hang_after_s",
+    "train.collective_timeout_s",
     "train.max_skipped_steps",
     "train.stop_on_collapse",
 )

@@ -39,6 +39,7 @@ from pretrain.record.events import (
     Start,
     Stopped,
 )
+from pretrain.record.heartbeat import Watchdog
 from pretrain.record.interrupts import heard
 from pretrain.record.journal import Journal, read_events
 from pretrain.record.run_dir import RunDir, resume_command, stopped_line
@@ -177,7 +178,7 @@ class Driver:
     def _train_and_evaluate(self, cluster: Cluster, gpus_per_worker: float) -> None:
         from cluster.connect import is_alive
         from cluster.tasks import TaskQueue, gpu_share
-        from cluster.workers import WorkerGroup, run_workers
+        from cluster.workers import End, WorkerGroup, run_workers
 
         slots = self.recipe.evaluation.slots
         trainer_gpus = self.recipe.train.workers * gpus_per_worker
@@ -198,12 +199,24 @@ class Driver:
             fatal=(RequestError, ValueError, ArithmeticError, DiskFull, store.CheckpointError),
         )
         arguments = {"plan": self.plan, "run_dir": str(self.run_dir.path), "launched": self.launched}
+        watchdog = Watchdog(self.run_dir, self.recipe.train.hang_after_s)
+
+        def hung() -> End | None:
+            silence = watchdog.look()
+            return None if silence is None else End("failed", silence.rank, silence.text)
 
         def train() -> None:
             self.run_dir.training.touch()
             try:
                 run_workers(
-                    cluster, train_worker, arguments, group, progress=self._newest_step, restarting=self._say_restart
+                    cluster,
+                    train_worker,
+                    arguments,
+                    group,
+                    progress=self._newest_step,
+                    starting=watchdog.forget,
+                    restarting=self._say_restart,
+                    hung=hung,
                 )
             finally:
                 self.run_dir.training.unlink(missing_ok=True)

@@ -11,6 +11,7 @@
              logs/                output of the processes
              stop                 a request to end after the next step
              training             there while workers train: evaluations leave the cores to them
+             heartbeat/           what each rank is doing, while it does it
              report.html
 
 Not here: what the files mean (`pretrain.record.events`), what a checkpoint holds beside the names of its files.
@@ -120,6 +121,22 @@ class RunDir:
 
     def worker_log(self, rank: int) -> Path:
         return self.logs / f"worker-{rank}.log"
+
+    def worker_stacks(self, rank: int) -> Path:
+        """Stacks of all threads of a rank that hung, or was asked for them."""
+        return self.logs / f"worker-{rank}.stacks"
+
+    def heartbeat(self, rank: int) -> Path:
+        """What a rank is doing (`pretrain.record.heartbeat`)."""
+        return self.path / "heartbeat" / f"rank-{rank:05d}"
+
+    def heartbeats(self) -> list[Path]:
+        """Of all ranks that have begun and not ended, by rank."""
+        return sorted((self.path / "heartbeat").glob("rank-*"))
+
+    def rank_of(self, heartbeat: Path) -> int:
+        """Whose heartbeat a file is."""
+        return int(heartbeat.name.removeprefix("rank-"))
 
     def samples(self, rank: int) -> Path:
         """The record of samples of one rank."""

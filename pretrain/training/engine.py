@@ -15,6 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,15 +53,26 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
-def init_distributed(device: torch.device) -> tuple[int, int]:
-    """Join the process group that the environment describes (as torchrun sets it); returns (rank, world size)."""
+def init_distributed(device: torch.device, timeout_s: float = 1800.0) -> tuple[int, int]:
+    """Join the process group that the environment describes (as torchrun sets it); returns (rank, world size).
+
+    Args:
+        device: Of this rank; picks NCCL or gloo.
+        timeout_s: Seconds that this rank waits for the others in a collective.
+    """
     # DeepSpeed probes for accelerators at import; saying which one keeps it from warning and from choosing another.
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, store=loopback_store(rank, world_size), rank=rank, world_size=world_size)
+    dist.init_process_group(
+        backend,
+        store=loopback_store(rank, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
     with deepspeed_internals.importing_without_mlflow():
         import deepspeed
 

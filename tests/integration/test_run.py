@@ -37,7 +37,7 @@ def test_run__killed_worker_recovers_is_evaluated_and_pulled(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     storage = tmp_path / "storage"
     log = tmp_path / "run.log"
-    settings = [f"storage={storage}", "tracking.also=[tensorboard]"]
+    settings = [f"storage={storage}", "tracking.also=[tensorboard]", "train.hang_after_s=20"]
     with log.open("w") as file:
         run = subprocess.Popen(
             [sys.executable, "-m", "pretrain", "run", str(recipe), *settings], stdout=file, stderr=file
@@ -45,17 +45,23 @@ def test_run__killed_worker_recovers_is_evaluated_and_pulled(
     try:
         wait_for(lambda: bool(list(storage.glob("small-*/journal.jsonl"))), 240, log)
         (run_dir,) = storage.glob("small-*")
-        wait_for(lambda: max(losses(run_dir), default=0) >= 6, 240, log)
+        wait_for(lambda: max(losses(run_dir), default=0) >= 1, 240, log)
+        os.kill(_starts(run_dir)[-1].pids[1], signal.SIGSTOP)  # it hangs: nothing but a watchdog can notice
+        wait_for(lambda: len(_starts(run_dir)) == 2 and max(losses(run_dir), default=0) >= 6, 240, log)
         assert _addresses_listened_on(run.pid) == {"127.0.0.1"}  # nothing of a private run can be reached from outside
-        start = next(event for event in read_events(run_dir / "journal.jsonl")[0] if isinstance(event, Start))
-        os.kill(start.pids[1], signal.SIGKILL)
+        os.kill(_starts(run_dir)[-1].pids[1], signal.SIGKILL)
         assert run.wait(400) == 0, log.read_text()[-3000:]
     finally:
         run.kill()
 
     assert losses(run_dir) == losses(whole)  # the same recipe, undisturbed and without Ray
     resumed = [event for event in read_events(run_dir / "journal.jsonl")[0] if isinstance(event, Resumed)]
-    assert [event.step for event in resumed] in ([4], [8])  # it may train on until the signal arrives
+    steps = [event.step for event in resumed]  # it may train on until a signal arrives
+    assert len(_starts(run_dir)) == 3 and steps == sorted(steps) and set(steps) <= {4, 8}
+    assert "no sign of life for" in log.read_text() and not list((run_dir / "heartbeat").iterdir())
+    # Its peer waits in a collective and tells where; a process that was stopped tells nothing.
+    assert "in all_reduce" in (run_dir / "logs" / "worker-0.stacks").read_text()
+    assert not psutil.pid_exists(_starts(run_dir)[0].pids[1])
 
     evaluations = read_events(run_dir / "evaluations.jsonl")[0]
     scores = [event for event in evaluations if isinstance(event, Evaluated)]
@@ -69,6 +75,10 @@ def test_run__killed_worker_recovers_is_evaluated_and_pulled(
     assert (run_dir / "report.html").is_file() and list(run_dir.glob("tensorboard/events.*"))
 
     _check_pulled(storage, tmp_path / "pulled")
+
+
+def _starts(run_dir: Path) -> list[Start]:
+    return [event for event in read_events(run_dir / "journal.jsonl")[0] if isinstance(event, Start)]
 
 
 _TELLS_OF_TASKS = """
