@@ -383,7 +383,9 @@ def _npy(data: bytes) -> Array:
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise DataError(f"array holds {dtype}, not plain numbers; Python objects and records are never read")
     expected, found = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
-    if expected != found or found == 0:
+    if expected == 0:
+        raise DataError(f"array of shape {shape} is empty")
+    if expected != found:
         raise DataError(f"array of shape {shape} and type {dtype} needs {expected} bytes, there are {found}")
     values = np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if is_fortran else "C")
     return values.astype(dtype.newbyteorder("="), copy=False)

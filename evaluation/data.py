@@ -19,11 +19,21 @@ from data_pipelines.decode import IMAGE_FIELDS, decode_array, decode_arrays, dec
 from data_pipelines.errors import DataError
 from data_pipelines.fields import decode_field, label_mix_up
 from data_pipelines.shards.dataset import Dataset, open_dataset
+from data_pipelines.shards.manifest import MANIFEST_NAME
 from data_pipelines.split_names import held_out
 from evaluation.keys import digest_of
 from evaluation.protocol import LABELS, EvaluationError, Label, Protocol
 
-__all__ = ["IGNORED", "EvaluationData", "LabelMaps", "OpenedData", "class_label", "has_labels", "require_labels"]
+__all__ = [
+    "IGNORED",
+    "EvaluationData",
+    "LabelMaps",
+    "OpenedData",
+    "class_label",
+    "has_labels",
+    "require_classes",
+    "require_labels",
+]
 
 IGNORED = -1  # what `LabelMaps` puts where the data has its ignore value
 DEFAULT_IGNORE_INDEX = 255
@@ -64,10 +74,10 @@ class EvaluationData:
             ignore_index=description.get("ignore_index", DEFAULT_IGNORE_INDEX),
             sequences=_sequences(description),
         )
-        if spec.target_label.axes and opened.num_classes is None:
-            raise EvaluationError(
-                f"evaluation data {self.name!r}: {root / 'dataset.json'} must list `classes` for dense labels"
-            )
+        try:
+            require_classes(splits["train"], spec.target_label)
+        except EvaluationError as error:
+            raise EvaluationError(f"evaluation data {self.name!r}: {root}: {error}") from None
         return opened
 
 
@@ -199,6 +209,19 @@ def require_labels(dataset: Dataset, label: Label) -> None:
     if not has_labels(dataset, label):
         found = ", ".join(decode_arrays(dataset.read(0)[field]))
         raise DataError(f"{dataset.where(0)}, field {field}: no array {label.array!r} with labels; it has {found}")
+
+
+def require_classes(dataset: Dataset, label: Label) -> None:
+    """Refuse dense labels of which nothing says how many classes they have.
+
+    Raises:
+        EvaluationError: the data set lists no `classes`, which samples with a label each may do without.
+    """
+    if label.axes and not dataset.description.get("classes"):
+        raise EvaluationError(
+            f"{MANIFEST_NAME} must list `classes` for dense labels, their names in index order: `pretrain data pack "
+            "--classes NAME,...` writes them"
+        )
 
 
 def class_label(sample: Mapping[str, Any], classes: Sequence[str] | None) -> int:

@@ -113,6 +113,11 @@ class VoxelEncoder(Encoder):
         return self.grid_at(shape[1:])
 
     @property
+    def unit_channels(self) -> int:
+        """Channels of a radiance grid, from the first, with values in [0, 1]: colors, and alpha where it is stored."""
+        return 4 if self._density == "alpha" else 3
+
+    @property
     def num_patches(self) -> int:
         """N at `size`."""
         return self.grid[0] * self.grid[1] * self.grid[2]

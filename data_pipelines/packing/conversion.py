@@ -26,7 +26,7 @@ from data_pipelines.field_kinds import field_kind
 from data_pipelines.fields import decode_field
 from data_pipelines.packing.inputs import Item, Piece, suffix_of
 from data_pipelines.packing.point_files import read_points
-from data_pipelines.packing.volume_files import read_volume
+from data_pipelines.packing.volume_files import read_labels, read_volume
 from data_pipelines.pixel_sums import PixelSums
 
 __all__ = ["Conversion", "Encoding", "Sample", "convert", "parse_encoding"]
@@ -99,8 +99,10 @@ def convert(item: Item, conversion: Conversion) -> Sample:
     sample = Sample(label=item.label)
     if conversion.family == "points":
         (piece,) = item.pieces
-        points = read_points(_read(conversion.root, piece), suffix_of(piece.path))
-        sample.fields[piece.field] = _npy(points)
+        found = read_points(_read(conversion.root, piece), suffix_of(piece.path))
+        sample.fields[piece.field] = _npy(found.points)
+        if found.origin is not None:
+            sample.facts["origin"] = list(found.origin)
     elif conversion.family == "volumes":
         _add_volume(sample, item, conversion)
     else:
@@ -178,11 +180,10 @@ def _add_volume(sample: Sample, item: Item, conversion: Conversion) -> None:
     found = read_volume(_read(conversion.root, volume), suffix_of(volume.path))
     labels = found.labels
     for mask in masks:
-        labels = read_volume(_read(conversion.root, mask), suffix_of(mask.path)).values
-        if labels.shape != found.values.shape[-3:]:
-            raise DataError(f"labels of shape {labels.shape} do not fit the volume of shape {found.values.shape}")
+        labels = read_labels(_read(conversion.root, mask), suffix_of(mask.path), found)
     sample.fields[volume.field] = _npy(found.values)
     if labels is not None:
+        _check_mask(labels, conversion)
         sample.fields["seg.npy"] = _npy(labels)
     if found.spacing is not None:
         sample.facts["spacing"] = list(found.spacing)
@@ -198,7 +199,7 @@ def _check_mask(values: npt.NDArray[Any], conversion: Conversion) -> None:
         return
     num_classes = len(conversion.classes)
     ignored = DEFAULT_IGNORE_INDEX if conversion.ignore_index is None else conversion.ignore_index
-    wrong = values[(values >= num_classes) & (values != ignored)]
+    wrong = values[((values < 0) | (values >= num_classes)) & (values != ignored)]
     if wrong.size:
         raise DataError(f"mask has the value {wrong[0]}; there are {num_classes} classes and ignore_index {ignored}")
 

@@ -39,7 +39,7 @@ __all__ = [
 
 FAMILIES = {
     "images": (".jpg", ".jpeg", ".png", ".webp"),
-    "points": (".npy", ".npz", ".ply", ".off", ".txt"),
+    "points": (".npy", ".npz", ".ply", ".off", ".txt", ".xyz"),
     "volumes": (".nii", ".nii.gz", ".npy", ".npz"),
     "tars": (".tar", ".tar.gz", ".tgz"),
 }

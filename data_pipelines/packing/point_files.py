@@ -1,9 +1,11 @@
-"""Point clouds as other programs store them, to one table: `.npy .npz .ply .off .txt` -> (n, 3 + k) float32.
+"""Point clouds as other programs store them, to one table: `.npy .npz .ply .off .txt .xyz` -> (n, 3 + k) float32.
 
 Meshes give their vertices. Formats: PLY 1.0 (Turk, "The PLY polygon file format", 1994), OFF as Geomview and
 ModelNet write it. Sizes that a header claims are checked against the bytes that are there before anything is allocated.
 
-Not here: surface sampling, scaling, what training does with a cloud (`points`).
+Clouds so far from the origin that float32 would blur them, as those of maps, are shifted to it; the shift is kept.
+
+Not here: surface sampling, scaling, what training does with a cloud (`views.kinds.points`).
 
 Legend: n points, k values per point besides x, y, z.
 """
@@ -21,7 +23,7 @@ import numpy.typing as npt
 from data_pipelines.decode import decode_arrays
 from data_pipelines.errors import DataError
 
-__all__ = ["read_points"]
+__all__ = ["PointFile", "read_points"]
 
 _PLY_TYPES = {
     **dict.fromkeys(("char", "int8"), "i1"),
@@ -33,35 +35,55 @@ _PLY_TYPES = {
     **dict.fromkeys(("float", "float32"), "f4"),
     **dict.fromkeys(("double", "float64"), "f8"),
 }
+_MOST_VALUES = 64  # of a point; a table that is wider than long, and wider than this, lies on its side
+_LEAST_STEPS = 1 << 12  # of float32 that a cloud spans, else it is shifted: 13 bits are what half precision has
 _PLY_ORDER = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 _OFF_HEAD = re.compile(r"(?:ST)?C?N?OFF\b\s*|(?:ST)?C?N?OFF(?=\d)")  # ModelNet has files that begin "OFF490 518 0"
 
 
-def read_points(data: bytes, suffix: str) -> npt.NDArray[np.float32]:
+class PointFile(NamedTuple):
+    """A cloud, and the position in the file's coordinates that is its origin; None: that of the file."""
+
+    points: npt.NDArray[np.float32]  # (n, 3 + k): x, y, z first, other values per point in the order of the file
+    origin: tuple[float, float, float] | None
+
+
+def read_points(data: bytes, suffix: str) -> PointFile:
     """Read a cloud.
 
     Args:
         suffix: of the file, lower case with the dot; decides the format.
 
     Returns:
-        (n, 3 + k): x, y, z first, other values per point in the order of the file; OFF gives x, y, z only.
+        The cloud; OFF gives x, y, z only.
 
     Raises:
-        DataError: damaged, of a variant that is not supported, empty, or not finite.
+        DataError: damaged, of a variant that is not supported, empty, not finite, or without extent.
     """
     return _checked(_READERS[suffix](data))
 
 
-def _checked(table: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _checked(table: npt.NDArray[Any]) -> PointFile:
     if table.ndim != 2 or table.shape[1] < 3 or len(table) == 0 or table.dtype.kind not in "fiu":
         raise DataError(
             f"array of shape {table.shape} and type {table.dtype} is no cloud; it must be (n, 3 + k) numbers"
         )
+    if table.shape[1] > max(len(table), _MOST_VALUES):
+        raise DataError(f"array of shape {table.shape} has a row for each value; it must have one for each point")
     with np.errstate(over="ignore"):  # what overflows float32 is reported as not finite
-        points = np.ascontiguousarray(table, np.float32)
+        points = np.array(table, np.float32, order="C")
     if not np.isfinite(points).all():
         raise DataError(f"{int((~np.isfinite(points)).any(axis=1).sum())} of {len(points)} points are not finite")
-    return points
+    positions = table[:, :3].astype(np.float64)
+    low, high = positions.min(axis=0), positions.max(axis=0)
+    extent, farthest = float((high - low).max()), float(np.abs(positions).max())
+    if extent == 0:
+        raise DataError(f"all {len(table)} points are at one place")
+    if extent >= _LEAST_STEPS * np.finfo(np.float32).eps * farthest:
+        return PointFile(points, None)
+    points[:, :3] = positions - (low + high) / 2
+    x, y, z = (float(value) for value in (low + high) / 2)
+    return PointFile(points, (x, y, z))
 
 
 def _from_arrays(data: bytes) -> npt.NDArray[Any]:
@@ -127,7 +149,7 @@ def _from_ply(data: bytes) -> npt.NDArray[Any]:
         raise DataError(f"PLY file is cut: {vertex.size} vertices need {vertex.size * record.itemsize} bytes, "
                         f"{max(available, 0)} are there")  # fmt: skip
     table = np.frombuffer(data, record, vertex.size, body_begin + skipped)
-    return np.stack([table[f"p{column}"].astype(np.float32) for column in columns], axis=1)  # (n, 3 + k)
+    return np.stack([table[f"p{column}"].astype(np.float64) for column in columns], axis=1)  # (n, 3 + k)
 
 
 def _ply_header(text: str) -> tuple[str, list[_Element]]:
@@ -189,6 +211,7 @@ _READERS: dict[str, Callable[[bytes], npt.NDArray[Any]]] = {
     ".npy": _from_arrays,
     ".npz": _from_arrays,
     ".txt": _from_text,
+    ".xyz": _from_text,
     ".off": _from_off,
     ".ply": _from_ply,
 }

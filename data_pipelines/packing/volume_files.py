@@ -18,9 +18,11 @@ import numpy.typing as npt
 from data_pipelines.decode import decode_arrays
 from data_pipelines.errors import DataError
 
-__all__ = ["VolumeFile", "read_volume"]
+__all__ = ["VolumeFile", "read_labels", "read_volume"]
 
 _MAX_BYTES = 2 << 30  # unpacked
+_LARGEST_LABEL = (1 << 15) - 1
+_PLACE_TOLERANCE_MM = 0.1  # between the corners of a volume and of its labels, as their files place them
 _KEPT = ("uint8", "int8", "uint16", "int16", "float16", "float32")
 
 
@@ -29,8 +31,9 @@ class VolumeFile:
     """A volume and what its file says about it."""
 
     values: npt.NDArray[Any]  # (D, H, W), or (C, D, H, W)
-    labels: npt.NDArray[Any] | None = None  # shape of `values`, when the file has them
+    labels: npt.NDArray[Any] | None = None  # whole numbers (D, H, W), when the file has them
     spacing: tuple[float, ...] | None = None  # millimetres along D, H, W
+    corners: npt.NDArray[np.float64] | None = None  # (4, 3) where the first voxel and the ends of the axes lie, mm
 
 
 def read_volume(data: bytes, suffix: str) -> VolumeFile:
@@ -51,14 +54,55 @@ def read_volume(data: bytes, suffix: str) -> VolumeFile:
     if values is None:
         raise DataError(f"npz holds {', '.join(sorted(arrays)) or 'nothing'}; name the volume 'volume' or 'image'")
     labels = next((arrays[name] for name in ("label", "labels", "seg") if name in arrays), None)
-    if labels is not None and labels.shape != values.shape[-3:]:
-        raise DataError(f"labels of shape {labels.shape} do not fit the volume of shape {values.shape}")
     spacing = arrays.get("spacing")
+    volume = _compact(values)
     return VolumeFile(
-        _compact(values),
-        None if labels is None else _compact(labels),
+        volume,
+        None if labels is None else _whole_labels(labels, volume.shape),
         None if spacing is None else tuple(float(step) for step in spacing.ravel()),
     )
+
+
+def read_labels(data: bytes, suffix: str, volume: VolumeFile) -> npt.NDArray[Any]:
+    """Read the classes of the voxels of a volume from a file of their own.
+
+    Args:
+        suffix: see `read_volume`.
+        volume: that they belong to.
+
+    Returns:
+        (D, H, W) whole numbers.
+
+    Raises:
+        DataError: see `read_volume`; or they have another shape or place than the volume, or are no whole numbers.
+    """
+    found = read_volume(data, suffix)
+    labels = _whole_labels(found.values, volume.values.shape)
+    if volume.corners is not None and found.corners is not None:
+        away = float(np.abs(volume.corners - found.corners).max())
+        if away > _PLACE_TOLERANCE_MM:
+            raise DataError(
+                f"labels lie {away:.3g} mm away from the volume, or are turned or mirrored, by the affines of the two "
+                "files; bring them onto the voxels of the volume"
+            )
+    return labels
+
+
+def _whole_labels(labels: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Labels as integers of at most 16 bits.
+
+    Raises:
+        DataError: another shape than the volume's, fractions, or numbers that are no classes.
+    """
+    if labels.shape != shape[-3:]:
+        raise DataError(f"labels of shape {labels.shape} do not fit the volume of shape {shape}")
+    if labels.dtype.kind not in "fiub" or not (labels == np.round(labels)).all():
+        raise DataError(f"labels are {labels.dtype} with fractions; they must be whole numbers, one for each class")
+    least, largest = float(labels.min()), float(labels.max())
+    if max(-least - 1, largest) > _LARGEST_LABEL:
+        raise DataError(f"labels go from {least:g} to {largest:g}; they must be class indices within 16 bits")
+    kept = labels.dtype.kind in "iu" and labels.dtype.itemsize <= 2
+    return _compact(labels if kept else labels.astype(np.uint8 if least >= 0 and largest < 256 else np.int16))
 
 
 def _from_nifti(data: bytes) -> VolumeFile:
@@ -73,13 +117,15 @@ def _from_nifti(data: bytes) -> VolumeFile:
             raise DataError(f"volume of shape {image.shape} exceeds {_MAX_BYTES} bytes as float64")
         values = np.asanyarray(image.dataobj)  # scaled to floats only where the header asks for it
         steps = image.header.get_zooms()
+        ends = np.vstack([np.zeros(3), np.diag(np.array((*image.shape, 1, 1)[:3]) - 1)])  # (4, 3) voxels
+        corners = nibabel.affines.apply_affine(image.affine, ends)
     except DataError:
         raise
     except Exception as error:  # nibabel documents no base class for what damaged headers raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"cannot read NIfTI of {len(data)} bytes: {reason}") from None
     spatial = tuple(float(step) for step in steps[:3])
-    return VolumeFile(_compact(values.T), spacing=spatial[::-1])  # (x, y, z) -> (z, y, x)
+    return VolumeFile(_compact(values.T), None, spatial[::-1], corners)  # (x, y, z) -> (z, y, x)
 
 
 def _gunzip(data: bytes) -> bytes:
@@ -104,7 +150,8 @@ def _compact(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         values = values.astype(np.uint8)
     elif values.dtype.newbyteorder("=").name not in _KEPT:
         fits = values.dtype.kind in "iu" and values.min() >= -(1 << 15) and values.max() < 1 << 15
-        values = values.astype(np.int16 if fits else np.float32)
+        with np.errstate(over="ignore"):  # what overflows float32 is reported as not finite
+            values = values.astype(np.int16 if fits else np.float32)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise DataError(f"{int((~np.isfinite(values)).sum())} of {values.size} voxels are not finite")
     return np.ascontiguousarray(values, values.dtype.newbyteorder("<"))

@@ -15,6 +15,7 @@ Not here: pixels as tensors (`rays`), which part of the world is fitted (`boxes`
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -167,6 +168,7 @@ def _from_files(files: SceneFiles, axes: str) -> Scene:
         points = colmap_points(files, model)
     else:
         raise DataError(f"{files.path} holds no scene; a scene has {_LAYOUTS}")
+    _require_distinct(shots)
     train, held_out = _divided(shots, str(files.path))
     sha = hashlib.sha256(f"{layout}\n".encode())
     views, seen = ([_view(shot, files, sha) for shot in part] for part in (train, held_out))
@@ -181,6 +183,15 @@ def _view(shot: Shot, files: SceneFiles, sha: Any) -> View:
     numbers = (camera.width, camera.height, camera.fx, camera.fy, camera.cx, camera.cy)
     sha.update(f"{shot.picture} {numbers}\n".encode() + camera.pose.tobytes() + hashlib.sha256(data).digest())
     return View(shot.picture, camera)
+
+
+def _require_distinct(shots: Sequence[Shot]) -> None:
+    """Refuse a picture that is listed twice: one copy would be fitted, and the other held out to judge the fit."""
+    seen: dict[str, str] = {}
+    for shot in shots:
+        first = seen.setdefault(shot.picture, shot.where)
+        if first is not shot.where:
+            raise DataError(f"{shot.where}: its picture is that of {first} already; list each picture once")
 
 
 def _divided(shots: Sequence[Shot], where: str) -> tuple[list[Shot], list[Shot]]:
@@ -218,7 +229,7 @@ def _from_npz(path: Path, axes: str) -> Scene:
         raise DataError(f"{path}: images has the shape {images.shape}; it must be (n, height, width, 3 or 4)")
     if len(poses) != len(images):
         raise DataError(f"{path}: {len(poses)} poses for {len(images)} images; give one of each")
-    if focal.size != 1 or not focal.item() > 0:
+    if focal.size != 1 or not 0 < focal.item() < math.inf:
         raise DataError(f"{path}: focal={focal.tolist()} is no length in pixels; give one number above 0")
     pixels = [_rgba(image, f"{path}: image {number}") for number, image in enumerate(images)]
     views = list(_views_of_npz(path, pixels, poses, float(focal.item()), axes))

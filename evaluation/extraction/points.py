@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.decode import decode_array
-from data_pipelines.views.kinds.points import farthest_points
+from data_pipelines.views.kinds.points import farthest_points, shape_in_float32
 from evaluation.extraction.recipe import Extraction, Size
 from evaluation.protocol import EvaluationError, Protocol
 
@@ -29,8 +29,6 @@ __all__ = ["POINTS"]
 
 DEFAULT_NUM_POINTS = 1024  # of an encoder whose settings name no number
 CENTER = 1e-3  # squared distance to the center up to which a point is chosen as the first one only
-MIN_RADIUS = 1e-8  # a cloud whose points are all the same stays at the origin
-
 Cloud = npt.NDArray[np.float32]
 
 
@@ -52,17 +50,18 @@ def _prepare(content: Any, recipe: Mapping[str, Any]) -> Tensor:
         raise EvaluationError(f"array of shape {values.shape} is no cloud (N, 3 or more columns)")
     if len(values) < recipe["num_points"]:
         raise EvaluationError(f"the cloud has {len(values)} points; the backbone takes {recipe['num_points']}")
-    cloud = values.astype(np.float32)  # before distances: the squares of half precision are worth nothing
+    with np.errstate(over="ignore"):  # what overflows float32 is reported as not finite
+        cloud = values.astype(np.float32)  # before distances: the squares of half precision are worth nothing
+    cloud[:, :3] = _in_unit_sphere(shape_in_float32(values[:, :3]))
     if not np.isfinite(cloud).all():
         raise EvaluationError("the cloud has values that are not finite")
-    cloud[:, :3] = _in_unit_sphere(cloud[:, :3])
     return torch.from_numpy(cloud[_chosen(cloud[:, :3], recipe["num_points"])])
 
 
 def _in_unit_sphere(xyz: Cloud) -> Cloud:
     xyz = xyz - xyz.mean(axis=0)
     radius = float(np.sqrt((xyz**2).sum(axis=1).max()))
-    return xyz / np.float32(max(radius, MIN_RADIUS))
+    return xyz / np.float32(radius)
 
 
 def _chosen(xyz: Cloud, num_points: int) -> npt.NDArray[np.int64]:

@@ -110,6 +110,7 @@ class NeRFMAE(Objective):
                 "array": config.volume_array,
                 "flip": tuple(config.flip),
                 "turn": config.turn,
+                "unit_channels": self.backbone.unit_channels,
                 "return_size": True,
             }
         ]

@@ -97,6 +97,7 @@ class PointMAE(Objective):
                 "name": "points",
                 "kind": "points",
                 "num_points": self.backbone.num_points,
+                "min_points": max(self.backbone.num_groups, self.backbone.group_size),
                 "normalize": "unit_sphere",
                 "rotate": config.rotate,
                 "scale": tuple(config.scale),

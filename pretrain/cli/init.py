@@ -209,10 +209,14 @@ def _look_at(folder: Path) -> Found:
 
 
 def _shards(folder: Path) -> Found:
+    from backbones.registry import IMAGE
     from data_pipelines.shards.dataset import open_dataset
     from pretrain.config.checks.evaluation import evaluation_data_problem
+    from pretrain.config.pairing import source_problem
 
     dataset = open_dataset(str(folder / "train-*.tar"))
+    if problem := source_problem(IMAGE, str(folder / "train-*.tar"), allow_pipe=False):
+        raise RequestError(f"DATA {folder}: {problem}; init writes recipes of photos only")
     ids = range(0, len(dataset), max(1, len(dataset) // _LOOKED_AT))
     side, examples = _sides([dict(dataset.read(sample)) for sample in list(ids)[:_LOOKED_AT]])
     labels = "cls" in dataset.fields and evaluation_data_problem(folder) is None

@@ -52,7 +52,8 @@ def photos_problem(kind: str) -> str | None:
     """Why a backbone of this kind cannot read a folder of photos; None where it can, or where that is not known."""
     if kind == IMAGE or kind not in _VIEWS:
         return None
-    return f"it holds photos, and {_reads(kind)}; {_fitting(IMAGE)}"
+    grids = "photos with known cameras become volumes by `pretrain data radiance`; " if kind == "voxels" else ""
+    return f"it holds photos, and {_reads(kind)}; {grids}{_fitting(IMAGE)}"
 
 
 def _telling(kind: str) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from data_pipelines.shards.source import expand_source
 from data_pipelines.storage.locations import is_local
 from data_pipelines.views.maker import ViewMaker
 from data_pipelines.views.specs import views_from
-from evaluation.data import require_labels
+from evaluation.data import require_classes, require_labels
 from evaluation.extraction.recipe import extraction_of
 from evaluation.registry import EvaluationError, protocol
 from objectives.base import Objective
@@ -148,6 +148,7 @@ def _evaluation_data(recipe: Recipe) -> Iterator[str]:
                     dataset = open_dataset(str(first))
                     require_labels(dataset, protocol(task.protocol).target_label)
                     dataset.require_field(*extraction_of(recipe.backbone.kind).inputs)
+                    require_classes(dataset, protocol(task.protocol).target_label)
             except (DataError, EvaluationError) as error:
                 yield f"evaluation.data.{task.data}={directory}: protocol {task.protocol}: {error}"
 

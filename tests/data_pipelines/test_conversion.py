@@ -211,3 +211,17 @@ def test_convert__photos_above_the_limit_of_pixels_are_decoded_smaller(
 def test_convert__what_a_format_cannot_hold_is_one_rejected_item(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"20000 x 2 pixels cannot be written as WEBP: .*; give a --size"):
         converted(tmp_path, {"jpg": encoded(np.zeros((2, 20000, 3), np.uint8))}, encoding=Encoding("WEBP", 80))
+
+
+def test_convert__labels_of_volumes_are_classes_of_the_data_set(tmp_path: Path) -> None:
+    def volume(largest: int) -> dict[str, bytes]:
+        file = io.BytesIO()
+        np.savez(file, image=np.zeros((2, 3, 4), np.uint8), label=np.full((2, 3, 4), largest, np.int16))
+        return {"volume.npz": file.getvalue()}
+
+    for allowed in (4, 255):
+        fields = converted(tmp_path, volume(allowed), family="volumes", classes=CLASSES).fields
+        assert set(fields) == {"volume.npz", "seg.npy", "json"}
+    for wrong in (5, -1):
+        with pytest.raises(DataError, match=f"mask has the value {wrong}; there are 5 classes and ignore_index 255"):
+            converted(tmp_path, volume(wrong), family="volumes", classes=CLASSES)

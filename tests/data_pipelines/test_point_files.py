@@ -62,7 +62,8 @@ def ply(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["ascii", "binary_little_endian", "binary_big_endian"])
 def test_read_points__ply_gives_coordinates_first_whatever_lies_around_them(kind: str) -> None:
-    points = read_points(ply(kind), ".ply")
+    points, origin = read_points(ply(kind), ".ply")
+    assert origin is None
     assert points.dtype == np.float32
     np.testing.assert_array_equal(points, COLOURED)
 
@@ -77,26 +78,42 @@ def test_read_points__ply_gives_coordinates_first_whatever_lies_around_them(kind
     ],
 )
 def test_read_points__off_gives_the_vertices(text: str) -> None:
-    np.testing.assert_array_equal(read_points(text.encode(), ".off"), POINTS)
+    np.testing.assert_array_equal(read_points(text.encode(), ".off").points, POINTS)
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".xyz"])
 @pytest.mark.parametrize("text", ["0.5 -1 2\n3 4 5\n-6 7e-3 8\n", "# x,y,z\n0.5,-1,2\n\n3;4;5 // last\n-6,7e-3,8"])
-def test_read_points__text_is_a_table(text: str) -> None:
-    np.testing.assert_array_equal(read_points(text.encode(), ".txt"), POINTS)
+def test_read_points__text_is_a_table(text: str, suffix: str) -> None:
+    np.testing.assert_array_equal(read_points(text.encode(), suffix).points, POINTS)
 
 
 def test_read_points__arrays_become_float32() -> None:
     half = POINTS.astype(np.float16)
-    np.testing.assert_array_equal(read_points(npy(half), ".npy"), half.astype(np.float32))
-    np.testing.assert_array_equal(read_points(npy(COLOURED.astype(np.float64)), ".npy"), COLOURED)
-    np.testing.assert_array_equal(read_points(npy(np.asfortranarray(POINTS)), ".npy"), POINTS)
-    np.testing.assert_array_equal(read_points(npz(other=COLOURS, points=POINTS), ".npz"), POINTS)
-    np.testing.assert_array_equal(read_points(npz(cloud=POINTS), ".npz"), POINTS)
+    np.testing.assert_array_equal(read_points(npy(half), ".npy").points, half.astype(np.float32))
+    np.testing.assert_array_equal(read_points(npy(COLOURED.astype(np.float64)), ".npy").points, COLOURED)
+    np.testing.assert_array_equal(read_points(npy(np.asfortranarray(POINTS)), ".npy").points, POINTS)
+    np.testing.assert_array_equal(read_points(npz(other=COLOURS, points=POINTS), ".npz").points, POINTS)
+    np.testing.assert_array_equal(read_points(npz(cloud=POINTS), ".npz").points, POINTS)
+
+
+def test_read_points__clouds_of_a_map_keep_their_shape() -> None:
+    cloud = np.random.default_rng(0).normal(size=(100, 3)) + np.array([4.5e6, 6e5, 100.0])
+    binary = b"ply\nformat binary_little_endian 1.0\nelement vertex 100\nproperty double x\nproperty double y\n"
+    binary += b"property double z\nend_header\n" + cloud.astype("<f8").tobytes()
+    text = "\n".join(" ".join(map(repr, row)) for row in cloud.tolist()).encode()
+    for data, suffix in ((npy(cloud), ".npy"), (binary, ".ply"), (text, ".xyz")):
+        points, origin = read_points(data, suffix)
+        assert points.dtype == np.float32 and np.abs(points).max() < 4
+        assert origin is not None
+        np.testing.assert_allclose(points + np.array(origin), cloud, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("data", "suffix", "named"),
     [
+        (npy(np.ones((5, 3))), ".npy", "all 5 points are at one place"),
+        (npy(np.arange(300.0).reshape(3, 100)), ".npy", r"shape \(3, 100\) has a row for each value"),
+        (npy(np.zeros((0, 3))), ".npy", r"array of shape \(0, 3\) is empty"),
         (b"", ".off", "not an OFF text file"),
         (b"OFF BINARY\n\0\0", ".off", "not an OFF text file"),
         (b"nOFF\n4\n1 0 0\n", ".off", "not an OFF text file"),

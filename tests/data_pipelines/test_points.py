@@ -14,7 +14,13 @@ from data_pipelines.decode import decode_array
 from data_pipelines.errors import DataError
 from data_pipelines.randomness import ViewRandom
 from data_pipelines.shards.dataset import open_dataset
-from data_pipelines.views.kinds.points import PointsView, choose_points, farthest_points, random_rotation
+from data_pipelines.views.kinds.points import (
+    PointsView,
+    choose_points,
+    farthest_points,
+    random_rotation,
+    shape_in_float32,
+)
 from data_pipelines.views.maker import ViewMaker
 from data_pipelines.views.specs import views_from
 
@@ -68,8 +74,8 @@ def test_farthest_points__equals_the_plain_definition() -> None:
 def test_make__unit_sphere(cloud: np.ndarray) -> None:
     made = PointsView("p", 128, normalize="unit_sphere").make(cloud, ViewRandom(0))
     assert np.abs(made.mean(0)).max() < 1e-6 and np.linalg.norm(made, axis=1).max() == pytest.approx(1.0)
-    one = PointsView("p", 4, normalize="unit_sphere").make(np.full((1, 3), 7.0), ViewRandom(0))
-    assert (one == 0).all()
+    copies = np.concatenate([np.zeros((999, 3)), np.ones((1, 3))])  # of which four are drawn, all at one place
+    assert (PointsView("p", 4, normalize="unit_sphere").make(copies, ViewRandom(0)) == 0).all()
 
 
 @pytest.mark.parametrize("axis", ["x", "y", "z", "any"])
@@ -168,3 +174,35 @@ def test_view_maker__broken_cloud_is_named() -> None:
     maker = ViewMaker((PointsView("c", 4),), frozenset({"points.npy"}))
     with pytest.raises(DataError, match=r"^field points.npy: array of shape \(4, 2\) is no cloud"):
         maker({"points.npy": file.getvalue()}, 0)
+
+
+def test_make__shape_survives_any_scale_and_place(cloud: np.ndarray) -> None:
+    view = PointsView("p", 64, normalize="unit_sphere", choose="farthest")
+    xyz = cloud[:, :3].astype(np.float64)
+    expected = view.make(xyz, ViewRandom(3))
+    for moved in (xyz * 2.0**90, xyz * 2.0**900, xyz * 2.0**-90, (xyz * 2.0**100).astype(np.float32)):
+        np.testing.assert_allclose(view.make(moved, ViewRandom(3)), expected, atol=1e-5)
+    np.testing.assert_allclose(view.make(xyz + np.array([4.5e6, 6e5, 0]), ViewRandom(3)), expected, atol=1e-5)
+
+
+def test_shape_in_float32__of_small_types_only_the_exponent_changes(cloud: np.ndarray) -> None:
+    for dtype in (np.float16, np.float32):
+        xyz = cloud[:, :3].astype(dtype)
+        shaped = shape_in_float32(xyz)
+        factors = np.unique(xyz.astype(np.float64) / shaped)
+        assert shaped.dtype == np.float32 and len(factors) == 1 and np.frexp(factors[0])[0] == 0.5
+
+
+def test_make__clouds_without_a_shape_are_refused(cloud: np.ndarray) -> None:
+    view = PointsView("p", 64, normalize="unit_sphere", min_points=8, features=2)
+    not_finite = cloud.copy()
+    not_finite[0, 4] = np.nan
+    for values, said in (
+        (np.ones((100, 5), np.float32), "all 100 points of the cloud are at one place"),
+        (cloud[:7], "the cloud has 7 points; 8 or more are needed"),
+        (not_finite, "the cloud has features that are not finite"),
+        (cloud[:, ::-1] * np.inf, "the cloud has positions that are not finite"),
+        (cloud + np.float32(4.5e6), r"steps of float32 wide, so far from the origin does it lie; subtract an offset"),
+    ):
+        with np.errstate(all="ignore"), pytest.raises(DataError, match=said):
+            view.make(values, ViewRandom(0))

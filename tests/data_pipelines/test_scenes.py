@@ -158,6 +158,10 @@ BLENDER_FAULTS = {
         lambda s: change(s, "transforms_train.json", lambda d: d["frames"][0].update(file_path="../secret")),
         "'../secret' lies outside of the scene",
     ),
+    "twice": (
+        lambda s: change(s, "transforms_train.json", lambda d: d.update(frames=d["frames"] * 2)),
+        "frame 0 (./train/r_0) already; list each picture once",
+    ),
     "too few": (
         lambda s: change(s, "transforms_train.json", lambda d: d.update(frames=d["frames"][:1])),
         "0 views to fit and 1 to hold out; a scene needs 3 or more",
@@ -247,6 +251,7 @@ NPZ_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "shape": ({"images": np.zeros((10, 8, 8))}, "images has the shape (10, 8, 8)"),
     "range": ({"images": np.full((10, 8, 8, 3), 255.0)}, "image 0: holds float64 in [255, 255]"),
     "focal": ({"focal": np.array(0.0)}, "focal=0.0 is no length in pixels"),
+    "endless focal": ({"focal": np.array(np.inf)}, "focal=inf is no length in pixels"),
     "pose": ({"poses": np.zeros((10, 4, 4))}, "image 0: the last row of the pose is 0 0 0 0"),
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.packing.volume_files import read_volume
+from data_pipelines.packing.volume_files import read_labels, read_volume
 
 VALUES = np.arange(24, dtype=np.int16).reshape(2, 3, 4) - 5
 
@@ -75,6 +75,47 @@ def test_read_volume__nifti_comes_out_slices_first(tmp_path: Path, suffix: str) 
     assert found.spacing == (2.0, 1.0, 0.5)
     with pytest.raises(DataError, match=r"NIfTI|gzip"):
         read_volume(data[: len(data) // 2], suffix)
+
+
+@pytest.mark.parametrize("stored", [np.float64, np.int64, np.uint16, np.bool_])
+def test_read_labels__are_whole_numbers(stored: type) -> None:
+    labels = (VALUES > 3).astype(stored)
+    for found in (
+        read_labels(npy(labels), ".npy", read_volume(npy(VALUES), ".npy")),
+        read_volume(npz(image=VALUES, label=labels), ".npz").labels,
+    ):
+        assert found is not None and found.dtype.kind in "iu" and found.dtype.itemsize <= 2
+        np.testing.assert_array_equal(found, VALUES > 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (VALUES + 0.5, "labels are float.* with fractions"),
+        (VALUES.astype(np.int64) + 70_000, "labels go from 69995 to 70018"),
+        (VALUES[:1], r"labels of shape \(1, 3, 4\) do not fit"),
+        (VALUES[None], r"labels of shape \(1, 2, 3, 4\) do not fit"),
+    ],
+)
+def test_read_labels__says_what_is_wrong(labels: np.ndarray, named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        read_labels(npy(labels), ".npy", read_volume(npy(VALUES), ".npy"))
+    with pytest.raises(DataError, match=named):
+        read_volume(npz(image=VALUES, label=labels), ".npz")
+
+
+def test_read_labels__of_another_place_are_refused(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+
+    def scan(*diagonal: float) -> bytes:
+        nibabel.save(nibabel.Nifti1Image(np.abs(VALUES), np.diag(diagonal)), tmp_path / "scan.nii")
+        return (tmp_path / "scan.nii").read_bytes()
+
+    volume = read_volume(scan(1.0, 1.0, 2.0, 1.0), ".nii")
+    assert read_labels(scan(1.0, 1.0, 2.01, 1.0), ".nii", volume).shape == volume.values.shape
+    assert read_labels(npy(np.abs(VALUES).T), ".npy", volume).shape == volume.values.shape
+    with pytest.raises(DataError, match="labels lie 2 mm away from the volume, or are turned or mirrored"):
+        read_labels(scan(-1.0, 1.0, 2.0, 1.0), ".nii", volume)
 
 
 @pytest.mark.parametrize(

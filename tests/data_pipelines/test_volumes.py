@@ -125,3 +125,24 @@ def test_view_maker__labels_lie_on_the_voxels_of_shared_data(shared_data: Path) 
         inside = tuple(slice(0, size) for size in sizes)
         shown = [batch[name][0, row, 0][inside].int().ravel().tolist() for name in ("image", "label")]
         assert set(zip(*shown, strict=True)) <= pairs
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
+def test_cut__voxels_that_are_not_finite_are_refused(bad: float) -> None:
+    volume = np.zeros((1, 4, 4, 4))
+    volume[0, 1, 2, 3] = bad
+    view = VolumeView("v", (4, 4, 4))
+    with pytest.raises(DataError, match="1 of 64 voxels are not finite"):
+        view.cut(volume, view.place((4, 4, 4), ViewRandom(0)))
+
+
+def test_cut__unit_channels_are_bytes_or_in_the_unit_interval() -> None:
+    view = VolumeView("v", (4, 4, 4), unit_channels=3)
+    place = view.place((4, 4, 4), ViewRandom(0))
+    grid = np.random.default_rng(0).random((4, 4, 4, 4)).astype(np.float32)
+    grid[3] *= 50  # a density
+    for good in (grid, (grid[:3] * 255).astype(np.uint8)):
+        assert np.array_equal(view.cut(good, place), good)
+    for bad in (grid * 300, -grid, (grid * 65535 / 50).astype(np.uint16)):
+        with pytest.raises(DataError, match=r"its first 3 channels are .*; they must be uint8, or numbers in \[0, 1\]"):
+            view.cut(bad, place)

@@ -114,6 +114,11 @@ def test_init__wrong_requests_leave_nothing(
         ("my photos/cat/0.jpg", "is a file; expected the folder of photos or shards"),
         ("my photo", "no such directory; did you mean '{}/my photos'?"),
         ("texts", "no shards (.tar) and no photos (.jpg .jpeg .png .webp) in it"),
+        (
+            "clouds",
+            "no shards (.tar) and no photos (.jpg .jpeg .png .webp) in it; point clouds and volumes are packed first: "
+            "pretrain data pack {}/clouds shards/",
+        ),
         ("${y}", "what has ${ in its own name has to be renamed, or reached through a link"),
         ("x${y", "what has ${ in its own name has to be renamed, or reached through a link"),
     ],
@@ -124,6 +129,8 @@ def test_init_and_run__say_the_same_of_data_that_are_none(
     (tmp_path / "texts" / "more").mkdir(parents=True)
     (tmp_path / "texts" / "more" / "around").symlink_to("..")
     (tmp_path / "texts" / "self").symlink_to("self")
+    (tmp_path / "clouds" / "chair").mkdir(parents=True)
+    (tmp_path / "clouds" / "chair" / "0.ply").touch()
     shutil.copytree(photos / "cat", tmp_path / "${y}")
     shutil.copytree(photos / "cat", tmp_path / "x${y")
     before = files(tmp_path)

@@ -128,7 +128,11 @@ def test_look_ahead__labels_of_volumes_are_an_array_of_the_npz(tmp_path: Path, m
                 member = tarfile.TarInfo("a.npz")
                 member.size = len(file.getvalue())
                 tar.addfile(member, io.BytesIO(file.getvalue()))
-    look_ahead(load_plan("volume_mae_hippocampus", [f"data.root={tmp_path / 'labelled'}"]))
+    labelled = load_plan("volume_mae_hippocampus", [f"data.root={tmp_path / 'labelled'}"])
+    with pytest.raises(RequestError, match=r"protocol voxel_segmentation: dataset\.json must list `classes` for dense"):
+        look_ahead(labelled)
+    (tmp_path / "labelled" / "dataset.json").write_text('{"classes": ["ground", "organ"]}')
+    look_ahead(labelled)
     with pytest.raises(RequestError) as refused:
         look_ahead(load_plan("volume_mae_hippocampus", [f"data.root={tmp_path / 'bare'}"]))
     said = str(refused.value)

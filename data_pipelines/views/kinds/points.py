@@ -34,7 +34,7 @@ from data_pipelines.specs import (
 )
 from data_pipelines.views.base import ARRAY_FIELDS, ArrayReading, Reading, View
 
-__all__ = ["PointsView", "choose_points", "farthest_points", "random_rotation"]
+__all__ = ["PointsView", "choose_points", "farthest_points", "random_rotation", "shape_in_float32"]
 
 Cloud = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -43,6 +43,9 @@ _CHOICES = ("random", "replace", "farthest")
 _NORMALIZATIONS = ("none", "unit_sphere")
 _ROTATIONS = ("none", "x", "y", "z", "any")
 _JITTER_LIMIT = 5.0  # standard deviations
+# Steps of the stored type that a cloud spans at least: with fewer its points lie on a visible lattice.
+_LEAST_STEPS = 64
+_SMALL_TYPES = ("float16", "float32", "int8", "uint8", "int16", "uint16", "bool")  # whose values float32 holds exactly
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class PointsView(View):
         count: clouds of this kind per sample, which get a first dimension; without it there is one cloud and none.
         field: npy or npz to read.
         array: which array of an npz.
+        min_points: a cloud with fewer is refused.
         features: columns behind the three of the position to keep; never changed, also not by a rotation.
         choose: `random` without replacement (of a smaller cloud every point, and some again), `replace`, or
             `farthest`: farthest-point sampling from a random start.
@@ -73,6 +77,7 @@ class PointsView(View):
     count: int | None = None
     field: str | None = None
     array: str | None = None
+    min_points: int = 1
     features: int = 0
     choose: str = "random"
     normalize: str = "none"
@@ -99,7 +104,7 @@ class PointsView(View):
         return {self.name: self.stacked([self.make(content, rng) for _ in range(self.count or 1)])}
 
     def _check(self, where: str) -> None:
-        require_integers(where, 1, num_points=self.num_points)
+        require_integers(where, 1, num_points=self.num_points, min_points=self.min_points)
         require_count(where, self.count)
         require_integers(where, 0, features=self.features)
         require_choice(where, "choose", self.choose, _CHOICES)
@@ -123,13 +128,20 @@ class PointsView(View):
             (num_points, 3 + features) float32.
 
         Raises:
-            DataError: another shape, or a position is not finite.
+            DataError: another shape, too few points, a position that is not finite, or no extent to normalize.
         """
         if values.ndim != 2 or values.shape[1] < 3 + self.features:
             raise DataError(f"array of shape {values.shape} is no cloud (N, {3 + self.features} or more columns)")
-        cloud = values[:, : 3 + self.features].astype(np.float32)
-        if not np.isfinite(cloud[:, :3]).all():
-            raise DataError("the cloud has positions that are not finite")
+        if len(values) < self.min_points:
+            raise DataError(f"the cloud has {len(values)} points; {self.min_points} or more are needed")
+        with np.errstate(over="ignore"):  # what overflows float32 is reported as not finite
+            cloud = values[:, : 3 + self.features].astype(np.float32)
+        if self.normalize == "unit_sphere":
+            cloud[:, :3] = shape_in_float32(values[:, :3])
+        if not np.isfinite(cloud).all():
+            raise DataError(
+                f"the cloud has {'features' if np.isfinite(cloud[:, :3]).all() else 'positions'} that are not finite"
+            )
         cloud = cloud[choose_points(cloud[:, :3], self.num_points, self.choose, rng)]
         cloud[:, :3] = self._moved(cloud[:, :3], rng)
         if self.drop:
@@ -141,7 +153,7 @@ class PointsView(View):
         if self.normalize == "unit_sphere":
             xyz = xyz - xyz.mean(0)
             radius = math.sqrt((xyz**2).sum(1).max())
-            xyz = xyz / np.float32(max(radius, 1e-9))  # a cloud of one point stays at the origin
+            xyz = xyz / np.float32(max(radius, 1e-9))  # points chosen of one place stay at the origin
         if self.rotate != "none":
             xyz = xyz @ random_rotation(self.rotate, rng).T
         if self.scale != (1.0, 1.0):
@@ -152,6 +164,39 @@ class PointsView(View):
             noise = torch.randn(xyz.shape, generator=rng.generator()).clamp_(-_JITTER_LIMIT, _JITTER_LIMIT)
             xyz = xyz + (self.jitter * noise).numpy()
         return xyz
+
+
+def shape_in_float32(xyz: npt.NDArray[Any]) -> Cloud:
+    """The positions of a cloud in float32, up to a shift and a factor, so that its shape survives normalization.
+
+    The factor is a power of two, which changes no digit: squares of the largest numbers would overflow. Wide types are
+    shifted to their mean first: coordinates of a map have no digits left for the shape in float32.
+
+    Args:
+        xyz: (N, 3) numbers.
+
+    Raises:
+        DataError: a number is not finite, all points are at one place, or the stored type has too few digits for the
+            shape so far from the origin.
+    """
+    wide = xyz.astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise DataError("the cloud has positions that are not finite")
+    exponent = int(np.frexp(np.abs(wide).max())[1])
+    wide = np.ldexp(wide, -exponent)  # in [-1, 1]
+    extent = float((wide.max(0) - wide.min(0)).max())
+    step = float(np.finfo(xyz.dtype).eps) if xyz.dtype.kind == "f" else 0.0
+    if extent <= 0:
+        raise DataError(f"all {len(xyz)} points of the cloud are at one place; leave it out")
+    if extent < _LEAST_STEPS * step:
+        raise DataError(
+            f"the cloud is {extent / step:.0f} steps of {xyz.dtype} wide, so far from the origin does it lie; subtract "
+            "an offset before it is stored, or store float64"
+        )
+    if xyz.dtype.name not in _SMALL_TYPES:
+        wide = wide - wide.mean(0)
+        wide = np.ldexp(wide, -int(np.frexp(np.abs(wide).max())[1]))
+    return wide.astype(np.float32)
 
 
 def choose_points(xyz: Cloud, num_points: int, how: str, rng: ViewRandom) -> Ids:

@@ -30,6 +30,8 @@ __all__ = ["Placement", "VolumeView", "as_volume"]
 
 Array = npt.NDArray[Any]
 
+_TOLERANCE = 1e-3  # by which rounding may leave the unit interval
+
 
 class Placement(NamedTuple):
     """Which part of a volume is shown, and how it is turned: shared by the views of one sample that belong together."""
@@ -66,6 +68,7 @@ class VolumeView(View):
         fill: value of padding, in units of the result.
         same_crop_as: an earlier volume view whose turns and cuts this one shows too (of labels, say); its count, flip,
             turn and plane hold here.
+        unit_channels: this many channels, from the first, hold values in [0, 1], or bytes; others are refused.
         return_size: also give `<name>.size`, int64 (3,): voxels along each axis that are not padding.
     """
 
@@ -83,6 +86,7 @@ class VolumeView(View):
     window: tuple[float, float] | None = None
     fill: float = 0.0
     same_crop_as: str | None = None
+    unit_channels: int = 0
     return_size: bool = False
 
     @property
@@ -121,6 +125,7 @@ class VolumeView(View):
             refuse(where, "size", self.size, "[voxels, voxels, voxels]")
         for side in self.size:
             require_integers(where, 1, size=side)
+        require_integers(where, 0, unit_channels=self.unit_channels)
         if not isinstance(self.flip, tuple) or len(self.flip) != 3:
             refuse(where, "flip", self.flip, "a probability for each of three axes")
         for chance in self.flip:
@@ -156,7 +161,8 @@ class VolumeView(View):
             (C, *size), float32 with a window, else as stored.
 
         Raises:
-            DataError: the placement was drawn for a volume of another shape, or `fill` is no value of its type.
+            DataError: the placement was drawn for a volume of another shape, `fill` is no value of its type, or what
+                is shown is not finite in float32 or not in the unit interval where it has to be.
         """
         if volume.shape[1:] != placement.shape:
             raise DataError(f"volume of shape {volume.shape[1:]} does not lie on the one of shape {placement.shape}")
@@ -166,6 +172,7 @@ class VolumeView(View):
         volume = np.flip(volume, tuple(axis + 1 for axis in placement.flipped_axes))
         ranges = zip(placement.start, self.size, strict=True)
         part = volume[(slice(None), *(slice(start, start + length) for start, length in ranges))]
+        self._require_values(part)
         if self.window is not None:
             low, high = self.window
             part = ((part.astype(np.float32) - low) / (high - low)).clip(0.0, 1.0)
@@ -174,6 +181,18 @@ class VolumeView(View):
         out = np.full((len(volume), *self.size), self.fill, part.dtype)
         out[(slice(None), *map(slice, part.shape[1:]))] = part
         return out
+
+    def _require_values(self, part: Array) -> None:
+        if part.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                num_wrong = int((~np.isfinite(part.astype(np.float32, copy=False))).sum())
+            if num_wrong:
+                raise DataError(f"{num_wrong} of {part.size} voxels are not finite")
+        unit = part[: self.unit_channels]
+        if unit.size and unit.dtype != np.uint8 and not (unit.min() >= -_TOLERANCE and unit.max() <= 1 + _TOLERANCE):
+            values = f"{unit.dtype} in [{unit.min():g}, {unit.max():g}]"
+            what = f"its first {self.unit_channels} channels are {values}"
+            raise DataError(f"{what}; they must be uint8, or numbers in [0, 1]")
 
     def shown_size(self, placement: Placement) -> list[int]:
         """Voxels along each axis of the result that are not padding."""

@@ -43,7 +43,10 @@ def data_folder_problem(folder: Path) -> str | None:
 
     if (folder / MANIFEST_NAME).exists() or holds(folder, "images", "tars"):  # whoever opens shards says which are gone
         return None
-    return f"no shards (.tar) and no photos ({' '.join(FAMILIES['images'])}) in it"
+    problem = f"no shards (.tar) and no photos ({' '.join(FAMILIES['images'])}) in it"
+    if holds(folder, "points", "volumes"):
+        problem += f"; point clouds and volumes are packed first: pretrain data pack {folder} shards/"
+    return problem
 
 
 def check_root(draft: Recipe, mistakes: Mistakes) -> None:
