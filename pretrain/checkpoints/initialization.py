@@ -44,7 +44,7 @@ from pretrain.checkpoints.store import (
     latest,
     read_manifest,
 )
-from pretrain.config.optimizer_facts import RESHARDABLE
+from pretrain.config.optimizer_facts import is_reshardable
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage
 from pretrain.config.teachers import patch_size_of
@@ -301,7 +301,8 @@ def _check_state(found: Published, recipe: Recipe) -> None:
     elif found.step >= train.steps:
         wrong.append(f"{found.location} is at step {found.step}; train.steps={train.steps} leaves nothing to do")
     is_cut_anew = manifest["world_size"] != train.workers and bool(train.zero_stage)
-    if is_cut_anew and recipe.optimizer.name not in RESHARDABLE:
+    shards = 3 if manifest["format"] == 1 else train.zero_stage or 0  # of format 1 all are DeepSpeed's
+    if is_cut_anew and not is_reshardable(recipe.optimizer.name, shards):
         wrong.append(f"the shards of {recipe.optimizer.name} fit train.workers={manifest['world_size']} only")
     if wrong:
         raise RequestError(*wrong)

@@ -1,6 +1,6 @@
 """Checkpoints: directories that appear complete or not at all, and are verified before anything of them is used.
 
-    step-00000100/  backbone.safetensors  recipe.yaml  checkpoint.json  training_state/ (DeepSpeed's shards, RNG states)
+    step-00000100/  backbone.safetensors  recipe.yaml  checkpoint.json  training_state/ (shards, RNG states)
                     heads.safetensors (of objectives whose outputs another run can learn)
 
 Publication. Each rank stages its files on its own disk, digests them and hands them to the storage; rank 0 then
@@ -12,9 +12,10 @@ the mark `training_state.removed`, written first: from then on nobody resumes fr
 state is still being deleted.
 
 Trust. `verify` is the only verifier; it refuses a checkpoint whose manifest does not list what would be loaded. Using a
-backbone reads safetensors, JSON and YAML. DeepSpeed writes `training_state` as pickles; resuming reads them with the
-unpickler of torch for weights, which builds tensors, numbers and texts and runs no code. Digests tell that the files
-are those that the manifest lists, not who wrote the manifest (docs/security.md).
+backbone reads safetensors, JSON and YAML, and so does resuming. Only ZeRO stage 3 and format 1 have files of DeepSpeed
+in `training_state`, which are pickles: they are read with the unpickler of torch for weights, which builds tensors,
+numbers and texts and runs no code. Digests tell that the files are those that the manifest lists, not who wrote the
+manifest (docs/security.md).
 
 Not here: the kinds of storage (`pretrain.checkpoints.storage`), copies of remote checkpoints
 (`pretrain.checkpoints.copies`), finding them by name (`pretrain.checkpoints.references`), when to publish
@@ -65,7 +66,8 @@ __all__ = [
     "verify",
 ]
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)  # that are read; of 1 the training state is DeepSpeed's in every ZeRO stage
 TRAINING_STATE = "training_state"
 REMOVED = "training_state.removed"
 REFERENCES = "companions.json"  # in a training state: where weights that it has not come from, with their sha256
@@ -276,8 +278,8 @@ def parse_manifest(content: bytes, origin: str) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{origin}: not valid JSON ({error})") from None
     found = manifest.get("format") if isinstance(manifest, dict) else "?"
-    if found != FORMAT:
-        raise CheckpointError(f"{origin}: format {found}, expected {FORMAT}")
+    if found not in FORMATS or isinstance(found, bool):
+        raise CheckpointError(f"{origin}: format {found}, expected {' or '.join(map(str, FORMATS))}")
     files = manifest.get("files")
     is_listing = isinstance(files, dict) and all(
         isinstance(facts, dict) and isinstance(facts.get("sha256"), str) and isinstance(facts.get("bytes"), int)

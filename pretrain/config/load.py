@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from data_pipelines.storage.locations import redacted
 from pretrain.config.layers import resolved
 from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
-from pretrain.config.optimizer_facts import RESHARDABLE
+from pretrain.config.optimizer_facts import RESHARDABLE, is_reshardable
 from pretrain.config.recipe_files import read_yaml, recipe_content, recipe_names, recipe_path
 from pretrain.config.schema import (
     REQUIRED,
@@ -260,9 +260,9 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
         for stage in content.get("stages") or [{}]:
             keys = ("optimizer.name", "train.zero_stage", "train.micro_batch_size", "train.global_batch_size")
             optimizer, zero_stage, micro, total = (_written(content, stage, path, key) for key in keys)
-            if zero_stage and optimizer not in RESHARDABLE:
+            if not is_reshardable(optimizer, zero_stage):
                 known = f"DeepSpeed can cut anew only the state of {', '.join(RESHARDABLE)}"
-                raise RequestError(f"train.workers={workers}: the run uses {optimizer} sharded, and {known}")
+                raise RequestError(f"train.workers={workers}: the run uses {optimizer} in ZeRO stage 3, and {known}")
             share = (int(workers) if workers.isdigit() else 0) * (micro if isinstance(micro, int) else 0)
             are_whole = are_whole and share > 0 and isinstance(total, int) and total % share == 0
         if len(open_keys) == 2:

@@ -9,7 +9,7 @@ Imports no torch, so that a recipe is checked without it.
 
 from __future__ import annotations
 
-__all__ = ["NAMES", "RESHARDABLE", "WHOLE_PARAMETER"]
+__all__ = ["NAMES", "RESHARDABLE", "WHOLE_PARAMETER", "is_reshardable"]
 
 ELEMENTWISE = ("adamw", "nadamw", "adoptw", "lion", "sgdw")
 WHOLE_PARAMETER = {  # name -> what it computes of a parameter as a whole
@@ -18,5 +18,10 @@ WHOLE_PARAMETER = {  # name -> what it computes of a parameter as a whole
     "muon": "an orthogonal matrix per parameter",
 }
 NAMES = (*ELEMENTWISE, *WHOLE_PARAMETER)
-# DeepSpeed cuts shards anew for another number of ranks only where the state is Adam's two moments.
+# DeepSpeed cuts its own shards anew for another number of ranks only where the state is Adam's two moments.
 RESHARDABLE = ("adamw", "nadamw", "adoptw")
+
+
+def is_reshardable(name: str, zero_stage: int) -> bool:
+    """Whether another number of ranks can go on with the state; only in stage 3 the shards are DeepSpeed's."""
+    return zero_stage != 3 or name in RESHARDABLE

@@ -5,6 +5,9 @@
 * `deepspeed.ops.__compatible_ops__`: which compiled operations may be loaded.
 * `engine.optimizer.persistent_parameters` and `Parameter.all_gather`: what ZeRO-3 keeps whole between steps.
 * `engine.optimizer.optimizer`: the torch optimizer under a ZeRO optimizer, whose state is this rank's shards.
+* Of a ZeRO optimizer of stages 1 and 2 `single_partition_of_fp32_groups`, `round_robin_bit16_groups` with `_offsets`,
+  `partition_size`, `bit16_groups_flat` and `parallel_partitioned_bit16_groups`: the flat vectors and their pieces.
+* `engine.global_steps`, `global_samples`, `skipped_steps`: what an engine counts.
 * `engine._config.load_universal_checkpoint`. Its public form, the key `checkpoint.load_universal`, is read once when an
   engine is built, before it is known whether the shards of a checkpoint fit.
 * `deepspeed.checkpoint.ds_to_universal.main`: a command line without a function behind it.
@@ -30,14 +33,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 __all__ = [
+    "FlatGroup",
     "compiling_at_first_call",
+    "counts",
+    "flat_groups",
     "full_shape",
     "gather_persistent_parameters",
     "gradient_share",
@@ -50,7 +56,10 @@ __all__ = [
     "reading_universal",
     "release",
     "scale_gradient",
+    "set_counts",
     "shard_states",
+    "spread_masters",
+    "torch_optimizer",
     "write_universal",
 ]
 
@@ -116,6 +125,70 @@ def gather_persistent_parameters(engine: Any) -> None:
     kept_whole = engine.optimizer.persistent_parameters
     if kept_whole:
         kept_whole[0].all_gather(kept_whole)
+
+
+class FlatGroup(NamedTuple):
+    """A parameter group of stages 1 and 2: one flat vector, its parameters one after another.
+
+    Attributes:
+        master: This rank's piece of it in float32; the last ranks' end in padding.
+        start: Where the piece starts.
+        parameters: With the offset of each.
+    """
+
+    master: torch.Tensor
+    start: int
+    parameters: list[tuple[torch.nn.Parameter, int]]
+
+
+def flat_groups(engine: Any) -> list[FlatGroup]:
+    """The vectors of stages 1 and 2, in the order of the optimizer's groups, whose one parameter is a piece."""
+    optimizer = engine.optimizer
+    rank = dist.get_rank()
+    return [
+        FlatGroup(master.data, rank * size, list(zip(parameters, offsets, strict=True)))
+        for master, size, parameters, offsets in zip(
+            optimizer.single_partition_of_fp32_groups,
+            optimizer.partition_size,
+            optimizer.round_robin_bit16_groups,
+            optimizer.round_robin_bit16_offsets,
+            strict=True,
+        )
+    ]
+
+
+@torch.no_grad()
+def spread_masters(engine: Any) -> None:
+    """Stages 1 and 2: make the model's weights what the pieces of all ranks say. A collective."""
+    optimizer = engine.optimizer
+    for master, pieces, flat in zip(
+        optimizer.single_partition_of_fp32_groups,
+        optimizer.parallel_partitioned_bit16_groups,
+        optimizer.bit16_groups_flat,
+        strict=True,
+    ):
+        own = master.to(device=flat.device, dtype=pieces[dist.get_rank()].dtype, copy=True)
+        dist.all_gather_into_tensor(flat, own)  # all ranks: each computes with the whole
+
+
+def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer that was given to DeepSpeed; under ZeRO it steps this rank's shards."""
+    inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return inner
+
+
+_COUNTS = ("global_steps", "global_samples", "skipped_steps")
+
+
+def counts(engine: Any) -> dict[str, int]:
+    """What an engine counts, JSON-able."""
+    return {name: int(getattr(engine, name)) for name in _COUNTS}
+
+
+def set_counts(engine: Any, counted: dict[str, int]) -> None:
+    """Let an engine count on from where another one was."""
+    for name in _COUNTS:
+        setattr(engine, name, counted[name])
 
 
 def shard_states(engine: Any) -> Iterable[dict[str, Any]]:
@@ -240,7 +313,7 @@ def release(engine: Any) -> None:
 
     `destroy` removes hooks; ZeRO-3 still keeps the engine alive, so what its tensors hold is given back one by one.
     """
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    optimizer = torch_optimizer(engine)
     held = list(_tensors_in([optimizer.param_groups, list(optimizer.state.values()), *vars(engine.optimizer).values()]))
     for parameter in engine.module.parameters():
         held += [parameter, *([parameter.ds_tensor] if hasattr(parameter, "ds_tensor") else [])]

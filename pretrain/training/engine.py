@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from objectives.base import Objective, Output, Progress
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import Recipe
-from pretrain.training import deepspeed_internals
+from pretrain.training import deepspeed_internals, flat_shards
 from pretrain.training.blocks import compile_blocks, recompute_blocks
 from pretrain.training.gradients import Gradients
 from pretrain.training.master_weights import read_shares, read_weights
@@ -318,11 +319,9 @@ class Engine:
         return read_shares(parameters) if shares else read_weights(parameters, self.stage)
 
     def state_bytes(self) -> int:
-        """About what `save` writes on this rank: weights, their float32 masters and two moments of each."""
+        """About what `save` writes on this rank: float32 weights and two moments of each; in stage 3 weights again."""
         numbers = sum(deepspeed_internals.full_shape(parameter).numel() for parameter in self.objective.parameters())
-        if self.stage == 0:
-            return 4 * 4 * numbers if dist.get_rank() == 0 else 0
-        return 4 * 4 * numbers // dist.get_world_size()
+        return 4 * (4 if self.stage == 3 else 3) * numbers // dist.get_world_size()
 
     @torch.no_grad()
     def backbone_weights(self, *, is_wanted: bool = True) -> dict[str, torch.Tensor]:
@@ -359,25 +358,41 @@ class Engine:
             return self.objective.pictures(batch)
 
     def save(self, directory: Path) -> None:
-        """Write this rank's share of the training state. A collective."""
-        self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+        """Write this rank's share of the training state. A collective in stage 3, whose files DeepSpeed writes."""
+        if self.stage == 3:
+            self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors, header = self.flat_state()
+        save_file(tensors, directory / flat_shards.FILES.format(dist.get_rank()), header)
+
+    def flat_state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Tensors and header of this rank's file of the training state, in stages 0 to 2; see `flat_shards`."""
+        return flat_shards.collect(self._engine, self.stage)
 
     def load(self, directory: Path) -> None:
-        """Restore model and optimizer from `save`. A collective.
+        """Restore model and optimizer from `save`; flat shards of any number of ranks. A collective.
 
         Raises:
             RuntimeError: The state does not fit this model, optimizer or ZeRO stage.
             pickle.UnpicklingError: It holds something that could run code.
         """
+        if self.stage == 3 or not flat_shards.are_in(directory):
+            self._load_deepspeed(directory)
+        else:
+            flat_shards.restore(self._engine, self.stage, directory)
+
+    def _load_deepspeed(self, directory: Path) -> None:
+        """Restore what DeepSpeed wrote: in stage 3, and in all stages before flat shards."""
         with deepspeed_internals.reading_tensors_only():
             loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_lr_scheduler_states=False)
         if loaded is None:
             raise RuntimeError(f"{directory}: DeepSpeed found no training state to restore")
 
     def load_resharded(self, directory: Path, scratch: Path) -> None:
-        """Restore what another number of ranks saved, through DeepSpeed's universal form (arXiv:2406.18820).
+        """Restore what another number of ranks saved. A collective.
 
-        A collective. Stage 0 shards nothing, so its state is read as it is.
+        Flat shards are read as they are, DeepSpeed's go through its universal form (arXiv:2406.18820).
 
         Args:
             directory: Where `save` wrote; not changed.
@@ -386,7 +401,7 @@ class Engine:
         Raises:
             RuntimeError, pickle.UnpicklingError: As for `load`, or the optimizer is not one that DeepSpeed reshards.
         """
-        if self.stage == 0:
+        if self.stage == 0 or flat_shards.are_in(directory):
             self.load(directory)
             return
         if self._optimizer_name not in RESHARDABLE:
@@ -405,7 +420,7 @@ class Engine:
             for group in self._engine.optimizer.param_groups
         ]
         with deepspeed_internals.reading_universal(self._engine):
-            self.load(scratch)
+            self._load_deepspeed(scratch)
         # Stage 3 gives every group the settings of the first one, and all shards one step counter to increment. A fused
         # optimizer wants counters where its moments are.
         for group, own in zip(self._engine.optimizer.param_groups, groups, strict=True):

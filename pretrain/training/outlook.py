@@ -139,9 +139,10 @@ class Outlook:
     def state_bytes(self) -> int:
         """Of the training state in a checkpoint, all ranks together."""
         train, counted = self.recipe.train, self.counted
-        width = 0 if train.zero_stage == 3 else 2 if train.precision == "bf16" else 4  # of stage 3 the masters alone
+        width = 2 if train.precision == "bf16" else 4
+        beside = {0: counted.trained + counted.frozen, 3: 0}.get(train.zero_stage or 0, counted.frozen)  # the masters
         shares = train.workers if train.zero_stage else 1
-        return width * (counted.trained + counted.frozen) + shares * self.chosen.optimizer + 4 * counted.saved
+        return width * beside + shares * self.chosen.optimizer + 4 * counted.saved
 
 
 def look_at(recipe: Recipe, objective: Objective) -> Outlook:

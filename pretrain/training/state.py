@@ -1,6 +1,6 @@
 """What a running training puts into a checkpoint and takes out of it again: the collective half of checkpointing.
 
-Every rank writes its share (DeepSpeed's shards, its RNG states); rank 0 adds the backbone as safetensors and the
+Every rank writes its share (of the engine's state, its RNG states); rank 0 adds the backbone as safetensors and the
 recipe, and publishes. Restoring verifies digests first and then counts what really came back.
 
 Not here: the files and their atomic publication (`pretrain.checkpoints.store`), when to do either
@@ -38,6 +38,7 @@ from pretrain.errors import RequestError, RunFailed
 from pretrain.record.disk import DiskFull, naming_disk, require_room
 from pretrain.record.events import Initialized, Resumed
 from pretrain.record.run_dir import BACKBONE, HEADS, MANIFEST, RECIPE
+from pretrain.training import flat_shards
 from pretrain.training.engine import Engine
 from pretrain.training.handover import Handover
 
@@ -309,8 +310,8 @@ def restore(found: Snapshot, engine: Engine, stream: Stream, optimizer_steps: in
 
     Raises:
         DataError: The checkpoint was taken on another sample order.
-        CheckpointError: It was taken with another ZeRO stage or precision, or with another number of ranks and each
-            machine has a copy of its own, or the weights that came back are not the ones that were saved.
+        CheckpointError: It was taken with another ZeRO stage or precision, or in stage 3 with another number of ranks
+            and each machine has a copy of its own, or the weights that came back are not the ones that were saved.
     """
     manifest = found.manifest
     stream.require_order(manifest["stream"]["order"])
@@ -392,12 +393,12 @@ def _load_engine(found: Snapshot, engine: Engine) -> None:
     """Model and optimizer of a checkpoint, cut anew where another number of ranks saved it. A collective.
 
     Raises:
-        CheckpointError: They have to be cut anew, and each machine has a copy of its own; or a file holds something
-            that could run code.
+        CheckpointError: DeepSpeed's shards have to be cut anew, and each machine has a copy of its own; or a file
+            holds something that could run code.
     """
     state_dir, saved_world_size = found.path / store.TRAINING_STATE, found.manifest["world_size"]
     is_same_world = saved_world_size == dist.get_world_size()
-    if not is_same_world and not found.is_shared:
+    if not is_same_world and not found.is_shared and not flat_shards.are_in(state_dir):
         raise store.CheckpointError(
             f"{found.path}: taken by {saved_world_size} workers; resharding takes a directory that all machines "
             f"share; resume with train.workers={saved_world_size}"

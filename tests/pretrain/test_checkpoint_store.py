@@ -236,7 +236,7 @@ def test_read_manifest__refuses_what_it_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint\.json"):
         checkpoint.read_manifest(tmp_path)
     (tmp_path / "checkpoint.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(checkpoint.CheckpointError, match="format 99, expected 1"):
+    with pytest.raises(checkpoint.CheckpointError, match="format 99, expected 1 or 2"):
         checkpoint.read_manifest(tmp_path)
 
 

@@ -29,8 +29,8 @@ SETTINGS = [
     *((name, stage) for name in ("nadamw", "adoptw", "sgdw") for stage in (1, 3)),
     *((name, 0) for name in WHOLE_PARAMETER),
 ]
-RESHARDED = [("muon", 0), ("nadamw", 3), ("adoptw", 1)]
-NOT_RESHARDED = [("lion", 2), ("sgdw", 3)]
+RESHARDED = [("muon", 0), ("nadamw", 3), ("adoptw", 1), ("lion", 2)]
+NOT_RESHARDED = [("sgdw", 3)]
 
 
 def _recipe(name: str, stage: int, workers: int = RANKS) -> Recipe:

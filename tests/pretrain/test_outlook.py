@@ -160,12 +160,9 @@ def _save(folder: Path) -> dict[str, int]:
         batch = batch_of(engine.objective)
         assert engine.step([batch], Progress(0, 4, is_logged=False)).applied
         saved = folder / f"{precision}-{stage}"
-        if dist.get_rank() == 0:
-            saved.mkdir()
-        dist.barrier()
         engine.save(saved)
         dist.barrier()
-        found[saved.name] = sum(file.stat().st_size for file in saved.rglob("*.pt"))
+        found[saved.name] = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
         engine.close()
     return found
 
