@@ -144,7 +144,9 @@ def ranges_of(vectors: Sequence[Vector], rank: int, num_ranks: int) -> tuple[dic
         if vector.is_whole and number % num_ranks != rank:
             continue
         numel = vector.stop - vector.start
-        of_each, of_all, plain = [], [], {}
+        of_each: list[str] = []
+        of_all: list[str] = []
+        plain: dict[str, Any] = {}
         for key, value in {_WEIGHTS: vector.weights, **vector.state}.items():
             if not torch.is_tensor(value):
                 plain[key] = value
@@ -221,7 +223,7 @@ def _read_one(directory: Path, vector: Vector, found: list[tuple[Any, dict[str, 
             start, stop = max(own["range"][0], vector.start), min(own["range"][1], vector.stop)
             piece = file.get_slice(f"{vector.name}/{key}")
             if whole is None:
-                whole = torch.zeros(vector.weights.numel(), dtype=_DTYPES[piece.get_dtype()])
+                whole = torch.zeros(vector.weights.numel(), dtype=piece[:0].dtype)
             if start < stop:
                 offset = own["range"][0]
                 whole[start - vector.start : stop - vector.start] = piece[start - offset : stop - offset]
@@ -232,9 +234,6 @@ def _read_one(directory: Path, vector: Vector, found: list[tuple[Any, dict[str, 
     vector.weights.copy_(wanted(_WEIGHTS))
     state: dict[str, Any] = {key: wanted(key) for key in own["of_each"] if key != _WEIGHTS}
     return state | {key: file.get_tensor(f"{vector.name}/{key}") for key in own["of_all"]} | own["plain"]
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def _require_equal(directory: Path, vector: Vector, saved: Iterable[Sequence[Any]]) -> None:
