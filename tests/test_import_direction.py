@@ -50,7 +50,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("checkpoints",),
         ("training", "evaluations", "exports", "embeddings"),
         ("reporting", "known_checkpoints"),
-        ("worker", "photos", "radiance"),
+        ("worker", "photos", "radiance", "deployment", "doctor"),
         ("driver",),
         ("cli",),
         ("",),
@@ -79,6 +79,7 @@ CHEAP = (
     "backbones.voxels.config",
     "backbones.registry",
     "cluster",
+    "cluster.manifests.kuberay",
     "evaluation",
     "evaluation.extraction.recipe",
     "evaluation.protocol",
@@ -218,6 +219,13 @@ def test_import_graph__sees_what_functions_import_and_not_what_types_need(
     )
     monkeypatch.setattr("tests.test_import_direction.ROOT", tmp_path)
     assert import_graph("toy") == {"toy": set(), "toy.a": {"toy.b"}, "toy.b": {"toy.c"}, "toy.c": {"toy"}}
+
+
+def test_imports__the_command_line_reads_recipes_only_when_it_is_asked_to() -> None:
+    read = ("omegaconf", "pretrain.config.load")
+    code = f"import sys, pretrain.cli.main; print(*[name for name in {read!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
 
 
 @pytest.mark.parametrize("module", CHEAP)

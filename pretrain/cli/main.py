@@ -21,9 +21,11 @@ import click
 
 from evaluation.protocol import format_value
 from pretrain.cli.data import data, plain_warnings
+from pretrain.cli.doctor import doctor
 from pretrain.cli.export import embed, export
 from pretrain.cli.filled import Commands
 from pretrain.cli.init import init
+from pretrain.cli.manifest import manifest
 from pretrain.cli.parent import Parent
 from pretrain.cli.recipes import recipes
 from pretrain.errors import (
@@ -36,7 +38,7 @@ from pretrain.errors import (
     shortened,
 )
 from pretrain.record.destinations import require_local
-from pretrain.record.run_dir import find_run
+from pretrain.record.run_dir import checked_run_id, find_run
 from pretrain.screen import escape_diagnostics, escaping_console, printable, say
 from pretrain.tracking.mlflow_internals import leave_out_pandas
 from pretrain.version import __version__
@@ -72,17 +74,24 @@ def cli() -> None:
 @click.argument("recipe")
 @click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--address", metavar="URL", help="A running Ray; default: $RAY_ADDRESS, else a private local one.")
+@click.option("--run-id", metavar="ID", help="Begin the run of this name, or go on with it; default: a new one.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen; start nothing, leave nothing.")
 @click.pass_obj
-def run(parent: Parent, recipe: str, settings: tuple[str, ...], address: str | None, dry_run: bool) -> None:
+def run(
+    parent: Parent, recipe: str, settings: tuple[str, ...], address: str | None, run_id: str | None, dry_run: bool
+) -> None:
     """Train RECIPE (a name or a YAML file), evaluate its checkpoints, record everything, print a summary.
 
-    DIR in data.root=DIR may be a plain folder of photos; it is packed into shards first, once.
+    DIR in data.root=DIR may be a plain folder of photos; it is packed into shards first, once. With --run-id the same
+    command can be given again and again, as schedulers do: it goes on where the run is, and does nothing when it has
+    finished.
     """
     from pretrain.config.load import load_plan, replaced_objective
     from pretrain.photos import packed_plan, photo_folder
 
     place = () if address is None else (f"cluster.address={address}",)
+    if run_id is not None:
+        checked_run_id(run_id)
     photos = photo_folder(recipe, settings)
     plan = load_plan(recipe, (*settings, *place), check_files=photos is None)
     if note := replaced_objective(recipe, settings):
@@ -91,6 +100,10 @@ def run(parent: Parent, recipe: str, settings: tuple[str, ...], address: str | N
         from pretrain.cli.dry_run import explain
 
         explain(recipe, (*settings, *place), plan, photos)
+        if run_id is not None:
+            from pretrain.driver.start import begun_run
+
+            say(f"run       {run_id}: {'goes on' if begun_run(plan, run_id) else 'begins'}")
         return
     parent.watch()
     if photos is not None:
@@ -98,7 +111,7 @@ def run(parent: Parent, recipe: str, settings: tuple[str, ...], address: str | N
             plan = packed_plan(recipe, (*settings, *place), photos, plan)
     from pretrain.driver.start import run
 
-    run(plan, on_start=parent.begun)
+    run(plan, run_id=run_id, on_start=parent.begun)
 
 
 @cli.command()
@@ -213,8 +226,10 @@ def report(run_id: str, storage: str) -> None:
 cli.add_command(recipes)
 cli.add_command(init)
 cli.add_command(data)
+cli.add_command(doctor)
 cli.add_command(embed)
 cli.add_command(export)
+cli.add_command(manifest)
 
 
 def console() -> NoReturn:

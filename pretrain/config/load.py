@@ -60,6 +60,7 @@ __all__ = [
     "load_for_resume",
     "load_plan",
     "load_recipe",
+    "may_change",
     "recipe_content",
     "recipe_names",
     "recipe_path",
@@ -271,6 +272,11 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
     for section in {"data", "evaluation", "stages"} & content.keys():
         content[section] = _following(content[section], str(recorded), content["storage"])
     return _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True)
+
+
+def may_change(key: str, *, is_staged: bool) -> bool:
+    """Whether a resume takes the setting."""
+    return bool(_RESUMABLE_KEYS.fullmatch(key)) and not (is_staged and key in _LENGTH)
 
 
 def _why_fixed(key: str, content: Mapping[str, Any], may_change: Sequence[str]) -> str:

@@ -16,29 +16,38 @@ from pathlib import Path
 from pretrain.checkpoints import store
 from pretrain.checkpoints.initialization import checked_plan
 from pretrain.config.load import load_for_resume
+from pretrain.config.same_run import changes
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan
 from pretrain.driver.drive import Driver, OnStart, RunResult
 from pretrain.driver.placement import given_address, require_room_for_workers
 from pretrain.errors import RequestError, RunStopped
-from pretrain.record.run_dir import RunDir, find_run
+from pretrain.record.run_dir import RunDir, checked_run_id, find_run
 from pretrain.reporting.progress import shown_while
 from pretrain.screen import say
 from pretrain.training.schedules import schedules_line
 
-__all__ = ["resume", "run"]
+__all__ = ["begun_run", "resume", "run"]
 
 
-def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = (), *, on_start: OnStart | None = None) -> RunResult:
-    """Train, evaluate and record a new run.
+def run(
+    recipe: Plan | Recipe | str,
+    overrides: Sequence[str] = (),
+    *,
+    run_id: str | None = None,
+    on_start: OnStart | None = None,
+) -> RunResult:
+    """Train, evaluate and record a run: a new one, or the one that `run_id` names, if it has begun.
 
     Args:
         recipe: A resolved recipe or plan of stages, or the name or file of one.
         overrides: `key=value` texts for a recipe given by name.
+        run_id: Name of the run, so that the same call begins it, goes on with it, or finds it finished; None: a new
+            run, named by the recipe and the time.
         on_start: Called with the run's directory before anything is started.
 
     Raises:
-        RequestError: The recipe is wrong.
+        RequestError: The recipe is wrong, or is not that of the run of that name.
         RunFailed: Training failed more often than `train.max_failures`.
         RunStopped: SIGTERM or Ctrl-C ended it, after a checkpoint of the step that was at work.
     """
@@ -48,8 +57,11 @@ def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = (), *, on_start:
         recipe = load(recipe, overrides)
     plan = Plan.single(recipe) if isinstance(recipe, Recipe) else recipe
     launched = time.time()
+    if run_id is not None and (begun := begun_run(plan, run_id)) is not None:
+        told = changes(load_for_resume(begun.recipe, ()), plan, run_id)
+        return resume(run_id, plan.recipe.storage, told, on_start=on_start)
     require_room_for_workers(plan.recipe)
-    run_id = f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run_id = run_id or f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dir = RunDir(Path(plan.recipe.storage) / run_id)
     plan = checked_plan(plan, run_dir.path)
     # A cluster may be long in giving workers a place, and a teacher may not fit; of other runs the workers look.
@@ -59,11 +71,13 @@ def run(recipe: Plan | Recipe | str, overrides: Sequence[str] = (), *, on_start:
 
             look_ahead(plan)
     new = [folder for folder in run_dir.path.parents if not folder.exists()]
-    run_dir.path.mkdir(parents=True)
+    is_ours = _made(run_dir.path)
     try:
         return Driver(plan, run_dir, launched).drive(on_start)
     except (RequestError, RunStopped):
-        if not run_dir.journal.exists():  # what never began leaves nothing behind; a run that began is never deleted
+        if (
+            is_ours and not run_dir.journal.exists()
+        ):  # what never began leaves nothing behind; a run that began is never deleted
             shutil.rmtree(run_dir.path)
             with suppress(OSError):  # another run has been put there meanwhile
                 for folder in new:
@@ -106,3 +120,27 @@ def resume(
     require_room_for_workers(plan.recipe)
     plan = checked_plan(plan, run_dir.path)
     return Driver(plan, run_dir, launched).drive(on_start)
+
+
+def begun_run(plan: Plan, run_id: str) -> RunDir | None:
+    """The run of that name in the storage of a plan; None when it has not begun.
+
+    Raises:
+        RequestError: No run can have that name, or something else has it.
+    """
+    run_dir = RunDir(Path(plan.recipe.storage) / checked_run_id(run_id))
+    if run_dir.is_run:
+        return run_dir
+    if not run_dir.is_free:
+        raise RequestError(f"--run-id {run_id}: {run_dir.path} is there, and is no run; give another name")
+    return None
+
+
+def _made(folder: Path) -> bool:
+    """Make a directory; False when it is there, which another process may have done at this moment."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True

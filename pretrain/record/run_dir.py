@@ -19,6 +19,7 @@ Not here: what the files mean (`pretrain.record.events`), what a checkpoint hold
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "MANIFEST",
     "RECIPE",
     "RunDir",
+    "checked_run_id",
     "find_run",
     "resume_command",
     "runs_in",
@@ -42,6 +44,8 @@ RECIPE = "recipe.yaml"  # of a run and of each of its checkpoints
 BACKBONE = "backbone.safetensors"
 HEADS = "heads.safetensors"  # of an objective with heads that another run can learn from
 MANIFEST = "checkpoint.json"
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # also a good id of a Ray job, and its log file's name
+_BEFORE_IT_BEGAN = {"logs", ".driver.lock", "stop", "training"}  # what a driver that was killed may have left
 EXPORTED_FILES = (BACKBONE, MANIFEST, RECIPE)  # of a checkpoint: all that using its backbone takes
 
 
@@ -59,6 +63,16 @@ class RunDir:
     def is_run(self) -> bool:
         """Whether a run lives here: its recipe does."""
         return self.recipe.is_file()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a run can begin here: nothing is there, or what a driver leaves that was killed before it began."""
+        try:
+            return {path.name for path in self.path.iterdir()} <= _BEFORE_IT_BEGAN
+        except FileNotFoundError:
+            return True
+        except NotADirectoryError:
+            return False
 
     @property
     def recipe(self) -> Path:
@@ -164,6 +178,18 @@ class RunDir:
 def runs_in(storage: Path) -> list[RunDir]:
     """The runs of a storage directory, by name; names begin with the recipe, then the time."""
     return sorted((RunDir(path.parent) for path in storage.glob(f"*/{RECIPE}")), key=lambda run: run.run_id)
+
+
+def checked_run_id(run_id: str) -> str:
+    """`run_id`, if a run can have that name.
+
+    Raises:
+        RequestError: It can not.
+    """
+    if not _RUN_ID.fullmatch(run_id):
+        wanted = "expected a letter or digit, then up to 99 letters, digits, '.', '_' and '-'"
+        raise RequestError(f"--run-id {shlex.quote(run_id)}: {wanted} (it names a directory)")
+    return run_id
 
 
 def find_run(run_id: str, storage: Path) -> RunDir:

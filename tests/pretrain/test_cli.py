@@ -27,6 +27,12 @@ HEAVY = ("torch", "numpy", "ray", "mlflow", "deepspeed", "timm", "torchvision", 
 INIT_OPTIONS = ("output", "name", "objective", "model", "image-size", "hours", "batch", "workers")
 
 
+MANIFEST_OPTIONS = (
+    *("kind", "name", "namespace", "image", "nodes", "gpus-per-node", "cpus", "memory", "queue", "pvc", "storage"),
+    *("secret", "env", "schedule", "time-zone", "retries", "grace", "hours", "setup", "host", "ssh-user", "output"),
+)
+
+
 def test_cli__surface_is_frozen() -> None:
     """A new command or option is a promise to users: it has to be added here as well."""
     surface = {
@@ -37,7 +43,7 @@ def test_cli__surface_is_frozen() -> None:
         for name, command in cli.commands.items()
     }
     assert surface == {
-        "run": ["RECIPE", "[KEY=VALUE]...", "--address", "--dry-run"],
+        "run": ["RECIPE", "[KEY=VALUE]...", "--address", "--run-id", "--dry-run"],
         "resume": ["RUN_ID", "[KEY=VALUE]...", "--storage"],
         "evaluate": ["CHECKPOINT", "--protocol", "--data", "--batch-size", "--storage"],
         "leaderboard": ["--protocol", "--data", "--all", "--storage"],
@@ -46,6 +52,8 @@ def test_cli__surface_is_frozen() -> None:
         "recipes": ["NAME"],
         "init": ["DATA", *(f"--{option}" for option in INIT_OPTIONS)],
         "data": [],
+        "doctor": ["--address", "--storage", "--json"],
+        "manifest": ["RECIPE", "[KEY=VALUE]...", *(f"--{option}" for option in MANIFEST_OPTIONS)],
         "embed": ["CHECKPOINT", "DATA", "DEST", "--format", "--tokens", "--batch-size", "--device", "--storage"],
         "export": ["CHECKPOINT", "DEST", "--format", "--storage"],
     }
