@@ -23,12 +23,12 @@ from data_pipelines.storage.locations import redact
 from pretrain.checkpoints import copies, store
 from pretrain.config.stages import Plan, plan_yaml
 from pretrain.driver.evaluating import Evaluating
+from pretrain.driver.failures import FATAL, restart_reason, told
 from pretrain.driver.placement import given_address, gpus_per_worker, only_driver
 from pretrain.driver.trackers import open_mirrors, tracker_of
 from pretrain.driver.train_worker import train_worker
 from pretrain.errors import RequestError, RunFailed, RunStopped, last_line, said_by_system
 from pretrain.known_checkpoints import KnownCheckpoints
-from pretrain.record.disk import DiskFull
 from pretrain.record.events import (
     CheckpointPublished,
     Evaluated,
@@ -196,7 +196,7 @@ class Driver:
             cpus_per_worker=self.recipe.cluster.cpus_per_worker,
             gpus_per_worker=gpus_per_worker,
             max_failures=self.recipe.train.max_failures,
-            fatal=(RequestError, ValueError, ArithmeticError, DiskFull, store.CheckpointError),
+            fatal=FATAL,
         )
         arguments = {"plan": self.plan, "run_dir": str(self.run_dir.path), "launched": self.launched}
         watchdog = Watchdog(self.run_dir, self.recipe.train.hang_after_s)
@@ -261,7 +261,7 @@ class Driver:
                 raise refused
             store.discard_unpublished(self.run_dir.path)
             self._record_failure(training.error)
-            raise RunFailed(f"training failed: {last_line(training.error)}", self.run_dir.logs)
+            raise RunFailed(f"training failed: {told(training.error)}", self.run_dir.logs)
 
     def _follow(self, *, show: bool = True) -> bool:
         """Read what the workers have written since the last call; returns whether it may tell of checkpoints."""
@@ -296,7 +296,7 @@ class Driver:
 
     def _say_restart(self, end: End, pause_s: float) -> None:
         wait = f" in {pause_s:.0f} s" if pause_s else ""
-        self.terminal.say(f"{end.reason}; the workers start again{wait}")
+        self.terminal.say(f"{restart_reason(end)}; the workers start again{wait}")
 
     def _gpus_per_worker(self, cluster: Cluster) -> float:
         if self._is_trained() and self.recipe.cluster.gpus_per_worker is None:
@@ -328,7 +328,7 @@ class Driver:
         except OSError as problem:  # a full disk is what may have ended the run; the line that says so must not be lost
             self.terminal.say(f"the log of the failure could not be written: {said_by_system(problem)}")
         with Journal(self.run_dir.journal) as journal:
-            journal.write(Failed(error=last_line(error)))
+            journal.write(Failed(error=told(error)))
 
     def _finish(self) -> RunResult:
         from pretrain.reporting.page import write_report
