@@ -12,7 +12,7 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(foreach version,3.12 3.11,$(shell python$(version) --version >/dev/null 2>&1 && echo python$(version))))
 BIN := .venv/bin
 READY := .venv/.ready
-IMPORTED := deepspeed, timm, ray, rich.progress, mlflow.store.tracking.sqlalchemy_store
+IMPORTED := deepspeed, timm, ray, rich.progress, mlflow.store.tracking.sqlalchemy_store, omegaconf, sklearn.svm, hypothesis, pytest
 
 venv: $(READY)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -83,6 +84,7 @@ def _on_rank(
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
         init_distributed(torch.device("cpu"))
+        gc.freeze()  # DeepSpeed collects garbage for every engine, and need not look at all that was imported
         found = work(*arguments)
         if rank == 0:
             (folder / "found.json").write_text(json.dumps(found))

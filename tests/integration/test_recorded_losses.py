@@ -36,7 +36,7 @@ from tests.small_objectives import backbone_of, data_of, kind_of, with_frozen_te
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "losses"
 STEPS, RANKS, MICRO, ACCUMULATION = 20, 2, 4, 2
-STAGES = (0, 1)
+STAGES = {0: 8, 1: STEPS}  # and how many of the steps are done again: what comes late is no matter of the stage
 TOLERANCE = 2e-3  # relative; seen between processors with and without AVX-512: up to 3e-4 after 20 steps
 SMALL = SIZES | {
     "dinov3": SIZES["dinov3"] | {
@@ -82,11 +82,15 @@ def _recipe(name: str, stage: int) -> Recipe:
 
 
 def _every_curve() -> dict[str, list[dict[str, Any]]]:
-    return {f"{name}-zero{stage}": _curve(_recipe(name, stage)) for name in sorted(SMALL) for stage in STAGES}
+    return {
+        f"{name}-zero{stage}": _curve(_recipe(name, stage), STEPS if os.environ.get("RECORD_LOSSES") else steps)
+        for name in sorted(SMALL)
+        for stage, steps in STAGES.items()
+    }
 
 
-def _curve(recipe: Recipe) -> list[dict[str, Any]]:
-    """Loss (mean over ranks) and gradient norm of each step, on rank 0."""
+def _curve(recipe: Recipe, steps: int) -> list[dict[str, Any]]:
+    """Loss (mean over ranks) and gradient norm of each of the first steps, on rank 0."""
     rank = dist.get_rank()
     torch.manual_seed(recipe.train.seed)
     engine = Engine(with_frozen_teacher(build_objective(recipe)), recipe, torch.device("cpu"))
@@ -105,7 +109,7 @@ def _curve(recipe: Recipe) -> list[dict[str, Any]]:
     )
     batches = iter(stream)
     records = []
-    for step in range(STEPS):
+    for step in range(steps):
         micro_batches = [stream.finish(batch) for batch in itertools.islice(batches, ACCUMULATION)]
         engine.set_schedule(learning_rate(recipe).at(step), weight_decay(recipe).at(step), step)
         result = engine.step(micro_batches, Progress(step, STEPS))
@@ -147,6 +151,8 @@ def test_recorded_losses__are_unchanged(name: str, stage: int, curves: dict[str,
     head, *recorded = map(json.loads, (ASSETS / f"{name}-zero{stage}.jsonl").read_text().splitlines())
     found = curves[f"{name}-zero{stage}"]
     assert [record["step"] for record in recorded] == list(range(1, STEPS + 1))
+    recorded = recorded[: len(found)]
+    assert len(recorded) >= STAGES[stage]
     if head["machine"] == _machine():
         assert found == recorded
         return

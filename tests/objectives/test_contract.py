@@ -140,9 +140,9 @@ def test_contract__loss_falls(name: str) -> None:
     """A loss against a moving target says little about learning, so teacher and center are held still here."""
     objective = objective_of(name, still=True)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=2e-3)
-    total = 40
+    total = 24
     losses = []
-    for step, batch in enumerate(itertools.islice(batches_of(objective, batch=32, micro=32), total)):
+    for step, batch in enumerate(itertools.islice(batches_of(objective, micro=16), total)):
         progress = Progress(step, total)
         output = objective(batch, progress)
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ def test_contract__loss_falls(name: str) -> None:
         losses.append(output.loss.item())
         assert all(value.ndim == 0 and not value.requires_grad for value in output.metrics.values())
     start, end = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
-    assert end < start - 0.01 * abs(start), losses
+    assert end < start - 0.02 * abs(start), losses
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -248,16 +248,23 @@ def test_teacher__follows_the_formula() -> None:
 
 # --- under an engine -------------------------------------------------------------------------------------------------
 
-STAGES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1)]
-SAVED = [("fp32", 1), ("fp32", 3), ("bf16", 1)]  # settings whose state is saved, loaded and continued
+# Whole weights, sharded weights and float32 masters for every objective. What stages 1 and 2 do is the same for all
+# (tests/pretrain/test_engine.py), so that one objective of a kind is enough here; stage 1 of the others is held to
+# recorded losses (tests/integration/test_recorded_losses.py).
+OF_ALL = [("fp32", 0), ("fp32", 3), ("bf16", 1)]
+OF_SOME = {("fp32", 1): ("dinov3", "point_mae", "sit", "uni4eye"), ("fp32", 2): ("dino", "nerf_mae", "point_mae")}
+SETTINGS = [(name, *setting) for name in OBJECTIVES for setting in OF_ALL]
+SETTINGS += [(name, *setting) for setting, names in OF_SOME.items() for name in names]
+EXACT = [(name, stage) for name, precision, stage in SETTINGS if precision == "fp32"]
+# Settings whose state is saved, loaded and continued.
+SAVED = [setting for setting in SETTINGS if setting[1:] in (("fp32", 1), ("fp32", 3), ("bf16", 1))]
 
 
 def _every_setting(directory: Path) -> dict[str, Any]:
-    settings = STAGES if dist.get_world_size() == RANKS else [("fp32", 0)]
+    settings = SETTINGS if dist.get_world_size() == RANKS else [(name, "fp32", 0) for name in OBJECTIVES]
     return {
         f"{name}-{precision}-{stage}": _trained(name, precision, stage, directory)
-        for name in OBJECTIVES
-        for precision, stage in settings
+        for name, precision, stage in settings
     }
 
 
@@ -277,7 +284,7 @@ def _trained(name: str, precision: str, stage: int, directory: Path) -> dict[str
     ended = {n: t.double().norm().item() for n, t in engine.objective.extra_state().items() if t.is_floating_point()}
 
     found = {"losses": losses, "norms": ended}
-    if (precision, stage) not in SAVED or dist.get_world_size() == 1:
+    if (name, precision, stage) not in SAVED or dist.get_world_size() == 1:
         return found
     torch.manual_seed(1)
     again = Engine(with_frozen_teacher(build_objective(recipe)), recipe, torch.device("cpu"))
@@ -326,8 +333,7 @@ def assert_alike(ours: dict[str, float], others: dict[str, float]) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("name", "stage"), EXACT)
 def test_contract__two_ranks_equal_one_process(
     name: str, stage: int, both: dict[str, Any], alone: dict[str, Any]
 ) -> None:
@@ -364,8 +370,7 @@ def test_contract__the_engine_equals_a_plain_pytorch_loop(name: str, alone: dict
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("precision", "stage"), SAVED)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("name", "precision", "stage"), SAVED)
 def test_contract__saved_state_continues(name: str, precision: str, stage: int, both: dict[str, Any]) -> None:
     found = both[f"{name}-{precision}-{stage}"]
     assert found["repeated"] == found["losses"][STEPS // 2 :]
