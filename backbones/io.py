@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ __all__ = [
     "Initialized",
     "initialize_from",
     "load_backbone",
+    "open_weights",
     "read_shapes",
     "read_weights",
     "save_backbone",
@@ -111,6 +112,41 @@ def read_weights(file: Path, data: bytes) -> dict[str, Tensor]:
         return load(data)
     except SafetensorError as error:
         raise BackboneError(f"{file}: not a safetensors file ({error})") from error
+
+
+def open_weights(file: Path) -> Mapping[str, Tensor]:
+    """The same, each tensor of a safetensors file read when it is asked for.
+
+    Raises:
+        BackboneError: as `read_weights`.
+        OSError: the file cannot be read.
+    """
+    return _state_dict(file, file.read_bytes()) if file.suffix in STATE_DICT_SUFFIXES else _OnDemand(file)
+
+
+class _OnDemand(Mapping[str, "Tensor"]):
+    """Tensors of a safetensors file by name, which are in memory for as long as somebody has them."""
+
+    def __init__(self, file: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._opened = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise BackboneError(f"{file}: not a safetensors file ({error})") from error
+        self._names = set(self._opened.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._opened.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:

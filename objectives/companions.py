@@ -10,6 +10,7 @@ Not here: the moving average of a student (`objectives.teacher`), how shards bec
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from backbones.encoder import Encoder
 from backbones.errors import BackboneError
-from backbones.io import read_weights
+from backbones.io import open_weights, read_shapes
 from objectives.errors import ObjectiveError
 from objectives.shards import Shards, units_of
 
@@ -90,7 +91,7 @@ class Companion:
         """Fill it from a file of weights.
 
         Args:
-            location: a file that `backbones.io.read_weights` reads, with the names of the module's state dict (of an
+            location: a file that `backbones.io.open_weights` reads, with the names of the module's state dict (of an
                 encoder: of its network), or a checkpoint directory with such a file of its `part`. Weights of parts
                 that the module lacks as a whole, such as a classifier, are left out.
             sha256: what the file's bytes must have; None: whatever it has.
@@ -101,20 +102,22 @@ class Companion:
         file = Path(location)
         file = file / f"{self.part}.safetensors" if file.is_dir() else file
         try:
-            data = file.read_bytes()  # read once: what is hashed is what is loaded
+            with file.open("rb") as opened:
+                digest, stamp = hashlib.file_digest(opened, "sha256").hexdigest(), _stamp(os.fstat(opened.fileno()))
         except OSError as error:
             raise ObjectiveError(f"weights {file}: {error.strerror or error}; put the file back") from None
-        digest = hashlib.sha256(data).hexdigest()
         if sha256 not in (None, digest):
             raise ObjectiveError(
                 f"weights {file}: sha256 {digest[:12]}.., but training began with {sha256:.12}..; "
                 "put that file back, or start a new run"
             )
         try:
-            weights = read_weights(file, data)
+            weights, shapes = open_weights(file), read_shapes(file)
         except BackboneError as error:
             raise ObjectiveError(f"weights {error}") from error
-        self.require_fit({name: tensor.shape for name, tensor in weights.items()})
+        if _stamp(file.stat()) != stamp:
+            raise ObjectiveError(f"weights {file}: were replaced while they were read; try again")
+        self.require_fit(shapes)
         self._write(self._network, weights)
         self.source = Source(str(file), digest)
 
@@ -142,12 +145,15 @@ class Companion:
             raise ObjectiveError(f"the {of} do not fit, see: {'; '.join(wrong[:2])}{more}; {self.remedy}")
 
     def to(self, device: torch.device) -> None:
-        """Move to a device, before it is sharded; never to another type."""
+        """Move to a device; never to another type."""
         self.module.to(device)
 
-    def shard(self) -> None:
-        """From now on this rank holds no more than a share of the weights, which are the same on all ranks now."""
-        self._shards = Shards(units_of(self.module))
+    def shard(self, device: torch.device | None = None) -> None:
+        """From now on this rank holds no more than a share of the weights, which are the same on all ranks now.
+
+        They are cut unit by unit, on the device if one is given, where no more than one unit has to be whole.
+        """
+        self._shards = Shards(units_of(self.module), device)
         self.saved = "sharded" if self.saved == "whole" else self.saved
 
     def whole(self) -> AbstractContextManager[None]:
@@ -204,3 +210,8 @@ class Companion:
                 self._shards.write(tensor, weights[name])
             else:
                 tensor.copy_(weights[name])
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What differs between a file and one that takes its place, or has been written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -25,7 +25,7 @@ from backbones.encoder import Encoder
 from objectives.blocks import outer_blocks
 from objectives.distributed import gather_parts, num_ranks, rank
 
-__all__ = ["Shards", "units_of"]
+__all__ = ["Shards", "share_of", "units_of"]
 
 # Autocast multiplies by their weights in its own type, whatever they are in: so these may travel in it. Not so biases,
 # which DeepSpeed's own linear function, put in the place of torch's under ZeRO-3, adds as they are.
@@ -40,16 +40,17 @@ class Shards:
     and dropped when that ends.
     """
 
-    def __init__(self, units: Sequence[nn.Module]) -> None:
-        """Cuts the parameters of these modules, which are the same on all ranks now."""
+    def __init__(self, units: Sequence[nn.Module], device: torch.device | None = None) -> None:
+        """Cuts the parameters of these modules, which are the same on all ranks now, on a device or where they are."""
         self._units = units
         self._shares: dict[nn.Parameter, Tensor] = {}
         self._cast: set[nn.Parameter] = set()
         self._is_whole = False
         for unit in self._units:
+            unit.to(device or next(unit.parameters()).device)
             for parameter in unit.parameters():
                 if parameter not in self._shares:
-                    self._shares[parameter] = _share(parameter)
+                    self._shares[parameter] = share_of(parameter)
             self._cast |= {part.get_parameter("weight") for part in unit.modules() if type(part) in _CAST}
             self._empty(unit)
             unit.register_forward_pre_hook(self._before)
@@ -69,7 +70,7 @@ class Shards:
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Give a parameter a value: whole, in its shape, and the same on all ranks."""
-        self._shares[parameter].copy_(_share(value))
+        self._shares[parameter].copy_(share_of(value))
 
     def read(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype | None = None) -> list[Tensor]:
         """The whole values, in the type of the shares or another. One collective."""
@@ -148,8 +149,8 @@ def units_of(module: nn.Module) -> list[nn.Module]:
     return list(within(module))
 
 
-def _share(value: Tensor) -> Tensor:
-    """This rank's part of a whole value."""
+def share_of(value: Tensor) -> Tensor:
+    """This rank's part of a whole value, which is as long on all ranks: (ceil(n / R),), filled up with zeros."""
     length = -(-value.numel() // num_ranks())
     own = value.detach().flatten()[rank() * length :][:length]
     share = value.new_zeros(length)

@@ -52,6 +52,7 @@ from pretrain.training.engine import Engine, init_distributed, pick_device
 from pretrain.training.guard import HealthCheck
 from pretrain.training.handover import take_over, weights_of
 from pretrain.training.image_grid import write_image_grid
+from pretrain.training.initial_weights import initial_weights
 from pretrain.training.inputs import SampleRecord, Transfer, build_stream, num_corrupt
 from pretrain.training.model import build_objective
 from pretrain.training.outlook import accumulation_warning
@@ -183,11 +184,12 @@ def train_stage(
     process.heartbeat.beat("start", found.step if found else stage.first_step)
     emit(Preparing(what="building the model"))
     torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
-    objective = build_objective(recipe)
-    initialized = state.begin_with(objective, start, stage) if start.how == "init_from" else None
-    taken = take_over(objective, handed, stage.init_with) if start.how == "stage" else None
-    teacher = frozen_teachers.fill(plan, index, objective, run.path)
-    engine = Engine(objective, recipe, device)
+    with initial_weights(recipe.train.zero_stage or 0, device):
+        objective = build_objective(recipe)
+        initialized = state.begin_with(objective, start, stage) if start.how == "init_from" else None
+        taken = take_over(objective, handed, stage.init_with) if start.how == "stage" else None
+        teacher = frozen_teachers.fill(plan, index, objective, run.path)
+        engine = Engine(objective, recipe, device)
     torch.manual_seed(recipe.train.seed + 1 + rank)  # stochastic depth and the like differ between ranks
     process.clock.note("built")
 

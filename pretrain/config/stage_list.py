@@ -20,6 +20,7 @@ from pretrain.errors import nearest
 
 __all__ = [
     "WrittenStage",
+    "backbones_unlike",
     "given",
     "is_about_stages",
     "moments_that_do_not_fit",
@@ -198,6 +199,24 @@ def moments_that_do_not_fit(plan: Plan) -> Iterator[str]:
                         f"stages[{index}].{section}.{name}={shown(now)}: was {shown(was)} in the stage before, whose "
                         "optimizer this one keeps; leave it, or set reset_optimizer: true"
                     )
+
+
+def backbones_unlike(plan: Plan, index: int, source: int) -> str:
+    """In what the backbone of a stage differs from that of an earlier one: `backbone.options.depth=2, in a 4`."""
+    own, other = (_flat("backbone", vars(plan.stages[each].recipe.backbone)) for each in (index, source))
+    name = plan.stages[source].name
+    return ", ".join(
+        f"{key}={shown(own.get(key))}, in {name} {shown(other.get(key))}"
+        for key in {**own, **other}
+        if own.get(key) != other.get(key)
+    )
+
+
+def _flat(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(f"{prefix}.{key}", value) if isinstance(value, Mapping) else {f"{prefix}.{key}": value}
+    return found
 
 
 def teachers_without_checkpoint(plan: Plan) -> Iterator[str]:

@@ -64,8 +64,11 @@ def run(
     run_id = run_id or f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dir = RunDir(Path(plan.recipe.storage) / run_id)
     plan = checked_plan(plan, run_dir.path)
-    # A cluster may be long in giving workers a place, and a teacher may not fit; of other runs the workers look.
-    if given_address(plan.recipe) or any(stage.recipe.teacher_from is not None for stage in plan.stages):
+    # A cluster may be long in giving workers a place, and a teacher, or weights of a stage before, may not fit another
+    # backbone; of other runs the workers look.
+    backbones = [stage.recipe.backbone for stage in plan.stages]
+    has_teacher = any((stage.teacher_from, stage.recipe.teacher_from) != (None, None) for stage in plan.stages)
+    if given_address(plan.recipe) or has_teacher or any(each != backbones[0] for each in backbones):
         with shown_while("looking at the model and the data"):
             from pretrain.training.preflight import look_ahead  # imports torch
 

@@ -15,6 +15,7 @@
   numbers and texts.
 * `engine.destroy`, `Parameter.ds_tensor` and whatever tensors a ZeRO optimizer has: what is freed with an engine.
 * `Parameter.ds_shape`: the shape before ZeRO-3 partitioned it.
+* `zero.Init._convert_to_zero_parameters`: cuts parameters one by one.
 * `Parameter._hp_mapping`, `Parameter._index_in_param_group`: which slice of a parameter's float32 master, and of its
   gradient, is this rank's, below ZeRO-3.
 * `engine.enable_backward_allreduce`: whether DeepSpeed averages gradients when a backward pass is done.
@@ -52,6 +53,7 @@ __all__ = [
     "leave_out_shared_memory_op",
     "master_share",
     "master_slice",
+    "partition",
     "reading_tensors_only",
     "reading_universal",
     "release",
@@ -252,6 +254,20 @@ def write_universal(sharded: Path, universal: Path) -> None:
             inject_missing_state=True,
         )
     )
+
+
+def partition(module: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    """ZeRO-3: cut the parameters of a module one by one, each in the type in which it is trained. A collective.
+
+    DeepSpeed does the same when it is given the module, after it has cast all of it, and moved it to the device.
+    """
+    from deepspeed.runtime.zero import Init
+
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    conversion = Init(module=nn.Module(), dtype=dtype, config_dict_or_path=config)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+        conversion._convert_to_zero_parameters([parameter])
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:

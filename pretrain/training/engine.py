@@ -186,16 +186,19 @@ class Engine:
         _prepare_blocks(objective, recipe)
         companions = objective.companions().values()
         stage = recipe.train.zero_stage or 0
+        config = deepspeed_config(recipe, device)
         for companion in companions:
-            companion.to(device)
             if stage == 3 and dist.get_world_size() > 1:
-                companion.shard()
+                companion.shard(device)
+            companion.to(device)
+        if stage == 3:
+            deepspeed_internals.partition(objective, config, device)
         with warnings.catch_warnings(), deepspeed_internals.compiling_at_first_call():
             warnings.simplefilter("ignore")  # deprecations inside DeepSpeed that a user can do nothing about
             self._engine, *_ = deepspeed.initialize(
                 model=objective.to(device),
                 optimizer=torch_optimizer,
-                config=deepspeed_config(recipe, device),
+                config=config,
                 dist_init_required=False,
             )
         moving = [companion.module for companion in companions if companion.moves == "ema"]

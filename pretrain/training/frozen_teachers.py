@@ -23,6 +23,7 @@ from objectives.companions import Companion
 from objectives.errors import ObjectiveError
 from pretrain.checkpoints.initialization import NO_HEADS, Weights, about, find_weights
 from pretrain.checkpoints.store import CheckpointError
+from pretrain.config.stage_list import backbones_unlike
 from pretrain.config.stages import Plan, Stage
 from pretrain.config.teachers import use_problem
 from pretrain.errors import RequestError, RunFailed
@@ -61,7 +62,11 @@ def outline(plan: Plan, index: int, objective: Objective, earlier: Mapping[int, 
     wanting = _wanting(stage, objective, named)
     if stage.teacher_from is not None:
         if (source := earlier.get(stage.teacher_from)) is not None:
-            _outline(wanting, named, _parts_of(source))
+            try:
+                _outline(wanting, named, _parts_of(source))
+            except ObjectiveError as error:
+                unlike = backbones_unlike(plan, index, stage.teacher_from)
+                raise ObjectiveError(f"{error}{unlike and f' ({unlike})'}") from error
         return _described(plan, stage)
     if named is not None:
         try:

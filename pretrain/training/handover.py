@@ -22,7 +22,7 @@ from pretrain.config.stages import Stage
 from pretrain.record.events import StageBegan
 from pretrain.training.engine import Engine
 
-__all__ = ["Handover", "take_over", "weights_of"]
+__all__ = ["Handover", "take_over", "takes_nothing", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,15 @@ def take_over(objective: Objective, weights: Mapping[str, Tensor], init_with: st
         resampled=tuple(sorted(resampled)),
         fresh=tuple(sorted(own.keys() - loaded - resampled)),
         unused=tuple(sorted(weights.keys() - own.keys())),
+    )
+
+
+def takes_nothing(objective: Objective, before: Objective) -> bool:
+    """Whether no parameter of the encoder is one of the objective before, by name and shape; numbers are not needed."""
+    encoder = set(objective.backbone.network.parameters())
+    found = {name: parameter.shape for name, parameter in before.named_parameters()}
+    return not any(
+        parameter in encoder and found.get(name) == parameter.shape for name, parameter in objective.named_parameters()
     )
 
 

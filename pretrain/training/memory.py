@@ -4,7 +4,7 @@ The partitions of ZeRO (S. Rajbhandari et al., 2019, arXiv:1910.02054) as DeepSp
 keeps beside them. `benchmarks/zero_memory.py` counts the same in running processes.
 
 Not here: activations, what DeepSpeed offloads to another memory if a recipe's `deepspeed:` says so, and the moments
-before training, in which a process builds the model whole.
+before training, see `pretrain.training.initial_weights`.
 
 Legend: R workers.
 """

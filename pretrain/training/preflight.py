@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,9 +30,11 @@ from evaluation.registry import EvaluationError, protocol
 from objectives.base import Objective
 from objectives.errors import ObjectiveError
 from pretrain.config.schema import Recipe
-from pretrain.config.stages import Plan
+from pretrain.config.stage_list import backbones_unlike
+from pretrain.config.stages import Plan, Stage
 from pretrain.errors import RequestError
 from pretrain.training import frozen_teachers
+from pretrain.training.handover import takes_nothing
 from pretrain.training.model import build_objective
 from pretrain.training.outlook import Outlook, look_at
 
@@ -62,6 +64,8 @@ def look_ahead(plan: Plan, *, with_data: bool = True) -> list[Outlook | None]:
             objective = outline(stage.recipe)
             if objective is not None and with_data:
                 mistakes += [f"{where}{problem}" for problem in _sources(stage.recipe, objective)]
+            if objective is not None and (problem := _beginning(plan, index, objective, outlined)):
+                mistakes.append(f"{where}{problem}")
             if objective is None or stage.teacher_from not in (None, *outlined):
                 found.append(None)
                 continue
@@ -90,6 +94,25 @@ def size_line(found: Sequence[Outlook | None]) -> str:
         f"{largest.counted.trained / 1e6:.1f} million trained parameters; all weights, gradients and moments take "
         f"about {largest.chosen.total / 1e9:.2f} GB per worker, {more}"
     )
+
+
+def _beginning(plan: Plan, index: int, objective: Objective, earlier: Mapping[int, Objective]) -> str | None:
+    """Why a stage would begin with nothing of the stage whose weights it takes; one with a teacher of its own may."""
+    stage = plan.stages[index]
+    if stage.init_from is None or stage.init_from not in earlier or _has_teacher(stage):
+        return None
+    if not takes_nothing(objective, earlier[stage.init_from]):
+        return None
+    source = plan.stages[stage.init_from].name
+    unlike = backbones_unlike(plan, index, stage.init_from)
+    return (
+        f"init_from={source}: no weight of that stage's backbone fits ({unlike}); set backbone as there, or train this "
+        "stage in a run of its own"
+    )
+
+
+def _has_teacher(stage: Stage) -> bool:
+    return stage.init_with == "student" and (stage.teacher_from is not None or stage.recipe.teacher_from is not None)
 
 
 def _devices(recipe: Recipe) -> Iterator[str]:

@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import socket
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from backbones.errors import BackboneError
-from backbones.io import initialize_from, read_weights, save_backbone
+from backbones.io import initialize_from, open_weights, read_weights, save_backbone
 from data_pipelines.files import sha256
 from data_pipelines.parsing import parse_json
 from data_pipelines.streaming.stream import Stream, StreamState
@@ -326,7 +327,7 @@ def restore(found: Snapshot, engine: Engine, stream: Stream, optimizer_steps: in
     else:
         torch.manual_seed(torch.initial_seed() + found.step)
     _load_objective(engine.objective, state_dir)
-    saved, loaded = load_file(found.path / BACKBONE), engine.backbone_weights()
+    saved, loaded = open_weights(found.path / BACKBONE), engine.backbone_weights()
     equal = [name for name, tensor in saved.items() if name in loaded and torch.equal(tensor, loaded[name])]
     if len(equal) != len(saved) or engine.optimizer_steps != optimizer_steps:
         raise store.CheckpointError(
@@ -431,10 +432,8 @@ def _load_objective(objective: Objective, state_dir: Path) -> None:
     Raises:
         CheckpointError: A companion's file is gone or has changed.
     """
-    state: dict[str, torch.Tensor] = {}
-    for file in sorted(state_dir.glob(EXTRA_STATE.replace("{:05d}", "*"))):
-        state |= load_file(file)
-    objective.load_extra_state(state)
+    files = sorted(state_dir.glob(EXTRA_STATE.replace("{:05d}", "*")))
+    objective.load_extra_state(ChainMap(*map(open_weights, files)))  # type: ignore[arg-type]  # nobody writes to it
     file = state_dir / store.REFERENCES
     try:
         objective.load_references(parse_json(file.read_text()) if file.is_file() else {})

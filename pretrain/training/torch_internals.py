@@ -4,23 +4,64 @@
 * `torch.autocast` on the meta device: it refuses that, where it would have nothing to do.
 * `torch._foreach_norm`: the norms of many tensors by few kernels. The documented form, `torch.nn.utils.get_total_norm`,
   keeps to the tensors' type, and bf16 has three digits.
+* `TorchDispatchMode`, and what an operation's schema says of it: whatever is done to a tensor passes there.
+* `StorageWeakRef` and `UntypedStorage._new_with_weak_ptr`: the memory of a tensor, as long as somebody else has it.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
-__all__ = ["loopback_store", "norms_of", "without_numbers"]
+__all__ = ["DispatchMode", "WeakStorage", "is_in_place", "loopback_store", "norms_of", "without_numbers", "written_by"]
+
+
+class WeakStorage:
+    """The memory of a tensor, which this does not keep alive."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._reference = StorageWeakRef(storage)
+
+    def storage(self) -> torch.UntypedStorage | None:
+        """None when nothing has it any more."""
+        found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(self._reference.cdata)
+        return found
+
+
+def is_in_place(operation: Any) -> bool:
+    """Whether one of torch's own operations gives its first argument new numbers, and is that argument then."""
+    schema = operation._schema
+    return (
+        operation.namespace == "aten"
+        and schema.name.endswith("_")
+        and _is_written(schema.arguments[0])
+        and torch.Tag.inplace_view not in operation.tags
+    )
+
+
+def written_by(operation: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> list[Any]:
+    """The arguments that an operation may write to; of others than torch's own, all of them."""
+    if operation.namespace != "aten":
+        return [*arguments, *options.values()]
+    by_name = {argument.name: argument for argument in operation._schema.arguments}
+    given = [*zip(operation._schema.arguments, arguments, strict=False)]  # some are left out
+    given += [(by_name[name], value) for name, value in options.items() if name in by_name]
+    return [value for argument, value in given if _is_written(argument)]
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
 @contextmanager

@@ -364,6 +364,31 @@ def test_look_ahead__an_anchor_of_another_architecture(
     with pytest.raises(RequestError, match=r"^stage gram: teacher_from=before: ") as refused:
         look_ahead(plan_of(stages, *(f"stages[1].{text}" for text in settings)))
     assert says in str(refused.value) and len(refused.value.mistakes) == 1
+    differs = {"backbone.patch_size=8": "(backbone.patch_size=8, in before 4)"}
+    of_options = "(backbone.options.embed_dim=16, in before 32, backbone.options.depth=1, in before 2)"
+    wanted = differs.get(settings[0], of_options)
+    assert str(refused.value).endswith(wanted)
+
+
+def test_run__a_stage_that_would_begin_with_nothing_is_refused(
+    plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drive(*arguments: Any) -> None:
+        raise AssertionError("was started")
+
+    monkeypatch.setattr("pretrain.driver.drive.Driver.drive", drive)
+    stages = "stages=[{name: before}, {name: after}]"
+    with pytest.raises(RequestError) as refused:
+        run(plan_of(stages, f"stages[1].{STUDENT[2]}"))
+    (line,) = refused.value.mistakes
+    assert line == (
+        "stage after: init_from=before: no weight of that stage's backbone fits (backbone.options.embed_dim=16, in "
+        "before 32, backbone.options.depth=1, in before 2); set backbone as there, or train this stage in a run of its "
+        "own"
+    )
+    assert not (tmp_path / "runs").exists()
+    deeper = "stages[1].backbone.options={embed_dim: 32, depth: 3, num_heads: 2, num_reg_tokens: 1, init_values: 0.5}"
+    assert len(look_ahead(plan_of(stages, deeper))) == 2  # two blocks of three are those of the stage before
 
 
 def test_run__with_a_teacher_looks_before_anything_is_started(
@@ -375,6 +400,9 @@ def test_run__with_a_teacher_looks_before_anything_is_started(
     monkeypatch.setattr("pretrain.driver.drive.Driver.drive", drive)
     with pytest.raises(RequestError, match="the anchor has patches of 4 px, the student of 8"):
         run(plan_of("objective.gram_weight=1.0", f"teacher_from={teacher}", "backbone.patch_size=8"))
+    stages = "stages=[{name: before}, {name: gram, teacher_from: before, objective: {gram_weight: 1.0}}]"
+    with pytest.raises(RequestError, match=r"^stage gram: teacher_from=before: the anchor has patches of 4 px"):
+        run(plan_of(stages, "stages[1].backbone.patch_size=8"))
     assert not (tmp_path / "runs").exists()
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pretrain.training.torch_internals import loopback_store, norms_of, without_numbers
+from pretrain.training.torch_internals import (
+    DispatchMode,
+    WeakStorage,
+    is_in_place,
+    loopback_store,
+    norms_of,
+    without_numbers,
+    written_by,
+)
 
 
 def test_norms_of__are_float32_whatever_the_tensors_are() -> None:
@@ -62,3 +71,35 @@ def test_without_numbers__autocasting_and_attention_are_as_elsewhere() -> None:
     assert (2, 3, 5, 7) not in kept and kept  # of all pairs
     with pytest.raises(RuntimeError):
         torch.autocast("meta", torch.bfloat16)
+
+
+def test_dispatch_mode__sees_operations_and_what_they_write() -> None:
+    seen: list[tuple[str, bool, int]] = []
+
+    class Listening(DispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            written = written_by(function, args, kwargs or {})
+            seen.append((function._schema.name, is_in_place(function), sum(value is x for value in written)))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.zeros(3)
+    with Listening():
+        x.normal_()
+        torch.add(x, 1, out=x)
+        x.t_()
+        _ = x + 1
+    assert seen == [
+        ("aten::normal_", True, 1),
+        ("aten::add", False, 1),
+        ("aten::t_", False, 1),
+        ("aten::add", False, 0),
+    ]
+
+
+def test_weak_storage__ends_with_its_tensor() -> None:
+    x = torch.zeros(3)
+    weak = WeakStorage(x.untyped_storage())
+    found = weak.storage()
+    assert found is not None and found.data_ptr() == x.data_ptr()
+    del x, found
+    assert weak.storage() is None
