@@ -253,7 +253,7 @@ def _places(storage: Path) -> list[Place]:
         try:
             record = parse_json(path.read_text())
             of_an_event = {"kind": Evaluated.kind, "time": 0, "step": 0}
-            num_test = (record.get("details") or {}).get("num_test", 0)
+            num_test = _num_scored(record.get("details") or {})
             scored = from_json({"seconds": 0.0, "cached": True, "num_test": num_test, **record, **of_an_event})
             if not isinstance(scored, Evaluated):
                 raise ValueError("without metrics")
@@ -299,7 +299,7 @@ def _event(step: int, result: EvaluationResult) -> Evaluated:
         seconds=result.seconds,
         cached=result.cached,
         described=tuple(asdict(metric) for metric in result.described),
-        num_test=int(result.details.get("num_test", 0)),
+        num_test=_num_scored(result.details),
     )
 
 
@@ -329,3 +329,8 @@ def _suitable_protocols(checkpoint: Path, directory: Path) -> list[str]:
         and fits(spec, extraction.tokens, extraction.axes)
         and has_labels(dataset, spec.target_label)
     ]
+
+
+def _num_scored(details: Mapping[str, Any]) -> int:
+    """Test samples that the headline of a result is of: all, unless its protocol left some out; 0: not recorded."""
+    return int(details.get("num_scored", details.get("num_test", 0)))

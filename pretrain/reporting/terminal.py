@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
+from backbones.registry import IMAGE
 from evaluation.protocol import format_value
 from pretrain.checkpoints import store
 from pretrain.config.stages import Plan
@@ -173,10 +174,10 @@ class Terminal:
             return
         self._long_waits = self._long_waits + 1 if waited > _LONG_WAIT else 0
         if self._long_waits == 2:
-            data = self._plan.recipe.data
+            data, of_photos = self._plan.recipe.data, self._plan.recipe.backbone.kind == IMAGE
             self.say(
                 f"training waits for data {waited:.0%} of the time: with cores to spare, raise data.loader_workers "
-                f"(now {data.loader_workers} per worker){'' if data.scaled_decoding else _SMALLER}"
+                f"(now {data.loader_workers} per worker){'' if data.scaled_decoding or not of_photos else _SMALLER}"
             )
 
     def _restart_bar(self, label: str, total: int | None) -> None:

@@ -77,6 +77,7 @@ def test_score__classes_with_too_few_labels_take_no_part() -> None:
     labels = [0] * 6 + [1] * 6 + [2] * 3 + [3] * 6
     outcome = _score(_split(labels, 0), _split([0, 1, 2, 0, 1, 2, 0], 1), 4)
     assert outcome.details["ways"] == {"top1_1shot": 3, "top1_5shot": 2}  # nothing to test class 3 with
+    assert outcome.details["num_scored"] == 5  # of seven: the headline leaves class 2 out
 
 
 def test_score__too_few_labels_are_refused() -> None:

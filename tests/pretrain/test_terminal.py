@@ -168,6 +168,14 @@ def test_show__says_once_what_to_do_when_training_keeps_waiting_for_data(
         assert f"{advice}data.loader_workers (now 3 per worker); data.scaled_decoding=true" in written.getvalue()
 
 
+def test_show__of_clouds_nothing_is_said_of_large_photos() -> None:
+    plan, written = load_plan("point_mae_psb", ["data.root=x"], check_files=False), io.StringIO()
+    terminal = Terminal(plan, Console(file=written, highlight=False, soft_wrap=True))
+    for step in (1, 2):
+        terminal.show(Metrics(step=step, values=VALUES | {"data_wait_fraction": 0.5}))
+    assert "training waits for data 50%" in written.getvalue() and "photos" not in written.getvalue()
+
+
 @pytest.mark.parametrize(
     ("columns", "fields"),
     [

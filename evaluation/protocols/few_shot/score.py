@@ -65,7 +65,7 @@ def score(
     left_out = [name for name, _, _ in params["episodes"] if name not in ways]
     return Outcome(
         metrics={**metrics, f"{headline}_ci_low": low, f"{headline}_ci_high": high},
-        details={"ways": ways, "draws": params["draws"], "left_out": left_out},
+        details={"ways": ways, "draws": params["draws"], "left_out": left_out, "num_scored": num_test},
     )
 
 
