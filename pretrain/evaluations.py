@@ -1,6 +1,7 @@
 """Evaluate checkpoints: the same function by hand (`pretrain evaluate`), from Python, and as a task of a run.
 
-Which checkpoints of a run are evaluated (`due`), and which keep their training state (`retention`), is decided here.
+Which checkpoints of a run are evaluated (`due`, by the run itself and by a schedule), and which keep their training
+state (`retention`), is decided here.
 
 Not here: the protocols (`evaluation`), starting evaluations and pruning (`pretrain.driver`).
 """
@@ -139,9 +140,12 @@ def evaluate(
 
 
 def due(
-    plan: Plan, steps: Iterable[int], done: Container[tuple[int, str, str]]
+    plan: Plan,
+    steps: Iterable[int],
+    done: Container[tuple[int, str, str]],
+    tasks: Sequence[EvaluationTask] | None = None,
 ) -> Iterator[tuple[int, EvaluationTask]]:
-    """What a run still has to evaluate: (step, task), in the order of `steps`.
+    """What is still to be evaluated of a run: (step, task), in the order of `steps`.
 
     That is every `evaluation.every`-th checkpoint of a stage and its last one, and the backbone that the run began with
     (step 0) if it is asked for.
@@ -150,15 +154,16 @@ def due(
         plan: Of the run.
         steps: Of its published checkpoints.
         done: (step, protocol, data) of the scores there are.
+        tasks: Of a schedule; None: those of the run's recipe, if it evaluates at all.
     """
     evaluation = plan.recipe.evaluation
-    if not evaluation.enabled:
-        return
+    if tasks is None:
+        tasks = evaluation.tasks if evaluation.enabled else ()
     for step in steps:
         stage = plan.stages[plan.index_at(step)]
         number = -(-(step - stage.first_step) // stage.recipe.train.checkpoint_every)
         if step == stage.last_step or (evaluation.baseline if step == 0 else number % evaluation.every == 0):
-            yield from ((step, task) for task in evaluation.tasks if (step, task.protocol, task.data) not in done)
+            yield from ((step, task) for task in tasks if (step, task.protocol, task.data) not in done)
 
 
 def retention(train: TrainConfig, trained: Sequence[int], best: Iterable[int]) -> set[int]:
@@ -243,10 +248,10 @@ def _places(storage: Path) -> list[Place]:
         except OSError as error:
             log.warning("%s: not readable, passed over (%s)", run.evaluations, error.strerror)
             continue
-        for event in events:
-            if isinstance(event, Evaluated):
-                of_runs.add(event.key)
-                found.append(_place(event, run.run_id, event.step, run.recipe))
+        scores = [event for event in events if isinstance(event, Evaluated)]
+        of_runs.update(event.key for event in scores)
+        newest = {(event.step, event.task): event for event in scores}  # a run and a schedule may both tell of one
+        found += [_place(event, run.run_id, event.step, run.recipe) for event in newest.values()]
     for path in sorted((storage / "evaluations").glob("*.json")):
         if path.stem in of_runs:
             continue

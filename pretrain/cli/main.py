@@ -28,6 +28,7 @@ from pretrain.cli.init import init
 from pretrain.cli.manifest import manifest
 from pretrain.cli.parent import Parent
 from pretrain.cli.recipes import recipes
+from pretrain.cli.schedule import schedule
 from pretrain.errors import (
     EXIT_STOPPED,
     RequestError,
@@ -75,10 +76,19 @@ def cli() -> None:
 @click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--address", metavar="URL", help="A running Ray; default: $RAY_ADDRESS, else a private local one.")
 @click.option("--run-id", metavar="ID", help="Begin the run of this name, or go on with it; default: a new one.")
+@click.option("--sweep", is_flag=True, help="A run for each combination of values: KEY=VALUE,VALUE ...")
+@click.option("--parallel", type=click.IntRange(1), metavar="N", help="Runs of a sweep at a time; default: 1.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen; start nothing, leave nothing.")
 @click.pass_obj
 def run(
-    parent: Parent, recipe: str, settings: tuple[str, ...], address: str | None, run_id: str | None, dry_run: bool
+    parent: Parent,
+    recipe: str,
+    settings: tuple[str, ...],
+    address: str | None,
+    run_id: str | None,
+    sweep: bool,
+    parallel: int | None,
+    dry_run: bool,
 ) -> None:
     """Train RECIPE (a name or a YAML file), evaluate its checkpoints, record everything, print a summary.
 
@@ -86,6 +96,16 @@ def run(
     command can be given again and again, as schedulers do: it goes on where the run is, and does nothing when it has
     finished.
     """
+    if parallel is not None and not sweep:
+        raise RequestError(f"--parallel {parallel}: is how many runs of a sweep there are at a time; add --sweep")
+    if sweep:
+        if run_id is not None:
+            text = "a sweep has a run for each combination, which get names of their own"
+            raise RequestError(f"--run-id {run_id}: {text}")
+        from pretrain.cli.sweep import run_sweep
+
+        run_sweep(recipe, settings, address, parallel or 1, dry_run=dry_run)
+        return
     from pretrain.config.load import load_plan, replaced_objective
     from pretrain.photos import packed_plan, photo_folder
 
@@ -227,6 +247,7 @@ cli.add_command(recipes)
 cli.add_command(init)
 cli.add_command(data)
 cli.add_command(doctor)
+cli.add_command(schedule)
 cli.add_command(embed)
 cli.add_command(export)
 cli.add_command(manifest)

@@ -6,7 +6,6 @@ Not here: what the driver does then (`pretrain.driver.drive`).
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from pretrain.config.stages import Plan
 from pretrain.driver.drive import Driver, OnStart, RunResult
 from pretrain.driver.placement import given_address, require_room_for_workers
 from pretrain.errors import RequestError, RunStopped
-from pretrain.record.run_dir import RunDir, checked_run_id, find_run
+from pretrain.record.run_dir import RunDir, checked_run_id, find_run, new_run_id
 from pretrain.reporting.progress import shown_while
 from pretrain.screen import say
 from pretrain.training.schedules import schedules_line
@@ -61,8 +60,7 @@ def run(
         told = changes(load_for_resume(begun.recipe, ()), plan, run_id)
         return resume(run_id, plan.recipe.storage, told, on_start=on_start)
     require_room_for_workers(plan.recipe)
-    run_id = run_id or f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run_dir = RunDir(Path(plan.recipe.storage) / run_id)
+    run_dir = RunDir(Path(plan.recipe.storage) / (run_id or new_run_id(plan.recipe.name)))
     plan = checked_plan(plan, run_dir.path)
     # A cluster may be long in giving workers a place, and a teacher, or weights of a stage before, may not fit another
     # backbone; of other runs the workers look.

@@ -20,7 +20,9 @@ Not here: what the files mean (`pretrain.record.events`), what a checkpoint hold
 from __future__ import annotations
 
 import re
+import secrets
 import shlex
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,7 @@ __all__ = [
     "RunDir",
     "checked_run_id",
     "find_run",
+    "new_run_id",
     "resume_command",
     "runs_in",
     "stopped_line",
@@ -206,6 +209,11 @@ def find_run(run_id: str, storage: Path) -> RunDir:
         hint = nearest(run_id, known) or f"; there are: {listed(known[-8:])}"
         raise RequestError(f"run {run_id or '(empty)'}: not in {storage.absolute()}{hint}")
     return run
+
+
+def new_run_id(name: str) -> str:
+    """A name for a run that no other has: that of its recipe, the time, and four digits by chance."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def resume_command(run_dir: RunDir) -> str:

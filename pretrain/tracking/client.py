@@ -223,9 +223,9 @@ class MlflowRun:
     def tag(self, key: str, value: str) -> None:
         self.client.set_tag(self.mlflow_run_id, _name(key), value)
 
-    def end(self, status: str) -> None:
-        """`status` is FINISHED, FAILED or KILLED."""
-        self.client.set_terminated(self.mlflow_run_id, status)
+    def end(self, status: str, end_ms: int | None = None) -> None:
+        """`status` is FINISHED, FAILED or KILLED; `end_ms` when that was, in Unix milliseconds (None: now)."""
+        self.client.set_terminated(self.mlflow_run_id, status, end_ms)
 
     def register(
         self, checkpoint: Path, step: int, model_name: str, tags: Mapping[str, str], location: str | None = None

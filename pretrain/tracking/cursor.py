@@ -91,18 +91,18 @@ class Sent:
 
     Attributes:
         versions: Step -> (model id, version) of registered checkpoints.
-        evaluations: `STEP PROTOCOL/DATA` of every evaluation.
+        evaluations: `STEP PROTOCOL/DATA` of every evaluation -> key of the result; None: not recorded.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.versions: dict[int, tuple[str, str]] = {}
-        self.evaluations: set[str] = set()
+        self.evaluations: dict[str, str | None] = {}
         for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
                 record = parse_json(line)
                 if "evaluation" in record:
-                    self.evaluations.add(record["evaluation"])
+                    self.evaluations[record["evaluation"]] = record.get("key")
                 else:
                     self.versions[record["step"]] = (record["model_id"], record["version"])
             except (ValueError, TypeError, LookupError):
@@ -112,13 +112,13 @@ class Sent:
         self._append({"step": step, "model_id": model_id, "version": version})
         self.versions[step] = (model_id, version)
 
-    def add_evaluation(self, name: str) -> None:
-        self._append({"evaluation": name})
-        self.evaluations.add(name)
+    def add_evaluation(self, name: str, key: str) -> None:
+        self._append({"evaluation": name, "key": key})
+        self.evaluations[name] = key
 
     def forget(self) -> None:
         """The run goes to another place, or to one that has forgotten it."""
-        self.versions, self.evaluations = {}, set()
+        self.versions, self.evaluations = {}, {}
         self._path.unlink(missing_ok=True)
 
     def _append(self, record: dict[str, Any]) -> None:

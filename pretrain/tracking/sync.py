@@ -10,9 +10,10 @@ What arrives:
                   last checkpoint: steps already sent are dropped, per metric.
     checkpoints   a logged model plus a version of the registered model. Step 0, the random backbone that scores are
                   compared with, is logged with its scores but not registered as a model version.
-    warnings      tags `warning/collapse`, `warning/non_finite_loss` and `warning/accumulation`, the last one of each.
+    warnings      tags `warning/collapse`, `warning/non_finite_loss`, `warning/accumulation` and, of schedules,
+                  `warning/regression`, the last one of each.
     evaluations   `eval/PROTOCOL/DATA/METRIC` at the step of the checkpoint, on the run, the model and the version.
-                  Each (step, protocol, data) once, however often the driver reports it.
+                  Each result of (step, protocol, data) once, however often a driver or a schedule reports it.
     alias best    the version with the best `select` score, over all runs that share the model name; without `select`,
                   and until a version has a score of it, the newest. The one before is `previous`.
     visualizations  as artifacts of that name.
@@ -144,6 +145,7 @@ class Tracker:
         self._told: set[str] = set()
         self._closing = threading.Event()
         self._deadline = math.inf
+        self._end_ms: int | None = None
         self._thread = threading.Thread(target=self._follow, name="mlflow-tracker", daemon=True)
 
     @property
@@ -157,13 +159,18 @@ class Tracker:
             self._save()
         self._thread.start()
 
-    def close(self, status: Status, deadline_s: float = 60.0) -> bool:
+    def close(self, status: Status, deadline_s: float = 60.0, *, end_ms: int | None = None) -> bool:
         """Send the rest and end the MLflow run; call it after the last record was written.
+
+        Args:
+            status: How the run ended.
+            deadline_s: When to give up, from now.
+            end_ms: When the run ended, Unix milliseconds; None: now.
 
         Returns:
             Whether everything arrived. If not, it is still on disk and a warning says how to send it later.
         """
-        self._cursor.status = status
+        self._cursor.status, self._end_ms = status, end_ms
         self._deadline = time.monotonic() + deadline_s
         self._closing.set()
         if self._thread.is_alive():
@@ -252,7 +259,7 @@ class Tracker:
     def _finish(self) -> None:
         assert self._cursor.status is not None
         if self._mlflow is not None:  # else there is no event: the run never began, and MLflow need not know
-            self._mlflow.end(self._cursor.status)
+            self._mlflow.end(self._cursor.status, self._end_ms)
         self._save()
         self._sent = True
 
@@ -348,7 +355,10 @@ class Tracker:
         return None
 
     def _is_sent(self, event: Evaluated | EvaluationFailed) -> bool:
-        return f"{event.step} {event.task}" in self._arrived.evaluations
+        name, known = f"{event.step} {event.task}", self._arrived.evaluations
+        if isinstance(event, EvaluationFailed) or name not in known:
+            return name in known
+        return known[name] in (None, event.key)  # data that have changed under their name give another result
 
     def _send_checkpoint(self, step: int, run: MlflowRun) -> None:
         cursor = self._cursor
@@ -377,7 +387,7 @@ class Tracker:
             if (choice := selected(cursor.select, event)) is not None:
                 metric, score = choice
                 run.promote_best(cursor.model_name, version, f"eval/{cursor.select}", metric, score)
-        self._arrived.add_evaluation(f"{event.step} {event.task}")
+        self._arrived.add_evaluation(f"{event.step} {event.task}", event.key)
 
     # What can go wrong ----------------------------------------------------------------------------------------------
 
@@ -439,14 +449,16 @@ def sync(run_dir: Path, exported: Exported, *, uri: str | None = None, deadline_
         select=cursor.select,
         exported=exported,
     )
-    tracker.start()
-    return tracker.close(cursor.status or _ending(run), deadline_s)
-
-
-def _ending(run: RunDir) -> Status:
-    """How a run ended whose driver could not say it any more."""
     events, _ = read_events(run.journal)
-    match events[-1] if events else None:
+    last = events[-1] if events else None
+    end_ms = None if last is None else int(last.time * 1000)  # scores that a schedule adds later make no run longer
+    tracker.start()
+    return tracker.close(cursor.status or _ending(last), deadline_s, end_ms=end_ms)
+
+
+def _ending(last: Event | None) -> Status:
+    """How a run ended whose driver could not say it any more, by its last event."""
+    match last:
         case Finished():
             return "FINISHED"
         case Failed():

@@ -43,7 +43,7 @@ def test_cli__surface_is_frozen() -> None:
         for name, command in cli.commands.items()
     }
     assert surface == {
-        "run": ["RECIPE", "[KEY=VALUE]...", "--address", "--run-id", "--dry-run"],
+        "run": ["RECIPE", "[KEY=VALUE]...", "--address", "--run-id", "--sweep", "--parallel", "--dry-run"],
         "resume": ["RUN_ID", "[KEY=VALUE]...", "--storage"],
         "evaluate": ["CHECKPOINT", "--protocol", "--data", "--batch-size", "--storage"],
         "leaderboard": ["--protocol", "--data", "--all", "--storage"],
@@ -52,6 +52,7 @@ def test_cli__surface_is_frozen() -> None:
         "recipes": ["NAME"],
         "init": ["DATA", *(f"--{option}" for option in INIT_OPTIONS)],
         "data": [],
+        "schedule": [],
         "doctor": ["--address", "--storage", "--json"],
         "manifest": ["RECIPE", "[KEY=VALUE]...", *(f"--{option}" for option in MANIFEST_OPTIONS)],
         "embed": ["CHECKPOINT", "DATA", "DEST", "--format", "--tokens", "--batch-size", "--device", "--storage"],

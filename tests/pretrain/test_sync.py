@@ -72,9 +72,9 @@ class Run:
         counts = {"tensors": 1, "tensors_total": 1, "optimizer_step": step, "rng_states": 2, "saved_world_size": 2}
         self.journal.write(Resumed(step=step, samples_seen=step, epoch=0, position=step, **counts))
 
-    def evaluate(self, step: int, top1: float) -> None:
+    def evaluate(self, step: int, top1: float, key: str = "k") -> None:
         metrics = {"top1": top1, "top1_ci_low": top1 - 0.1, "top1_ci_high": top1 + 0.1}
-        task = {"protocol": "linear", "data": "photos", "key": "k"}
+        task = {"protocol": "linear", "data": "photos", "key": key}
         self.evaluations.write(Evaluated(step=step, metrics=metrics, seconds=1.0, cached=False, **task))
 
     def track(self, uri: str, **changes: Any) -> Tracker:
@@ -204,13 +204,31 @@ def test_tracker__replayed_steps_are_not_logged_twice(
     assert data.params["train.steps"] == "40" and data.tags["resumed/train.steps"] == "80"
 
 
+def test_tracker__another_result_of_the_same_task_arrives_and_a_regression_is_a_tag(run: Run, mlflow_uri: str) -> None:
+    """What a schedule writes into a run that has ended: the same result again, and that of data which have changed."""
+    run.train(range(5))
+    run.evaluate(4, 0.5)
+    run.send(mlflow_uri)
+    run.evaluate(4, 0.5)
+    run.evaluate(4, 0.4, key="of other data")
+    run.evaluations.write(Warned(step=4, about="regression", text="worse"))
+    assert sync(run.dir, copies.exported)
+    mlflow_run_id = cursor(run)["mlflow_run_id"]
+    found = history(mlflow_uri, mlflow_run_id, "eval/linear/photos/top1")
+    assert [value for _, value, _ in found] == [0.4, 0.5]
+    mlflow_run = connect(mlflow_uri).get_run(mlflow_run_id)
+    assert mlflow_run.data.tags["warning/regression"] == "step 4: worse"
+    last = [event.time for event in read_events(run.dir / "journal.jsonl")[0]][-1]
+    assert mlflow_run.info.end_time == int(last * 1000)  # the run has not become longer
+
+
 def test_tracker__a_lost_cursor_costs_nothing(run: Run, mlflow_uri: str, make_checkpoint: MakeCheckpoint) -> None:
     run.train(range(5))
     run.publish(make_checkpoint, 4)
     run.evaluate(4, 0.5)
     run.send(mlflow_uri)
     before, sent = cursor(run), Sent(run.sent)
-    assert sent.versions and sent.evaluations == {"4 linear/photos"}
+    assert sent.versions and sent.evaluations == {"4 linear/photos": "k"}
     (run.dir / "mlflow.json").write_text("{ torn")
     run.send(mlflow_uri)
     assert cursor(run)["mlflow_run_id"] == before["mlflow_run_id"]
@@ -267,11 +285,11 @@ def test_sent__a_torn_line_costs_only_itself(tmp_path: Path) -> None:
     path = tmp_path / "sent.jsonl"
     sent = Sent(path)
     sent.add_version(10, "m-1", "1")
-    sent.add_evaluation("10 knn/photos")
+    sent.add_evaluation("10 knn/photos", "k")
     path.write_bytes(path.read_bytes()[:-4])
-    Sent(path).add_evaluation("20 knn/photos")
+    Sent(path).add_evaluation("20 knn/photos", "k")
     found = Sent(path)
-    assert found.versions == {10: ("m-1", "1")} and found.evaluations == {"20 knn/photos"}
+    assert found.versions == {10: ("m-1", "1")} and found.evaluations == {"20 knn/photos": "k"}
     found.forget()
     assert not path.exists() and not found.versions and not Sent(path).evaluations
 
