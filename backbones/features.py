@@ -28,6 +28,7 @@ class Features:
         coords: (B, N, A), where tokens that lie on no grid are, in the units of the batch; None where there is a grid.
         levels: token streams (B, P + N, D) within the encoder, before the final norm and with prefix tokens first,
             after the layers that were asked for; empty when none were.
+        is_valid: (B, N) bool, False for tokens of nothing but padding; None: there are none such.
     """
 
     tokens: Tensor
@@ -36,6 +37,7 @@ class Features:
     grid: tuple[int, ...] | None
     coords: Tensor | None = None
     levels: tuple[Tensor, ...] = ()
+    is_valid: Tensor | None = None
 
     @property
     def patches(self) -> Tensor:
@@ -44,8 +46,16 @@ class Features:
 
     @property
     def pooled(self) -> Tensor:
-        """One vector per sample, (B, D): the class token, or the mean of the tokens of an encoder without one."""
-        return self.tokens.mean(1) if self.cls is None else self.cls
+        """One vector per sample, (B, D): the class token, or `mean` of an encoder without one."""
+        return self.mean if self.cls is None else self.cls
+
+    @property
+    def mean(self) -> Tensor:
+        """(B, D) mean of the tokens that are valid."""
+        if self.is_valid is None:
+            return self.tokens.mean(1)
+        weights = self.is_valid.to(self.tokens.dtype).unsqueeze(-1)  # (B, N, 1)
+        return (self.tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Backbone files: safetensors with the architecture in the header, checked by digest, never unpickled; weights of one
-encoder as the start of another; and weight files of others.
+"""Backbone files: safetensors with the architecture in the header, checked by digest, never unpickled; heads beside
+them; weights of one encoder as the start of another; and weight files of others.
 
 NOT here: training state, publication of checkpoints (`pretrain.checkpoints.store`).
 torch is imported where tensors are made, so that a digest can be taken without it.
@@ -26,20 +26,27 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKBONE_FILE",
+    "HEADS_FILE",
     "STATE_DICT_SUFFIXES",
     "Initialized",
+    "heads_digest",
+    "heads_spec",
     "initialize_from",
     "load_backbone",
+    "load_heads",
     "open_weights",
     "read_shapes",
     "read_weights",
     "save_backbone",
+    "save_heads",
     "weights_digest",
 ]
 
 BACKBONE_FILE = "backbone.safetensors"
+HEADS_FILE = "heads.safetensors"  # what the objective has on top of it, where it exports that
 STATE_DICT_SUFFIXES = (".pth", ".pt", ".bin")  # of files that `torch.save` wrote
 _METADATA_KEY = "pretrain.backbone"
+_HEADS_KEY = "pretrain.heads"
 _STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # where timm looks for it, in its order
 
 
@@ -51,10 +58,24 @@ def save_backbone(path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, 
         tensors: names -> weights, as from `Encoder.weights()`.
         spec: `Encoder.spec`.
     """
+    _save(path, tensors, {_METADATA_KEY: _canonical(spec)})
+
+
+def save_heads(path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
+    """Writes the weights of heads, and what they can be built from again, to one file.
+
+    Args:
+        path: the file, conventionally `.../heads.safetensors` beside the backbone; an existing one is replaced.
+        tensors, spec: as `objectives.base.Heads` has them.
+    """
+    _save(path, tensors, {_HEADS_KEY: _canonical(spec)})
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, path, metadata={_METADATA_KEY: _canonical(spec)})
+    save_file(plain, path, metadata=metadata)
 
 
 def load_backbone(path: Path | str) -> Encoder:
@@ -88,6 +109,35 @@ def load_backbone(path: Path | str) -> Encoder:
         raise BackboneError(f"{file}: does not fit {backbone.spec['name']!r}: {_some(wrong)}")
     backbone.network.load_state_dict(weights)
     return backbone.eval()
+
+
+def heads_spec(path: Path | str) -> dict[str, Any] | None:
+    """What heads beside a backbone can be built from; None where there are none, or their file does not say.
+
+    Args:
+        path: as for `load_backbone`.
+    """
+    file = _file(path).with_name(HEADS_FILE)
+    if not file.is_file():
+        return None
+    header, _ = _header(file, file.read_bytes())
+    return None if _HEADS_KEY not in header.get("__metadata__", {}) else _spec(file, header, _HEADS_KEY)
+
+
+def load_heads(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What heads beside a backbone can be built from, and their weights by name.
+
+    Args:
+        path: as for `load_backbone`; digests are compared as there.
+
+    Raises:
+        BackboneError: there are none, or they are damaged.
+    """
+    from safetensors.torch import load
+
+    file, data = _heads(path)
+    _verify(file, data)
+    return _spec(file, _header(file, data)[0], _HEADS_KEY), load(data)
 
 
 def read_weights(file: Path, data: bytes) -> dict[str, Tensor]:
@@ -271,7 +321,19 @@ def weights_digest(path: Path | str) -> str:
         BackboneError: no such file, or not a backbone file.
     """
     file = _file(path)
-    data = file.read_bytes()
+    return _digest(file, file.read_bytes(), _METADATA_KEY)
+
+
+def heads_digest(path: Path | str) -> str:
+    """The same of the heads beside a backbone.
+
+    Raises:
+        BackboneError: there are none, or they are damaged.
+    """
+    return _digest(*_heads(path), _HEADS_KEY)
+
+
+def _digest(file: Path, data: bytes, key: str) -> str:
     header, start = _header(file, data)
     digest = hashlib.sha256()
     for name in sorted(header.keys() - {"__metadata__"}):
@@ -279,7 +341,7 @@ def weights_digest(path: Path | str) -> str:
         begin, end = entry["data_offsets"]
         digest.update(_canonical([name, entry["dtype"], entry["shape"]]).encode())
         digest.update(memoryview(data)[start + begin : start + end])
-    digest.update(_canonical(_spec(file, header)).encode())
+    digest.update(_canonical(_spec(file, header, key)).encode())
     return digest.hexdigest()
 
 
@@ -289,6 +351,14 @@ def _file(path: Path | str) -> Path:
     if not file.is_file():
         raise BackboneError(f"{file}: no such file; give a checkpoint directory or its {BACKBONE_FILE}")
     return file
+
+
+def _heads(path: Path | str) -> tuple[Path, bytes]:
+    """The file of the heads beside a backbone, and what it holds."""
+    file = _file(path).with_name(HEADS_FILE)
+    if not file.is_file():
+        raise BackboneError(f"{file}: no such file; the checkpoint has no heads beside its backbone")
+    return file, file.read_bytes()
 
 
 def _header(file: Path, data: bytes, size: int | None = None) -> tuple[dict[str, Any], int]:
@@ -311,11 +381,11 @@ def _header(file: Path, data: bytes, size: int | None = None) -> tuple[dict[str,
     return header, start
 
 
-def _spec(file: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+def _spec(file: Path, header: Mapping[str, Any], key: str = _METADATA_KEY) -> dict[str, Any]:
     try:
-        return json.loads(header["__metadata__"][_METADATA_KEY])
+        return json.loads(header["__metadata__"][key])
     except (KeyError, ValueError, RecursionError) as error:
-        raise BackboneError(f"{file}: no {_METADATA_KEY!r} in its header, so the architecture is unknown") from error
+        raise BackboneError(f"{file}: no {key!r} in its header, so the architecture is unknown") from error
 
 
 def _verify(file: Path, data: bytes) -> None:

@@ -55,15 +55,10 @@ class EvaluationData:
         Raises:
             EvaluationError, DataError: a split, a field or the list of classes is missing; names the data.
         """
-        root = Path(self.root)
-        if not root.is_dir():
-            raise EvaluationError(f"evaluation data {self.name!r}: no directory {root}")
+        root = self._folder()
         splits = {}
         for split, prefix in (("train", "train"), ("test", held_out(root))):
-            if not any(root.glob(f"{prefix}-*.tar")):
-                raise EvaluationError(f"evaluation data {self.name!r}: no {prefix}-*.tar in {root}")
-            splits[split] = dataset = open_dataset(str(root / f"{prefix}-*.tar"))
-            dataset.require_field(*inputs)
+            splits[split] = dataset = self._open_split(prefix, inputs)
             require_labels(dataset, spec.target_label)
         description = splits["train"].description
         opened = OpenedData(
@@ -79,6 +74,28 @@ class EvaluationData:
         except EvaluationError as error:
             raise EvaluationError(f"evaluation data {self.name!r}: {root}: {error}") from None
         return opened
+
+    def open_held_out(self, inputs: Sequence[str]) -> Dataset:
+        """The samples that are tested on, of whatever labels; no others have to be there.
+
+        Raises:
+            EvaluationError, DataError: there are none, or a field is missing; names the data.
+        """
+        return self._open_split(held_out(self._folder()), inputs)
+
+    def _folder(self) -> Path:
+        root = Path(self.root)
+        if not root.is_dir():
+            raise EvaluationError(f"evaluation data {self.name!r}: no directory {root}")
+        return root
+
+    def _open_split(self, prefix: str, inputs: Sequence[str]) -> Dataset:
+        root = self._folder()
+        if not any(root.glob(f"{prefix}-*.tar")):
+            raise EvaluationError(f"evaluation data {self.name!r}: no {prefix}-*.tar in {root}")
+        dataset = open_dataset(str(root / f"{prefix}-*.tar"))
+        dataset.require_field(*inputs)
+        return dataset
 
 
 @dataclass(frozen=True)
@@ -191,33 +208,40 @@ def _bounds(labels: npt.NDArray[np.int64]) -> tuple[int, ...]:
     return (int(labels.min()), int(labels.max())) if labels.size else ()
 
 
-def has_labels(dataset: Dataset, label: Label) -> bool:
-    """Whether samples have such labels: a field of theirs and, of an npz, in the first sample, the array."""
+def has_labels(dataset: Dataset, label: Label | None) -> bool:
+    """Whether samples have such labels: a field of theirs and, of an npz, in the first sample, the array.
+
+    Those of a protocol that needs none are always there.
+    """
+    if label is None:
+        return True
     field = next((name for name in label.fields if name in dataset.fields), None)
     if field is None or not field.endswith("npz"):
         return field is not None
     return label.array in decode_arrays(dataset.read(0)[field])
 
 
-def require_labels(dataset: Dataset, label: Label) -> None:
+def require_labels(dataset: Dataset, label: Label | None) -> None:
     """Refuse samples that have no such labels, as far as the fields of all and the first sample show.
 
     Raises:
         DataError: no field of theirs has them, or the npz of the first sample has no such array.
     """
+    if label is None:
+        return
     field = dataset.require_field(*label.fields)
     if not has_labels(dataset, label):
         found = ", ".join(decode_arrays(dataset.read(0)[field]))
         raise DataError(f"{dataset.where(0)}, field {field}: no array {label.array!r} with labels; it has {found}")
 
 
-def require_classes(dataset: Dataset, label: Label) -> None:
+def require_classes(dataset: Dataset, label: Label | None) -> None:
     """Refuse dense labels of which nothing says how many classes they have.
 
     Raises:
         EvaluationError: the data set lists no `classes`, which samples with a label each may do without.
     """
-    if label.axes and not dataset.description.get("classes"):
+    if label is not None and label.axes and not dataset.description.get("classes"):
         raise EvaluationError(
             f"{MANIFEST_NAME} must list `classes` for dense labels, their names in index order: `pretrain data pack "
             "--classes NAME,...` writes them"

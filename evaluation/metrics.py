@@ -22,6 +22,7 @@ __all__ = [
     "dice_per_class",
     "foreground_dice",
     "iou_per_class",
+    "jackknife",
     "jackknife_interval",
     "mean_class_accuracy",
     "mean_iou",
@@ -110,6 +111,27 @@ def foreground_dice(confusion: Tensor) -> Tensor:
     return dice_per_class(confusion)[..., 1:].nanmean(dim=-1)
 
 
+def jackknife(per_sample: Tensor, score: Callable[[Tensor], Tensor]) -> tuple[float, float] | None:
+    """A score of summed counts, and half the width of its 95 % interval over samples, by Student's t.
+
+    Args:
+        per_sample: counts (n, ...).
+        score: of counts (..., as of a sample) the scores (...); scores that are not finite are left out.
+
+    Returns:
+        None of one sample, of which nothing is known.
+    """
+    from scipy.special import stdtrit  # here, since cached scores need none
+
+    total, num_samples = per_sample.sum(dim=0), len(per_sample)
+    without = score(total - per_sample)  # (n,)
+    without = without[without.isfinite()]
+    if num_samples < 2 or len(without) < 2:
+        return None
+    spread = float(without.var(correction=0)) * (num_samples - 1)  # squared standard error
+    return float(score(total)), float(stdtrit(num_samples - 1, 0.975)) * math.sqrt(spread)
+
+
 def jackknife_interval(per_sample: Tensor, score: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     """95 % interval over samples of a score in [0, 1] of summed counts: jackknife, Student's t, on the logit scale.
 
@@ -117,18 +139,13 @@ def jackknife_interval(per_sample: Tensor, score: Callable[[Tensor], Tensor]) ->
     better: see tests/evaluation/test_metrics.py.
 
     Args:
-        per_sample: confusion counts (n, C, C). Of one sample nothing is known: (0, 1).
-        score: of counts (..., C, C) the scores (...).
+        per_sample: counts (n, ...), such as confusion matrices. Of one sample nothing is known: (0, 1).
+        score: of counts (..., as of a sample) the scores (...).
     """
-    from scipy.special import stdtrit  # here, since cached scores need none
-
-    total, num_samples = per_sample.sum(dim=0), len(per_sample)
-    value, without = float(score(total)), score(total - per_sample)  # without: (n,)
-    without = without[without.isfinite()]
-    if num_samples < 2 or len(without) < 2:
+    found = jackknife(per_sample, score)
+    if found is None:
         return 0.0, 1.0
-    spread = float(without.var(correction=0)) * (num_samples - 1)  # squared standard error
-    margin = float(stdtrit(num_samples - 1, 0.975)) * math.sqrt(spread)
+    value, margin = found
     if not 0 < value < 1:
         return max(0.0, value - margin), min(1.0, value + margin)
     center, margin = math.log(value / (1 - value)), margin / (value * (1 - value))

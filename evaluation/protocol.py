@@ -96,11 +96,14 @@ class Protocol:
 
     Attributes:
         target: "module:function" of the head, called as
-            `score(train, test, *, num_classes, params, seed, device) -> Outcome`.
+            `score(train, test, *, num_classes, params, seed, device) -> Outcome`; with tokens="decoded" as
+            `score(held_out, *, params, seed) -> Outcome`.
         version: Raised whenever the code behind `target` changes what it computes.
-        tokens: "pooled" gives the head `extract.Pooled` (CLS and mean of patches), "patches" gives `extract.Dense`.
+        tokens: "pooled" gives the head `extract.Pooled` (CLS and mean of patches), "patches" gives `extract.Dense`,
+            "decoded" `extract.Decoded`: held-out samples, and what the encoder and the decoder of the checkpoint make
+            of them where a part is hidden.
         label: What the target is, a key of `LABELS`: "cls" the class of a sample, "seg.png" a map of classes over an
-            image, "seg.npy" one over a volume.
+            image, "seg.npy" one over a volume; None with tokens="decoded", which needs none.
         metrics: What the head reports. A plain name is accepted and means a fraction of which more is better. The
             headline is the one that says so, else the first that has a direction.
         params: Every number the head depends on.
@@ -114,15 +117,16 @@ class Protocol:
     summary: str
     target: str
     version: int
-    tokens: Literal["pooled", "patches"]
-    label: str
+    tokens: Literal["pooled", "patches", "decoded"]
+    label: str | None
     metrics: tuple[Metric, ...]
     params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     usual_for: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.label not in LABELS:
-            raise EvaluationError(f"protocol {self.name!r}: label={self.label!r}; known are {', '.join(LABELS)}")
+        if self.label not in ([None] if self.tokens == "decoded" else LABELS):
+            known = "None is allowed" if self.tokens == "decoded" else f"known are {', '.join(LABELS)}"
+            raise EvaluationError(f"protocol {self.name!r}: label={self.label!r}; {known}")
         try:
             object.__setattr__(self, "metrics", described(self.metrics))
         except EvaluationError as error:
@@ -134,9 +138,9 @@ class Protocol:
         return next(metric for metric in self.metrics if metric.headline)
 
     @property
-    def target_label(self) -> Label:
-        """Where samples hold the target."""
-        return LABELS[self.label]
+    def target_label(self) -> Label | None:
+        """Where samples hold the target; None: they need none."""
+        return None if self.label is None else LABELS[self.label]
 
 
 def described(metrics: Iterable[Metric | str]) -> tuple[Metric, ...]:

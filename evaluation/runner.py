@@ -2,30 +2,33 @@
 
 The key of a result is the SHA-256 of the weights digest (names, dtypes, shapes and bytes of what the backbone loads,
 and its architecture; not the path, not the step), the feature recipe, the data digest and the protocol with its version
-and parameters. Batch size and device are outside it: they decide no score. The store is asked first, then the feature
-cache; only then is the backbone loaded and run. When to evaluate what, and where, is decided elsewhere.
+and parameters; of a protocol that needs the checkpoint's decoder also that one's digest. Batch size and device are
+outside it: they decide no score. The store is asked first, then the feature cache; only then is the backbone loaded and
+run. When to evaluate what, and where, is decided elsewhere.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from backbones.io import BACKBONE_FILE, load_backbone, weights_digest
+from backbones.io import BACKBONE_FILE, heads_digest, heads_spec, load_backbone, weights_digest
 from data_pipelines.parsing import parse_json
 from evaluation import registry
 from evaluation.data import EvaluationData
+from evaluation.extraction.decoding import Decoded, load_reconstruction, require_decoder
 from evaluation.extraction.forward import num_test_in_train, splits_of, write_features
-from evaluation.extraction.recipe import Size, extraction_of, feature_facts, feature_recipe
+from evaluation.extraction.recipe import Extraction, Size, extraction_of, feature_facts, feature_recipe
 from evaluation.features import ArrayWriter, FeatureCache
 from evaluation.keys import digest_of
-from evaluation.protocol import EvaluationError
+from evaluation.metrics import Outcome
+from evaluation.protocol import EvaluationError, Protocol
 from evaluation.registry import load_head
 from evaluation.results import EvaluationResult, ResultStore
 from evaluation.threads import Threads
@@ -73,25 +76,25 @@ def evaluate(
     weights, architecture = weights_digest(checkpoint), architecture_of(checkpoint)
     extraction = extraction_of(architecture.get("kind", "image"))
     recipe = feature_recipe(extraction, spec, architecture, image_size)
-    opened = data.open(spec, extraction.inputs)
-    features_of = feature_facts(weights, recipe, opened.digest)
-    facts = {"protocol": spec.name, "version": spec.version, "params": dict(spec.params), "seed": seed}
-    key = digest_of({**features_of, **facts})
     on_device = available_device() if device is None else torch.device(device)
-    computing = threads or Threads(torch.get_num_threads())
-    batch = batch_size or (CPU_BATCH if on_device.type == "cpu" else DEVICE_BATCH)
+    asked = _Asked(
+        checkpoint,
+        spec,
+        data,
+        extraction,
+        recipe,
+        store=store,
+        seed=seed,
+        device=on_device,
+        batch_size=batch_size or (CPU_BATCH if on_device.type == "cpu" else DEVICE_BATCH),
+        threads=threads or Threads(torch.get_num_threads()),
+    )
+    data_digest, inputs, compute = (_on_reconstructions if spec.tokens == "decoded" else _on_features)(asked, weights)
+    facts = {"protocol": spec.name, "version": spec.version, "params": dict(spec.params), "seed": seed}
+    key = digest_of({**inputs, **facts})
 
     def make() -> EvaluationResult:
-        def write(writer: ArrayWriter) -> None:
-            backbone = computing.run(load_backbone, checkpoint)
-            settings: dict[str, Any] = {"batch_size": batch, "device": on_device, "threads": computing}
-            write_features(writer, backbone, extraction, opened, recipe, **settings)
-
-        arrays, were_made = FeatureCache(store).once(digest_of(features_of), features_of, write)
-        extracted = time.perf_counter()
-        train, test, num_classes = splits_of(arrays, opened, extraction, recipe, spec.target_label)
-        settings = {"num_classes": num_classes, "params": spec.params, "seed": seed, "device": on_device}
-        outcome = computing.run(load_head(spec), train, test, **settings)
+        outcome, details = compute()
         if not {spec.headline.name} <= set(outcome.metrics) <= set(reported):  # some need what not all backbones have
             raise EvaluationError(
                 f"protocol {spec.name!r} reported {sorted(outcome.metrics)}, but registers {sorted(reported)}"
@@ -101,18 +104,14 @@ def evaluate(
             protocol=spec.name,
             version=spec.version,
             data=data.name,
-            data_digest=opened.digest,
+            data_digest=data_digest,
             weights_digest=weights,
             metrics={name: float(outcome.metrics[name]) for name in reported if name in outcome.metrics},
             details={
+                **details,
                 **outcome.details,
                 **({"image_size": recipe["size"]} if "size" in recipe else {}),
-                "num_train": opened.train.num_samples,
-                "num_test": opened.test.num_samples,
-                "num_test_in_train": num_test_in_train(arrays),
                 "seed": seed,
-                "features_cached": not were_made,
-                "seconds_features": round(extracted - started, 3),
             },
             seconds=round(time.perf_counter() - started, 3),
             described=spec.metrics,
@@ -122,6 +121,79 @@ def evaluate(
     # A stored result has its numbers in another order, and one of an older version does not say what they mean.
     known = tuple(metric for metric in spec.metrics if metric.name in result.metrics)
     return replace(result, metrics={metric.name: result.metrics[metric.name] for metric in known}, described=known)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked for, and how it is computed."""
+
+    checkpoint: Path
+    spec: Protocol
+    data: EvaluationData
+    extraction: Extraction
+    recipe: Mapping[str, Any]
+    store: Path
+    seed: int
+    batch_size: int
+    device: torch.device
+    threads: Threads
+
+
+# A data digest, what a result is found by beside the protocol, and what computes it and more details of it.
+_Computation = tuple[str, dict[str, Any], Callable[[], tuple[Outcome, dict[str, Any]]]]
+
+
+def _on_features(asked: _Asked, weights: str) -> _Computation:
+    """By frozen features of both splits."""
+    opened = asked.data.open(asked.spec, asked.extraction.inputs)
+    inputs = feature_facts(weights, asked.recipe, opened.digest)
+
+    def write(writer: ArrayWriter) -> None:
+        backbone = asked.threads.run(load_backbone, asked.checkpoint)
+        settings: dict[str, Any] = {"batch_size": asked.batch_size, "device": asked.device, "threads": asked.threads}
+        write_features(writer, backbone, asked.extraction, opened, asked.recipe, **settings)
+
+    def compute() -> tuple[Outcome, dict[str, Any]]:
+        started = time.perf_counter()
+        arrays, were_made = FeatureCache(asked.store).once(digest_of(inputs), inputs, write)
+        extracted = time.perf_counter()
+        label = asked.spec.target_label
+        assert label is not None  # of all protocols on features
+        train, test, num_classes = splits_of(arrays, opened, asked.extraction, asked.recipe, label)
+        settings = {"num_classes": num_classes, "params": asked.spec.params, "seed": asked.seed}
+        outcome = asked.threads.run(load_head(asked.spec), train, test, **settings, device=asked.device)
+        return outcome, {
+            "num_train": opened.train.num_samples,
+            "num_test": opened.test.num_samples,
+            "num_test_in_train": num_test_in_train(arrays),
+            "features_cached": not were_made,
+            "seconds_features": round(extracted - started, 3),
+        }
+
+    return opened.digest, inputs, compute
+
+
+def _on_reconstructions(asked: _Asked, weights: str) -> _Computation:
+    """By what encoder and decoder make of held-out samples."""
+    require_decoder(asked.spec.name, str(asked.checkpoint), heads_spec(asked.checkpoint))
+    held_out, heads = asked.data.open_held_out(asked.extraction.inputs), heads_digest(asked.checkpoint)
+    digest = digest_of({"test": held_out.digest})
+
+    def compute() -> tuple[Outcome, dict[str, Any]]:
+        decoded = Decoded(
+            held_out,
+            asked.threads.run(load_reconstruction, asked.checkpoint).to(asked.device),
+            asked.extraction,
+            asked.recipe,
+            seed=asked.seed,
+            batch_size=asked.batch_size,
+            device=asked.device,
+            threads=asked.threads,
+        )
+        outcome = load_head(asked.spec)(decoded, params=asked.spec.params, seed=asked.seed)
+        return outcome, {"heads_digest": heads, "num_test": held_out.num_samples}
+
+    return digest, feature_facts(weights, asked.recipe, digest) | {"heads": heads}, compute
 
 
 def available_device() -> torch.device:

@@ -65,11 +65,13 @@ class Heads(NamedTuple):
 
     Attributes:
         spec: plain JSON-able dict from which the same modules can be built.
-        tensors: their weights by name.
+        tensors: their weights by name, parameters of the objective among them as they are.
+        from_start: also saved beside the backbone of step 0, for a score to compare with.
     """
 
     spec: dict[str, Any]
     tensors: dict[str, Tensor]
+    from_start: bool = False
 
 
 class Objective(nn.Module, ABC):
@@ -142,9 +144,10 @@ class Objective(nn.Module, ABC):
         return self.backbone if self.teacher is None else self.teacher.backbone  # type: ignore[return-value]
 
     def exported_heads(self) -> Heads | None:
-        """What is exported beside the encoder, for a student that learns its outputs; None, which is the default.
+        """What is exported beside the encoder, for a student that learns its outputs, or for an evaluation of them.
 
-        The tensors are whole on every rank: those of a companion, such as the teacher.
+        Parameters of the objective are gathered by the engine; other tensors, such as those of a teacher, have to be
+        whole on every rank. None, which is the default: nothing.
         """
         return None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from objectives.precision import at_least_float32
+from backbones.precision import at_least_float32
 
 __all__ = ["effective_rank", "entropy", "patch_cosine", "projection_std", "used_share"]
 

@@ -134,6 +134,8 @@ def evaluate(
         asked = [
             (task, Path(in_storage(recipe.evaluation.data[task.data], recipe.storage, str(root)))) for task in tasks
         ]
+    if not asked and data is not None:
+        raise RequestError(f"{path}: no protocol is usual for this backbone and the labels of the data; name one")
     if not asked:
         raise RequestError(f"{path}: its recipe has no such evaluation task; give --data NAME=DIRECTORY")
     return [_evaluate(path, task, directory, root, batch_size=batch_size) for task, directory in asked]
@@ -318,7 +320,8 @@ def _recipe_of(checkpoint: Path) -> Recipe:
 
 
 def _suitable_protocols(checkpoint: Path, directory: Path) -> list[str]:
-    """Protocols that are usual for the kind of backbone, fit it, and whose labels the data has."""
+    """Protocols that are usual for the kind of backbone, fit it, and whose labels, or decoder, are there."""
+    from backbones.io import heads_spec
     from data_pipelines.shards.dataset import open_dataset
     from evaluation.data import has_labels
     from evaluation.extraction.recipe import extraction_of, fits
@@ -333,6 +336,7 @@ def _suitable_protocols(checkpoint: Path, directory: Path) -> list[str]:
         if (spec.usual_for is None or kind in spec.usual_for)
         and fits(spec, extraction.tokens, extraction.axes)
         and has_labels(dataset, spec.target_label)
+        and (spec.tokens != "decoded" or "decoder" in (heads_spec(checkpoint) or {}))
     ]
 
 

@@ -14,7 +14,8 @@ Legend: B batch, C channels, N tokens, K kept tokens, D width, n blocks.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from backbones.encoder import Encoder
 from backbones.errors import BackboneError
 from backbones.features import Features
 from backbones.voxels.config import DENSITIES, VoxelConfig
+from backbones.voxels.padding import inside
 
 __all__ = ["Cover", "StagedVoxelEncoder", "VoxelEncoder", "alpha_of_density"]
 
@@ -95,13 +97,21 @@ class VoxelEncoder(Encoder):
             BackboneError: the encoder cannot leave tokens out.
         """
 
-    def tokens(self, batch: Tensor) -> Features:
+    def tokens(self, batch: Tensor | Mapping[str, Tensor]) -> Features:
         """Features of volumes (B, C, X, Y, Z), bytes or floats, as a `volume` view holds them.
+
+        Args:
+            batch: the volumes; or "volume", and "size" (B, 3) int64, voxels along each axis that are no padding at its
+                high end. With it `Features.is_valid` says which tokens have data.
 
         Raises:
             BackboneError: another shape or number of channels.
         """
-        return self.features(self.normalized(batch))
+        if isinstance(batch, Tensor):
+            return self.features(self.normalized(batch))
+        features = self.features(self.normalized(batch["volume"]))
+        begun = -(-batch["size"] // self.token_size)  # (B, 3) tokens
+        return replace(features, is_valid=inside(begun, self.grid_of(batch["volume"].shape[1:])).flatten(1))
 
     def grid_at(self, size: Sequence[int]) -> tuple[int, int, int]:
         """Output tokens along each axis of volumes of this size in voxels, begun ones among them."""

@@ -10,7 +10,7 @@ Legend: B batch, C channels, N tokens, K kept tokens, D width, p pixels per side
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +62,15 @@ class UnifiedVit(VoxelVit):
         self.register_buffer("image_positions", positions, persistent=False)
         draw_matrices([self.image_embed])
 
-    def tokens(self, batch: Tensor) -> Features:
-        """Features of volumes (B, C, X, Y, Z), or of images (B, C, H, W) as bytes or floats in [0, 1].
+    def tokens(self, batch: Tensor | Mapping[str, Tensor]) -> Features:
+        """Features of volumes, see `VoxelEncoder`, or of images (B, C, H, W) as bytes or floats in [0, 1].
 
         Raises:
             BackboneError: another shape or number of channels.
         """
-        return self.image_features(self.normalized_images(batch)) if batch.ndim == 4 else super().tokens(batch)
+        if isinstance(batch, Tensor) and batch.ndim == 4:
+            return self.image_features(self.normalized_images(batch))
+        return super().tokens(batch)
 
     def image_features(self, x: Tensor, keep_idx: Tensor | None = None) -> Features:
         """Encodes images, or only some patches of them.

@@ -1,9 +1,9 @@
 """Frozen features of both splits: one pass of a backbone, whatever its kind, written to a cache entry.
 
 Two sorts: "pooled" holds the CLS token, the mean of patch tokens after the final norm, and their maximum where the kind
-of backbone asks for it, in float32; "patches" holds the map of patch tokens after the final norm in float16. Register
-tokens enter neither. The backbone runs in evaluation
-and inference mode; rows are placed by sample index, so the batch size decides nothing.
+of backbone asks for it, in float32; "patches" holds the map of patch tokens after the final norm in float16, of an
+encoder in stages one map of each. Register tokens enter neither, tokens of padding no mean. The backbone runs in
+evaluation and inference mode; rows are placed by sample index, so the batch size decides nothing.
 
 Not here: how a sample becomes input (one file per kind of backbone beside this one), heads (`evaluation.protocols`).
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -37,9 +37,20 @@ if TYPE_CHECKING:  # timm takes seconds to import, and cached features need no b
     from backbones.encoder import Encoder
     from backbones.features import Features
 
-__all__ = ["Dense", "Pooled", "Samples", "num_test_in_train", "pooled_batches", "splits_of", "write_features"]
+__all__ = [
+    "Dense",
+    "Pooled",
+    "Samples",
+    "Taken",
+    "batches_of",
+    "num_test_in_train",
+    "pooled_batches",
+    "splits_of",
+    "write_features",
+]
 
 SPLITS = ("train", "test")
+_FINER = "stage"  # name of the map of a stage but the last, before its number
 
 Note = TypeVar("Note")
 Taken = dict[str, Tensor]  # what is kept of the features of a batch, by name, each (B, ...) on the CPU
@@ -76,6 +87,12 @@ class Dense:
 
     patches: npt.NDArray[np.float16]  # (n, rows, cols, D); of volumes (n, x, y, z, D)
     labels: LabelMaps
+    finer: tuple[npt.NDArray[np.float16], ...] = ()  # of the stages before the last, if there are any, the finest first
+
+    @property
+    def maps(self) -> tuple[npt.NDArray[np.float16], ...]:
+        """Of all stages, over the same extent, the finest first."""
+        return (*self.finer, self.patches)
 
 
 def write_features(
@@ -113,7 +130,8 @@ def write_features(
             labelled = pooled_batches(dataset, backbone, extraction, recipe, note, **settings)
             _write_pooled(writer, split, dataset.num_samples, labelled)
         else:
-            batches = _batches(dataset, backbone, extraction, recipe, note, _patch_map, **settings)
+            take_maps = partial(_patch_maps, backbone, extraction)
+            batches = batches_of(dataset, extraction, recipe, note, take_maps, **settings)
             _write_patches(writer, split, dataset.num_samples, batches)
 
 
@@ -141,13 +159,12 @@ def pooled_batches(
     Raises:
         EvaluationError, DataError: As `write_features`.
     """
-    return _batches(
+    return batches_of(
         samples,
-        backbone,
         extraction,
         recipe,
         note,
-        partial(_pooled_tokens, pooling=extraction.pooling),
+        lambda batch, _: _pooled_tokens(backbone.tokens(batch), extraction.pooling),
         batch_size=batch_size,
         device=device,
         threads=threads,
@@ -179,6 +196,7 @@ def splits_of(
         Dense(
             arrays[f"{split}.patches"],
             LabelMaps(getattr(data, split), **settings, lay=_laying(getattr(data, split), extraction, recipe)),
+            tuple(arrays[name] for name in sorted(arrays) if name.startswith(f"{split}.{_FINER}")),
         )
         for split in SPLITS
     ]
@@ -223,37 +241,44 @@ def _write_pooled(
 def _write_patches(
     writer: ArrayWriter, split: str, num_samples: int, batches: Iterator[tuple[slice, Taken, list[int]]]
 ) -> None:
-    patches_out: npt.NDArray[Any] | None = None
+    outs: dict[str, npt.NDArray[Any]] = {}
     for rows, taken, _ in batches:
-        patches = taken["patches"]
-        if patches_out is None:
-            patches_out = writer.create(f"{split}.patches", (num_samples, *patches.shape[1:]), np.float16)
-        patches_out[rows] = patches.numpy()
+        for name, tokens in taken.items():
+            if name not in outs:
+                outs[name] = writer.create(f"{split}.{name}", (num_samples, *tokens.shape[1:]), np.float16)
+            outs[name][rows] = tokens.numpy()
 
 
 def _pooled_tokens(features: Features, pooling: Sequence[str]) -> Taken:
     """CLS tokens (B, D), if there are any, maxima of patch tokens if asked for, and their means; float32."""
-    tokens = features.tokens.float()
+    features = replace(features, tokens=features.tokens.float())
     pooled = {} if features.cls is None else {"cls": features.cls.float().cpu()}
     if "max" in pooling:
-        pooled["patch_max"] = tokens.amax(dim=1).cpu()
-    return {**pooled, "patch_mean": tokens.mean(dim=1).cpu()}
+        tokens, is_valid = features.tokens, features.is_valid
+        counted = tokens if is_valid is None else tokens.masked_fill(~is_valid.unsqueeze(-1), -torch.inf)
+        pooled["patch_max"] = counted.amax(dim=1).cpu()
+    return {**pooled, "patch_mean": features.mean.cpu()}
 
 
-def _patch_map(features: Features) -> Taken:
-    """Patch tokens (B, rows, columns, D), of volumes (B, x, y, z, D), in float16."""
-    if features.grid is None:
-        raise EvaluationError("the backbone has no grid of tokens to make a map of")
-    return {"patches": features.tokens.to(torch.float16).unflatten(1, features.grid).cpu()}
+def _patch_maps(backbone: Encoder, extraction: Extraction, batch: Any, _: range) -> Taken:
+    """Patch tokens (B, rows, columns, D), of volumes (B, x, y, z, D), in float16; of each stage if there are some."""
+    if extraction.maps is None:
+        features = backbone.tokens(batch)
+        if features.grid is None:
+            raise EvaluationError("the backbone has no grid of tokens to make a map of")
+        maps: Sequence[Tensor] = [features.tokens.unflatten(1, features.grid)]
+    else:
+        maps = extraction.maps(backbone, batch)
+    names = [*(f"{_FINER}{number:02d}" for number in range(len(maps) - 1)), "patches"]
+    return {name: tokens.to(torch.float16).cpu() for name, tokens in zip(names, maps, strict=True)}
 
 
-def _batches(
+def batches_of(
     samples: Samples,
-    backbone: Encoder,
     extraction: Extraction,
     recipe: Mapping[str, Any],
     note: Callable[[int, Mapping[str, Any]], Note],
-    take: Callable[[Features], Taken],
+    take: Callable[[Any, range], Taken],
     *,
     batch_size: int,
     device: torch.device,
@@ -261,7 +286,7 @@ def _batches(
     start: int = 0,
     stop: int | None = None,
 ) -> Iterator[tuple[slice, Taken, list[Note]]]:
-    """Yields (rows, what `take` takes of their features, notes) in sample order.
+    """Yields (rows, what `take` makes of a batch on the device and the numbers of its samples, notes) in sample order.
 
     Each batch is read, decoded and encoded in one of `threads`. A device other than the CPU gets one batch at a time:
     it would be no faster with several, and would need the memory of all.
@@ -284,14 +309,14 @@ def _batches(
             raise type(error)(f"{samples.where(sample_idx)}: {error}") from error
 
     def encode(first: int) -> tuple[slice, Taken, list[Note]]:
-        rows = slice(first, min(first + batch_size, end))
-        inputs, notes = zip(*map(load, range(rows.start, rows.stop)), strict=True)
+        numbers = range(first, min(first + batch_size, end))
+        inputs, notes = zip(*map(load, numbers), strict=True)
         batch = _moved(default_collate(list(inputs)), device)
         with encoding, torch.inference_mode():
-            taken = take(backbone.tokens(batch))
+            taken = take(batch, numbers)
         for features in taken.values():
             require_finite(features, first)
-        return rows, taken, list(notes)
+        return slice(numbers.start, numbers.stop), taken, list(notes)
 
     def require_finite(features: Tensor, first: int) -> None:
         is_bad = ~features.flatten(1).isfinite().all(dim=1)

@@ -10,7 +10,7 @@ Not here: the forward pass (`evaluation.extraction.forward`), the kinds themselv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from torch import Tensor
+
+    from backbones.encoder import Encoder
 
 __all__ = ["EXTRACTIONS", "BuiltIn", "Extraction", "Size", "extraction_of", "feature_facts", "feature_recipe", "fits"]
 
@@ -41,7 +43,7 @@ class BuiltIn(NamedTuple):
 EXTRACTIONS: dict[str, BuiltIn] = {
     "image": BuiltIn("evaluation.extraction.images:IMAGES", ("pooled", "patches"), 2),
     "points": BuiltIn("evaluation.extraction.points:POINTS", ("pooled",), 0),
-    "voxels": BuiltIn("evaluation.extraction.voxels:VOXELS", ("pooled", "patches"), 3),
+    "voxels": BuiltIn("evaluation.extraction.voxels:VOXELS", ("pooled", "patches", "decoded"), 3),
 }
 
 Size = int | tuple[int, int]
@@ -64,6 +66,8 @@ class Extraction:
             value of each channel tells more.
         lay: `lay(labels, content, recipe)` brings a map of labels to where `prepare` put the content that they belong
             to, `evaluation.data.IGNORED` where nothing is. None: labels of any size lie over the whole input.
+        maps: `maps(encoder, batch)` gives what "patches" are of a batch as `prepare` made it: maps of tokens
+            (B, s..., D) over the same extent, the finest first. None: one, of the tokens.
     """
 
     inputs: tuple[str, ...]
@@ -73,6 +77,7 @@ class Extraction:
     axes: int = 2
     pooling: tuple[str, ...] = ("mean",)
     lay: Callable[[npt.NDArray[np.int64], Any, Mapping[str, Any]], npt.NDArray[np.int64]] | None = None
+    maps: Callable[[Encoder, Any], Sequence[Tensor]] | None = None
 
 
 def extraction_of(kind: str) -> Extraction:
@@ -101,7 +106,8 @@ def _all() -> dict[str, EntryPoint]:
 
 def fits(spec: Protocol, tokens: tuple[str, ...], axes: int) -> bool:
     """Whether a protocol can use what a kind of backbone gives: these sorts of features, maps of so many axes."""
-    return spec.tokens in tokens and (spec.tokens == "pooled" or spec.target_label.axes == axes)
+    label = spec.target_label
+    return spec.tokens in tokens and (spec.tokens != "patches" or (label is not None and label.axes == axes))
 
 
 def feature_recipe(
@@ -113,8 +119,8 @@ def feature_recipe(
         EvaluationError: The protocol, the backbone and the size do not go together.
     """
     if not fits(spec, extraction.tokens, extraction.axes):
-        maps = spec.tokens in extraction.tokens
-        needs = f"maps of {spec.target_label.axes} axes" if maps else f"{spec.tokens!r} features"
+        maps, label = spec.tokens in extraction.tokens, spec.target_label
+        needs = f"maps of {label.axes} axes" if maps and label else f"{spec.tokens!r} features"
         gives = f"{extraction.axes}" if maps else " and ".join(map(repr, extraction.tokens))
         raise EvaluationError(
             f"protocol {spec.name!r} needs {needs}; backbone {architecture.get('name')!r} gives {gives}"
@@ -123,7 +129,7 @@ def feature_recipe(
     if spec.tokens == "pooled":
         facts |= {"labels": "cls", "storage": "float32"}
         facts |= {} if extraction.pooling == ("mean",) else {"pooling": list(extraction.pooling)}
-    else:
+    elif spec.tokens == "patches":
         facts |= {"storage": "float16"}
     return {**facts, **extraction.recipe(spec, architecture, size)}
 

@@ -1,7 +1,12 @@
 """Volumes and voxel grids for a backbone: brought to the size that it was built for, never resampled.
 
 An axis that is longer is cut on both sides, so that its middle stays; one that is shorter gets zeros behind its end, as
-in training. A voxel keeps its meaning so, in millimeters and as a class. Labels are laid down the same way.
+in training. A voxel keeps its meaning so, in millimeters and as a class. Labels are laid down the same way. Tokens of
+these zeros alone count in no mean. Of an encoder in stages the maps of all stages are given.
+
+To be filled in, three quarters of the blocks of a volume are hidden, as NeRF-MAE hides them: of 16 voxels along an edge
+in volumes of 160. Smaller volumes have smaller blocks, so that some are left to see. Neither depends on how a
+checkpoint was trained, else no two could be compared.
 
 Not here: running the backbone (`evaluation.extraction.forward`), the scale of values (the backbone's).
 
@@ -10,23 +15,30 @@ Legend: (X, Y, Z) axes as stored, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from backbones.voxels.base import StagedVoxelEncoder, VoxelEncoder
 from data_pipelines.decode import decode_array, decode_arrays
 from data_pipelines.views.kinds.volumes import as_volume
 from evaluation.data import IGNORED
 from evaluation.extraction.recipe import Extraction, Size
 from evaluation.protocol import EvaluationError, Protocol
 
+if TYPE_CHECKING:
+    from backbones.encoder import Encoder
+
 __all__ = ["VOXELS", "brought_to"]
 
 IMAGE = "image"  # the array of an npz that has several
+HIDDEN = 0.75  # of all blocks
+BLOCKS = {96: 16, 32: 8, 1: 4}  # voxels along the longest side from which on -> along the edge of a block
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -46,15 +58,27 @@ def _recipe(spec: Protocol, architecture: Mapping[str, Any], size: Size | None) 
     if size is not None:
         raise EvaluationError(f"image_size {size}: is of images, and the backbone encodes voxels; leave it out")
     settings = architecture["settings"]
-    return {
-        "voxels": [int(side) for side in settings["size"]],
-        "in_chans": int(settings.get("in_chans", 1)),
-        "fit": "middle, zeros behind",
-    }
+    voxels = [int(side) for side in settings["size"]]
+    facts = {"voxels": voxels, "in_chans": int(settings.get("in_chans", 1)), "fit": "middle, zeros behind"}
+    if spec.tokens == "pooled":
+        return facts | {"mean": "without padding"}
+    if spec.tokens == "patches":
+        return facts | {"maps": "of all stages"}
+    block = next(edge for side, edge in BLOCKS.items() if max(voxels) >= side)
+    if block % (patch_size := int(settings.get("patch_size", 1))):
+        raise EvaluationError(
+            f"protocol {spec.name!r} hides blocks of {block} voxels in volumes of {voxels}, which patches of "
+            f"{patch_size} voxels (backbone.patch_size) do not tile; use a patch size that divides {block}"
+        )
+    if math.prod(side // block for side in voxels) < 2:
+        raise EvaluationError(f"protocol {spec.name!r} needs volumes of two blocks of {block} voxels, not {voxels}")
+    return facts | {"block": block, "hidden": HIDDEN}
 
 
-def _prepare(content: Any, recipe: Mapping[str, Any]) -> Tensor:
-    """A volume (C, X, Y, Z) of the recipe's size: bytes as bytes, other numbers as float32."""
+def _prepare(content: Any, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
+    """ "volume" (C, X, Y, Z) of the recipe's size, bytes as bytes, other numbers as float32; "size" (3,) without zeros
+    behind.
+    """
     volume = as_volume(_array(content))
     if len(volume) != recipe["in_chans"]:
         raise EvaluationError(
@@ -64,7 +88,17 @@ def _prepare(content: Any, recipe: Mapping[str, Any]) -> Tensor:
         volume = volume.astype(np.float32)
         if not np.isfinite(volume).all():
             raise EvaluationError("the volume has values that are not finite")
-    return torch.from_numpy(brought_to(recipe["voxels"], volume, 0))
+    size = [min(have, want) for have, want in zip(volume.shape[1:], recipe["voxels"], strict=True)]
+    return {"volume": torch.from_numpy(brought_to(recipe["voxels"], volume, 0)), "size": torch.tensor(size)}
+
+
+def _maps(encoder: Encoder, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """Tokens (B, x, y, z, D) of each stage, the finest first; of an encoder without stages those that it has."""
+    assert isinstance(encoder, VoxelEncoder)  # the kind of its file says so
+    x = encoder.normalized(batch["volume"])
+    if isinstance(encoder, StagedVoxelEncoder):
+        return encoder.stages(x)
+    return [encoder.features(x).tokens.unflatten(1, encoder.grid_at(x.shape[2:]))]
 
 
 def _lay(labels: npt.NDArray[np.int64], content: Any, recipe: Mapping[str, Any]) -> npt.NDArray[np.int64]:
@@ -88,9 +122,10 @@ def _array(content: Any) -> npt.NDArray[Any]:
 
 VOXELS = Extraction(
     inputs=("volume.npy", "volume.npz", "grid.npy", "npz"),
-    tokens=("pooled", "patches"),
+    tokens=("pooled", "patches", "decoded"),
     recipe=_recipe,
     prepare=_prepare,
     axes=3,
     lay=_lay,
+    maps=_maps,
 )

@@ -5,6 +5,9 @@ gives logits per token, these are upsampled (bilinearly or trilinearly, align_co
 map, and the loss is taken there. Cross-entropy over all places is estimated without bias from places drawn at random,
 and upsampled logits are computed at these only. One head per learning rate is trained in the same pass.
 
+An encoder in stages has a map of each. The layer is one on all of them, upsampled and joined: since it is linear, each
+map gives logits at its own resolution, and these are upsampled and added.
+
 Not here: metrics, and what is done with the test samples (`score.py` of each protocol).
 
 Legend: n samples, B batch, S... label map (H, W) or (X, Y, Z), s... grid of tokens, A its axes, D width, C classes,
@@ -14,9 +17,9 @@ G learning rates, P places.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -137,7 +140,8 @@ class Fit:
     """Everything a head is fitted from.
 
     Attributes:
-        patches: (n, s..., D).
+        maps: (n, s..., D) each.
+        standardise: of each.
         per_step: places of each sample that a step sees.
         params: of the optimizer: lrs, betas, weight_decay, batch_size, min_steps, epochs, warmup.
         judge: what a learning rate is chosen by, of a confusion matrix (C, C); more is better.
@@ -145,9 +149,9 @@ class Fit:
             a map: by cross-entropy alone a head says nothing but ground for long.
     """
 
-    patches: npt.NDArray[np.float16]
+    maps: Sequence[npt.NDArray[np.float16]]
     places: Places
-    standardise: Standardiser
+    standardise: Sequence[Standardiser]
     num_classes: int
     per_step: int
     params: Mapping[str, Any]
@@ -166,12 +170,12 @@ class Fit:
         return value, loss
 
     def heads(self, sample_idx: Tensor, lrs: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Trains one head per learning rate on these samples: weight (G * C, D) and bias (G * C,)."""
+        """Trains one head per learning rate on these samples: weight (G * C, D of all maps) and bias (G * C,)."""
         params = self.params
         batch_size = min(params["batch_size"], len(sample_idx))
         steps = max(params["min_steps"], params["epochs"] * (len(sample_idx) // batch_size))
         generator = torch.Generator().manual_seed(self.seed)
-        weights = [torch.zeros(self.num_classes, self.patches.shape[-1], device=self.device) for _ in lrs]
+        weights = [torch.zeros(self.num_classes, sum(self._dims), device=self.device) for _ in lrs]
         biases = [torch.zeros(self.num_classes, device=self.device) for _ in lrs]
         cells = [
             {"params": [weight.requires_grad_(), bias.requires_grad_()], "lr": lr}
@@ -182,7 +186,7 @@ class Fit:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine)
         for rows in _shuffled(sample_idx, batch_size, steps, generator):
             drawn = torch.randint(self.places.labels.shape[1], (self.per_step,), generator=generator)
-            logits = self.logits(self.patches[rows.numpy()], torch.cat(weights), torch.cat(biases))
+            logits = self._logits(self._rows(rows), torch.cat(weights), torch.cat(biases))
             loss = self._loss(logits, self.places.points[rows][:, drawn], self.places.labels[rows][:, drawn])
             optimizer.zero_grad()
             loss.sum().backward()  # heads are independent, so the sum trains each on its own loss
@@ -190,16 +194,33 @@ class Fit:
             schedule.step()
         return torch.cat(weights).detach(), torch.cat(biases).detach()
 
-    def logits(self, patches: npt.NDArray[np.float16], weight: Tensor, bias: Tensor) -> Tensor:
-        """Logits (B, G * C, s...) of `patches` (B, s..., D)."""
-        tokens = self.standardise(torch.from_numpy(np.array(patches)).to(self.device).float())
-        return F.linear(tokens, weight, bias).movedim(-1, 1)
+    def predict(
+        self, maps: Sequence[npt.NDArray[np.float16]], weight: Tensor, bias: Tensor, size: Sequence[int]
+    ) -> Tensor:
+        """Classes (B, S...) at label size, of one head and maps (B, s..., D)."""
+        return _total(upsampled(logits, size) for logits in self._logits(maps, weight, bias)).argmax(dim=1)
 
-    def _at_points(self, logits: Tensor, points: Tensor) -> Tensor:
-        """Logits (B, G, C, P) of every head at `points` (B, P, A), from logits (B, G * C, s...)."""
-        return logits_at(logits, points.to(self.device)).unflatten(1, (-1, self.num_classes))
+    @property
+    def _dims(self) -> list[int]:
+        return [one.shape[-1] for one in self.maps]
 
-    def _loss(self, logits: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+    def _rows(self, sample_idx: Tensor) -> list[npt.NDArray[np.float16]]:
+        return [one[sample_idx.numpy()] for one in self.maps]
+
+    def _logits(self, maps: Sequence[npt.NDArray[np.float16]], weight: Tensor, bias: Tensor) -> list[Tensor]:
+        """Logits (B, G * C, s...) of each of the maps (B, s..., D); the first has the bias."""
+        found: list[Tensor] = []
+        for one, standardise, columns in zip(maps, self.standardise, weight.split(self._dims, dim=1), strict=True):
+            tokens = standardise(torch.from_numpy(np.array(one)).to(self.device).float())
+            found.append(F.linear(tokens, columns, None if found else bias).movedim(-1, 1))
+        return found
+
+    def _at_points(self, logits: Sequence[Tensor], points: Tensor) -> Tensor:
+        """Logits (B, G, C, P) of every head at `points` (B, P, A), from logits (B, G * C, s...) of each map."""
+        points = points.to(self.device)
+        return _total(logits_at(one, points) for one in logits).unflatten(1, (-1, self.num_classes))
+
+    def _loss(self, logits: Sequence[Tensor], points: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy per head (G,) over the places that are not ignored."""
         at_points = self._at_points(logits, points)  # (B, G, C, P)
         labels = labels.to(self.device).long()[:, None].expand(-1, at_points.shape[1], -1)  # (B, G, P)
@@ -215,13 +236,17 @@ class Fit:
         loss = torch.zeros(len(confusion), dtype=torch.float64)
         for rows in sample_idx.split(self.params["batch_size"]):
             points, labels = self.places.points[rows], self.places.labels[rows]
-            logits = self.logits(self.patches[rows.numpy()], weight, bias)
+            logits = self._logits(self._rows(rows), weight, bias)
             predicted = self._at_points(logits, points).argmax(dim=2).cpu()  # (B, G, P)
             loss += self._loss(logits, points, labels).double().cpu() * len(rows) / len(sample_idx)
             for cell in range(len(confusion)):
                 guess = predicted[:, cell].flatten()
                 confusion[cell] += confusion_matrix(guess, labels.flatten().long(), self.num_classes)
         return [(self.judge(matrix), float(value)) for matrix, value in zip(confusion, loss, strict=True)]
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
 
 
 def _soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:

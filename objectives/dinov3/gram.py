@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from backbones.images.base import ImageEncoder
+from backbones.precision import at_least_float32
 from objectives.companions import Companion
 from objectives.errors import ObjectiveError
 from objectives.parts.frozen_use import patches_unlike
-from objectives.precision import at_least_float32
 from objectives.teacher import Teacher
 
 __all__ = ["GramTeacher", "gram_loss", "is_refreshed"]

@@ -30,6 +30,7 @@ from backbones.features import ImageFeatures
 from backbones.images.base import ImageEncoder
 from backbones.images.packed_blocks import Crops
 from backbones.images.vit import ViTBackbone
+from backbones.precision import at_least_float32
 from objectives.base import Heads, ImageObjective, Output, Progress
 from objectives.companions import Companion
 from objectives.dinov3.config import DINOv3Config
@@ -49,7 +50,6 @@ from objectives.parts.prototypes import DINOHead
 from objectives.parts.sinkhorn import sinkhorn_knopp
 from objectives.parts.token_grid import on_grid
 from objectives.parts.visuals import crops_and_features
-from objectives.precision import at_least_float32
 from objectives.requirements import require, require_sizes
 from objectives.schedules import half_cosine
 from objectives.teacher import ReadWeights, Teacher

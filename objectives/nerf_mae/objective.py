@@ -19,18 +19,20 @@ from torch import Tensor, nn
 
 from backbones.encoder import Encoder
 from backbones.features import Features
+from backbones.precision import at_least_float32
 from backbones.voxels.base import Cover, StagedVoxelEncoder, VoxelEncoder
-from objectives.base import Objective, Output, Progress
+from backbones.voxels.decoder import VoxelDecoder
+from backbones.voxels.padding import inside
+from backbones.voxels.reconstruction import COVERED
+from objectives.base import Heads, Objective, Output, Progress
 from objectives.distributed import mean_over_ranks, num_ranks
 from objectives.errors import ObjectiveError
 from objectives.masking import uniform
 from objectives.nerf_mae.config import NeRFMAEConfig
-from objectives.nerf_mae.decoder import VoxelDecoder
 from objectives.parts.reconstruction_health import feature_metrics, reconstruction_finding
 from objectives.parts.visuals import MAX_PICTURES, evaluating
-from objectives.parts.voxel_padding import inside
+from objectives.parts.volume_view import volume_view
 from objectives.parts.voxel_pictures import front_views, grid_slices
-from objectives.precision import at_least_float32
 from objectives.requirements import require_kind
 
 __all__ = ["NeRFMAE", "VoxelLoss", "covered_tokens", "voxel_loss"]
@@ -100,20 +102,12 @@ class NeRFMAE(Objective):
 
     def views(self) -> list[dict[str, Any]]:
         """One grid, "grid", turned and mirrored about the vertical axis, cut or padded to the backbone's size."""
-        config = self.config
-        return [
-            {
-                "name": "grid",
-                "kind": "volume",
-                "size": self.backbone.size,
-                "field": config.volume_field,
-                "array": config.volume_array,
-                "flip": tuple(config.flip),
-                "turn": config.turn,
-                "unit_channels": self.backbone.unit_channels,
-                "return_size": True,
-            }
-        ]
+        return [volume_view("grid", self.backbone, self.config) | {"unit_channels": self.backbone.unit_channels}]
+
+    def exported_heads(self) -> Heads:
+        """The decoder and the learned token, by which `masked_reconstruction` judges a checkpoint."""
+        tensors = {f"decoder.{name}": tensor for name, tensor in self.decoder.state_dict(keep_vars=True).items()}
+        return Heads({"decoder": {"form": COVERED}}, {"mask_token": self.mask_token, **tensors}, from_start=True)
 
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Output:
         """Loss of one micro-batch. A collective with reduction=voxel.

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from backbones.precision import at_least_float32
 from backbones.rank_batch_norm import moments_over_ranks
-from objectives.precision import at_least_float32
 
 __all__ = ["BatchNorm"]
 

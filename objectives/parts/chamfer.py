@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from objectives.precision import at_least_float32
+from backbones.precision import at_least_float32
 
 __all__ = ["Distances", "chamfer_distance", "nearest_distances"]
 

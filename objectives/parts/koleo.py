@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backbones.precision import at_least_float32
 from objectives.distributed import gather_rows_with_gradient, num_ranks, rank
 from objectives.errors import ObjectiveError
-from objectives.precision import at_least_float32
 
 __all__ = ["KoLeo", "koleo"]
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backbones.precision import at_least_float32
 from objectives.distributed import max_over_ranks, total_over_ranks
-from objectives.precision import at_least_float32
 
 __all__ = ["sinkhorn_knopp"]
 

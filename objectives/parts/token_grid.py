@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from objectives.precision import at_least_float32
+from backbones.precision import at_least_float32
 
 __all__ = ["on_grid"]
 

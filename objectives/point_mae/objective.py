@@ -23,6 +23,7 @@ from backbones.norms import make_norms_exact
 from backbones.points.base import PointEncoder
 from backbones.points.grouping import Groups
 from backbones.points.transformer import position_mlp, run_blocks, transformer_blocks
+from backbones.precision import at_least_float32
 from objectives.base import Objective, Output, Progress
 from objectives.errors import ObjectiveError
 from objectives.masking import RandomMask, random_noise
@@ -31,7 +32,6 @@ from objectives.parts.point_pictures import cloud_pictures
 from objectives.parts.reconstruction_health import feature_metrics, reconstruction_finding
 from objectives.parts.visuals import MAX_PICTURES, evaluating
 from objectives.point_mae.config import PointMAEConfig
-from objectives.precision import at_least_float32
 from objectives.requirements import require_kind
 
 __all__ = ["PointMAE"]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from backbones.encoder import Encoder
 from backbones.features import Features, take_tokens
+from backbones.voxels.padding import inside
 from backbones.voxels.patches import from_patches, to_patches
 from backbones.voxels.unified import UnifiedVit, image_patches
 from objectives.base import Objective, Output, Progress
@@ -26,7 +27,7 @@ from objectives.masking import RandomMask, random_mask, random_noise
 from objectives.parts.padded_patches import center_and_spread, mean_over_samples
 from objectives.parts.reconstruction_health import feature_metrics, reconstruction_finding
 from objectives.parts.visuals import MAX_PICTURES, evaluating, to_rgb
-from objectives.parts.voxel_padding import inside
+from objectives.parts.volume_view import volume_view
 from objectives.parts.voxel_pictures import volume_slices
 from objectives.requirements import require_mask_ratio
 from objectives.uni4eye.config import Uni4EyeConfig
@@ -104,17 +105,7 @@ class Uni4Eye(Objective):
                 "scale": tuple(config.crop_scale),
                 "hflip": config.hflip,
             },
-            {
-                "name": "volume",
-                "kind": "volume",
-                "size": self.backbone.size,
-                "field": config.volume_field,
-                "array": config.volume_array,
-                "flip": tuple(config.flip),
-                "turn": config.turn,
-                "window": tuple(config.window) or None,
-                "return_size": True,
-            },
+            volume_view("volume", self.backbone, config, config.window),
         ]
 
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Output:

@@ -21,14 +21,16 @@ from backbones.encoder import Encoder
 from backbones.features import Features, take_tokens
 from backbones.initialization import TOKEN_STD, draw_matrices
 from backbones.voxels.base import VoxelEncoder
+from backbones.voxels.padding import inside
 from backbones.voxels.patches import from_patches, to_patches
-from objectives.base import Objective, Output, Progress
+from backbones.voxels.reconstruction import LEFT_OUT
+from objectives.base import Heads, Objective, Output, Progress
 from objectives.errors import ObjectiveError
 from objectives.masking import RandomMask, random_mask, random_noise
 from objectives.parts.padded_patches import center_and_spread, mean_over_samples
 from objectives.parts.reconstruction_health import feature_metrics, reconstruction_finding
 from objectives.parts.visuals import MAX_PICTURES, evaluating
-from objectives.parts.voxel_padding import inside
+from objectives.parts.volume_view import volume_view
 from objectives.parts.voxel_pictures import volume_slices
 from objectives.requirements import require_kind, require_mask_ratio
 from objectives.volume_mae.config import VolumeMAEConfig
@@ -95,20 +97,20 @@ class VolumeMAE(Objective):
 
     def views(self) -> list[dict[str, Any]]:
         """One volume, "volume", turned and mirrored, cut or padded to the backbone's size."""
+        return [volume_view("volume", self.backbone, self.config, self.config.window)]
+
+    def exported_heads(self) -> Heads | None:
+        """The decoder, by which `masked_reconstruction` judges a checkpoint.
+
+        None where it predicts something else than the voxels that an evaluation reads: with norm_pix_loss voxels of a
+        cube whose own mean and deviation nobody knows who does not see it, with a window clipped ones.
+        """
         config = self.config
-        return [
-            {
-                "name": "volume",
-                "kind": "volume",
-                "size": self.backbone.size,
-                "field": config.volume_field,
-                "array": config.volume_array,
-                "flip": tuple(config.flip),
-                "turn": config.turn,
-                "window": tuple(config.window) or None,
-                "return_size": True,
-            }
-        ]
+        if config.norm_pix_loss or config.window:
+            return None
+        sizes = {"dim": config.decoder_dim, "depth": config.decoder_depth, "num_heads": config.decoder_heads}
+        tensors = {f"decoder.{name}": tensor for name, tensor in self.decoder.state_dict(keep_vars=True).items()}
+        return Heads({"decoder": {"form": LEFT_OUT, **sizes}}, tensors, from_start=True)
 
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Output:
         """Loss of one micro-batch.

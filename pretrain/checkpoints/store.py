@@ -1,7 +1,7 @@
 """Checkpoints: directories that appear complete or not at all, and are verified before anything of them is used.
 
     step-00000100/  backbone.safetensors  recipe.yaml  checkpoint.json  training_state/ (shards, RNG states)
-                    heads.safetensors (of objectives whose outputs another run can learn)
+                    heads.safetensors (of objectives whose outputs another run can learn, or are evaluated)
 
 Publication. Each rank stages its files on its own disk, digests them and hands them to the storage; rank 0 then
 publishes them with `checkpoint.json`, which lists every file with its SHA-256. A process that dies on the way leaves

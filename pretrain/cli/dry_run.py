@@ -229,7 +229,7 @@ def _disk(plan: Plan, found: Sequence[Outlook | None], samples: int) -> Iterator
         look.backbone_bytes + look.heads_bytes for look, count in zip(looks, counts, strict=True) for _ in range(count)
     ]
     if evaluation.enabled and evaluation.baseline:
-        backbones.append(looks[0].backbone_bytes)
+        backbones.append(looks[0].baseline_bytes)
     num_states = min(
         sum(counts), train.keep_last + (train.keep_best if evaluation.enabled and evaluation.select else 0)
     )

@@ -45,7 +45,7 @@ __all__ = [
 
 RECIPE = "recipe.yaml"  # of a run and of each of its checkpoints
 BACKBONE = "backbone.safetensors"
-HEADS = "heads.safetensors"  # of an objective with heads that another run can learn from
+HEADS = "heads.safetensors"  # of an objective with heads that another run can learn from, or that are evaluated
 MANIFEST = "checkpoint.json"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # also a good id of a Ray job, and its log file's name
 _BEFORE_IT_BEGAN = {"logs", ".driver.lock", "stop", "training"}  # what a driver that was killed may have left

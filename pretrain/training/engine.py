@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from objectives.base import Objective, Output, Progress
+from objectives.base import Heads, Objective, Output, Progress
 from pretrain.config.optimizer_facts import RESHARDABLE
 from pretrain.config.schema import Recipe
 from pretrain.training import deepspeed_internals, flat_shards
@@ -348,6 +348,23 @@ class Engine:
             return {}
         weights = exported.weights()  # order and persistent buffers, as the encoder's own
         return {name: full.get(name, tensor.detach()).to("cpu", copy=True) for name, tensor in weights.items()}
+
+    @torch.no_grad()
+    def heads(self, *, is_wanted: bool = True) -> Heads | None:
+        """What is exported beside the backbone, in fp32 on the CPU. A collective under ZeRO.
+
+        Args:
+            is_wanted: False: this rank takes part in the collective only, and copies nothing.
+        """
+        heads = self.objective.exported_heads()
+        if heads is None:
+            return None
+        trained = {name: tensor for name, tensor in heads.tensors.items() if isinstance(tensor, torch.nn.Parameter)}
+        full = dict(zip(trained, self.read_weights(list(trained.values())), strict=True)) if trained else {}
+        if not is_wanted:
+            return heads._replace(tensors={})
+        tensors = {name: full.get(name, tensor.detach()).to("cpu", copy=True) for name, tensor in heads.tensors.items()}
+        return heads._replace(tensors=tensors)
 
     def pictures(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the objective has to show for a batch. A collective under ZeRO-3, which must gather the parameters."""

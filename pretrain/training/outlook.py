@@ -63,6 +63,7 @@ class Counted:
         titles: What people call each of them, by name.
         exported: Of the encoder that is exported.
         heads: Of what is exported beside it, see `Objective.exported_heads`.
+        heads_at_start: Of these, what is beside the backbone of step 0, too.
         saved: Of what a training state has beside parameters and moments: buffers and companions.
     """
 
@@ -72,6 +73,7 @@ class Counted:
     titles: dict[str, str]
     exported: int
     heads: int
+    heads_at_start: int
     saved: int
 
     @property
@@ -132,8 +134,13 @@ class Outlook:
 
     @property
     def heads_bytes(self) -> int:
-        """Of the heads beside it; the baseline of step 0 has none."""
+        """Of the heads beside it."""
         return 4 * self.counted.heads
+
+    @property
+    def baseline_bytes(self) -> int:
+        """Of the backbone of step 0, and of heads beside it."""
+        return self.backbone_bytes + 4 * self.counted.heads_at_start
 
     @property
     def state_bytes(self) -> int:
@@ -198,6 +205,7 @@ def _count(objective: Objective) -> Counted:
         titles={name: companion.title or name for name, companion in companions},
         exported=size(objective.exported.weights().values()),
         heads=0 if heads is None else size(heads.tensors.values()),
+        heads_at_start=size(heads.tensors.values()) if heads is not None and heads.from_start else 0,
         saved=size(objective.extra_state().values()),
     )
 

@@ -25,7 +25,8 @@ from data_pipelines.storage.locations import is_local
 from data_pipelines.views.maker import ViewMaker
 from data_pipelines.views.specs import views_from
 from evaluation.data import require_classes, require_labels
-from evaluation.extraction.recipe import extraction_of
+from evaluation.extraction.decoding import require_decoder
+from evaluation.extraction.recipe import extraction_of, feature_recipe
 from evaluation.registry import EvaluationError, protocol
 from objectives.base import Objective
 from objectives.errors import ObjectiveError
@@ -66,6 +67,8 @@ def look_ahead(plan: Plan, *, with_data: bool = True) -> list[Outlook | None]:
                 mistakes += [f"{where}{problem}" for problem in _sources(stage.recipe, objective)]
             if objective is not None and (problem := _beginning(plan, index, objective, outlined)):
                 mistakes.append(f"{where}{problem}")
+            if objective is not None:
+                mistakes += [f"{where}{problem}" for problem in _decoders(plan.recipe, objective)]
             if objective is None or stage.teacher_from not in (None, *outlined):
                 found.append(None)
                 continue
@@ -156,6 +159,21 @@ def _sources(recipe: Recipe, objective: Objective) -> Iterator[str]:
                 ViewMaker(views, present)
         except DataError as error:
             yield f"{source}: objective {recipe.objective.name}: {error}"
+
+
+def _decoders(recipe: Recipe, objective: Objective) -> Iterator[str]:
+    """Tasks that need the decoder of an objective which exports none, or whose blocks do not fit its patches."""
+    if not recipe.evaluation.enabled:
+        return
+    for index, task in enumerate(recipe.evaluation.tasks):
+        spec, encoder = protocol(task.protocol), objective.exported
+        if spec.tokens == "decoded":
+            heads = objective.exported_heads()
+            try:
+                require_decoder(spec.name, "this objective", None if heads is None else heads.spec)
+                feature_recipe(extraction_of(encoder.kind), spec, encoder.spec, None)
+            except EvaluationError as error:
+                yield f"evaluation.tasks[{index}].protocol={task.protocol}: {error}"
 
 
 def _evaluation_data(recipe: Recipe) -> Iterator[str]:

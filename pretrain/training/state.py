@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from backbones.errors import BackboneError
-from backbones.io import initialize_from, open_weights, read_weights, save_backbone
+from backbones.io import initialize_from, open_weights, read_weights, save_backbone, save_heads
 from data_pipelines.files import sha256
 from data_pipelines.parsing import parse_json
 from data_pipelines.streaming.stream import Stream, StreamState
@@ -118,12 +118,14 @@ def _write(
         save_file(_rng_states(engine.device), state_dir / f"rng-{rank:05d}.safetensors")
         _save_objective(engine.objective, state_dir)
     weights = engine.backbone_weights(is_wanted=rank == 0)
-    heads = engine.objective.exported_heads() if training_state else None
+    heads = engine.heads(is_wanted=rank == 0)
+    if heads is not None and not training_state and not heads.from_start:
+        heads = None
     if rank == 0:
         save_backbone(own / BACKBONE, weights, engine.objective.exported.spec)
         (own / RECIPE).write_text(to_yaml(recipe))
         if heads is not None:
-            save_file({name: tensor.to("cpu", copy=True) for name, tensor in heads.tensors.items()}, own / HEADS)
+            save_heads(own / HEADS, heads.tensors, heads.spec)
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, store.hand_over(storage, step, own))  # all ranks have written and digested
     if rank == 0:

@@ -18,7 +18,7 @@ from sklearn.metrics import f1_score
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from backbones.io import save_backbone
+from backbones.io import load_backbone, save_backbone
 from backbones.registry import create_backbone
 from data_pipelines.errors import DataError
 from data_pipelines.shards.dataset import open_dataset
@@ -161,7 +161,40 @@ def test_voxels__a_random_encoder_segments_above_chance(
     assert result.metrics["dice"] == pytest.approx(expected, rel=1e-9)
     shares = np.bincount(np.concatenate(truth), minlength=3)[1:] / sum(map(len, truth))
     assert result.metrics["dice"] > 2 * (2 * shares / (shares + 1 / 3)).mean()  # of a guess among three classes
-    assert result.details["patch_grid"] == [6, 8, 6] and "image_size" not in result.details
+    assert result.details["patch_grids"] == [[6, 8, 6]] and "image_size" not in result.details
+
+
+def test_voxels__of_stages_all_are_read(tmp_path: Path, hippocampus: EvaluationData) -> None:
+    settings = {"size": [32, 48, 32], "in_chans": 1, "patch_size": 4, "embed_dim": 12, "depths": [1, 1, 1]}
+    folder = _checkpoint(tmp_path / "swin", "voxels", "voxel_swin", **settings, num_heads=[1, 2, 4])
+    result = evaluate(folder, "voxel_segmentation", hippocampus, store=tmp_path)
+    assert result.details["patch_grids"] == [[8, 12, 8], [4, 6, 4], [2, 3, 2]]
+    arrays = _stored(tmp_path)
+    shapes = {name: array.shape[1:] for name, array in arrays.items() if name.startswith("test.") and array.ndim > 1}
+    assert shapes == {
+        "test.stage00": (8, 12, 8, 12),
+        "test.stage01": (4, 6, 4, 24),
+        "test.patches": (2, 3, 2, 48),
+    }
+
+
+def test_voxels__the_mean_is_of_tokens_with_data(
+    tmp_path: Path, voxels: Path, write_shards: Callable[..., None]
+) -> None:
+    volume = np.random.default_rng(0).integers(0, 255, (20, 64, 48), np.uint8)  # two tokens and a half of six
+    for split in ("train", "test"):
+        write_shards(tmp_path / "short", split, [{"volume.npy": _npy(volume), "cls": label} for label in (b"0", b"1")])
+    evaluate(voxels, "knn", EvaluationData("short", tmp_path / "short"), store=tmp_path)
+    encoder = load_backbone(voxels)
+    padded = torch.zeros(1, 1, 48, 64, 48, dtype=torch.uint8)
+    padded[0, 0, :20] = torch.from_numpy(volume)
+    with torch.no_grad():
+        tokens = encoder.tokens(padded).tokens.unflatten(1, (6, 8, 6))
+        found = encoder.tokens({"volume": padded, "size": torch.tensor([[20, 64, 48]])})
+    mean = torch.from_numpy(_stored(tmp_path)["test.patch_mean"])[:1]
+    torch.testing.assert_close(mean, tokens[:, :3].flatten(1, 3).mean(1))
+    torch.testing.assert_close(found.pooled, mean)
+    assert not torch.allclose(mean, tokens.flatten(1, 3).mean(1), atol=1e-3)
 
 
 def test_voxels__pooled_features_serve_classification(

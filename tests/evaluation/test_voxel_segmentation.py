@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,14 @@ from evaluation.data import LabelMaps
 from evaluation.extraction.forward import Dense
 from evaluation.metrics import dice_per_class, foreground_dice, jackknife_interval
 from evaluation.protocol import LABELS, EvaluationError
-from evaluation.protocols.linear_maps import _soft_dice_loss, draw_places, logits_at, upsampled
+from evaluation.protocols.linear_maps import (
+    Fit,
+    Standardiser,
+    _soft_dice_loss,
+    draw_places,
+    logits_at,
+    upsampled,
+)
 from evaluation.protocols.voxel_segmentation import score as module
 from evaluation.registry import PROTOCOLS
 
@@ -204,3 +212,39 @@ def test_jackknife__degenerate_counts() -> None:
     one = torch.tensor([[[90, 0], [0, 10]]])
     assert jackknife_interval(one, foreground_dice) == (0.0, 1.0)
     assert jackknife_interval(one.expand(5, -1, -1), foreground_dice) == (1.0, 1.0)
+
+
+def test_fit__maps_of_stages_are_one_layer_on_all_of_them_upsampled() -> None:
+    rng = np.random.default_rng(0)
+    maps = [rng.standard_normal((2, *sides, dim)).astype(np.float16) for sides, dim in (((4, 6, 2), 3), ((2, 3, 1), 5))]
+    _, volumes = _scene(2, 0)
+    places = draw_places(_dense(maps[1], volumes).labels, 3, 40, seed=0)
+    standardise = [Standardiser.of(tokens, CPU) for tokens in maps]
+    settings: dict[str, Any] = {"per_step": 20, "params": PARAMS, "judge": float, "seed": 0, "device": CPU}
+    fit = Fit(maps, places, standardise, 3, **settings)
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(3, 8, generator=generator), torch.randn(3, generator=generator)
+    size = (12, 18, 8)
+    grids = [
+        upsampled(one(torch.from_numpy(tokens).float()).movedim(-1, 1), size)
+        for one, tokens in zip(standardise, maps, strict=True)
+    ]
+    logits = torch.einsum("kd,bdxyz->bkxyz", weight, torch.cat(grids, dim=1)) + bias.view(1, -1, 1, 1, 1)
+    found = fit._logits(maps, weight, bias)
+    torch.testing.assert_close(sum(upsampled(one, size) for one in found), logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(fit.predict(maps, weight, bias, size), logits.argmax(dim=1))
+
+
+def test_score__a_finer_stage_tells_what_the_last_cannot() -> None:
+    """The last stage is noise; the one before knows the class of each place."""
+    (tokens, train_labels), (test_tokens, test_labels) = _scene(12, 0), _scene(6, 1)
+    noise = np.random.default_rng(2).standard_normal((12, 2, 2, 1, 4))
+    train = replace(_dense(noise, train_labels), finer=(tokens.astype(np.float16),))
+    test = replace(_dense(noise[:6], test_labels), finer=(test_tokens.astype(np.float16),))
+    blind = score_of(_dense(noise, train_labels), _dense(noise[:6], test_labels))
+    assert score_of(train, test) > blind + 0.3
+
+
+def score_of(train: Dense, test: Dense) -> float:
+    outcome = module.score(train, test, num_classes=3, params=PARAMS, seed=0, device=CPU)
+    return outcome.metrics["dice"]

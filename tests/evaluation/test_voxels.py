@@ -40,17 +40,20 @@ def _npy(values: npt.NDArray[Any]) -> bytes:
 def test_prepare__short_axes_get_zeros_and_long_ones_keep_their_middle() -> None:
     volume = np.random.default_rng(0).integers(1, 255, (5, 9, 5), np.uint8)
     prepared = VOXELS.prepare(_npz(image=volume, label=volume, window=np.zeros(2)), _recipe())
-    assert isinstance(prepared, torch.Tensor) and prepared.dtype == torch.uint8 and prepared.shape == (1, 6, 4, 5)
-    assert np.array_equal(prepared[0, :5].numpy(), volume[:, 2:6])
-    assert not prepared[0, 5].any()
+    assert isinstance(prepared, dict) and prepared["size"].tolist() == [5, 4, 5]
+    shown = prepared["volume"]
+    assert shown.dtype == torch.uint8 and shown.shape == (1, 6, 4, 5)
+    assert np.array_equal(shown[0, :5].numpy(), volume[:, 2:6])
+    assert not shown[0, 5].any()
 
 
 def test_prepare__channels_and_types() -> None:
     grid = np.random.default_rng(0).random((4, 6, 4, 5)).astype(np.float16)
     prepared = VOXELS.prepare(_npy(grid), _recipe(in_chans=4))
-    assert isinstance(prepared, torch.Tensor) and prepared.dtype == torch.float32
-    assert np.array_equal(prepared.numpy(), grid.astype(np.float32))
-    assert VOXELS.prepare(_npy(np.ones((2, 2, 2), np.int16)), _recipe()).dtype == torch.float32  # type: ignore[union-attr]
+    assert isinstance(prepared, dict) and prepared["volume"].dtype == torch.float32
+    assert np.array_equal(prepared["volume"].numpy(), grid.astype(np.float32))
+    integers = VOXELS.prepare(_npy(np.ones((2, 2, 2), np.int16)), _recipe())
+    assert isinstance(integers, dict) and integers["volume"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(

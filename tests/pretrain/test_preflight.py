@@ -128,11 +128,20 @@ def test_look_ahead__labels_of_volumes_are_an_array_of_the_npz(tmp_path: Path, m
                 member = tarfile.TarInfo("a.npz")
                 member.size = len(file.getvalue())
                 tar.addfile(member, io.BytesIO(file.getvalue()))
-    labelled = load_plan("volume_mae_hippocampus", [f"data.root={tmp_path / 'labelled'}"])
+    root = f"data.root={tmp_path / 'labelled'}"
+    labelled = load_plan("volume_mae_hippocampus", [root])
     with pytest.raises(RequestError, match=r"protocol voxel_segmentation: dataset\.json must list `classes` for dense"):
         look_ahead(labelled)
     (tmp_path / "labelled" / "dataset.json").write_text('{"classes": ["ground", "organ"]}')
     look_ahead(labelled)
+    with pytest.raises(RequestError) as refused:
+        look_ahead(load_plan("volume_mae_hippocampus", [root, "objective.norm_pix_loss=true"]))
+    assert str(refused.value).startswith(
+        "evaluation.tasks[1].protocol=masked_reconstruction: protocol 'masked_reconstruction' needs a decoder of "
+        "hidden voxels beside the backbone, and this objective has none; "
+    )
+    with pytest.raises(RequestError, match=r"which patches of 6 voxels \(backbone.patch_size\) do not tile"):
+        look_ahead(load_plan("volume_mae_hippocampus", [root, "backbone.patch_size=6", "backbone.size=[36,48,36]"]))
     with pytest.raises(RequestError) as refused:
         look_ahead(load_plan("volume_mae_hippocampus", [f"data.root={tmp_path / 'bare'}"]))
     said = str(refused.value)

@@ -22,7 +22,7 @@ import torch
 from evaluation.extraction.forward import Dense
 from evaluation.metrics import Outcome, bootstrap_miou, confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
 from evaluation.protocol import EvaluationError
-from evaluation.protocols.linear_maps import Fit, Standardiser, draw_places, folds_of, nearest, upsampled
+from evaluation.protocols.linear_maps import Fit, Standardiser, draw_places, folds_of, nearest
 from evaluation.selection import by_setting, choose_cell
 
 __all__ = ["score"]
@@ -36,9 +36,9 @@ def score(
         raise EvaluationError(f"segmentation needs at least 2 training images, got {len(train.labels)}")
     pixels = draw_places(train.labels, num_classes, params["pixels_per_image"], seed)
     fit = Fit(
-        train.patches,
+        train.maps,
         pixels,
-        Standardiser.of(train.patches, device),
+        [Standardiser.of(tokens, device) for tokens in train.maps],
         num_classes,
         per_step=params["pixels_per_step"],
         params=params,
@@ -56,8 +56,8 @@ def score(
     for sample_idx in range(len(test.labels)):
         labels, sequence = test.labels.read(sample_idx)
         truth = torch.from_numpy(labels)
-        logits = fit.logits(test.patches[sample_idx : sample_idx + 1], weight, bias)  # (1, C, h, w)
-        predicted = upsampled(logits, labels.shape)[0].argmax(dim=0).cpu()  # (H, W)
+        maps = [tokens[sample_idx : sample_idx + 1] for tokens in test.maps]
+        predicted = fit.predict(maps, weight, bias, labels.shape)[0].cpu()  # (H, W)
         per_image.append(confusion_matrix(predicted.flatten(), truth.flatten(), num_classes))
         prior = nearest(pixels.majority, labels.shape)
         prior_per_image.append(confusion_matrix(torch.from_numpy(prior).flatten(), truth.flatten(), num_classes))

@@ -1,9 +1,10 @@
 """Linear segmentation of volumes on frozen tokens: what an encoder knows of every voxel without further training.
 
 Tokens after the final norm are standardised per channel, one linear layer gives logits per token, and these are
-upsampled trilinearly to the voxels that the backbone was given, see `evaluation.protocols.linear_maps`. The loss is
-cross-entropy plus soft Dice, as is the custom for volumes (nnU-Net, Isensee et al. 2021). Padding, ignored voxels, and
-voxels that were cut off (`evaluation.extraction.voxels`) count in neither loss nor score. The learning rate is chosen
+upsampled trilinearly to the voxels that the backbone was given, see `evaluation.protocols.linear_maps`. Of an encoder
+in stages the tokens of all stages are read, not only the last and coarsest ones. The loss is cross-entropy plus soft
+Dice, as is the custom for volumes (nnU-Net, Isensee et al. 2021). Padding, ignored voxels, and voxels that were cut off
+(`evaluation.extraction.voxels`) count in neither loss nor score. The learning rate is chosen
 by Dice on held-out training volumes (whole sequences where the data names them, such as the volumes of a patient); the
 reported head is refitted on all of them.
 
@@ -32,7 +33,7 @@ from evaluation.metrics import (
     mean_iou,
 )
 from evaluation.protocol import EvaluationError
-from evaluation.protocols.linear_maps import Fit, Standardiser, draw_places, folds_of, nearest, upsampled
+from evaluation.protocols.linear_maps import Fit, Standardiser, draw_places, folds_of, nearest
 from evaluation.selection import by_setting, choose_cell
 
 __all__ = ["score"]
@@ -48,9 +49,9 @@ def score(
         raise EvaluationError("voxel_segmentation needs a class beside the ground, which is class 0 of dataset.json")
     voxels = draw_places(train.labels, num_classes, params["voxels_per_volume"], seed)
     fit = Fit(
-        train.patches,
+        train.maps,
         voxels,
-        Standardiser.of(train.patches, device),
+        [Standardiser.of(tokens, device) for tokens in train.maps],
         num_classes,
         per_step=params["voxels_per_step"],
         params=params,
@@ -69,8 +70,8 @@ def score(
     for sample_idx in range(len(test.labels)):
         labels, _ = test.labels.read(sample_idx)
         truth = torch.from_numpy(labels).flatten()
-        logits = fit.logits(test.patches[sample_idx : sample_idx + 1], weight, bias)  # (1, C, x, y, z)
-        predicted = upsampled(logits, labels.shape)[0].argmax(dim=0).cpu()  # (X, Y, Z)
+        maps = [tokens[sample_idx : sample_idx + 1] for tokens in test.maps]
+        predicted = fit.predict(maps, weight, bias, labels.shape)[0].cpu()  # (X, Y, Z)
         per_volume.append(confusion_matrix(predicted.flatten(), truth, num_classes))
         prior = torch.from_numpy(nearest(voxels.majority, labels.shape))
         prior_per_volume.append(confusion_matrix(prior.flatten(), truth, num_classes))
@@ -96,6 +97,6 @@ def score(
             "selection": rule,
             "dice_per_class": [None if value != value else value for value in dice_per_class(confusion).tolist()],
             "iou_per_class": [None if value != value else value for value in iou_per_class(confusion).tolist()],
-            "patch_grid": list(train.patches.shape[1:-1]),
+            "patch_grids": [list(tokens.shape[1:-1]) for tokens in train.maps],
         },
     )

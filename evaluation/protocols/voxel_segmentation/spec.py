@@ -10,9 +10,9 @@ __all__ = ["SPEC"]
 
 SPEC = Protocol(
     name="voxel_segmentation",
-    summary="standardisation and one linear layer on frozen tokens of volumes, logits upsampled to the voxels",
+    summary="standardisation and one linear layer on frozen tokens (of all stages), logits upsampled to the voxels",
     target="evaluation.protocols.voxel_segmentation.score:score",
-    version=1,
+    version=2,
     tokens="patches",
     label="seg.npy",
     metrics=(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from objectives.precision import at_least_float32
+from backbones.precision import at_least_float32
 
 __all__ = ["VoxelDecoder"]
 

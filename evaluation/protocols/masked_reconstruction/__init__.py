@@ -1,0 +1,1 @@
+"""Hidden blocks of held-out volumes and radiance grids, filled in."""
