@@ -45,7 +45,7 @@ def recipe_of(precision: str) -> Recipe:
 def whole_companions() -> Iterator[None]:
     """In this context an engine leaves companions whole on every rank."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Companion, "shard", lambda self: None)
+        patch.setattr(Companion, "shard", lambda *_: None)
         yield
 
 
