@@ -17,7 +17,11 @@ Its processes get memory in huge pages, where the kernel gives those to who asks
 the kernel, and every training step pays for the zeros of new ones again. It reads its settings when a process begins,
 so they are in the environment before; on a given cluster they are its owner's to set, where `ray start` runs.
 
-What is not here: placing workers (`cluster.workers`) and evaluation tasks (`cluster.tasks`).
+A given cluster may ask for a token as well. Whether it takes ours is asked first, by `GcsClient`, which Ray does not
+document: Ray itself takes a wrong token for a cluster that is not there, and with none it ends the process.
+
+What is not here: placing workers (`cluster.workers`), evaluation tasks (`cluster.tasks`), where tokens are looked for
+(`cluster.authentication`).
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from cluster.authentication import AuthenticationProblem, find_token, missing, refused
 
 __all__ = ["EVALUATION_SLOT", "AlreadyConnected", "Cluster", "connect", "gpus_per_worker", "is_alive"]
 
@@ -79,6 +85,7 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
 
     Raises:
         AlreadyConnected: This process is connected to Ray.
+        AuthenticationProblem: The cluster at `address` asks for a token, and there is none, or not this one.
         ConnectionError: No cluster answers at `address`.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
@@ -91,6 +98,7 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
         )
     if address:
         _require_listener(address)
+        _require_token(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         try:
             yield _described(address, private=False)
@@ -133,6 +141,33 @@ def _require_listener(address: str) -> None:
         raise ConnectionError(error.strerror or str(error)) from None
 
 
+def _require_token(address: str) -> None:
+    """Send our token, if there is one and nobody has said otherwise, and ask the cluster whether it takes it.
+
+    Raises:
+        AuthenticationProblem: It does not.
+    """
+    token = find_token()
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if token is not None and not mode:
+        os.environ["RAY_AUTH_MODE"] = mode = "token"  # Ray would not look for one by itself
+        _read_again()
+    if mode == "token" and token is None:
+        raise missing(address)
+    if address.startswith("ray://") or ":" not in address:
+        return  # of a client server and of `auto` nobody can ask; their own errors name the token
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError
+
+    try:
+        GcsClient(address=address)
+    except AuthenticationError:
+        if mode == "disabled" and token is not None:
+            problem = f"{address} asks for a token, and RAY_AUTH_MODE=disabled keeps ours; set RAY_AUTH_MODE=token"
+            raise AuthenticationProblem(problem) from None
+        raise (missing(address) if token is None else refused(address, token)) from None
+
+
 def _described(address: str, *, private: bool) -> Cluster:
     import ray
 
@@ -151,15 +186,18 @@ def _with_huge_pages(tunables: str) -> str:
     return f"{tunables}:{_HUGE_PAGES_OF_MALLOC}=1".removeprefix(":")
 
 
+def _read_again() -> None:
+    """Let Ray look at the variables of the environment once more."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
 @contextmanager
 def _private_settings() -> Iterator[None]:
     """What a private instance needs, for this process and those that it starts; undone afterwards."""
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
-    def read_again() -> None:
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
 
     private = {
         # Despite its name it controls the rewriting of addresses: unset, Ray replaces 127.0.0.1 by a routable one.
@@ -174,7 +212,7 @@ def _private_settings() -> Iterator[None]:
     rewrites_addresses = ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(private)
     ray_constants.ENABLE_RAY_CLUSTER = False
-    read_again()
+    _read_again()
     try:
         yield
     finally:
@@ -184,7 +222,7 @@ def _private_settings() -> Iterator[None]:
             else:
                 os.environ[name] = value
         ray_constants.ENABLE_RAY_CLUSTER = rewrites_addresses
-        read_again()
+        _read_again()
 
 
 @contextmanager

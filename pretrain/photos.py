@@ -30,6 +30,7 @@ from typing import IO, TYPE_CHECKING
 from data_pipelines.errors import TooManyDamagedError
 from data_pipelines.shards.manifest import MANIFEST_NAME
 from evaluation import registry as evaluations
+from pretrain.config.checks.places import place_problem
 from pretrain.config.load import data_root, load_plan
 from pretrain.config.pairing import photos_problem
 from pretrain.config.paths import absolute
@@ -169,7 +170,7 @@ def listed(folder: Path, storage: Path) -> Listing:
     """What is to be packed.
 
     Raises:
-        RequestError: the runs would lie among the photos.
+        RequestError: the runs would lie among the photos, or nothing can be written where they are to be.
         DataError: the folders cannot be understood.
     """
     from data_pipelines.packing.inputs import list_folder
@@ -177,6 +178,8 @@ def listed(folder: Path, storage: Path) -> Listing:
     if storage.resolve().is_relative_to(folder.resolve()):
         problem = f"lies among the photos of {folder}, and what runs write would be packed with them"
         raise RequestError(f"storage={storage}: {problem}; name another place as the storage")
+    if place := place_problem(storage.absolute()):
+        raise RequestError(f"storage={storage}: {place}")
     return list_folder(folder, kind="images")
 
 

@@ -25,10 +25,12 @@ from pretrain.cli.doctor import doctor
 from pretrain.cli.export import embed, export
 from pretrain.cli.filled import Commands
 from pretrain.cli.init import init
+from pretrain.cli.jobs import jobs, logs, status, stop, submit
 from pretrain.cli.manifest import manifest
 from pretrain.cli.parent import Parent
 from pretrain.cli.recipes import recipes
 from pretrain.cli.schedule import schedule
+from pretrain.cli.tables import print_table
 from pretrain.errors import (
     EXIT_STOPPED,
     RequestError,
@@ -40,7 +42,7 @@ from pretrain.errors import (
 )
 from pretrain.record.destinations import require_local
 from pretrain.record.run_dir import checked_run_id, find_run
-from pretrain.screen import escape_diagnostics, escaping_console, printable, say
+from pretrain.screen import escape_diagnostics, printable, say
 from pretrain.tracking.mlflow_internals import leave_out_pandas
 from pretrain.version import __version__
 
@@ -52,7 +54,6 @@ __all__ = ["cli", "main"]
 MOST_MISTAKES = 6  # that are shown of one request
 LONGEST_LINE = 400  # characters
 BEST = 20  # scores of a task that are shown
-LONG_TABLE = 200  # rows; rich takes a millisecond for each
 
 _storage = click.option("--storage", metavar="DIR", default="runs", show_default=True, help="Directory of the runs.")
 
@@ -179,7 +180,7 @@ def evaluate(
         score = format_value(result.metrics[metric.name], metric.unit)
         time = "known" if result.cached else f"{result.seconds:.1f} s"
         rows.append([result.protocol, result.data, metric.name, score, time])
-    _print_table(("protocol", "data", "metric", "score", "time"), rows)
+    print_table(("protocol", "data", "metric", "score", "time"), rows)
     copies = {result.data: result.details for result in results if result.details.get("num_test_in_train")}
     for name, known in copies.items():
         said = f"{known['num_test_in_train']} of {known['num_test']} test samples of {name} are in its train split, too"
@@ -214,7 +215,7 @@ def leaderboard(protocol: str | None, data: str | None, everything: bool, storag
             step = "" if place.step is None else f"{place.step} {place.start}".rstrip()
             score = format_value(place.score, metric.unit)
             rows.append([score, place.interval, str(place.num_test or ""), step, place.run])
-        _print_table(("score", "95 % CI", "n", "step", "run"), rows)
+        print_table(("score", "95 % CI", "n", "step", "run"), rows)
         if len(shown) < len(places):
             say(f"and {len(places) - len(shown)} more; --all shows them")
 
@@ -251,6 +252,8 @@ cli.add_command(schedule)
 cli.add_command(embed)
 cli.add_command(export)
 cli.add_command(manifest)
+for _command in (submit, jobs, status, logs, stop):
+    cli.add_command(_command)
 
 
 def console() -> NoReturn:
@@ -305,11 +308,12 @@ def main(arguments: Sequence[str] | None = None, *, parent: Parent | None = None
 
 def _mistakes_of_other_packages() -> tuple[type[Exception], ...]:
     from backbones.errors import BackboneError
+    from cluster.job_server import JobServerError
     from data_pipelines.errors import DataError
     from evaluation.protocol import EvaluationError
     from objectives.errors import ObjectiveError
 
-    return BackboneError, DataError, EvaluationError, ObjectiveError
+    return JobServerError, BackboneError, DataError, EvaluationError, ObjectiveError
 
 
 def _complain(lines: Iterable[str]) -> None:
@@ -395,20 +399,3 @@ def _check_filter(option: str, name: str | None, known: set[str]) -> None:
     if name is not None and known and name not in known:
         listing = ", ".join(sorted(known))
         raise RequestError(f"--{option} {name}: no such results; known are {listing}{nearest(name, known)}")
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns, folded where there is no room for them; of a table that is longer than a screen as wide as they are."""
-    if len(rows) > LONG_TABLE:
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        for row in (header, *rows):
-            say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold")  # nothing is lost: a name that is cut cannot be typed
-    for row in rows:
-        table.add_row(*row)
-    escaping_console().print(table)

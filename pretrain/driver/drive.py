@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.authentication import AuthenticationProblem
 from cluster.connect import AlreadyConnected
 from data_pipelines.cores import usable_cores
 from data_pipelines.files import write_atomically
@@ -42,7 +43,7 @@ from pretrain.record.events import (
 from pretrain.record.heartbeat import Watchdog
 from pretrain.record.interrupts import heard
 from pretrain.record.journal import Journal, read_events
-from pretrain.record.run_dir import RunDir, resume_command, stopped_line
+from pretrain.record.run_dir import SIGNALLED, RunDir, resume_command, stopped_line
 from pretrain.reporting.summary import TrainingSoFar, print_summary
 from pretrain.reporting.terminal import Terminal, finished_line
 
@@ -99,7 +100,8 @@ class Driver:
         with only_driver(self.run_dir), self.terminal, heard(self._on_signal) as listen_again:
             if on_start is not None:
                 on_start(self.run_dir.path)
-            self.run_dir.stop_request.unlink(missing_ok=True)  # it was for the workers that it has stopped
+            for asked in (self.run_dir.stop_request, self.run_dir.stop_now_request):
+                asked.unlink(missing_ok=True)  # it was for the workers that it has stopped
             self.run_dir.training.unlink(missing_ok=True)  # of a driver that was killed
             self.terminal.say(f"run {self.run_dir.run_id} in {self.run_dir.path}")
             for event in read_events(self.run_dir.evaluations)[0]:
@@ -129,6 +131,8 @@ class Driver:
             except RunFailed:
                 status = "FAILED"
                 raise
+            except AuthenticationProblem as error:
+                raise RequestError(f"cluster.address={given_address(self.recipe)}: {error}") from None
             except ConnectionError as error:
                 if status is not None:  # connected once: a lost cluster, not a wrong address
                     message = f"lost the cluster; go on with: {resume_command(self.run_dir)}"
@@ -139,6 +143,8 @@ class Driver:
             except AlreadyConnected as error:
                 raise RequestError(str(error)) from None
             except KeyboardInterrupt:
+                if not self.run_dir.stop_now_request.exists():
+                    self.run_dir.stop_now_request.write_text(SIGNALLED)
                 raise RunStopped(self._stopped_at_once()) from None
             finally:
                 self.run_dir.training.unlink(missing_ok=True)  # of workers that a signal ended while they began
@@ -237,6 +243,7 @@ class Driver:
                     died = RunFailed(f"Ray has died; go on with: {resume_command(self.run_dir)}", self.run_dir.logs)
                     self._record_failure(died)
                     raise died
+            self._heed_files(is_training)
             is_training = training.is_alive()  # asked first: the events are read once more after its end
             is_new = self._follow()
             if last_ones_wait and not is_training:
@@ -319,8 +326,20 @@ class Driver:
             self.terminal.say("ending at once: closing what is open")
             raise KeyboardInterrupt
         self._stop_asked = now
-        self.run_dir.stop_request.touch()
+        self.run_dir.stop_request.write_text(SIGNALLED)
         self.terminal.say("stopping after the next step, with a checkpoint; again to end at once")
+
+    def _heed_files(self, is_training: bool) -> None:
+        """What was asked by a file. Workers see `stop` themselves; evaluations of what they have left are not begun.
+
+        Raises:
+            KeyboardInterrupt: To end at once.
+        """
+        if self.run_dir.stop_now_request.exists():
+            self.terminal.say("ending at once, as asked: closing what is open")
+            raise KeyboardInterrupt
+        if not is_training and self._stop_asked is None and self.run_dir.stop_request.exists():
+            self._stop_asked = time.monotonic()
 
     def _record_failure(self, error: BaseException) -> None:
         try:

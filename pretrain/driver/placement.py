@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from pretrain.config.schema import Recipe
 from pretrain.errors import RequestError
 from pretrain.machine import misfit, this_machine
-from pretrain.record.lock import hold, holder
+from pretrain.record.lock import LOOKED_AT_S, hold, holder
 from pretrain.record.run_dir import RunDir
 from pretrain.screen import say
 
@@ -57,7 +58,9 @@ def gpus_per_worker(cluster: Cluster, recipe: Recipe) -> tuple[float, str | None
 @contextmanager
 def only_driver(run_dir: RunDir) -> Iterator[None]:
     """Hold the run's lock: two drivers would train into the same checkpoints."""
-    lock = hold(run_dir.driver_lock)
+    until = time.monotonic() + LOOKED_AT_S
+    while (lock := hold(run_dir.driver_lock)) is None and time.monotonic() < until:
+        time.sleep(LOOKED_AT_S / 10)
     if lock is None:
         raise RequestError(f"run {run_dir.run_id} is already driven by process {holder(run_dir.driver_lock)}")
     with lock:

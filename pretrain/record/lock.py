@@ -11,7 +11,9 @@ import os
 from pathlib import Path
 from typing import IO
 
-__all__ = ["hold", "holder"]
+__all__ = ["LOOKED_AT_S", "hold", "holder", "is_held"]
+
+LOOKED_AT_S = 0.2  # after which a lock that is still held is so by its owner, and not by who looks whether it is held
 
 
 def hold(path: Path) -> IO[str] | None:
@@ -31,3 +33,15 @@ def hold(path: Path) -> IO[str] | None:
 def holder(path: Path) -> str:
     """The id of the process that took the lock last."""
     return path.read_text().strip()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process has the lock now. Who looks has it for a moment, too: see `LOOKED_AT_S`."""
+    try:
+        with path.open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

@@ -10,6 +10,7 @@
              samples/             which samples each rank took, if asked for
              logs/                output of the processes
              stop                 a request to end after the next step
+             stop-now             a request to end at once
              training             there while workers train: evaluations leave the cores to them
              heartbeat/           what each rank is doing, while it does it
              report.html
@@ -34,6 +35,7 @@ __all__ = [
     "HEADS",
     "MANIFEST",
     "RECIPE",
+    "SIGNALLED",
     "RunDir",
     "checked_run_id",
     "find_run",
@@ -48,7 +50,8 @@ BACKBONE = "backbone.safetensors"
 HEADS = "heads.safetensors"  # of an objective with heads that another run can learn from, or that are evaluated
 MANIFEST = "checkpoint.json"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # also a good id of a Ray job, and its log file's name
-_BEFORE_IT_BEGAN = {"logs", ".driver.lock", "stop", "training"}  # what a driver that was killed may have left
+_BEFORE_IT_BEGAN = {"logs", ".driver.lock", "stop", "stop-now", "training"}  # of a driver that was killed
+SIGNALLED = "a signal"  # what the files `stop` and `stop-now` say that a driver writes for one
 EXPORTED_FILES = (BACKBONE, MANIFEST, RECIPE)  # of a checkpoint: all that using its backbone takes
 
 
@@ -130,6 +133,17 @@ class RunDir:
     def stop_request(self) -> Path:
         """While it exists the workers end after their next step, with a checkpoint."""
         return self.path / "stop"
+
+    @property
+    def stop_now_request(self) -> Path:
+        """While it exists the driver ends at once."""
+        return self.path / "stop-now"
+
+    @property
+    def is_stop_wanted(self) -> bool:
+        """Whether a person asks for the end of the run, by a file; one for a signal says `SIGNALLED`."""
+        asked = [path.read_text() for path in (self.stop_request, self.stop_now_request) if path.exists()]
+        return any(text != SIGNALLED for text in asked)
 
     @property
     def training(self) -> Path:

@@ -57,6 +57,11 @@ def test_cli__surface_is_frozen() -> None:
         "manifest": ["RECIPE", "[KEY=VALUE]...", *(f"--{option}" for option in MANIFEST_OPTIONS)],
         "embed": ["CHECKPOINT", "DATA", "DEST", "--format", "--tokens", "--batch-size", "--device", "--storage"],
         "export": ["CHECKPOINT", "DEST", "--format", "--storage"],
+        "submit": ["RECIPE", "[KEY=VALUE]...", "--address", "--run-id", "--env", "--retries"],
+        "jobs": ["--address", "--storage", "--all"],
+        "status": ["ID", "--address", "--storage"],
+        "logs": ["ID", "--follow", "--address", "--storage"],
+        "stop": ["ID", "--now", "--address", "--storage"],
     }
 
 
@@ -161,7 +166,7 @@ def test_main__recipes(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def run_stub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
     """Put a function in the place of the work behind `pretrain run`."""
-    return lambda function: monkeypatch.setattr("pretrain.driver.start.run", lambda plan, on_start: function(plan))
+    return lambda function: monkeypatch.setattr("pretrain.driver.start.run", lambda plan, **options: function(plan))
 
 
 def test_main__run_gets_the_resolved_recipe(run_stub: Callable[..., None]) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "check_references",
     "check_trackers",
     "checked_storage",
+    "place_problem",
 ]
 
 _TRACKERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",)}  # and what writes for them
@@ -42,16 +43,16 @@ def check_references(draft: Recipe, mistakes: Mistakes) -> None:
             mistakes.add(key, redact(reference), problem)
 
 
-def checked_storage(storage: str, mistakes: Mistakes) -> str:
+def checked_storage(storage: str, mistakes: Mistakes, *, check_files: bool) -> str:
     if mistakes.sound("storage"):
         if "://" in storage:
             mistakes.add("storage", storage, "expected a local directory (remote stores are not supported yet)")
-        elif problem := _place_problem(Path(absolute(storage))):
+        elif check_files and (problem := place_problem(Path(absolute(storage)))):
             mistakes.add("storage", storage, problem)
     return str(absolute(storage))
 
 
-def _place_problem(folder: Path) -> str | None:
+def place_problem(folder: Path) -> str | None:
     """Why no directory can be made or used there."""
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir():
@@ -98,4 +99,6 @@ def check_address(address: str | None, mistakes: Mistakes) -> None:
     host, _, port = place.rpartition(":")
     if not (host and _HOST.fullmatch(host) and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
         problem = "is no address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto"
+        if address.startswith(("http://", "https://")):
+            problem = "is the address of a job server, to which `pretrain submit` sends runs; " + problem
         mistakes.add("cluster.address", redact(address), problem)

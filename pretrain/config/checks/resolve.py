@@ -43,7 +43,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
     Args:
         draft: the merged recipe, with stand-ins where `mistakes` already holds a mistake.
         mistakes: receives the mistakes; the result is only meaningful when it stays empty.
-        check_files: also look whether the data is there.
+        check_files: also look whether the data is there, and whether a run can be kept where it is to be.
     """
     if mistakes.is_typed("data.root") and draft.data.root is not None and not mistakes.refers_to("data.root"):
         problem = (
@@ -77,7 +77,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
         init_from=absolute_reference(draft.init_from),
         teacher_from=absolute_reference(draft.teacher_from),
         resume_from=absolute_reference(draft.resume_from),
-        storage=checked_storage(draft.storage, mistakes),
+        storage=checked_storage(draft.storage, mistakes, check_files=check_files),
     )
     check_data(draft.data, mistakes, check_files=check_files)
     if check_files and mistakes.sound("backbone.kind"):

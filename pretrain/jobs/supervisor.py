@@ -1,0 +1,122 @@
+"""What runs inside a job: checks its environment, then runs `pretrain run`, and with retries runs it again.
+
+    python -m pretrain.jobs.supervisor --run-dir DIR [--retries N] [--need NAME]... [--file NAME=PATH]... -- COMMAND...
+
+Ray never restarts a job. Here COMMAND, which goes on where its run is, is run again when it was killed, crashed or
+failed, and when it stopped because a machine is taken away; not when a person asked it to stop, when it is done, or
+when the request is wrong. `N` counts the restarts without a new checkpoint between them. Without retries the command
+takes the place of this process.
+
+A stop reaches this process and the command at once (Ray sends SIGTERM to all of a job); a signal that comes to this
+process alone is passed on. Imports nothing heavy: this process lives as long as the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.errors import EXIT_STOPPED
+from pretrain.record.run_dir import RunDir
+from pretrain.record.standing import newest_checkpoint
+from pretrain.screen import say
+
+__all__ = ["main", "supervise"]
+
+PASS_ON_S = 3.0  # how long a signal may take to reach the command by itself; it takes a second one as another request
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+POLL_S = 0.2
+
+
+def supervise(command: Sequence[str], run_dir: RunDir, retries: int) -> int:
+    """Run a command until it is done, was asked to stop, or has failed too often; its last exit code.
+
+    Args:
+        command: Word by word; exit codes are those of `pretrain run`.
+        run_dir: Of the run that it goes on with.
+        retries: Restarts without a new checkpoint between them.
+    """
+    signals: list[float] = []
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda number, frame: signals.append(time.monotonic()))
+    failures, reached = 0, newest_checkpoint(run_dir)
+    while True:
+        code = _run(command, signals)
+        if code in (0, 2) or signals or (code == EXIT_STOPPED and run_dir.is_stop_wanted):
+            return code
+        if (now := newest_checkpoint(run_dir)) != reached:
+            failures, reached = 0, now
+        failures += 1
+        if failures > retries:
+            return code
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        seconds = min(FIRST_PAUSE_S * 2.0 ** (failures - 1), LONGEST_PAUSE_S)
+        say(f"the run {how}; it goes on in {seconds:.0f} s (restart {failures} of {retries} without a checkpoint)")
+        _wait(seconds, signals)
+
+
+def _wait(seconds: float, signals: list[float]) -> None:
+    """Until the time is over, or a signal has come."""
+    until = time.monotonic() + seconds
+    while not signals and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, POLL_S))
+
+
+def _run(command: Sequence[str], signals: list[float]) -> int:
+    """The exit code of the command; negative is the signal that ended it."""
+    if signals:
+        return EXIT_STOPPED
+    child = subprocess.Popen(command)
+    passed_on = False
+    while (code := child.poll()) is None:
+        if signals and not passed_on and time.monotonic() - signals[0] > PASS_ON_S:
+            child.terminate()
+            passed_on = True
+        time.sleep(POLL_S)
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the job."""
+    parser = argparse.ArgumentParser(prog="pretrain.jobs.supervisor")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--retries", type=int, default=0)
+    parser.add_argument("--need", action="append", default=[], metavar="NAME")
+    parser.add_argument("--file", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("command", nargs="+")
+    given = parser.parse_args(arguments)
+    if problems := _prepare_environment(given.need, given.file):
+        for problem in problems:
+            say(f"error: {problem}", err=True)
+        return 2
+    sys.stdout.flush()
+    command = [sys.executable, *given.command]
+    if given.retries == 0:
+        os.execv(sys.executable, command)
+    return supervise(command, RunDir(given.run_dir), given.retries)
+
+
+def _prepare_environment(needed: Sequence[str], files: Sequence[str]) -> list[str]:
+    """Set what lies in files; returns what is missing, one line each."""
+    problems = []
+    for text in files:
+        name, _, path = text.partition("=")
+        try:
+            os.environ[name] = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            said = getattr(error, "strerror", None) or "is no text"
+            problems.append(f"--env {name}=@{path}: {said}; mount the file on the node that jobs run on, the head")
+    for name in needed:
+        if not os.environ.get(name):
+            problems.append(f"--env {name}: not set on the node that the job runs on; set it where `ray start` runs")
+    return problems
+
+
+if __name__ == "__main__":
+    sys.exit(main())
