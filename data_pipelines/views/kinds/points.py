@@ -45,6 +45,7 @@ _ROTATIONS = ("none", "x", "y", "z", "any")
 _JITTER_LIMIT = 5.0  # standard deviations
 # Steps of the stored type that a cloud spans at least: with fewer its points lie on a visible lattice.
 _LEAST_STEPS = 64
+_FINE_STEPS = 1 << 12  # of float32: a cloud of a wide type that spans fewer is shifted to its mean
 _SMALL_TYPES = ("float16", "float32", "int8", "uint8", "int16", "uint16", "bool")  # whose values float32 holds exactly
 
 
@@ -170,7 +171,7 @@ def shape_in_float32(xyz: npt.NDArray[Any]) -> Cloud:
     """The positions of a cloud in float32, up to a shift and a factor, so that its shape survives normalization.
 
     The factor is a power of two, which changes no digit: squares of the largest numbers would overflow. Wide types are
-    shifted to their mean first: coordinates of a map have no digits left for the shape in float32.
+    shifted to their mean where coordinates, as those of a map, have few digits left for the shape in float32.
 
     Args:
         xyz: (N, 3) numbers.
@@ -193,7 +194,7 @@ def shape_in_float32(xyz: npt.NDArray[Any]) -> Cloud:
             f"the cloud is {extent / step:.0f} steps of {xyz.dtype} wide, so far from the origin does it lie; subtract "
             "an offset before it is stored, or store float64"
         )
-    if xyz.dtype.name not in _SMALL_TYPES:
+    if xyz.dtype.name not in _SMALL_TYPES and extent < _FINE_STEPS * np.finfo(np.float32).eps:
         wide = wide - wide.mean(0)
         wide = np.ldexp(wide, -int(np.frexp(np.abs(wide).max())[1]))
     return wide.astype(np.float32)
