@@ -29,7 +29,9 @@ __all__ = [
     "HEADS_FILE",
     "STATE_DICT_SUFFIXES",
     "Initialized",
+    "backbone_metadata",
     "heads_digest",
+    "heads_metadata",
     "heads_spec",
     "initialize_from",
     "load_backbone",
@@ -58,7 +60,7 @@ def save_backbone(path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, 
         tensors: names -> weights, as from `Encoder.weights()`.
         spec: `Encoder.spec`.
     """
-    _save(path, tensors, {_METADATA_KEY: _canonical(spec)})
+    _save(path, tensors, backbone_metadata(spec))
 
 
 def save_heads(path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
@@ -68,7 +70,7 @@ def save_heads(path: Path, tensors: Mapping[str, Tensor], spec: Mapping[str, Any
         path: the file, conventionally `.../heads.safetensors` beside the backbone; an existing one is replaced.
         tensors, spec: as `objectives.base.Heads` has them.
     """
-    _save(path, tensors, {_HEADS_KEY: _canonical(spec)})
+    _save(path, tensors, heads_metadata(spec))
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -76,6 +78,16 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, path, metadata=metadata)
+
+
+def backbone_metadata(spec: Mapping[str, Any]) -> dict[str, str]:
+    """What the header of a backbone file says of its architecture; `spec` is that of the `Encoder`."""
+    return {_METADATA_KEY: _canonical(spec)}
+
+
+def heads_metadata(spec: Mapping[str, Any]) -> dict[str, str]:
+    """What the header of a file of heads says of them; `spec` is that of `objectives.base.Heads`."""
+    return {_HEADS_KEY: _canonical(spec)}
 
 
 def load_backbone(path: Path | str) -> Encoder:

@@ -1,6 +1,7 @@
 """What this machine has for the workers of a private Ray, and whether they fit on it; asked without torch.
 
-Not here: what a cluster has, which may grow (`cluster.connect.gpus_per_worker`), memory (`pretrain.training.memory`).
+Not here: what a cluster has, which may grow (`cluster.connect.gpus_per_worker`), the memory that training takes
+(`pretrain.training.memory`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from pathlib import Path
 from data_pipelines.cores import usable_cores
 from pretrain.config.schema import Recipe
 
-__all__ = ["Machine", "Misfit", "misfit", "this_machine"]
+__all__ = ["Machine", "Misfit", "free_memory", "misfit", "this_machine"]
 
 _DEVICES = Path("/dev")
+_CGROUP = Path("/sys/fs/cgroup")
 _OTHERS = ("kfd", "dxg")  # drivers whose GPUs have no file each: AMD's, and that of Windows for Linux
 # Trials have reasons for a few more workers than cores. More than that is worth a word, and where this many share a
 # core, the recipe is meant for other machines.
@@ -62,6 +64,17 @@ def this_machine() -> Machine:
         found = min(found, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
     is_known = not set(_OTHERS) & set(files)
     return Machine(usable_cores(), found if found or is_known else None)
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its container (cgroup v2) if that has a limit."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit.is_file() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, max(0, int(most) - int(used.read_text())))
+    return free
 
 
 def misfit(recipe: Recipe, machine: Machine) -> Misfit | None:

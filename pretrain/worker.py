@@ -7,7 +7,7 @@ terminal, MLflow, evaluations and the report all read that file, so none of them
     torchrun --nproc-per-node 2 -m pretrain.worker RECIPE [key=value ...] --run-dir DIR
 
 Not here: DeepSpeed (`pretrain.training.engine`), data (`pretrain.training.inputs`), checkpoints
-(`pretrain.training.state`), placement (`cluster`).
+(`pretrain.training.state`, `pretrain.training.publication`), placement (`cluster`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,6 +55,7 @@ from pretrain.training.initial_weights import initial_weights
 from pretrain.training.inputs import SampleRecord, Transfer, build_stream, num_corrupt
 from pretrain.training.model import build_objective
 from pretrain.training.outlook import accumulation_warning
+from pretrain.training.publication import Publisher
 from pretrain.training.schedules import learning_rate, weight_decay
 from pretrain.training.stopping import StopRequest, watched
 from pretrain.training.throughput import StartupClock, Throughput, peak_memory_mb
@@ -209,10 +209,10 @@ def train_stage(
         emit(taken.event(stage))
     if not found:
         objective.begin(engine.read_weights)
-    take = partial(state.take, run.path, stage, engine, stream, origin=state.origin(start, found, initialized))
-    if index == 0 and not found and recipe.evaluation.baseline and not store.published(run.path):
-        emit(CheckpointPublished(step=0, path=run.relative(take(0, training_state=False))))
-    stopped = run_steps(process, stage, engine, stream, found.step if found else stage.first_step, take)
+    with Publisher(run, stage, engine, stream, state.origin(start, found, initialized), emit) as publisher:
+        if index == 0 and not found and recipe.evaluation.baseline and not store.published(run.path):
+            publisher.take(0, training_state=False, is_last=True)
+        stopped = run_steps(process, stage, engine, stream, found.step if found else stage.first_step, publisher)
     handed.clear()
     if index + 1 < len(plan.stages) and plan.stages[index + 1].init_from == index:
         handed.update(weights_of(engine))
@@ -221,9 +221,9 @@ def train_stage(
 
 
 def run_steps(
-    process: Process, stage: Stage, engine: Engine, stream: Stream, first_step: int, take: Callable[[int], Path]
+    process: Process, stage: Stage, engine: Engine, stream: Stream, first_step: int, publisher: Publisher
 ) -> int | None:
-    """The steps of a stage from the run's step `first_step` on; `take(step)` publishes a checkpoint.
+    """The steps of a stage from the run's step `first_step` on, with their checkpoints.
 
     Schedules and `Progress` count the stage's own steps; what is written down counts those of the run.
 
@@ -277,9 +277,10 @@ def run_steps(
                 if dist.get_rank() == 0:
                     write_image_grid(run.visualizations(done), pictures)
                     emit(Visualizations(step=done, path=run.relative(run.visualizations(done))))
+            publisher.tell()
             if result.stops or _is_due(step + 1, total, recipe.train.checkpoint_every):
                 heartbeat.beat("checkpoint", done)
-                emit(CheckpointPublished(step=done, path=run.relative(take(done))))
+                publisher.take(done, is_last=result.stops or step + 1 == total)
         if result.stops:
             return done
     return None

@@ -8,7 +8,10 @@ them; readers see published directories only. Both storages keep the same promis
                     That takes a store whose objects appear whole, as those of S3 and GCS do; through `file://` a power
                     cut may tear an object, so a directory on a disk is better given as a path
 
-DeepSpeed writes local files only, so a rank stages what it writes on its own disk and hands it over (`write`).
+DeepSpeed writes local files only, so a rank stages what it writes on its own disk and hands it over (`write`). Ranks
+that write beside training cannot meet in a collective: they leave each other small notes in the unpublished directory.
+An *attempt* to write a directory has a name of its own, so that nobody mistakes for his what another process, which may
+still be at work somewhere, has written or noted there.
 Credentials come from where the libraries look for them (environment, configuration files), never from a recipe.
 
 Not here: what a checkpoint consists of (`pretrain.checkpoints.store`).
@@ -32,6 +35,7 @@ from pretrain.record.run_dir import MANIFEST
 
 __all__ = ["CheckpointError", "CheckpointStorage", "FsspecStorage", "LocalStorage", "open_storage"]
 
+_NOTES = ".writers"  # in an unpublished directory
 SMALL_FILE_BYTES = 64 << 20  # the most that `read` takes into memory: manifests and recipes have kilobytes
 
 
@@ -83,19 +87,39 @@ class CheckpointStorage(ABC):
         """Copy a file to a local path."""
 
     @abstractmethod
-    def begin(self, directory: str) -> None:
+    def begin(self, directory: str, attempt: str = "") -> None:
         """Make room for a directory that is to be written; what an earlier attempt left goes. Call it on one rank."""
 
     @abstractmethod
-    def write(self, directory: str, name: str, source: Path) -> None:
+    def write(self, directory: str, name: str, source: Path, attempt: str = "") -> None:
         """Take over the local file `source` as `name` of an unpublished directory; afterwards `source` may be gone.
 
         Durable when it returns. Any rank may write, each name once. A `LocalStorage` wants `source` on its own disk.
         """
 
     @abstractmethod
-    def publish(self, directory: str, manifest: bytes) -> None:
-        """Make an unpublished directory visible, with `manifest` as its `checkpoint.json`. Call it on one rank."""
+    def note(self, directory: str, attempt: str, name: str, content: bytes) -> None:
+        """Leave a note for the others who write an unpublished directory; it appears whole."""
+
+    @abstractmethod
+    def notes(self, directory: str, attempt: str) -> dict[str, bytes]:
+        """All notes of an attempt, by name."""
+
+    @abstractmethod
+    def sizes(self, directory: str, attempt: str = "") -> dict[str, int]:
+        """Bytes of each file of an unpublished directory, as the storage has them now."""
+
+    @abstractmethod
+    def publish(self, directory: str, manifest: bytes, attempt: str = "") -> None:
+        """Make an unpublished directory visible, with `manifest` as its `checkpoint.json`. Call it on one rank.
+
+        Raises:
+            CheckpointError: The storage has lost the manifest.
+        """
+
+    @abstractmethod
+    def discard(self, directory: str, attempt: str) -> None:
+        """Delete what an attempt has written so far; a published directory of that name stays. Call it on one rank."""
 
     @abstractmethod
     def mark(self, name: str, content: bytes) -> None:
@@ -139,20 +163,35 @@ class LocalStorage(CheckpointStorage):
     def copy(self, name: str, dest: Path) -> None:
         shutil.copyfile(self.root / name, dest)
 
-    def begin(self, directory: str) -> None:
-        shutil.rmtree(self._partial(directory), ignore_errors=True)
-        self._partial(directory).mkdir(parents=True)
+    def begin(self, directory: str, attempt: str = "") -> None:
+        shutil.rmtree(self._partial(directory, attempt), ignore_errors=True)
+        self._partial(directory, attempt).mkdir(parents=True)
 
-    def write(self, directory: str, name: str, source: Path) -> None:
-        target = self._partial(directory) / name
+    def write(self, directory: str, name: str, source: Path, attempt: str = "") -> None:
+        partial = self._partial(directory, attempt)
+        target = partial / name
         target.parent.mkdir(parents=True, exist_ok=True)
         # safetensors writes files that only their owner can read; the umask, which made the directory, decides.
-        source.chmod(self._partial(directory).stat().st_mode & 0o666)
+        source.chmod(partial.stat().st_mode & 0o666)
         flush_to_disk(source)
         source.replace(target)
 
-    def publish(self, directory: str, manifest: bytes) -> None:
-        partial, final = self._partial(directory), self.root / directory
+    def note(self, directory: str, attempt: str, name: str, content: bytes) -> None:
+        folder = self._partial(directory, attempt) / _NOTES
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / name, content)
+
+    def notes(self, directory: str, attempt: str) -> dict[str, bytes]:
+        folder = self._partial(directory, attempt) / _NOTES
+        return {path.name: path.read_bytes() for path in folder.glob("*.json")}
+
+    def sizes(self, directory: str, attempt: str = "") -> dict[str, int]:
+        top = self._partial(directory, attempt)
+        return {path.relative_to(top).as_posix(): path.stat().st_size for path in top.rglob("*") if path.is_file()}
+
+    def publish(self, directory: str, manifest: bytes, attempt: str = "") -> None:
+        partial, final = self._partial(directory, attempt), self.root / directory
+        shutil.rmtree(partial / _NOTES, ignore_errors=True)
         (partial / MANIFEST).write_bytes(manifest)
         flush_to_disk(partial / MANIFEST)
         for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
@@ -162,6 +201,9 @@ class LocalStorage(CheckpointStorage):
             self.remove(directory)
         partial.rename(final)
         flush_to_disk(self.root)
+
+    def discard(self, directory: str, attempt: str) -> None:
+        shutil.rmtree(self._partial(directory, attempt), ignore_errors=True)
 
     def mark(self, name: str, content: bytes) -> None:
         write_atomically(self.root / name, content)
@@ -174,8 +216,8 @@ class LocalStorage(CheckpointStorage):
             (self.root / name).rename(doomed)
             shutil.rmtree(doomed)
 
-    def _partial(self, directory: str) -> Path:
-        return self.root / f".{directory}.partial"
+    def _partial(self, directory: str, attempt: str) -> Path:
+        return self.root / f".{directory}{attempt and '.'}{attempt}.partial"
 
 
 @dataclass(frozen=True)
@@ -237,15 +279,36 @@ class FsspecStorage(CheckpointStorage):
         filesystem, root = self._opened
         filesystem.get_file(f"{root}/{name}", str(dest))
 
-    def begin(self, directory: str) -> None:
+    def begin(self, directory: str, attempt: str = "") -> None:
         self.remove(directory)
 
-    def write(self, directory: str, name: str, source: Path) -> None:
+    def write(self, directory: str, name: str, source: Path, attempt: str = "") -> None:
         filesystem, root = self._opened
         filesystem.put_file(str(source), f"{root}/{directory}/{name}")
 
-    def publish(self, directory: str, manifest: bytes) -> None:
+    def note(self, directory: str, attempt: str, name: str, content: bytes) -> None:
+        self.mark(f"{directory}/{_NOTES}/{attempt}.{name}", content)
+
+    def notes(self, directory: str, attempt: str) -> dict[str, bytes]:
+        filesystem, root = self._opened
+        names = self.list(f"{directory}/{_NOTES}")
+        mine = {name.removeprefix(f"{attempt}."): name for name in names if name.startswith(f"{attempt}.")}
+        return {short: filesystem.cat_file(f"{root}/{directory}/{_NOTES}/{name}") for short, name in mine.items()}
+
+    def sizes(self, directory: str, attempt: str = "") -> dict[str, int]:
+        filesystem, root = self._opened
+        found = filesystem.find(f"{root}/{directory}", detail=True)
+        return {path[len(f"{root}/{directory}/") :]: facts["size"] for path, facts in found.items()}
+
+    def publish(self, directory: str, manifest: bytes, attempt: str = "") -> None:
         self.mark(f"{directory}/{MANIFEST}", manifest)
+        if self.sizes(directory).get(MANIFEST) != len(manifest):
+            raise CheckpointError(f"{self.location(directory)}/{MANIFEST}: was written, and the store does not have it")
+        self._delete(f"{directory}/{_NOTES}")
+
+    def discard(self, directory: str, attempt: str) -> None:
+        if not self.exists(f"{directory}/{MANIFEST}"):
+            self._delete(directory)
 
     def mark(self, name: str, content: bytes) -> None:
         filesystem, root = self._opened
@@ -255,6 +318,10 @@ class FsspecStorage(CheckpointStorage):
         filesystem, root = self._opened
         if filesystem.isfile(f"{root}/{name}/{MANIFEST}"):
             filesystem.rm_file(f"{root}/{name}/{MANIFEST}")
+        self._delete(name)
+
+    def _delete(self, name: str) -> None:
+        filesystem, root = self._opened
         if filesystem.exists(f"{root}/{name}"):
             if glob.has_magic(root):  # which `rm` would take for a pattern
                 for path in filesystem.find(f"{root}/{name}"):

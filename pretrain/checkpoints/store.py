@@ -3,9 +3,10 @@
     step-00000100/  backbone.safetensors  recipe.yaml  checkpoint.json  training_state/ (shards, RNG states)
                     heads.safetensors (of objectives whose outputs another run can learn, or are evaluated)
 
-Publication. Each rank stages its files on its own disk, digests them and hands them to the storage; rank 0 then
-publishes them with `checkpoint.json`, which lists every file with its SHA-256. A process that dies on the way leaves
-nothing that is listed, and what it leaves goes when the step is written again.
+Publication. Each rank stages its files on its own disk, digests them, hands them to the storage and leaves a note that
+it has; rank 0 then looks whether the storage has all of them, and publishes them with `checkpoint.json`, which lists
+every file with its SHA-256. A process that dies on the way leaves nothing that is listed, and what it leaves goes when
+a group of workers begins or the step is written again.
 
 Retention removes training states, which are large and of no use but to resume; backbones stay. A removed state leaves
 the mark `training_state.removed`, written first: from then on nobody resumes from that checkpoint, however much of the
@@ -48,10 +49,14 @@ __all__ = [
     "Published",
     "begin",
     "checkpoint_path",
+    "discard",
+    "discard_unpublished",
     "find_published",
     "hand_over",
     "has_training_state",
     "latest",
+    "note",
+    "notes",
     "parse_manifest",
     "place",
     "publish",
@@ -63,6 +68,7 @@ __all__ = [
     "stage",
     "storage_of",
     "survey",
+    "unstage",
     "verify",
 ]
 
@@ -138,9 +144,9 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / _name(step)
 
 
-def stage(run_dir: Path, step: int, rank: int) -> Path:
+def stage(run_dir: Path, step: int, rank: int, attempt: str = "") -> Path:
     """An empty directory where a rank writes its files first; no reader takes its name for a checkpoint."""
-    staged = run_dir / "checkpoints" / f".{_name(step)}.rank-{rank:05d}"
+    staged = run_dir / "checkpoints" / f".{_name(step)}{attempt and '.'}{attempt}.rank-{rank:05d}"
     shutil.rmtree(staged, ignore_errors=True)  # of a process that died
     staged.mkdir(parents=True)
     return staged
@@ -206,13 +212,22 @@ def remove_training_state(found: Published) -> None:
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def begin(storage: CheckpointStorage, step: int) -> None:
+def begin(storage: CheckpointStorage, step: int, attempt: str = "") -> None:
     """Make room for the checkpoint of `step`. Call it on one rank, before any other hands over."""
-    storage.begin(_name(step))
+    storage.begin(_name(step), attempt)
 
 
-def hand_over(storage: CheckpointStorage, step: int, staged: Path) -> dict[str, dict[str, Any]]:
+def hand_over(
+    storage: CheckpointStorage, step: int, staged: Path, attempt: str = "", digests: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Digest what this rank has staged and give it to the storage; `staged` is gone afterwards.
+
+    Args:
+        storage: Of the run.
+        step: Optimizer steps done.
+        staged: From `stage`.
+        attempt: The one that has begun.
+        digests: Name -> SHA-256 of files that were digested while they were written.
 
     Returns:
         Name -> SHA-256 and bytes, this rank's share of the manifest's `files`.
@@ -220,20 +235,47 @@ def hand_over(storage: CheckpointStorage, step: int, staged: Path) -> dict[str, 
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(path for path in staged.rglob("*") if path.is_file()):
         name = path.relative_to(staged).as_posix()
-        files[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
-        storage.write(_name(step), name, path)
+        known = (digests or {}).get(name)
+        files[name] = {"sha256": known or sha256(path), "bytes": path.stat().st_size}
+        storage.write(_name(step), name, path, attempt)
     shutil.rmtree(staged)
     return files
 
 
+def unstage(staged: Path) -> None:
+    """Remove what a rank has staged."""
+    shutil.rmtree(staged, ignore_errors=True)
+
+
+def note(storage: CheckpointStorage, step: int, attempt: str, name: str, content: Any) -> None:
+    """Tell the other ranks of an attempt something, as JSON, without a collective."""
+    storage.note(_name(step), attempt, f"{name}.json", json.dumps(content).encode())
+
+
+def notes(storage: CheckpointStorage, step: int, attempt: str) -> dict[str, Any]:
+    """What the ranks of an attempt have told so far, by name."""
+    found = storage.notes(_name(step), attempt)
+    return {name.removesuffix(".json"): parse_json(content) for name, content in found.items()}
+
+
+def discard(storage: CheckpointStorage, step: int, attempt: str) -> None:
+    """Remove what an attempt has handed over. Call it on one rank."""
+    storage.discard(_name(step), attempt)
+
+
 def discard_unpublished(run_dir: Path) -> None:
     """Remove what ranks that have ended had written of a checkpoint; a local storage keeps it beside the others."""
-    for path in (run_dir / "checkpoints").glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for pattern in (".step-*.partial", ".step-*.rank-*"):  # not what retention is removing
+        for path in (run_dir / "checkpoints").glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def publish(
-    storage: CheckpointStorage, step: int, manifest: Mapping[str, Any], shares: Sequence[Mapping[str, Any]]
+    storage: CheckpointStorage,
+    step: int,
+    manifest: Mapping[str, Any],
+    shares: Sequence[Mapping[str, Any]],
+    attempt: str = "",
 ) -> Published:
     """Publish what all ranks have handed over. Call it on one rank, after all of them.
 
@@ -242,15 +284,23 @@ def publish(
         step: Optimizer steps done.
         manifest: What `checkpoint.json` says beside format, time, files and versions.
         shares: What `hand_over` returned on each rank.
+        attempt: The one that has begun.
 
     Raises:
-        CheckpointError: Two ranks wrote a file of the same name.
+        CheckpointError: Two ranks wrote a file of the same name, or the storage does not have what it was given.
     """
     files: dict[str, Any] = {}
     for rank, share in enumerate(shares):
         if twice := sorted(files.keys() & share.keys()):
             raise CheckpointError(f"step {step}: rank {rank} wrote {twice[0]}, which another rank wrote, too")
         files.update(share)
+    stored = storage.sizes(_name(step), attempt)
+    for name, facts in files.items():
+        if stored.get(name) != facts["bytes"]:
+            found = f"has {stored[name]} of its" if name in stored else "does not have its"
+            raise CheckpointError(
+                f"{storage.location(_name(step))}/{name}: was written, and the store {found} {facts['bytes']} bytes"
+            )
     complete = {
         "format": FORMAT,
         **manifest,
@@ -260,7 +310,8 @@ def publish(
         "versions": {"pretrain": __version__, **{name: version(name) for name in ("torch", "deepspeed", "timm")}},
         TRAINING_STATE: any(name.startswith(f"{TRAINING_STATE}/") for name in files),
     }
-    storage.publish(_name(step), (json.dumps(redacted(complete), indent=1, sort_keys=True) + "\n").encode())
+    content = (json.dumps(redacted(complete), indent=1, sort_keys=True) + "\n").encode()
+    storage.publish(_name(step), content, attempt)
     return Published(step, storage, _name(step))
 
 

@@ -241,6 +241,9 @@ class CheckpointsConfig:
     storage: str | None = setting(
         "store for checkpoints, e.g. s3://BUCKET/PREFIX; null: the directory of the run", None, metavar="URI"
     )
+    asynchronous: bool = setting(
+        "write them while training goes on, from a copy in memory; false: training waits for each", True
+    )
 
 
 @dataclass(frozen=True)

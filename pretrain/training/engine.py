@@ -326,15 +326,19 @@ class Engine:
         numbers = sum(deepspeed_internals.full_shape(parameter).numel() for parameter in self.objective.parameters())
         return 4 * (4 if self.stage == 3 else 3) * numbers // dist.get_world_size()
 
-    @torch.no_grad()
-    def backbone_weights(self, *, is_wanted: bool = True) -> dict[str, torch.Tensor]:
-        """The exported backbone in fp32 under its own names, on the CPU. A collective under ZeRO: all ranks
-        call it.
+    def backbone_weights(self) -> dict[str, torch.Tensor]:
+        """Copies of `exported_weights` on the CPU. A collective under ZeRO."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.exported_weights().items()}
 
-        That is the teacher's if the objective has one.
+    @torch.no_grad()
+    def exported_weights(self, *, is_wanted: bool = True) -> dict[str, torch.Tensor]:
+        """The exported backbone in fp32 under its own names. A collective under ZeRO: all ranks call it.
+
+        That is the teacher's if the objective has one. Tensors may share memory with it: read them before the next
+        step.
 
         Args:
-            is_wanted: False: this rank takes part in the collective only, and gets and copies nothing.
+            is_wanted: False: this rank takes part in the collective only, and gets nothing.
         """
         exported = self.objective.exported
         full: dict[str, torch.Tensor] = {}
@@ -347,14 +351,16 @@ class Engine:
         if not is_wanted:
             return {}
         weights = exported.weights()  # order and persistent buffers, as the encoder's own
-        return {name: full.get(name, tensor.detach()).to("cpu", copy=True) for name, tensor in weights.items()}
+        return {name: full.get(name, tensor.detach()) for name, tensor in weights.items()}
 
     @torch.no_grad()
     def heads(self, *, is_wanted: bool = True) -> Heads | None:
-        """What is exported beside the backbone, in fp32 on the CPU. A collective under ZeRO.
+        """What is exported beside the backbone, in fp32. A collective under ZeRO.
+
+        Tensors may share memory with the objective's: read them before the next step.
 
         Args:
-            is_wanted: False: this rank takes part in the collective only, and copies nothing.
+            is_wanted: False: this rank takes part in the collective only, and gets none.
         """
         heads = self.objective.exported_heads()
         if heads is None:
@@ -363,8 +369,7 @@ class Engine:
         full = dict(zip(trained, self.read_weights(list(trained.values())), strict=True)) if trained else {}
         if not is_wanted:
             return heads._replace(tensors={})
-        tensors = {name: full.get(name, tensor.detach()).to("cpu", copy=True) for name, tensor in heads.tensors.items()}
-        return heads._replace(tensors=tensors)
+        return heads._replace(tensors={name: full.get(name, tensor.detach()) for name, tensor in heads.tensors.items()})
 
     def pictures(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the objective has to show for a batch. A collective under ZeRO-3, which must gather the parameters."""

@@ -1,10 +1,10 @@
 """What a running training puts into a checkpoint and takes out of it again: the collective half of checkpointing.
 
-Every rank writes its share (of the engine's state, its RNG states); rank 0 adds the backbone as safetensors and the
-recipe, and publishes. Restoring verifies digests first and then counts what really came back.
+Every rank has its share (of the engine's state, its RNG states); rank 0's has the backbone as safetensors and the
+recipe besides. Restoring verifies digests first and then counts what really came back.
 
-Not here: the files and their atomic publication (`pretrain.checkpoints.store`), when to do either
-(`pretrain.worker`).
+Not here: how shares are written and published (`pretrain.training.publication`, `pretrain.checkpoints.store`), when to
+do either (`pretrain.worker`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from backbones.errors import BackboneError
-from backbones.io import initialize_from, open_weights, read_weights, save_backbone, save_heads
+from backbones.io import backbone_metadata, heads_metadata, initialize_from, open_weights, read_weights
 from data_pipelines.files import sha256
 from data_pipelines.parsing import parse_json
 from data_pipelines.streaming.stream import Stream, StreamState
@@ -36,118 +36,113 @@ from pretrain.config.load import to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage
 from pretrain.errors import RequestError, RunFailed
-from pretrain.record.disk import DiskFull, naming_disk, require_room
 from pretrain.record.events import Initialized, Resumed
 from pretrain.record.run_dir import BACKBONE, HEADS, MANIFEST, RECIPE
 from pretrain.training import flat_shards
 from pretrain.training.engine import Engine
 from pretrain.training.handover import Handover
+from pretrain.training.tensor_files import TensorFile
 
 __all__ = [
+    "Contents",
     "Snapshot",
     "begin_with",
     "carry_moments",
     "checkpoint_at",
+    "contents",
     "find_start",
+    "manifest",
     "origin",
     "restore",
     "stage_start",
-    "take",
 ]
 
+RNG_STATES = "rng-{:05d}.safetensors"  # of each rank
 EXTRA_STATE = "objective-{:05d}.safetensors"  # of each rank with a share: buffers and companions of the objective
 
 
-def take(
-    run_dir: Path,
-    stage: Stage,
-    engine: Engine,
-    stream: Stream,
-    step: int,
-    *,
-    training_state: bool = True,
-    origin: Mapping[str, Any] | None = None,
-) -> Path:
-    """Publish a checkpoint after `step` steps of the run. A collective; returns how the run calls it.
+class Contents(NamedTuple):
+    """What one rank writes of a checkpoint: names in it, and what they are to hold.
+
+    Attributes:
+        files: Safetensors; their tensors share memory with the engine's.
+        texts: Other files.
+        heads: What heads among them can be built from; None: there are none.
+    """
+
+    files: dict[str, TensorFile]
+    texts: dict[str, bytes]
+    heads: dict[str, Any] | None
+
+
+def contents(engine: Engine, recipe: Recipe, *, training_state: bool) -> Contents:
+    """This rank's share of a checkpoint, but for what DeepSpeed writes in stage 3. A collective.
 
     Args:
-        run_dir: Directory of the run.
-        stage: At work; its recipe is saved along.
         engine: What to save.
-        stream: Whose position after `step` is saved.
-        step: Steps of the run that are done.
-        training_state: False for the backbone alone (that of step 0, which nobody resumes from).
-        origin: What the run started from, for `checkpoint.json`; None: from scratch.
-
-    Raises:
-        DiskFull: There is no room for it.
+        recipe: Of the stage.
+        training_state: False for the backbone alone.
     """
-    what = f"the checkpoint of step {step}"
-    wanted = engine.state_bytes() if training_state else 0
-    neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))  # ranks that write to the same disk
-    try:
-        with naming_disk(run_dir, what, wanted):
-            own = store.stage(run_dir, step, dist.get_rank())
-            require_room(own, what, wanted * neighbors)
-            return _write(run_dir, own, stage, engine, stream, step, training_state=training_state, origin=origin)
-    except DiskFull:
-        store.discard_unpublished(run_dir)  # the run is over, and others need the room
-        raise
-
-
-def _write(
-    run_dir: Path,
-    own: Path,
-    stage: Stage,
-    engine: Engine,
-    stream: Stream,
-    step: int,
-    *,
-    training_state: bool,
-    origin: Mapping[str, Any] | None,
-) -> Path:
-    """Write this rank's share into its directory `own`, hand it over, and publish on rank 0. A collective."""
-    recipe, rank, storage = stage.recipe, dist.get_rank(), store.storage_of(run_dir)
-    state_dir = own / store.TRAINING_STATE
-    if rank == 0:
-        store.begin(storage, step)
-    dist.barrier()  # all ranks: nothing is left of an earlier attempt
+    rank, objective = dist.get_rank(), engine.objective
+    files: dict[str, TensorFile] = {}
+    texts: dict[str, bytes] = {}
     if training_state:
-        state_dir.mkdir()
-        engine.save(state_dir)
-        save_file(_rng_states(engine.device), state_dir / f"rng-{rank:05d}.safetensors")
-        _save_objective(engine.objective, state_dir)
-    weights = engine.backbone_weights(is_wanted=rank == 0)
+        if engine.stage < 3:
+            files[_in_state(flat_shards.FILES.format(rank))] = TensorFile(*engine.flat_state())
+        files[_in_state(RNG_STATES.format(rank))] = TensorFile(_rng_states(engine.device))
+        share = objective.share_of_state(rank, dist.get_world_size())
+        if share or rank == 0:
+            files[_in_state(EXTRA_STATE.format(rank))] = TensorFile(share)
+        if rank == 0 and (references := objective.references()):
+            texts[_in_state(store.REFERENCES)] = json.dumps(references, indent=1).encode()
+    weights = engine.exported_weights(is_wanted=rank == 0)
     heads = engine.heads(is_wanted=rank == 0)
     if heads is not None and not training_state and not heads.from_start:
         heads = None
     if rank == 0:
-        save_backbone(own / BACKBONE, weights, engine.objective.exported.spec)
-        (own / RECIPE).write_text(to_yaml(recipe))
+        files[BACKBONE] = TensorFile(weights, backbone_metadata(objective.exported.spec))
+        texts[RECIPE] = to_yaml(recipe).encode()
         if heads is not None:
-            save_heads(own / HEADS, heads.tensors, heads.spec)
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, store.hand_over(storage, step, own))  # all ranks have written and digested
-    if rank == 0:
-        state = stream.state_at(step - stage.first_step)
-        manifest = {
-            "run_id": run_dir.name,
-            "stage": stage.name,
-            "first_step": stage.first_step,
-            "samples_seen": stage.samples_seen(step),
-            "stream": {"epoch": state.epoch, "position": state.position, "order": stream.order_signature},
-            "world_size": dist.get_world_size(),
-            "zero_stage": recipe.train.zero_stage,
-            "precision": recipe.train.precision,
-            "objective": recipe.objective.name,
-            "backbone": engine.objective.exported.spec,
-            "exported": "encoder" if engine.objective.teacher is None else "teacher",
-            **({} if heads is None else {"heads": heads.spec}),
-            "origin": None if origin is None else dict(origin),
-        }
-        store.publish(storage, step, manifest, shares)
-    dist.barrier()  # all ranks: a restart from here on finds this checkpoint
-    return store.checkpoint_path(run_dir, step)
+            files[HEADS] = TensorFile(heads.tensors, heads_metadata(heads.spec))
+    return Contents(files, texts, None if heads is None else heads.spec)
+
+
+def manifest(
+    run_dir: Path,
+    stage: Stage,
+    engine: Engine,
+    stream: Stream,
+    step: int,
+    heads: Mapping[str, Any] | None,
+    origin: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What `checkpoint.json` says of a checkpoint, beside what `store.publish` adds.
+
+    Args:
+        run_dir: Directory of the run.
+        stage: At work.
+        engine: That is saved.
+        stream: Whose position after `step` is saved.
+        step: Steps of the run that are done.
+        heads: What those that are saved can be built from; None: there are none.
+        origin: What the run started from; None: from scratch.
+    """
+    recipe, position = stage.recipe, stream.state_at(step - stage.first_step)
+    return {
+        "run_id": run_dir.name,
+        "stage": stage.name,
+        "first_step": stage.first_step,
+        "samples_seen": stage.samples_seen(step),
+        "stream": {"epoch": position.epoch, "position": position.position, "order": stream.order_signature},
+        "world_size": dist.get_world_size(),
+        "zero_stage": recipe.train.zero_stage,
+        "precision": recipe.train.precision,
+        "objective": recipe.objective.name,
+        "backbone": engine.objective.exported.spec,
+        "exported": "encoder" if engine.objective.teacher is None else "teacher",
+        **({} if heads is None else {"heads": dict(heads)}),
+        "origin": None if origin is None else dict(origin),
+    }
 
 
 @dataclass(frozen=True)
@@ -325,7 +320,7 @@ def restore(found: Snapshot, engine: Engine, stream: Stream, optimizer_steps: in
     is_same_world = manifest["world_size"] == dist.get_world_size()
     _load_engine(found, engine)
     if is_same_world:
-        _set_rng_states(load_file(state_dir / f"rng-{dist.get_rank():05d}.safetensors"), engine.device)
+        _set_rng_states(load_file(state_dir / RNG_STATES.format(dist.get_rank())), engine.device)
     else:
         torch.manual_seed(torch.initial_seed() + found.step)
     _load_objective(engine.objective, state_dir)
@@ -417,17 +412,6 @@ def _load_engine(found: Snapshot, engine: Engine) -> None:
         ) from None
 
 
-def _save_objective(objective: Objective, state_dir: Path) -> None:
-    """This rank's share of the objective's state beside the parameters; references on rank 0, if there are any."""
-    rank = dist.get_rank()
-    share = objective.share_of_state(rank, dist.get_world_size())
-    if share or rank == 0:
-        plain = {name: tensor.detach().cpu().clone() for name, tensor in share.items()}
-        save_file(plain, state_dir / EXTRA_STATE.format(rank))
-    if rank == 0 and (references := objective.references()):
-        (state_dir / store.REFERENCES).write_text(json.dumps(references, indent=1))
-
-
 def _load_objective(objective: Objective, state_dir: Path) -> None:
     """The state that any number of ranks saved.
 
@@ -441,6 +425,10 @@ def _load_objective(objective: Objective, state_dir: Path) -> None:
         objective.load_references(parse_json(file.read_text()) if file.is_file() else {})
     except ObjectiveError as error:
         raise store.CheckpointError(f"{state_dir}: {error}") from error
+
+
+def _in_state(name: str) -> str:
+    return f"{store.TRAINING_STATE}/{name}"
 
 
 def _rng_states(device: torch.device) -> dict[str, torch.Tensor]:

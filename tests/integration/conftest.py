@@ -28,6 +28,7 @@ evaluation:
   tasks: [{protocol: knn, data: grocery}]
   select: knn/grocery/top1
 tracking: {experiment: tests, model_name: small}
+checkpoints: {asynchronous: false}  # so that a run that is killed after a step goes on from a known one
 """
 
 

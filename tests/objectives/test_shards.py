@@ -22,9 +22,11 @@ from objectives.shards import Shards, units_of
 from pretrain.checkpoints.store import TRAINING_STATE, checkpoint_path
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Stage
+from pretrain.record.run_dir import RunDir
 from pretrain.training import state
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
+from pretrain.training.publication import Publisher
 from tests.objectives.test_dinov3_ranks import IMAGES, RECIPE, STEPS, batch_of
 
 RANKS, HALF = 2, STEPS // 2
@@ -80,7 +82,7 @@ def trained(run_dir: Path | None, precision: str) -> dict[str, Any]:
     engine.objective.begin(engine.read_weights)
     values = [step(engine, number) for number in range(HALF)]
     if run_dir:
-        state.take(run_dir, Stage("", recipe_of(precision)), engine, STREAM, HALF)
+        Publisher(RunDir(run_dir), Stage("", recipe_of(precision)), engine, STREAM).take(HALF, is_last=True)
     return ended(engine, values + [step(engine, number) for number in range(HALF, STEPS)])
 
 

@@ -25,9 +25,11 @@ from objectives.teacher import ReadWeights, Teacher
 from pretrain.checkpoints.store import CheckpointError
 from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.config.stages import Plan, Stage
+from pretrain.record.run_dir import RunDir
 from pretrain.training import frozen_teachers, state
 from pretrain.training.engine import Engine
 from pretrain.training.handover import take_over
+from pretrain.training.publication import Publisher
 
 RANKS = 2
 VIT = {"depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -150,7 +152,7 @@ def _save_and_restore(run_dir: Path, weights: Path, stage: int) -> dict[str, Any
     recipe = recipe_of("fp32", stage)
     engine = engine_of("fp32", stage, weights)
     step(engine, 0)
-    state.take(run_dir, Stage("", recipe), engine, stream, 1)
+    Publisher(RunDir(run_dir), Stage("", recipe), engine, stream).take(1, is_last=True)
     _, found = state.find_start(run_dir, recipe)
     assert found is not None
     path = found.path

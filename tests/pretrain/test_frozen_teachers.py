@@ -30,10 +30,12 @@ from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage
 from pretrain.driver.start import run
 from pretrain.errors import RequestError
+from pretrain.record.run_dir import RunDir
 from pretrain.training import frozen_teachers, state
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from pretrain.training.preflight import look_ahead
+from pretrain.training.publication import Publisher
 
 RECIPE = """
 objective:
@@ -491,7 +493,7 @@ def _distilled(path: Path, teacher: Path, run_dir: Path, stage: int) -> dict[str
         return losses
 
     losses = train(engine, range(2))
-    state.take(run_dir, Stage("", recipe), engine, stream, 2)
+    Publisher(RunDir(run_dir), Stage("", recipe), engine, stream).take(2, is_last=True)
     losses += train(engine, range(2, STEPS))
     _, found = state.find_start(run_dir, recipe)
     assert found is not None
