@@ -68,7 +68,7 @@ def this_machine() -> Machine:
 
 def free_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its container (cgroup v2) if that has a limit."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     free = int(psutil.virtual_memory().available)
     limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"

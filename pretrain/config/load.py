@@ -91,6 +91,7 @@ _RESUMABLE = (
     "data.cache_gb",
     "data.fetch",
     "tracking.also",
+    "checkpoints.asynchronous",
     "cluster.address",
     "cluster.cpus_per_worker",
     "cluster.gpus_per_worker",

@@ -92,7 +92,8 @@ class Publisher:
     ) -> None:
         """What is still under way, where an error ends the stage, gets a while; no collective."""
         if self._writing is not None:
-            self._writing.join(GRACE_S)
+            if error is None or isinstance(error, Exception):  # Ctrl-C, at last, does not wait
+                self._writing.join(GRACE_S)
             self._writing.abort()
             self.tell()
 

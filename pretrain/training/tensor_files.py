@@ -98,7 +98,7 @@ class TensorFile:
     def _blocks(self) -> Iterator[memoryview | bytes]:
         yield self.header()
         for tensor in [self.copied] if self.copied is not None else [tensor for _, tensor in self._ordered]:
-            content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(content), _CHUNK):
                 yield content[start : start + _CHUNK]
 

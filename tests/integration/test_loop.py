@@ -19,7 +19,7 @@ import torch
 from data_pipelines.files import sha256
 from pretrain.checkpoints import copies
 from pretrain.checkpoints import store as checkpoint
-from pretrain.record.events import Metrics, Resumed, Warned
+from pretrain.record.events import CheckpointPublished, Metrics, Resumed, Warned
 from pretrain.record.journal import read_events
 
 pytestmark = pytest.mark.integration
@@ -60,6 +60,26 @@ def test_loop__killed_and_resumed_equals_uninterrupted(launch: Launch, losses: L
     assert resumed.samples_seen == 4 * 32
     final = [(run / "checkpoints/step-00000012/backbone.safetensors").read_bytes() for run in (whole, broken.run_dir)]
     assert final[0] == final[1]
+
+
+def test_loop__killed_while_a_checkpoint_is_written_goes_on_from_one_that_is_whole(
+    launch: Launch, losses: Losses, whole: Path
+) -> None:
+    """Written beside training, the one of step 8 may or may not be published when a later step is done."""
+    options = ("checkpoints.asynchronous=true", "train.zero_stage=2", "train.keep_last=9")
+    broken = launch("beside", *options)
+    broken.kill_after_step(9)
+    launch("beside", *options).wait()
+    assert losses(broken.run_dir) == pytest.approx(losses(whole), rel=1e-6)  # of another ZeRO stage
+
+    events = read_events(broken.run_dir / "journal.jsonl")[0]
+    published = [event.step for event in events if isinstance(event, CheckpointPublished)]
+    (resumed,) = [event for event in events if isinstance(event, Resumed)]
+    assert resumed.step in (4, 8) and resumed.tensors == resumed.tensors_total > 20
+    assert published[-1] == 12 and set(published) | {resumed.step} == {0, 4, 8, 12}
+    for found in checkpoint.published(broken.run_dir):
+        checkpoint.verify(copies.local(found))
+    assert not list((broken.run_dir / "checkpoints").glob(".*"))
 
 
 def test_loop__goes_on_with_another_number_of_ranks(launch: Launch, losses: Losses, whole: Path) -> None:

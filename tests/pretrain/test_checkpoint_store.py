@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ STORAGES = ("local", "file", "memory", "memory, of an odd name")
 
 @pytest.fixture(params=STORAGES)
 def run_dir(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A run whose checkpoints are in its directory, or elsewhere through fsspec."""
+    """A run whose checkpoints are in its directory, or elsewhere through fsspec; "s3" is a server of our own."""
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
     directory = tmp_path / "runs" / "r"
     directory.mkdir(parents=True)
     uris = {"local": None, "file": f"file://{tmp_path}/[1] store", "memory": f"memory://{tmp_path.name}"}
-    uri = (uris | {"memory, of an odd name": f"memory://{tmp_path.name}[1]"})[request.param]
+    uris |= {"memory, of an odd name": f"memory://{tmp_path.name}[1]", "s3": f"s3://data/{tmp_path.name}"}
+    uri = uris[request.param]
+    if request.param == "s3":
+        request.getfixturevalue("s3")
     checkpoint.place(directory, uri)
     yield directory
     fsspec.filesystem("memory").store.clear()
@@ -36,6 +39,10 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 def _stage(run_dir: Path, step: int, *, training_state: bool = True) -> list[Path]:
     """As two ranks do it: each has a share of the training state, the first has the backbone."""
     checkpoint.begin(checkpoint.storage_of(run_dir), step)
+    return _staged(run_dir, step, training_state=training_state)
+
+
+def _staged(run_dir: Path, step: int, *, training_state: bool = True) -> list[Path]:
     staged = [checkpoint.stage(run_dir, step, rank) for rank in (0, 1)]
     (staged[0] / "backbone.safetensors").write_bytes(b"weights of step %d" % step)
     (staged[0] / "recipe.yaml").write_text("name: tiny\n")
@@ -98,50 +105,106 @@ def test_publish__the_same_step_again_replaces_it(run_dir: Path) -> None:
     assert "training_state/of another world size.pt" not in found.storage.list(found.name)
 
 
-SCRIPT = """
-import os, sys
-from pathlib import Path
-from pretrain.checkpoints import store
-run_dir, moment = Path(sys.argv[1]), int(sys.argv[2])
-calls = 0
-def dying(function):
-    def call(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == moment:
-            os._exit(9)
-        return function(*arguments, **options)
-    return call
-storage = store.storage_of(run_dir)
-if hasattr(storage, "root"):
-    os.fsync, os.rename, os.replace = dying(os.fsync), dying(os.rename), dying(os.replace)
-else:
-    filesystem = storage._opened[0]
-    filesystem.put_file, filesystem.pipe_file = dying(filesystem.put_file), dying(filesystem.pipe_file)
-shares = [store.hand_over(storage, 2, Path(staged)) for staged in sys.argv[3:]]
-store.publish(storage, 2, {"run_id": "r"}, shares)
-"""
+def _publish_as_ranks_do(run_dir: Path, step: int, staged: list[Path], attempt: str) -> None:
+    """As the threads of two ranks do it, which leave each other notes; here one after another."""
+    storage = checkpoint.storage_of(run_dir)
+    checkpoint.begin(storage, step, attempt)
+    checkpoint.note(storage, step, attempt, "begun", {})
+    for rank, own in enumerate(staged):
+        share = checkpoint.hand_over(storage, step, own, attempt)
+        checkpoint.note(storage, step, attempt, f"rank-{rank}", share)
+    notes = checkpoint.notes(storage, step, attempt)
+    assert notes.keys() == {"begun", "rank-0", "rank-1"}
+    checkpoint.publish(storage, step, {"run_id": "r"}, [notes["rank-0"], notes["rank-1"]], attempt)
 
 
-@pytest.mark.parametrize("run_dir", ["local", "file"], indirect=True)
+def _killed(moment: int, run_dir: Path, staged: list[Path], attempt: str) -> bool:
+    """Whether a process that publishes step 2 died in its n-th write, fsync or rename; else it has published."""
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, -signal.SIGKILL)
+        return code != 0
+    try:  # in the child
+        calls = itertools.count(1)
+
+        def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                if next(calls) == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **options)
+
+            return call
+
+        storage = checkpoint.storage_of(run_dir)
+        if isinstance(storage, FsspecStorage):
+            for name in ("put_file", "pipe_file", "rm_file", "rm"):
+                setattr(storage._opened[0], name, dying(getattr(storage._opened[0], name)))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(checkpoint, "storage_of", lambda run_dir: storage)
+                _publish_as_ranks_do(run_dir, 2, staged, attempt)
+        else:
+            os.fsync, os.rename, os.replace = dying(os.fsync), dying(os.rename), dying(os.replace)
+            _publish_as_ranks_do(run_dir, 2, staged, attempt)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("run_dir", ["local", "file", "s3"], indirect=True)
 def test_publish__killed_at_any_moment_leaves_no_half_checkpoint(run_dir: Path) -> None:
     """A process that dies in the n-th write, fsync or rename leaves the checkpoint before as the newest one."""
     _publish(run_dir, 1)
     died = 0
-    for moment in range(1, 20):
-        staged = map(str, _stage(run_dir, 2))
-        done = subprocess.run([sys.executable, "-c", SCRIPT, str(run_dir), str(moment), *staged], check=False)
-        if done.returncode == 0:
+    for moment in range(1, 60):
+        staged = _staged(run_dir, 2)
+        if not _killed(moment, run_dir, staged, f"attempt-{moment}"):
             break
-        assert done.returncode == 9
         died += 1
-        if _steps(run_dir) == [1, 2]:  # the last fsync is after the rename
+        if _steps(run_dir) == [1, 2]:  # the last moments are after it was published
             break
         newest = checkpoint.latest(run_dir)
         assert newest is not None and newest.step == 1 and _steps(run_dir) == [1]
-        checkpoint.verify(copies.local(newest, training_state=True))
-    assert died >= 5  # each file and the manifest were a moment to die in
+        if moment % 4 == 0:
+            checkpoint.verify(copies.local(newest, training_state=True))
+    assert died >= 7  # each file, each note and the manifest were a moment to die in
     checkpoint.verify(copies.local(checkpoint.published(run_dir)[-1], training_state=True))  # published: complete
+    checkpoint.discard_unpublished(run_dir)
+    assert [path.name for path in (run_dir / "checkpoints").glob(".*")] == []
+    _publish(run_dir, 3)
+    assert _steps(run_dir) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("run_dir", ["s3"], indirect=True)
+def test_publish__what_a_store_has_lost_is_named(run_dir: Path) -> None:
+    """An upload that was answered as done, and is not there or not whole, is no part of a checkpoint."""
+    staged, storage = _stage(run_dir, 5), checkpoint.storage_of(run_dir)
+    shares = [checkpoint.hand_over(storage, 5, own) for own in staged]
+    name = "step-00000005/training_state/state-1.pt"
+    storage.mark(name, b"cut off")
+    with pytest.raises(
+        checkpoint.CheckpointError, match=rf"s3://.*/{name}: was written, and the store has 7 of its 100"
+    ):
+        checkpoint.publish(storage, 5, {}, shares)
+    storage.remove("step-00000005/training_state")
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"state-0.pt: was written, and the store does not have its 100"
+    ):
+        checkpoint.publish(storage, 5, {}, shares)
+    assert _steps(run_dir) == []
+    checkpoint.discard(storage, 5, "")
+    assert storage.list("step-00000005") == []
+
+
+def test_discard__takes_back_an_attempt_and_nothing_published(run_dir: Path) -> None:
+    _publish(run_dir, 1)
+    storage = checkpoint.storage_of(run_dir)
+    checkpoint.begin(storage, 2, "a")
+    checkpoint.hand_over(storage, 2, _staged(run_dir, 2)[0], "a")
+    checkpoint.discard(storage, 2, "a")
+    checkpoint.discard(storage, 1, "a")
+    assert _steps(run_dir) == [1] and storage.list("step-00000002") == []
+    checkpoint.verify(copies.local(checkpoint.published(run_dir)[0], training_state=True))
 
 
 def test_latest__skips_a_backbone_without_training_state(run_dir: Path) -> None:
