@@ -9,7 +9,8 @@ At most one publication is under way: one that is due waits for the one before, 
 has ended. The last checkpoint of a stage, that of a run that is stopped, and all of them where
 `checkpoints.asynchronous` is false or memory is short, are waited for. What fails beside training (a full disk, a store
 that is away) is a warning, and the next one that is due tries again; nothing published before is touched. What is
-waited for and fails ends the run.
+waited for and fails ends the run. In ZeRO stage 3 training waits for DeepSpeed's files, which only DeepSpeed can write,
+and goes on while they are digested and handed over.
 
 Not here: what is in a checkpoint (`pretrain.training.state`), the files (`pretrain.checkpoints.store`).
 """
@@ -175,10 +176,9 @@ class Publisher:
         dist.all_gather_object(answers, wanted <= (1 - SPARE) * free_memory() or not missing)  # all ranks wait, or none
         if not all(answers) and not self._is_short:
             self._is_short = True
-            text = (
-                f"no memory for a copy of the training state ({missing / 1e9:.1f} GB per worker): training waits while"
-            )
-            self._emit(Warned(step=step, about="checkpoint_memory", text=f"{text} a checkpoint is written"))
+            copy = f"no memory for a copy of the training state ({missing / 1e9:.1f} GB per worker)"
+            text = f"{copy}: training waits while a checkpoint is written"
+            self._emit(Warned(step=step, about="checkpoint_memory", text=text))
         return all(answers)
 
 
