@@ -36,6 +36,7 @@ backbone:
 data: {train: "package:demo_data/grocery/train-*.tar", loader_workers: 1}
 optimizer: {lr: 1.0e-3, clip_grad: 1.0}
 train: {steps: 2, global_batch_size: 16, workers: 1, log_every: 1, checkpoint_every: 2}
+checkpoints: {asynchronous: false}  # so that a run that is killed after a step goes on from a known one
 evaluation: {enabled: false, baseline: false}
 """
 STUDENT = (

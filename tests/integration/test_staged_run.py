@@ -28,6 +28,7 @@ backbone: {name: vit_tiny_patch16_224, patch_size: 16, image_size: 64, options: 
 data: {train: "package:demo_data/grocery/train-*.tar", loader_workers: 1}
 optimizer: {base_lr: 2.0e-3, warmup_steps: 2, clip_grad: 1.0}
 train: {steps: 8, global_batch_size: 16, workers: 1, log_every: 1, checkpoint_every: 3, keep_last: 9}
+checkpoints: {asynchronous: false}  # so that a run that is killed after a step goes on from a known one
 evaluation: {enabled: false, baseline: false}
 stages:
   - {name: small}
