@@ -354,13 +354,13 @@ def _told(event: Evaluated) -> dict[str, Any]:
 
 
 def _before(past: list[dict[str, Any]], now: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The score that this one is compared to: the last one of other weights, on the same test data, with an interval.
+    """The score that this one is compared to: the last one on the same test data, if both have intervals.
 
     Step 0, with which training begins, is no score that training has to keep.
     """
     same = ("subject", "protocol", "data", "data_digest", "metric")
     last = next((line for line in reversed(past) if _like(line, now, same) and line["step"] > 0), None)
-    if last is None or last["key"] == now["key"] or None in (last["low"], last["high"], now["low"], now["high"]):
+    if last is None or None in (last["low"], last["high"], now["low"], now["high"]):
         return None
     return last
 

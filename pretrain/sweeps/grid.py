@@ -53,7 +53,7 @@ def grid(settings: Sequence[str]) -> list[Point]:
     values = [_values(text.partition("=")[2]) for text in settings]
     swept = [idx for idx, found in enumerate(values) if len(found) > 1]
     if not swept:
-        mistakes.append("--sweep: no setting has several values; give them with commas, as in optimizer.lr=1e-4,3e-4")
+        mistakes.append("--sweep: no setting has several values; give them with commas, as in train.seed=1,2")
     for idx in swept:
         key, found = names[idx], values[idx]
         if key in _ONE_PLACE:

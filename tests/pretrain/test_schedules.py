@@ -23,6 +23,7 @@ from pretrain.errors import RequestError
 from pretrain.processes import LocalProcesses
 from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Warned
 from pretrain.record.journal import Journal, read_events
+from pretrain.record.lock import hold
 from pretrain.record.run_dir import RunDir
 from pretrain.schedules import work as works
 from pretrain.schedules.cron import checked_cron, checked_zone, last_due, next_due
@@ -363,7 +364,7 @@ def test_new_checkpoints__as_often_as_the_run_says_and_what_it_does_itself_is_le
     new = NewCheckpoints(of_new(run))
     assert new.due([]) == []
     publish(run, 0, 10, 20)
-    publish(run, 2, when=BEGAN - timedelta(seconds=1))  # before the entry was added
+    publish(run, 40, when=BEGAN - timedelta(seconds=1))  # before the entry was added
     found = new.due([])
     assert [(job.subject, job.step, [task.protocol for task in job.tasks]) for job in found] == [
         ("run-1", 0, ["linear"]),
@@ -564,8 +565,13 @@ def test_outbox__a_server_that_fails_twice_takes_one_message_whose_signature_is_
     monkeypatch.setenv("ALERT_SECRET", "key of signatures")
     server.codes += [500, 500, 200]
     Outbox(world.schedules.outbox).put(ALERT)
+    at_it = hold(world.schedules.outbox / ".lock")  # another service
+    assert at_it is not None
     world.service().tick()
-    world.service().tick()  # another one, at the same time: it waits as well
+    assert server.taken == []
+    at_it.close()
+    world.service().tick()
+    world.service().tick()  # not before its time
     assert len(server.taken) == 1
     world.now += timedelta(seconds=PAUSES_S[0])
     world.service().tick()
