@@ -1,6 +1,6 @@
 """Processes that a service or a sweep starts and follows, by three verbs that jobs of a cluster have as well.
 
-Not here: what is started, and when (`pretrain.schedules.service`, `pretrain.sweeps.sweep`).
+Not here: what is started, and when (`pretrain.schedules.service`, `pretrain.sweeps`).
 """
 
 from __future__ import annotations

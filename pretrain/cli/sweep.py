@@ -55,10 +55,10 @@ def run_sweep(recipe: str, settings: Sequence[str], address: str | None, paralle
         _explain(recipe, points, place, plans[0], parallel)
         return
     from pretrain.config.recipe_files import read_yaml, recipe_path
-    from pretrain.processes import LocalProcesses
+    from pretrain.sweeps.launcher import LocalRuns
     from pretrain.sweeps.parent import Parent
     from pretrain.sweeps.queue import Queue
-    from pretrain.sweeps.sweep import Request, Sweep
+    from pretrain.sweeps.sweep import Sweep
 
     name = sweep_id(first.name, recipe, read_yaml(recipe_path(recipe)), settings)
     folder = storage / "sweeps" / name
@@ -70,10 +70,12 @@ def run_sweep(recipe: str, settings: Sequence[str], address: str | None, paralle
         queue = Queue(folder / "queue.jsonl", points)
         write_atomically(folder / "request.json", json.dumps({"recipe": recipe, "settings": [*settings]}).encode())
         left = sum(job.state != "done" for job in queue.jobs)
-        say(f"sweep {name} in {folder}: {len(points)} runs, {left} to do, at most {parallel} at a time")
+        say(
+            f"sweep {name} in {folder}: {len(points)} runs, {left} to do, at most {parallel} at a time; output in logs/"
+        )
         parent = Parent(name, storage, first.tracking.experiment, " ".join(map(str, _swept(points))))
-        request = Request(recipe, first.name, storage, address, environments)
-        sweep = Sweep(request, folder, queue, LocalProcesses(), say, parent.adopt)
+        launcher = LocalRuns(recipe, address, environments, folder / "logs")
+        sweep = Sweep(first.name, storage, queue, launcher, parallel, say, parent.adopt)
         signals: list[float] = []
 
         def stop() -> None:

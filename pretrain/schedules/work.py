@@ -29,7 +29,7 @@ from pretrain.config.schema import EvaluationTask
 from pretrain.config.stages import Plan
 from pretrain.errors import RequestError, RunFailed, last_line
 from pretrain.evaluations import due, evaluate_tasks
-from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Warned
+from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Event, Warned
 from pretrain.record.journal import Journal, read_events
 from pretrain.record.lock import hold
 from pretrain.record.run_dir import RunDir, runs_in
@@ -111,22 +111,19 @@ class _Followed:
     def __init__(self, run: RunDir, since: float) -> None:
         self._run, self._since = run, since
         self._read = {run.journal: 0, run.evaluations: 0}
-        self._steps: dict[int, None] = {}
+        self._steps: set[int] = set()
         self._done: set[tuple[int, str, str]] = set()
         self._plan: Plan | None = None
 
     def due(self, asked: Iterable[EvaluationTask], given_up: Collection[Label]) -> Iterator[Job]:
-        for path, offset in self._read.items():
-            if not path.is_file() or path.stat().st_size == offset:
-                continue
-            events, self._read[path] = read_events(path, offset)
-            for event in events:
-                if isinstance(event, CheckpointPublished) and event.time >= self._since:
-                    self._steps[event.step] = None
-                elif isinstance(event, Evaluated):
-                    self._done.add((event.step, event.protocol, event.data))
+        for event in self._new_events(self._run.journal):
+            if isinstance(event, CheckpointPublished) and event.time >= self._since:
+                self._steps.add(event.step)
         if not self._steps:
             return
+        for event in self._new_events(self._run.evaluations):
+            if isinstance(event, Evaluated):
+                self._done.add((event.step, event.protocol, event.data))
         try:
             plan = self._plan = self._plan or load_plan(self._run.recipe, check_files=False)
         except RequestError:  # of a run that is being made, or damaged: without its recipe nobody knows what is due
@@ -141,6 +138,18 @@ class _Followed:
         for step, wanted in by_step.items():
             where = store.published_by_event(self._run.path, step).location
             yield Job(self._run.run_id, where, step, self._run, tuple(wanted))
+
+    def _new_events(self, path: Path) -> list[Event]:
+        """What was written since the last look; runs that ended before the entry was added are not read at all."""
+        offset = self._read[path]
+        if (
+            not path.is_file()
+            or (seen := path.stat()).st_size == offset
+            or (not offset and seen.st_mtime < self._since)
+        ):
+            return []
+        events, self._read[path] = read_events(path, offset)
+        return events
 
 
 def done(
@@ -187,7 +196,7 @@ class _Work:
         self._schedules, self._entry, self._due = schedules, entry, due_time
         self._say, self._clock = say, clock
         counted = ("scored",) if retry else ("scored", "failed")
-        self._past = [line for line in schedules.past(entry.name) if line["what"] in counted]
+        self._past = [line for line in schedules.past(entry.name) if line.get("what") in counted]
         self._outcome = Outcome()
         self._storage = Path(entry.on_checkpoint or schedules.storage)
 

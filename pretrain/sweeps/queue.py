@@ -1,7 +1,7 @@
 """The queue of a sweep: an append-only file, from which the state of every point follows.
 
 A point that began and whose end nobody wrote down, as the sweep was killed, is begun again; its run goes on from its
-newest checkpoint. Not here: who starts what (`pretrain.sweeps.sweep`).
+newest checkpoint. Not here: who starts what, and when (`pretrain.sweeps.sweep`).
 """
 
 from __future__ import annotations

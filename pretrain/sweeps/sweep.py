@@ -1,73 +1,65 @@
-"""Runs the points of a sweep, at most so many at a time, each as an ordinary run in a process of its own.
+"""Runs the points of a sweep, at most so many at a time, each as an ordinary run.
 
-What fails stops nothing else. Where the runs are started is the launcher's affair (`pretrain.processes`): on this
-machine, or as jobs.
+What fails stops nothing else. Where the runs are started is the launcher's affair (`pretrain.sweeps.launcher`).
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
 from pretrain.errors import EXIT_STOPPED
-from pretrain.processes import Handle, Launcher
+from pretrain.processes import Handle
 from pretrain.record.lock import hold
 from pretrain.record.run_dir import RunDir, new_run_id
+from pretrain.sweeps.launcher import Launcher
 from pretrain.sweeps.queue import Job, Queue
 
-__all__ = ["Request", "Sweep"]
+__all__ = ["Sweep"]
 
 POLL_S = 1.0
 
 
-@dataclass(frozen=True)
-class Request:
-    """What all runs of a sweep share.
+@dataclass
+class _AtWork(Generic[Handle]):
+    """A run that has begun, and how often it was asked to end."""
 
-    Attributes:
-        recipe: As named on the command line.
-        name: Of the resolved recipes.
-        storage: Of the runs.
-        address: Of a Ray cluster; None: as `pretrain run` without it.
-        environments: Of each place at a time, e.g. which GPUs its run may use; as many as run at a time.
-    """
-
-    recipe: str
-    name: str
-    storage: Path
-    address: str | None
-    environments: Sequence[Mapping[str, str]]
+    job: Job
+    handle: Handle
+    asked: int = 0
 
 
 class Sweep(Generic[Handle]):
     """One sweep, from the points that wait to the end of the last one.
 
     Args:
-        request: What the runs share.
-        folder: Of the sweep.
-        queue: Its points.
+        name: Of the recipe; begins the names of the runs.
+        storage: Of the runs.
+        queue: The points.
         launcher: Starts runs.
+        parallel: How many there are at a time.
         say: Gets a line for people about each beginning and end.
         look: Called with the jobs at every look, to follow their runs.
     """
 
     def __init__(
         self,
-        request: Request,
-        folder: Path,
+        name: str,
+        storage: Path,
         queue: Queue,
         launcher: Launcher[Handle],
+        parallel: int,
         say: Callable[[str], None],
         look: Callable[[Sequence[Job]], None],
     ) -> None:
-        self._request, self._folder, self._queue, self._launcher = request, folder, queue, launcher
+        self._name, self._storage, self._queue, self._launcher = name, storage, queue, launcher
         self._say, self._look = say, look
         self._waiting = [job for job in queue.jobs if job.state == "waiting"]
-        self._places: list[tuple[Job, Handle] | None] = [None] * len(request.environments)
-        self._stopping = False
+        self._places: list[_AtWork[Handle] | None] = [None] * parallel
+        self._asked = 0
 
     def run(self, wait: Callable[[float], Any]) -> None:
         """Until no point waits or runs; `stop` makes that soon."""
@@ -75,68 +67,56 @@ class Sweep(Generic[Handle]):
             wait(POLL_S)
         self._look(self._queue.jobs)
 
+    def stop(self) -> None:
+        """Have all runs asked to end, and no other begun; once more, and they are asked again, which ends them at once.
+
+        A handler of signals may call it at any moment: it is the next look that asks.
+        """
+        self._asked += 1
+
     def tick(self) -> bool:
         """One look: take in what has ended, start what fits; returns whether there is more to wait for."""
-        for place, at_work in enumerate(self._places):
-            if at_work is not None and (code := self._launcher.poll(at_work[1])) is not None:
-                if self._stopping and code == -signal.SIGTERM:  # it was asked before it could hear
-                    code = EXIT_STOPPED
-                self._queue.ended(at_work[0], code)
-                self._places[place] = None
-                self._tell(at_work[0], at_work[0].state if code >= 0 else f"failed, ended by signal {-code}")
-            if self._places[place] is None and not self._stopping:
+        for place in range(len(self._places)):
+            self._take_end(place)
+            if self._places[place] is None and not self._asked:
                 self._places[place] = self._next(place)
+        for at_work in filter(None, self._places):
+            if at_work.asked < self._asked:
+                at_work.asked = self._asked
+                self._launcher.stop(at_work.handle)
         self._look(self._queue.jobs)
-        return any(self._places) or (bool(self._waiting) and not self._stopping)
+        return any(self._places) or (bool(self._waiting) and not self._asked)
 
-    def stop(self) -> None:
-        """Ask all runs to end, and begin no other; once more, and they end at once, as runs do."""
-        self._stopping = True
-        for at_work in self._places:
-            if at_work is not None:
-                self._launcher.stop(at_work[1])
+    def _take_end(self, place: int) -> None:
+        """Write down the end of the run at a place, if it has ended."""
+        at_work = self._places[place]
+        if at_work is None or (code := self._launcher.poll(at_work.handle)) is None:
+            return
+        if at_work.asked and code == -signal.SIGTERM:  # it was asked before it could hear
+            code = EXIT_STOPPED
+        self._places[place] = None
+        self._queue.ended(at_work.job, code)
+        what = at_work.job.state if code >= 0 else f"failed, ended by signal {-code}"
+        self._tell(at_work.job, what if code == 0 else f"{what}: {self._launcher.told(at_work.job)}")
 
-    def _next(self, place: int) -> tuple[Job, Handle] | None:
+    def _next(self, place: int) -> _AtWork[Handle] | None:
         """Start the first point that waits, but for those that a sweep which was killed has left running."""
         job = next((job for job in self._waiting if not self._is_driven(job)), None)
         if job is None:
             return None
         self._waiting.remove(job)
-        request, run_id = self._request, job.run_id or new_run_id(self._request.name)
-        where = () if request.address is None else ("--address", request.address)
-        # The same command begins the run and goes on with it.
-        arguments = ("-m", "pretrain", "run", request.recipe, *job.point.settings, *where, "--run-id", run_id)
+        run_id = job.run_id or new_run_id(self._name)
         self._queue.began(job, run_id)
-        log = self._log(job)
-        log.parent.mkdir(exist_ok=True)
-        handle = self._launcher.start(arguments, log, environment=request.environments[place])
-        self._tell(job, f"run {run_id}, its output is in {log}")
-        return job, handle
+        self._tell(job, f"run {run_id}")
+        return _AtWork(job, self._launcher.start(job, run_id, place))
 
     def _is_driven(self, job: Job) -> bool:
-        if job.run_id is None or not self._run(job.run_id).driver_lock.exists():
+        if job.run_id is None or not (lock := RunDir(self._storage / job.run_id).driver_lock).exists():
             return False
-        if (lock := hold(self._run(job.run_id).driver_lock)) is None:
+        if (held := hold(lock)) is None:
             return True
-        lock.close()
+        held.close()
         return False
 
-    def _run(self, run_id: str) -> RunDir:
-        return RunDir(self._request.storage / run_id)
-
-    def _log(self, job: Job) -> Path:
-        return self._folder / "logs" / f"point-{job.point.number:03d}.log"
-
     def _tell(self, job: Job, what: str) -> None:
-        why = f": {_last_line(self._log(job))}" if job.state in ("failed", "stopped") else ""
-        self._say(f"{job.point.number + 1}/{len(self._queue.jobs)} {job.point}: {what}{why}")
-
-
-def _last_line(log: Path) -> str:
-    """The end of what a run said."""
-    if not log.is_file():
-        return "it said nothing"
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4000))
-        said = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    return said[-1].strip() if said else "it said nothing"
+        self._say(f"{job.point.number + 1}/{len(self._queue.jobs)} {job.point}: {what}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from pretrain.record.journal import Journal
 from pretrain.record.lock import hold
 from pretrain.record.run_dir import RunDir
 from pretrain.sweeps.grid import grid, sweep_id
+from pretrain.sweeps.launcher import LocalRuns
 from pretrain.sweeps.parent import Parent
-from pretrain.sweeps.queue import Queue
-from pretrain.sweeps.sweep import Request, Sweep
+from pretrain.sweeps.queue import Job, Queue
+from pretrain.sweeps.sweep import Sweep
 from pretrain.sweeps.table import read_rows, shown, table_csv
 from pretrain.tracking.client import MlflowRun, connect
 from pretrain.tracking.cursor import Cursor
@@ -89,14 +89,11 @@ def test_sweep_id__is_that_of_the_request() -> None:
 
 @dataclass
 class Process:
-    arguments: tuple[str, ...]
-    environment: Mapping[str, str]
+    job: Job
+    run_id: str
+    place: int
     code: int | None = None
     stops: int = 0
-
-    @property
-    def run_id(self) -> str:
-        return self.arguments[-1]
 
 
 @dataclass
@@ -110,16 +107,8 @@ class Launched:
     def live(self) -> list[Process]:
         return [process for process in self.all if process.code is None]
 
-    def start(
-        self,
-        arguments: Sequence[str],
-        log: Path,
-        *,
-        environment: Mapping[str, str] | None = None,
-        locks: Sequence[int] = (),
-    ) -> Process:
-        log.touch()
-        self.all.append(Process(tuple(arguments), dict(environment or {})))
+    def start(self, job: Job, run_id: str, place: int) -> Process:
+        self.all.append(Process(job, run_id, place))
         self.most = max(self.most, len(self.live))
         return self.all[-1]
 
@@ -128,6 +117,9 @@ class Launched:
 
     def stop(self, handle: Process) -> None:
         handle.stops += 1
+
+    def told(self, job: Job) -> str:
+        return "error: memory ran out"
 
 
 class World:
@@ -141,8 +133,7 @@ class World:
     def sweep(self) -> tuple[Sweep[Process], Queue]:
         self.launched = Launched()
         queue = Queue(self.folder / "queue.jsonl", grid(GRID))
-        request = Request("tiny.yaml", "tiny", self.storage, None, [{"PLACE": "0"}, {"PLACE": "1"}])
-        return Sweep(request, self.folder, queue, self.launched, self.said.append, lambda jobs: None), queue
+        return Sweep("tiny", self.storage, queue, self.launched, 2, self.said.append, lambda jobs: None), queue
 
     def begun(self, run_id: str) -> RunDir:
         """A run that has written something."""
@@ -164,12 +155,9 @@ def test_sweep__never_more_than_two_at_a_time_though_one_fails(world: World) -> 
     launched = world.launched
     for _ in range(3):
         assert sweep.tick()
-    assert len(launched.all) == 2 and [process.environment["PLACE"] for process in launched.all] == ["0", "1"]
-    command = ("-m", "pretrain", "run", "tiny.yaml", "objective.name=mae", "train.steps=20", "optimizer.lr=1e-4")
-    assert launched.all[0].arguments[:-1] == (*command, "--run-id")
-    (world.folder / "logs" / "point-001.log").write_text("step 1\nerror: memory ran out\n")
+    assert len(launched.all) == 2 and [process.place for process in launched.all] == [0, 1]
     launched.all[1].code = 1
-    assert sweep.tick() and len(launched.all) == 3 and launched.all[2].environment == {"PLACE": "1"}
+    assert sweep.tick() and len(launched.all) == 3 and launched.all[2].place == 1
     while sweep.tick():
         launched.live[0].code = 0
     assert launched.most == 2 and [job.state for job in queue.jobs] == ["done", "failed", "done", "done"]
@@ -196,7 +184,7 @@ def test_sweep__the_same_again_goes_on_with_what_is_not_done(world: World) -> No
     sweep.tick()
     first, other = world.launched.all
     assert first.run_id == failed.run_id and other.run_id not in (failed.run_id, running)
-    assert "optimizer.lr=3e-4" in other.arguments
+    assert str(other.job.point) == "objective.name=gmml optimizer.lr=3e-4"
     first.code = other.code = 0
     assert sweep.tick() and len(world.launched.all) == 2
     lock.close()
@@ -211,14 +199,42 @@ def test_sweep__stopped_it_begins_nothing_and_waits_for_the_ends(world: World) -
     sweep, queue = world.sweep()
     sweep.tick()
     sweep.stop()
-    assert [process.stops for process in world.launched.all] == [1, 1] and sweep.tick()
+    assert sweep.tick() and sweep.tick() and [process.stops for process in world.launched.all] == [1, 1]
     world.launched.all[0].code = 75
     assert sweep.tick()
     sweep.stop()
-    assert world.launched.all[1].stops == 2
+    assert sweep.tick() and [process.stops for process in world.launched.all] == [1, 2]
     world.launched.all[1].code = -15  # before it could hear signals
     assert not sweep.tick() and len(world.launched.all) == 2
     assert [job.state for job in queue.jobs] == ["stopped", "stopped", "waiting", "waiting"]
+
+
+def test_sweep__asked_to_stop_while_a_run_is_being_started_asks_that_as_well(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal comes at any moment."""
+    sweep, _ = world.sweep()
+    start = world.launched.start
+
+    def interrupted(*arguments: Any) -> Process:
+        process = start(*arguments)
+        sweep.stop()
+        return process
+
+    monkeypatch.setattr(world.launched, "start", interrupted)
+    assert sweep.tick() and [process.stops for process in world.launched.all] == [1]
+
+
+def test_local_runs__say_what_failed(tmp_path: Path) -> None:
+    """A real process, of a recipe that there is not."""
+    launcher = LocalRuns("tniy", "ray-head:6379", [{}], tmp_path / "logs")
+    (job, *_) = Queue(tmp_path / "queue.jsonl", grid(GRID)).jobs
+    assert launcher.told(job) == "it said nothing"
+    process = launcher.start(job, "tiny-1", 0)
+    assert process.wait(120) == 2 == launcher.poll(process)
+    assert launcher.told(job).startswith("error: recipe tniy: unknown")
+    command = ["run", "tniy", "objective.name=mae", "train.steps=20", "optimizer.lr=1e-4"]
+    assert list(process.args)[2:] == ["pretrain", *command, "--address", "ray-head:6379", "--run-id", "tiny-1"]  # type: ignore[arg-type, call-overload]
 
 
 def test_table__is_whole_though_a_run_failed(world: World) -> None:
