@@ -127,9 +127,9 @@ def run_now(name: str, storage: str) -> None:
             what = "stopped by a signal" if isinstance(error, RunStopped) else f"{type(error).__name__}: {error}"
             schedules.end(name, utc_now(), "failed", error=what)
             raise
-    say(f"schedule {name}: {outcome}")
     if outcome.failures or outcome.regressions:
         raise RunFailed(f"schedule {name}: {outcome}")
+    say(f"schedule {name}: {outcome}")
 
 
 @schedule.command()

@@ -18,9 +18,9 @@ from typing import Any, Generic
 from pretrain.errors import RequestError
 from pretrain.processes import Handle, Launcher
 from pretrain.record import lines
-from pretrain.record.lock import hold
+from pretrain.record.lock import hold, is_held
 from pretrain.record.run_dir import RunDir
-from pretrain.schedules.entries import Claim, Entry, Schedules, text_of_time
+from pretrain.schedules.entries import Claim, Entry, Schedules, decide, text_of_time
 from pretrain.schedules.history import told
 from pretrain.schedules.webhooks import Outbox
 from pretrain.schedules.work import NewCheckpoints, given_up, is_sent
@@ -57,13 +57,14 @@ class Service(Generic[Handle]):
         self._new: dict[str, tuple[Entry, NewCheckpoints]] = {}
         self._resting: dict[str | Path, datetime] = {}
         self._runs: set[Path] = set()  # with scores of schedules
+        self._once: set[str] | None = None  # entries that were worked on, where each is once
         self._offset = self._told_from = 0
         self._failed: dict[str, list[dict[str, Any]]] = {}
         _, self._told_from = lines.records(schedules.history)
 
     def run_once(self, wait: Callable[[float], Any]) -> int:
-        """Do all that is due now, and end; returns how many failures and regressions were found."""
-        began = self._told_from
+        """Do what is due of each entry, once, and end; returns how many failures and regressions were found."""
+        self._once, began = set[str](), self._told_from
         while self.tick() or self._at_work or self._sending:
             if wait(POLL_S):
                 break
@@ -98,9 +99,13 @@ class Service(Generic[Handle]):
     def _look_at(self, entry: Entry) -> bool:
         now = self._clock()
         is_free = entry.name not in self._at_work
-        if is_free and (len(self._at_work) >= self._parallel or self._resting.get(entry.name, now) > now):
+        is_over = self._once is not None and entry.name in self._once
+        is_resting = is_over or self._resting.get(entry.name, now) > now
+        if is_free and (len(self._at_work) >= self._parallel or is_resting):
             return False
         if entry.cron is None and not (is_free and self._has_new(entry)):
+            return False
+        if entry.cron is not None and decide(entry, now, is_held=not is_free) is None:  # asked again by the claim
             return False
         claim = self._schedules.claim(entry.name, now)
         if claim is not None:
@@ -111,6 +116,8 @@ class Service(Generic[Handle]):
         """In a process that holds the lock of the entry until it ends, whatever becomes of this one."""
         name, log = claim.entry.name, self._schedules.log_of(claim.entry.name)
         log.parent.mkdir(exist_ok=True)
+        if self._once is not None:
+            self._once.add(name)
         arguments = ("-m", "pretrain.schedules", str(self._schedules.storage), name, text_of_time(claim.due))
         with claim.lock:
             self._at_work[name] = self._launcher.start(arguments, log, locks=[claim.lock.fileno()])
@@ -173,9 +180,8 @@ class Service(Generic[Handle]):
             if not run.is_run or is_sent(run):
                 self._runs.discard(path)
                 continue
-            if self._resting.get(path, now) > now or self._at_work or (lock := hold(run.sender_lock)) is None:
+            if self._resting.get(path, now) > now or self._at_work or is_held(run.sender_lock):
                 continue
-            lock.close()
             self._resting[path] = now + REST
             log = self._schedules.path / "logs" / "mlflow.log"
             self._sending[path] = self._launcher.start(("-m", "pretrain.tracking", str(path)), log)

@@ -31,7 +31,7 @@ from pretrain.errors import RequestError, RunFailed, last_line
 from pretrain.evaluations import due, evaluate_tasks
 from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Event, Warned
 from pretrain.record.journal import Journal, read_events
-from pretrain.record.lock import hold
+from pretrain.record.lock import is_held
 from pretrain.record.run_dir import RunDir, runs_in
 from pretrain.schedules.entries import Entry, Schedules, parse_time, text_of_time
 from pretrain.schedules.regressions import Scored, is_worse
@@ -75,8 +75,10 @@ class Outcome:
     runs: dict[Path, RunDir] = field(default_factory=dict)  # with scores that MLflow may not have
 
     def __str__(self) -> str:
-        counts = (("scores", self.scores), ("failures", self.failures), ("regressions", self.regressions))
-        return ", ".join(f"{number} {what}" for what, number in counts if number or what == "scores")
+        counts = (("score", self.scores), ("failure", self.failures), ("regression", self.regressions))
+        return ", ".join(
+            f"{number} {what}{'s' * (number != 1)}" for what, number in counts if number or what == "score"
+        )
 
 
 class NewCheckpoints:
@@ -423,9 +425,8 @@ def send(run: RunDir) -> bool:
     """Send the scores of a run to MLflow; False where that has to wait, for its driver sends or MLflow is away."""
     if is_sent(run):
         return True
-    if (lock := hold(run.sender_lock)) is None:  # the driver of the run, which sends them soon
+    if is_held(run.sender_lock):  # by the driver of the run, which sends them soon
         return False
-    lock.close()
     from pretrain.tracking.sync import sync
 
     return sync(run.path, copies.exported, deadline_s=60.0)

@@ -13,7 +13,7 @@ from typing import Any, Generic
 
 from pretrain.errors import EXIT_STOPPED
 from pretrain.processes import Handle
-from pretrain.record.lock import hold
+from pretrain.record.lock import is_held
 from pretrain.record.run_dir import RunDir, new_run_id
 from pretrain.sweeps.launcher import Launcher
 from pretrain.sweeps.queue import Job, Queue
@@ -111,12 +111,7 @@ class Sweep(Generic[Handle]):
         return _AtWork(job, self._launcher.start(job, run_id, place))
 
     def _is_driven(self, job: Job) -> bool:
-        if job.run_id is None or not (lock := RunDir(self._storage / job.run_id).driver_lock).exists():
-            return False
-        if (held := hold(lock)) is None:
-            return True
-        held.close()
-        return False
+        return job.run_id is not None and is_held(RunDir(self._storage / job.run_id).driver_lock)
 
     def _tell(self, job: Job, what: str) -> None:
         self._say(f"{job.point.number + 1}/{len(self._queue.jobs)} {job.point}: {what}")

@@ -5,14 +5,19 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import pytest
 
 from pretrain.cli.main import main
@@ -291,18 +296,22 @@ def test_service__one_entry_at_a_time(world: World) -> None:
 
 
 def test_service__once_ends_when_nothing_is_due_any_more(world: World) -> None:
+    world.schedules.add(replace(NIGHTLY, name="often", cron="* * * * *"), BEGAN)
     world.now = utc("2026-06-02 02:00")
     waits: list[float] = []
 
     def wait(seconds: float) -> bool:
         waits.append(seconds)
+        name = world.launched.all[-1].arguments[-2]
         if world.launched.all[-1].code is None:
-            world.schedules.note("nightly", "failed", world.now, error="no such model")
-            world.end(1)
-        return False
+            world.schedules.note(name, "failed", world.now, error="no such model")
+            world.schedules.end(name, world.now, "ended", outcome="0 scores")
+            world.launched.all[-1].end(1)
+        world.now += timedelta(minutes=1)
+        return len(waits) > 9
 
-    assert world.service().run_once(wait) == 1
-    assert set(waits) == {POLL_S} and world.past() == ["added", "began", "failed", "ended"]
+    assert world.service().run_once(wait) == 2
+    assert set(waits) == {POLL_S} and [started.arguments[-2] for started in world.launched.all] == ["nightly", "often"]
 
 
 def test_local_processes__hold_the_lock_until_they_end(tmp_path: Path) -> None:
@@ -324,6 +333,25 @@ def test_local_processes__hold_the_lock_until_they_end(tmp_path: Path) -> None:
     again = schedules.claim("nightly", utc("2026-06-02 03:00"))
     assert again is not None and again.due == utc("2026-06-02 02:00")
     again.lock.close()
+
+
+def test_local_processes__end_with_who_started_them(tmp_path: Path) -> None:
+    sleeper = "import time; time.sleep(600)"
+    code = "import sys, time; from pathlib import Path; from pretrain.processes import LocalProcesses\n"
+    code += f"print(LocalProcesses().start(['-c', {sleeper!r}], Path(sys.argv[1])).pid, flush=True); time.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "log")], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    try:
+        parent.kill()
+        parent.wait(60)
+        deadline = time.monotonic() + 60
+        while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 # New checkpoints ------------------------------------------------------------------------------------------------------
