@@ -147,8 +147,8 @@ def _require_token(address: str) -> None:
     Raises:
         AuthenticationProblem: It does not.
     """
-    token = find_token()
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    token = None if mode == "disabled" else find_token()
     if token is not None and not mode:
         os.environ["RAY_AUTH_MODE"] = mode = "token"  # Ray would not look for one by itself
         _read_again()
@@ -162,8 +162,8 @@ def _require_token(address: str) -> None:
     try:
         GcsClient(address=address)
     except AuthenticationError:
-        if mode == "disabled" and token is not None:
-            problem = f"{address} asks for a token, and RAY_AUTH_MODE=disabled keeps ours; set RAY_AUTH_MODE=token"
+        if mode == "disabled":
+            problem = f"{address} asks for a token, and RAY_AUTH_MODE=disabled here sends none; set RAY_AUTH_MODE=token"
             raise AuthenticationProblem(problem) from None
         raise (missing(address) if token is None else refused(address, token)) from None
 

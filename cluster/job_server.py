@@ -24,7 +24,7 @@ from urllib.parse import quote, urlsplit
 
 from cluster.authentication import AuthenticationProblem, Token, find_token, missing, refused
 
-__all__ = ["Job", "JobExists", "JobServer", "JobServerError", "NoSuchJob", "server_address"]
+__all__ = ["Job", "JobExists", "JobServer", "JobServerError", "NoSuchJob", "is_named_by_environment", "server_address"]
 
 ANSWER_S = 20.0  # a busy head takes seconds
 UPLOAD_S = 300.0
@@ -85,6 +85,12 @@ class Job:
         )
 
 
+def is_named_by_environment() -> bool:
+    """Whether a variable of Ray names a job server."""
+    given = [os.environ.get(name, "") for name in ADDRESS_VARIABLES]
+    return bool(given[0]) or given[1].startswith(("http://", "https://"))
+
+
 def server_address(address: str | None) -> str:
     """The URL of a job server, from what a user gives, or the variables of Ray.
 
@@ -94,8 +100,8 @@ def server_address(address: str | None) -> str:
     source = "--address"
     for name in ADDRESS_VARIABLES:
         if not address and (found := os.environ.get(name, "")):
-            if name == "RAY_ADDRESS" and "://" not in found:
-                continue  # of a cluster's store, not of its job server
+            if name == "RAY_ADDRESS" and not found.startswith(("http://", "https://")):
+                continue  # of the cluster itself, not of its job server
             address, source = found, name
     example = "http://HEAD:8265 (the dashboard's port)"
     if not address:
@@ -159,8 +165,8 @@ class JobServer:
     def jobs(self) -> list[Job]:
         """All that were submitted, the newest last. What drivers did without being submitted is left out."""
         records = self._ask("GET", "/api/jobs/")
-        found = [Job.from_json(record) for record in _parsed(records, self.address, list) if record["submission_id"]]
-        return sorted(found, key=lambda job: job.started or 0.0)
+        submitted = [record for record in _parsed(records, self.address, list) if record.get("submission_id")]
+        return sorted(map(Job.from_json, submitted), key=lambda job: job.started or 0.0)
 
     def job(self, job_id: str) -> Job:
         """One of them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from cluster.job_server import ADDRESS_VARIABLES, Job, JobServer, server_address
+from cluster.job_server import ADDRESS_VARIABLES, Job, JobServer, is_named_by_environment, server_address
 from pretrain.cli.filled import Filled
 from pretrain.cli.tables import print_table
 from pretrain.errors import RequestError
@@ -225,15 +224,11 @@ def _place(address: str | None, storage: str | None) -> JobServer | Path:
     """Where to look: the cluster that is named or that the environment names, else a local storage."""
     if address is not None and storage is not None:
         raise RequestError("--address and --storage: give one of them, a cluster or a directory of local runs")
-    if storage is None and (address is not None or _is_in_environment()):
+    if storage is None and (address is not None or is_named_by_environment()):
         server = JobServer(server_address(address))
         _warn_of_exposed_token(server)
         return server
     return Path(storage or "runs").absolute()
-
-
-def _is_in_environment() -> bool:
-    return any("://" in os.environ.get(name, "") for name in ADDRESS_VARIABLES)
 
 
 def _warn_of_exposed_token(server: JobServer) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,8 +143,7 @@ class Driver:
             except AlreadyConnected as error:
                 raise RequestError(str(error)) from None
             except KeyboardInterrupt:
-                if not self.run_dir.stop_now_request.exists():
-                    self.run_dir.stop_now_request.write_text(SIGNALLED)
+                _ask_for_signal(self.run_dir.stop_now_request)
                 raise RunStopped(self._stopped_at_once()) from None
             finally:
                 self.run_dir.training.unlink(missing_ok=True)  # of workers that a signal ended while they began
@@ -326,7 +325,7 @@ class Driver:
             self.terminal.say("ending at once: closing what is open")
             raise KeyboardInterrupt
         self._stop_asked = now
-        self.run_dir.stop_request.write_text(SIGNALLED)
+        _ask_for_signal(self.run_dir.stop_request)
         self.terminal.say("stopping after the next step, with a checkpoint; again to end at once")
 
     def _heed_files(self, is_training: bool) -> None:
@@ -359,6 +358,14 @@ class Driver:
             last.update({f"{event.task}/{name}": value for name, value in event.metrics.items()})
         newest = store.latest(self.run_dir.path)
         return RunResult(self.run_dir.run_id, self.run_dir.path, copies.local(newest) if newest else None, last)
+
+
+def _ask_for_signal(request: Path) -> None:
+    """Make the file of a request, unless a person has; on a full disk it does not say that a signal asks."""
+    if not request.exists():
+        request.touch()
+        with suppress(OSError):
+            request.write_text(SIGNALLED)
 
 
 class _Background(threading.Thread):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.job_server import Job, JobServer, NoSuchJob
+from cluster.job_server import Job, JobServer, JobServerError, NoSuchJob
 from pretrain.errors import EXIT_STOPPED, RequestError, listed, nearest
 from pretrain.jobs.attempts import attempts_of
 from pretrain.record.run_dir import RunDir, runs_in
@@ -76,14 +76,16 @@ def job_rows(server: JobServer, jobs: Iterable[Job]) -> list[Row]:
 def row_of_job(server: JobServer, job: Job) -> Row:
     """How a job stands."""
     state = "stopped" if job.exit_code == EXIT_STOPPED else _STATES.get(job.status, job.status.lower())
-    progress, score = "", ""
+    progress, score, note = "", "", ""
     run_dir = RunDir(Path(job.metadata.get("run_dir", "")))
     if job.metadata.get("run_id") == run_dir.run_id and run_dir.is_run:
         now = standing_of(run_dir)
         progress, score = _progress(now.step, now.total_steps), now.score
     elif job.status != "PENDING":
-        progress, score = told_by_log(server.logs(job.id))
-    note = ""
+        try:
+            progress, score = told_by_log(server.logs(job.id))
+        except JobServerError as error:  # its node is gone, for example
+            progress, note = "?", f"its log cannot be read: {error}"
     if state == "failed":
         code = "" if job.exit_code is None else f"exit code {job.exit_code}: "
         note = code + _last_words(job.message)

@@ -92,14 +92,15 @@ def submit(
     run_dir = RunDir(Path(plan.recipe.storage) / run_id)
     known = attempts_of(run_id, server.jobs())
     if (live := _live(known, run_id, digest)) is not None:
-        return Submitted(live.id, run_dir, len(known), is_new=False)
+        return Submitted(live.id, run_dir, attempt_of(live), is_new=False)
     try:
         package = packed(files)
     except PackageTooLarge as error:
         raise RequestError(str(error)) from None
     if not server.has_package(package.name):
         server.upload(package.name, package.content)
-    command = [name, *settings, "cluster.address=null", "--run-id", run_id]  # a job is in its own cluster
+    # A job is in its own cluster, and its run where we say that it is, whoever is at home there.
+    command = [name, *settings, f"storage={plan.recipe.storage}", "cluster.address=null", "--run-id", run_id]
     attempt = max((attempt_of(job) for job in known), default=0)
     while True:
         attempt += 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,7 +41,7 @@ SETTINGS = ("train.workers=1", "train.micro_batch_size=32", "evaluation.enabled=
 class Head:
     url: str
     gcs: str
-    logs: Path
+    sockets: Path
     process: subprocess.Popen[bytes]
 
 
@@ -67,7 +68,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     try:
         yield found
     finally:
-        end_session(found.process)
+        end_session(found.process, found.sockets)
 
 
 def start_head(folder: Path) -> Head | None:
@@ -88,15 +89,16 @@ def start_head(folder: Path) -> Head | None:
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--include-dashboard", "true"]
     command += ["--ray-client-server-port", str(client), "--dashboard-agent-listen-port", str(agent)]
     command += ["--metrics-export-port", str(metrics), "--object-store-memory", "200000000"]
-    command += ["--temp-dir", f"/tmp/ray-jobs-{os.getpid()}-{gcs}"]  # paths of sockets are short
+    sockets = Path(f"/tmp/ray-jobs-{os.getpid()}-{gcs}")  # below pytest's folders their paths would be too long
+    command += ["--temp-dir", str(sockets)]
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     url, until = f"http://127.0.0.1:{dashboard}", time.monotonic() + 120
     while time.monotonic() < until and process.poll() is None:
         if answers(f"{url}/api/version"):
-            return Head(url, f"127.0.0.1:{gcs}", folder / "head.log", process)
+            return Head(url, f"127.0.0.1:{gcs}", sockets, process)
         time.sleep(0.5)
-    end_session(process)
+    end_session(process, sockets)
     return None
 
 
@@ -110,7 +112,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def end_session(process: subprocess.Popen[bytes]) -> None:
+def end_session(process: subprocess.Popen[bytes], sockets: Path) -> None:
     """All that `ray start` has started, and no other Ray of this machine."""
     import psutil
 
@@ -124,6 +126,7 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
         except ProcessLookupError:
             continue
     process.wait()
+    shutil.rmtree(sockets, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

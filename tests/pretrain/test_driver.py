@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,3 +214,38 @@ def test_resume__settings_are_kept_once_their_training_has_begun(run_dir: RunDir
         journal.write(Start(step=0, total_steps=100_000, world_size=2, device="cpu"))
     driving._follow()
     assert load.load_for_resume(run_dir.recipe, ()).total_steps == 100_000
+
+
+def test_stop__by_files_and_by_a_signal(run_dir: RunDir) -> None:
+    """`stop` is the workers' while they train; `is_stop_wanted` tells a person's request from a signal's."""
+    driving = Driver(load_plan(run_dir.recipe), run_dir, launched=0.0)
+    driving._is_training = True
+    driving._on_signal()
+    assert run_dir.stop_request.exists() and not run_dir.is_stop_wanted
+    driving._stop_asked = None
+    driving._heed_files(is_training=True)
+    assert driving._stop_asked is None
+    driving._heed_files(is_training=False)  # evaluations of what the workers have left
+    assert driving._stop_asked is not None
+    run_dir.stop_now_request.touch()
+    assert run_dir.is_stop_wanted
+    with pytest.raises(KeyboardInterrupt):
+        driving._heed_files(is_training=True)
+
+
+def test_stop__a_signal_leaves_the_request_of_a_person_as_it_is(run_dir: RunDir) -> None:
+    driving = Driver(load_plan(run_dir.recipe), run_dir, launched=0.0)
+    run_dir.stop_request.touch()
+    driving._is_training = True
+    driving._on_signal()
+    assert run_dir.is_stop_wanted
+
+
+def test_only_driver__waits_for_who_looks_whether_the_lock_is_held(run_dir: RunDir) -> None:
+    with run_dir.driver_lock.open("a") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        timer = threading.Timer(0.05, fcntl.flock, (looking, fcntl.LOCK_UN))
+        timer.start()
+        with only_driver(run_dir):
+            pass
+        timer.join()

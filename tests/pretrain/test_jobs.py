@@ -79,8 +79,10 @@ def test_submit__ships_recipe_and_code_and_prints_the_id(
     said = capsys.readouterr()
     assert said.out == "a\n" and "/shared/runs/a in the cluster" in said.err
     job = fake.jobs["a"]
-    run = "-m pretrain run mine.yaml storage=/shared/runs train.steps=30 cluster.address=null --run-id a"
-    assert job["entrypoint"] == f"exec python -m pretrain.jobs.supervisor --run-dir /shared/runs/a -- {run}"
+    run = "-m pretrain run mine.yaml storage=/shared/runs train.steps=30 storage=/shared/runs cluster.address=null"
+    assert job["entrypoint"] == (
+        f"exec python -m pretrain.jobs.supervisor --run-dir /shared/runs/a -- {run} --run-id a"
+    )
     assert job["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
     assert {key: job["metadata"][key] for key in ("run_id", "run_dir", "attempt")} == {
         "run_id": "a",
@@ -353,6 +355,29 @@ def test_jobs__states_progress_and_scores(fake: FakeJobServer, capsys: pytest.Ca
         "b: Job has not started yet.",
         "d: exit code 2: error: it is wrong",
     ]
+
+
+def test_jobs__one_whose_log_is_gone_hides_no_other(fake: FakeJobServer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.add("a", "RUNNING", LOG, metadata={"run_id": "a"})
+    fake.add("b", "RUNNING", LOG, metadata={"run_id": "b"})
+    fake.canned["/api/jobs/a/logs"] = (500, {}, b"Traceback\nConnectionError: the node is gone")
+    assert main(["jobs", "--address", fake.url]) == 0
+    said = capsys.readouterr().out
+    assert "step 12/20" in said and "a: its log cannot be read: " in said and "the node is gone" in said
+
+
+def test_jobs__of_local_runs_where_the_environment_names_a_cluster_but_no_job_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    assert main(["jobs"]) == 0
+    assert capsys.readouterr().out.startswith("no run in /")
+
+
+def test_submit__at_home_is_where_the_home_is_here(fake: FakeJobServer, recipe: str, tmp_path: Path) -> None:
+    assert main(["submit", recipe, "storage=~/runs", "--address", fake.url, "--run-id", "a"]) == 0
+    assert f" storage={tmp_path}/home/runs cluster.address=null " in fake.jobs["a"]["entrypoint"]
+    assert fake.jobs["a"]["metadata"]["run_dir"] == f"{tmp_path}/home/runs/a"
 
 
 def test_told_by_log__the_last_word_counts() -> None:
