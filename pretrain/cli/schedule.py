@@ -228,6 +228,8 @@ def _checked(
             )
     if cron is not None and models is None:
         mistakes.append("--cron: --models is missing; name the checkpoints, as in --models NAME@best")
+    if not schedules.storage.is_dir():
+        mistakes.append(f"--storage {schedules.storage}: no such directory; give the one that holds the runs")
     cron = _tried(mistakes, checked_cron, cron)
     zone = _tried(mistakes, checked_zone, tz)
     protocols = _listed(mistakes, "--tasks", tasks)

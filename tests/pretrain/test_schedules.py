@@ -702,6 +702,7 @@ DATA = ["--data", f"grocery={GROCERY}"]
             "--on-checkpoint nowhere: no",
         ),
         (["schedule", "add", "n", "--on-checkpoint", "runs", "--tz", "UTC", "--tasks", "knn", *DATA], "--tz UTC: goes"),
+        ([*ADD, *DATA, "--storage", "rusn"], "rusn: no such directory; give the one that holds the runs"),
         (["schedule", "remove", "nightly"], "--storage runs: no schedule in it"),
         (["schedule", "run-now", "nightly"], "--storage runs: no schedule in it"),
         (["schedule", "serve"], "--storage runs: no schedule in it"),
