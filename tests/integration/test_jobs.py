@@ -1,6 +1,7 @@
 """A real head with dashboard and token on the loopback interface: submit, follow, stop, go on.
 
-One head for the module; each job costs a driver and one worker. The run is one of small steps on the demo photos.
+One head for the module, 30 CPU-seconds; each job costs a driver and one worker, 15 together, most of it imports. The run
+is one of small steps on the demo photos.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -228,15 +230,21 @@ def asked(head: Head, path: str) -> str:
         return str(answer.read().decode())
 
 
-def test_stop__now_ends_a_long_step(
+@pytest.mark.long
+def test_stop__now_ends_a_run_with_a_plugin_that_the_nodes_have_not(
     head: Head, tmp_path_factory: pytest.TempPathFactory, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path_factory.mktemp("shared")
     recipe = folder / "small.yaml"
     recipe.write_text(RECIPE)
     run = RunDir(folder / "runs/long")
-    settings = [*SETTINGS[:3], "train.steps=100000", f"storage={run.path.parent}"]
-    assert main(["submit", str(recipe), *settings, "--run-id", "long", "--retries", "3"]) == 0
+    settings = [*SETTINGS[:3], "objective.name=colour", "train.steps=100000", f"storage={run.path.parent}"]
+    command = ["submit", str(recipe), *settings, "--run-id", "long", "--retries", "3"]
+    environment = os.environ | {"PYTHONPATH": f"{installed_plugin(folder)}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", *command], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "long\n", done.stderr
     wait_until(lambda: newest_step(run) >= 1, 600, "no steps")
     began = time.monotonic()
     assert main(["stop", "long", "--now"]) == 0
@@ -246,3 +254,16 @@ def test_stop__now_ends_a_long_step(
     assert main(["jobs"]) == 0
     listed = capfd.readouterr().out
     assert "stop-now." not in listed and listed.splitlines()[-1].split()[:2] == ["long", "stopped"]
+
+
+def installed_plugin(folder: Path) -> Path:
+    """A folder for PYTHONPATH in which the example plug-in is as if installed."""
+    example = Path(__file__).parents[2] / "docs/example_plugin"
+    shutil.copytree(example / "pretrain_colour", folder / "site/pretrain_colour")
+    note = folder / "site/pretrain_colour-1.0.dist-info"
+    note.mkdir()
+    (note / "METADATA").write_text("Metadata-Version: 2.1\nName: pretrain-colour\nVersion: 1.0\n")
+    groups = tomllib.loads((example / "pyproject.toml").read_text())["project"]["entry-points"]
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items()) for group, entries in groups.items()]
+    (note / "entry_points.txt").write_text("\n".join(lines))
+    return folder / "site"
