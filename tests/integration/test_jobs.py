@@ -1,7 +1,7 @@
 """A real head with dashboard and token on the loopback interface: submit, follow, stop, go on.
 
-One head for the module, 30 CPU-seconds; each job costs a driver and one worker, 15 together, most of it imports. The run
-is one of small steps on the demo photos.
+One head for the module, 30 CPU-seconds; each job costs a driver and one worker, 15 together, most of it imports. The
+run is one of small steps on the demo photos.
 """
 
 from __future__ import annotations
