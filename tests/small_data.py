@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import io
+import json
 import math
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def volumes() -> Path:
         np.savez_compressed(file, image=image.astype(np.uint8), label=(distance < 1).astype(np.uint8))
         return {"npz": file.getvalue()}
 
-    return _folder(sample, 64, 16)
+    return _folder(sample, 64, 16, ("ground", "ball"))
 
 
 @cache
@@ -102,7 +103,7 @@ def photos_and_volumes() -> Path:
         Image.fromarray(colors.astype(np.uint8)).save(picture, "JPEG", quality=95)
         return {"jpg": picture.getvalue(), "npz": volume.getvalue()}
 
-    folder = _folder(sample, 64, 16)
+    folder = _folder(sample, 64, 16, ("ground", "ball"))
     for name in ("images", "volumes"):
         (folder / name).symlink_to(folder)
     return folder
@@ -125,12 +126,16 @@ def write_shard(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
-def _folder(sample: Callable[[int], Mapping[str, bytes]], num_train: int, num_test: int) -> Path:
+def _folder(
+    sample: Callable[[int], Mapping[str, bytes]], num_train: int, num_test: int, classes: Sequence[str] = ()
+) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="small-data-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     numbers = range(num_train + num_test)
     for split, chosen in (("train", numbers[:num_train]), ("test", numbers[num_train:])):
         write_shard(folder / f"{split}-000000.tar", {f"{idx:04d}": sample(idx) for idx in chosen})
+    if classes:
+        (folder / "dataset.json").write_text(json.dumps({"classes": classes}))
     return folder
 
 
