@@ -37,6 +37,9 @@ from tests.small_objectives import backbone_of, data_of, kind_of, with_frozen_te
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "losses"
 STEPS, RANKS, MICRO, ACCUMULATION = 20, 2, 4, 2
 STAGES = {0: 8, 1: STEPS}  # and how many of the steps are done again: what comes late is no matter of the stage
+# Which point of a cloud is nearest hangs on the last bit: on another processor the curves part by a factor of three a
+# step, from 1e-7 to 6e-5 in these steps.
+PART_AFTER = {"point_mae": 8}
 TOLERANCE = 2e-3  # relative; seen between processors with and without AVX-512: up to 3e-4 after 20 steps
 SMALL = SIZES | {
     "dinov3": SIZES["dinov3"] | {
@@ -156,6 +159,7 @@ def test_recorded_losses__are_unchanged(name: str, stage: int, curves: dict[str,
     if head["machine"] == _machine():
         assert found == recorded
         return
+    found, recorded = found[: PART_AFTER.get(name)], recorded[: PART_AFTER.get(name)]
     for key in ("loss", "grad_norm"):
         values = [[record[key] for record in curve] for curve in (found, recorded)]
         torch.testing.assert_close(*map(torch.tensor, values), rtol=TOLERANCE, atol=0)
