@@ -20,16 +20,19 @@ from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.connect import Cluster
+from cluster.nodes import draining, free, room
 
-__all__ = ["End", "Place", "WorkerGroup", "WorkersFailed", "classify", "environments", "run_workers"]
+__all__ = ["End", "Members", "Place", "WorkerGroup", "WorkersFailed", "classify", "environments", "run_workers"]
 
 WATCH_S = 1.0  # between two looks at the group from outside
+PLACE_S = 10.0  # for the places of a group, before fewer workers are tried
 SETTLE_S = 1.0  # after the first rank has ended, so that the cause is seen beside what it brings about in others
 LONGEST_PAUSE_S = 60.0
+_FOREVER_S = 10.0**9
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,14 @@ class WorkerGroup:
     """How many workers, what each of them gets, and how often the group may be restarted.
 
     Attributes:
-        num_workers: Actors that run the function together.
+        sizes: Numbers of actors that can run the function together, the most first. Each start takes the first for
+            which there is room, and waits for the last.
         cpus_per_worker, gpus_per_worker: What Ray reserves for each.
         max_failures: Restarts without progress between them.
         fatal: Exceptions of the function that no restart can mend; they end the run at once.
     """
 
-    num_workers: int
+    sizes: tuple[int, ...]
     cpus_per_worker: float
     gpus_per_worker: float
     max_failures: int
@@ -66,14 +70,15 @@ class End:
     """How a group ended.
 
     Attributes:
-        kind: `fatal`: a restart would end the same way; `preempted`: a machine was taken away; `failed`: the rest.
+        kind: `fatal`: a restart would end the same way; `preempted`: a machine was taken away; `again`: all returned,
+            to be started again; `failed`: the rest.
         rank: The worker to blame.
         reason: One line for people.
         traceback: Of the function, where it raised.
         cause: What it raised.
     """
 
-    kind: Literal["fatal", "preempted", "failed"]
+    kind: Literal["fatal", "preempted", "failed", "again"]
     rank: int
     reason: str
     traceback: str = ""
@@ -82,27 +87,28 @@ class End:
 
 def run_workers(
     cluster: Cluster,
-    function: Callable[[dict[str, Any]], None],
+    function: Callable[[dict[str, Any]], bool],
     settings: dict[str, Any],
     group: WorkerGroup,
     *,
     progress: Callable[[], Hashable] = lambda: None,
     starting: Callable[[], None] = lambda: None,
     restarting: Callable[[End, float], None] = lambda end, pause_s: None,
-    hung: Callable[[], End | None] = lambda: None,
+    watch: Callable[[Members], End | None] = lambda members: None,
 ) -> None:
     """Run `function(settings)` on every worker of the group and wait until all have returned.
 
     Args:
         cluster: A live connection.
-        function: Importable by the workers; finds its rank in the environment.
+        function: Importable by the workers; finds its rank in the environment. Returns whether the group is to start
+            again; it is when any rank says so.
         settings: Passed to the function as it is.
         group: Size and resources. When a worker dies or raises, the whole group starts again.
         progress: What has been reached, for example the newest checkpoint. Failures are counted anew when it changes.
         starting: Called before each start of the group.
         restarting: Told of each restart: how the group ended, and the seconds until it starts again.
-        hung: Asked about once a second while the function runs: whether the group has to be ended, and why. Ray notices
-            a process that has died, none that hangs.
+        watch: Asked about once a second while the function runs: whether the group has to be ended, and why. Ray
+            notices a process that has died, none that hangs.
 
     Raises:
         WorkersFailed: A `fatal` exception, or more than `max_failures` failures without progress.
@@ -111,9 +117,11 @@ def run_workers(
     while True:
         attempts += 1
         starting()
-        end = _attempt(cluster, function, settings, group, hung)
+        end = _attempt(cluster, function, settings, group, watch)
         if end is None:
             return
+        if end.kind == "again":
+            continue
         if progress() != reached:
             failures, reached = 0, progress()
         failures += end.kind != "preempted"
@@ -122,6 +130,36 @@ def run_workers(
         pause_s = min(2.0 ** (failures - 1), LONGEST_PAUSE_S) if failures > 1 else 0.0
         restarting(end, pause_s)
         time.sleep(pause_s)
+
+
+@dataclass(frozen=True)
+class Members:
+    """A group at work.
+
+    Attributes:
+        size: Its workers.
+        nodes: Ids of the nodes that they are on.
+        bundle: What Ray reserves for each.
+        sizes: Of `WorkerGroup`.
+    """
+
+    size: int
+    nodes: frozenset[str]
+    bundle: Mapping[str, float]
+    sizes: tuple[int, ...]
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Those of its nodes that are about to be taken away."""
+        return self.nodes & draining()
+
+    @property
+    def larger(self) -> int | None:
+        """The size that there is room for, if the group could have more workers than now."""
+        if self.size == self.sizes[0]:
+            return None
+        most = min(self.size + free(self.bundle), room(self.bundle))
+        return next((size for size in self.sizes if self.size < size <= most), None)
 
 
 @dataclass(frozen=True)
@@ -146,26 +184,25 @@ class _Worker:
         return Place(node, ray.util.get_node_ip_address(), tuple(gpus), port)
 
     def run(
-        self, function: Callable[[dict[str, Any]], None], settings: dict[str, Any], environment: dict[str, str]
-    ) -> None:
+        self, function: Callable[[dict[str, Any]], bool], settings: dict[str, Any], environment: dict[str, str]
+    ) -> bool:
         os.environ.update(environment)
-        function(settings)
+        return function(settings)
 
 
 def _attempt(
     cluster: Cluster,
-    function: Callable[[dict[str, Any]], None],
+    function: Callable[[dict[str, Any]], bool],
     settings: dict[str, Any],
     group: WorkerGroup,
-    hung: Callable[[], End | None],
+    watch: Callable[[Members], End | None],
 ) -> End | None:
-    """One life of the group; None when every worker has returned."""
+    """One life of the group; None when every worker has returned and none wants another."""
     bundle = {"CPU": group.cpus_per_worker, "GPU": group.gpus_per_worker}
     bundle = {name: amount for name, amount in bundle.items() if amount} or {"CPU": 0.001}  # Ray refuses empty ones
-    places = placement_group([bundle] * group.num_workers, strategy="PACK")
+    size, places = _reserved(bundle, group.sizes)
     workers: list[Any] = []
     try:
-        ray.get(places.ready())  # on a shared cluster until there is room; a waiting group is what an autoscaler sees
         workers = [
             ray.remote(_Worker)
             .options(
@@ -175,7 +212,7 @@ def _attempt(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=index),
             )
             .remote()
-            for index in range(group.num_workers)
+            for index in range(size)
         ]
         try:
             found = ray.get([worker.place.remote() for worker in workers])
@@ -187,36 +224,51 @@ def _attempt(
             worker.run.remote(function, settings, environment): rank
             for rank, (worker, environment) in enumerate(zip(ranked, variables, strict=True))
         }
-        errors = _errors(running, hung)
-        if isinstance(errors, End):
-            return errors
-        return classify(errors, group.fatal) if errors else None
+        members = Members(size, frozenset(place.node for place in found), bundle, group.sizes)
+        return _ended(running, group.fatal, lambda: watch(members))
     finally:
         for worker in workers:
             ray.kill(worker)
         remove_placement_group(places)
 
 
-def _errors(running: Mapping[Any, int], hung: Callable[[], End | None]) -> dict[int, RayError] | End:
-    """Wait until all ranks have returned, or one has not: then for what the others say within a moment.
+def _reserved(bundle: Mapping[str, float], sizes: Sequence[int]) -> tuple[int, PlacementGroup]:
+    """Places for as many workers as there is room for, of the sizes that can be; waits for the last of them.
 
-    Returns:
-        What ranks raised, or how the group has to end because it hangs.
+    A size is not tried for which all machines together have no room, unless it is the last: a group that waits is what
+    an autoscaler sees.
     """
+    for size in sizes:
+        if size != sizes[-1] and size > room(bundle):
+            continue
+        places = placement_group([dict(bundle)] * size, strategy="PACK")
+        if places.wait(timeout_seconds=_FOREVER_S if size == sizes[-1] else PLACE_S):
+            return size, places
+        remove_placement_group(places)
+    raise AssertionError("the last size is waited for")
+
+
+def _ended(
+    running: Mapping[Any, int], fatal: tuple[type[BaseException], ...], watch: Callable[[], End | None]
+) -> End | None:
+    """Wait until all ranks have returned, or one has not: then for what the others say within a moment."""
     waiting = list(running)
     errors: dict[int, RayError] = {}
+    again = False
     while waiting:
         ended, waiting = ray.wait(waiting, num_returns=1, timeout=SETTLE_S if errors else WATCH_S)
         if not ended and errors:
             break
-        if not ended and (end := hung()) is not None:
+        if not ended and (end := watch()) is not None:
             return end
         for reference in ended:
             try:
-                ray.get(reference)
+                again = bool(ray.get(reference)) or again
             except RayError as error:
                 errors[running[reference]] = error
-    return errors
+    if errors:
+        return classify(errors, fatal)
+    return End("again", 0, "") if again else None
 
 
 def by_node(places: Sequence[Place]) -> list[int]:

@@ -29,6 +29,7 @@ from objectives.errors import ObjectiveError
 from pretrain.checkpoints import store
 from pretrain.checkpoints.initialization import Start
 from pretrain.config.stages import Plan, Stage
+from pretrain.config.worlds import with_workers, worlds
 from pretrain.errors import EXIT_STOPPED, RequestError
 from pretrain.record.disk import DiskFull
 from pretrain.record.events import (
@@ -37,6 +38,7 @@ from pretrain.record.events import (
     Finished,
     Metrics,
     Preparing,
+    Regrouping,
     Stopped,
     Taught,
     Visualizations,
@@ -75,7 +77,7 @@ class Process:
         device: Of this rank.
         emit: Takes events; of other ranks than the first they go nowhere.
         clock: Runs until the first step is done.
-        stop: Whether this process was asked to stop.
+        stop: Whether this process was asked to end.
         heartbeat: Told what this rank is doing.
         size: Of the model, one line for people.
     """
@@ -98,10 +100,11 @@ def train(
     listener: Emit | None = None,
     launched: float | None = None,
     placed: float | None = None,
-) -> bool:
+) -> Finished | Stopped | Regrouping:
     """Train to the last step of the last stage, from the newest complete checkpoint in `run_dir` if there is one.
 
-    SIGTERM or Ctrl-C to any rank, or the file `RunDir.stop_request`, ends it after the next step, with a checkpoint.
+    SIGTERM or Ctrl-C to any rank, or the file `RunDir.stop_request`, ends it after the next step, with a checkpoint; so
+    does `RunDir.regroup_request`, to begin again.
 
     Args:
         plan: Resolved recipe of each stage.
@@ -112,7 +115,7 @@ def train(
         placed: Unix time at which this process was ready to import this module.
 
     Returns:
-        Whether all steps are done; False when it was stopped.
+        How it ended. Only the first rank knows that the workers are to begin again; others say that they stopped.
 
     Raises:
         ValueError: World size and recipe disagree, or a stage does not fit what it begins with.
@@ -127,8 +130,10 @@ def train(
     with beating(run, int(os.environ["RANK"]), settings.hang_after_s) as heartbeat:
         heartbeat.beat("start", 0)
         rank, world_size = init_distributed(device, settings.collective_timeout_s)
-        if world_size != settings.workers:
-            raise ValueError(f"{world_size} workers were started, but train.workers={settings.workers}")
+        if world_size not in (possible := worlds(plan)):
+            numbers = " or ".join(map(str, possible))
+            raise ValueError(f"{world_size} workers were started, but train.workers={numbers}")
+        plan = with_workers(plan, world_size)
         clock.note("joined")
 
         store.place(run_dir, plan.recipe.checkpoints.storage)
@@ -136,7 +141,7 @@ def train(
         is_first = rank == 0
         with (
             Journal(run.journal) if is_first else nullcontext() as journal,
-            watched(run.stop_request if is_first else None) as stop,
+            watched(run if is_first else None) as stop,
         ):
 
             def emit(event: Event) -> None:
@@ -155,13 +160,14 @@ def train(
                 stopped = train_stage(process, index, start, found, handed)
                 if stopped is not None:
                     break
-            if stopped is None or stopped == plan.total_steps:
-                emit(Finished(step=plan.total_steps))
-            else:
-                emit(Stopped(step=stopped))
+            end: Finished | Stopped | Regrouping = Finished(step=plan.total_steps)
+            if stopped not in (None, plan.total_steps):
+                why = stop.regroups
+                end = Stopped(step=stopped) if why is None else Regrouping(step=stopped, why=why)
+            emit(end)
         dist.barrier()  # all ranks: nobody leaves while rank 0 still publishes
         dist.destroy_process_group()
-    return stopped in (None, plan.total_steps)
+    return end
 
 
 def train_stage(
@@ -256,7 +262,9 @@ def run_steps(
         progress = Progress(step, total, is_logged)
         rates = {"lr": rate.at(step), "weight_decay": decay.at(step)}
         engine.set_schedule(rates["lr"], rates["weight_decay"], step)
-        result = engine.step((on_device(batch) for batch in loaded), progress, stop=bool(process.stop))
+        is_due = _is_due(step + 1, total, recipe.train.checkpoint_every)
+        stop = process.stop.counts(checkpoint_is_due=is_due)
+        result = engine.step((on_device(batch) for batch in loaded), progress, stop=stop)
         if not result.applied:
             health.skipped(done, result.bad_ranks)
 
@@ -278,7 +286,7 @@ def run_steps(
                     write_image_grid(run.visualizations(done), pictures)
                     emit(Visualizations(step=done, path=run.relative(run.visualizations(done))))
             publisher.tell()
-            if result.stops or _is_due(step + 1, total, recipe.train.checkpoint_every):
+            if result.stops or is_due:
                 heartbeat.beat("checkpoint", done)
                 publisher.take(done, is_last=result.stops or step + 1 == total)
         if result.stops:
@@ -355,14 +363,14 @@ def main() -> None:
             known.prune()
 
     if os.environ.get("RANK") == "0":
-        RunDir(arguments.run_dir).stop_request.unlink(missing_ok=True)  # it was for the run that it has stopped
+        RunDir(arguments.run_dir).take_back_requests()  # they were for the workers that have ended
     try:
         with Terminal(plan, run_dir=arguments.run_dir) as terminal:
-            is_done = train(plan, arguments.run_dir, listener=listener)
+            end = train(plan, arguments.run_dir, listener=listener)
     except (BackboneError, DataError, DiskFull, LoaderError, ObjectiveError, store.CheckpointError) as error:
         say(f"error: {error}", err=True)
         raise SystemExit(1) from None
-    raise SystemExit(0 if is_done else EXIT_STOPPED)
+    raise SystemExit(0 if isinstance(end, Finished) else EXIT_STOPPED)
 
 
 if __name__ == "__main__":

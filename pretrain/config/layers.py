@@ -187,6 +187,8 @@ class _Layers:
                 value = value.text if value.problem is not None else value.value
         if problem := self._absent_item(key):
             self._mistakes.add(key, written, problem, origin=origin)
+        elif declared == "train.workers" and self._assign_range(value, origin):
+            pass
         elif declared in self._sections:
             self._assign_section(key, value, origin)
         elif owner := self._owner(key):
@@ -195,6 +197,17 @@ class _Layers:
             pass  # which settings exist is unknown; that the name which chooses them is wrong is reported already
         else:
             self._mistakes.add(key, written, f"unknown setting{self._meant(key)}", origin=origin)
+
+    def _assign_range(self, workers: Any, origin: str) -> bool:
+        """Take `train.workers: [FEWEST, MOST]` apart; a plain number takes back the range of an earlier layer."""
+        fewest_key = "train.min_workers"
+        if isinstance(workers, list) and len(workers) == 2:
+            self.assign("train.workers", workers[1], origin)
+            self.assign(fewest_key, workers[0], origin)
+            return True
+        if self._mistakes.is_given(fewest_key) and self._mistakes.origin(fewest_key) != origin:
+            self.assign(fewest_key, None, origin)
+        return False
 
     def draft(self, origin: str, how_to_set: str) -> Recipe:
         """The merged recipe. Where a mistake was found it holds a stand-in; `Mistakes.sound` tells."""

@@ -74,6 +74,7 @@ _LENGTH = ("train.steps", "train.epochs")  # fixed in a run of stages
 _RESUMABLE = (
     *_LENGTH,
     "train.workers",
+    "train.min_workers",
     "train.micro_batch_size",
     "train.accumulation",
     "train.checkpoint_blocks",
@@ -265,7 +266,8 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
             if not is_reshardable(optimizer, zero_stage):
                 known = f"DeepSpeed can cut anew only the state of {', '.join(RESHARDABLE)}"
                 raise RequestError(f"train.workers={workers}: the run uses {optimizer} in ZeRO stage 3, and {known}")
-            share = (int(workers) if workers.isdigit() else 0) * (micro if isinstance(micro, int) else 0)
+            most = re.fullmatch(r"\d+|\[\s*\d+\s*,\s*\d+\s*\]", workers.strip())  # or [FEWEST, MOST]
+            share = (int(re.findall(r"\d+", workers)[-1]) if most else 0) * (micro if isinstance(micro, int) else 0)
             are_whole = are_whole and share > 0 and isinstance(total, int) and total % share == 0
         if len(open_keys) == 2:
             derived = ["train.accumulation=null", *([] if are_whole else ["train.micro_batch_size=null"])]

@@ -192,7 +192,12 @@ class TrainConfig:
     global_batch_size: int = setting("samples per optimizer step over all workers", range=(1, None))
     micro_batch_size: int | None = setting("samples per forward pass; null: derived", None, range=(1, None))
     accumulation: int | None = setting("forward passes per optimizer step; null: derived", None, range=(1, None))
-    workers: int = setting("training processes", 2, range=(1, 65536))
+    workers: int = setting("training processes; [FEWEST, MOST] sets min_workers as well", 2, range=(1, 65536))
+    min_workers: int | None = setting(
+        "fewest workers that the run goes on with when a cluster has no room for all; null: as many as workers",
+        None,
+        range=(1, 65536),
+    )
     zero_stage: int | None = setting(
         "what DeepSpeed ZeRO shards: 0 nothing, 1 optimizer, 2 + gradients, 3 + parameters and teachers; null: 0 in "
         "fp32 with one worker, on CPUs or with an optimizer that needs it, else 1",

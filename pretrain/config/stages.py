@@ -48,6 +48,7 @@ FIXED = (
     "evaluation",
     "tracking",
     "train.workers",
+    "train.min_workers",
     "train.device",
     "train.keep_last",
     "train.keep_best",

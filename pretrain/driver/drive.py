@@ -23,11 +23,13 @@ from data_pipelines.files import write_atomically
 from data_pipelines.storage.locations import redact
 from pretrain.checkpoints import copies, store
 from pretrain.config.stages import Plan, plan_yaml
+from pretrain.config.worlds import worlds
 from pretrain.driver.evaluating import Evaluating
 from pretrain.driver.failures import FATAL, restart_reason, told
 from pretrain.driver.placement import given_address, gpus_per_worker, only_driver
 from pretrain.driver.trackers import open_mirrors, tracker_of
 from pretrain.driver.train_worker import train_worker
+from pretrain.driver.watching import Watch
 from pretrain.errors import RequestError, RunFailed, RunStopped, last_line, said_by_system
 from pretrain.known_checkpoints import KnownCheckpoints
 from pretrain.record.events import (
@@ -40,7 +42,6 @@ from pretrain.record.events import (
     Start,
     Stopped,
 )
-from pretrain.record.heartbeat import Watchdog
 from pretrain.record.interrupts import heard
 from pretrain.record.journal import Journal, read_events
 from pretrain.record.run_dir import SIGNALLED, RunDir, resume_command, stopped_line
@@ -100,8 +101,7 @@ class Driver:
         with only_driver(self.run_dir), self.terminal, heard(self._on_signal) as listen_again:
             if on_start is not None:
                 on_start(self.run_dir.path)
-            for asked in (self.run_dir.stop_request, self.run_dir.stop_now_request):
-                asked.unlink(missing_ok=True)  # it was for the workers that it has stopped
+            self.run_dir.take_back_requests()  # they were for the workers that have ended
             self.run_dir.training.unlink(missing_ok=True)  # of a driver that was killed
             self.terminal.say(f"run {self.run_dir.run_id} in {self.run_dir.path}")
             for event in read_events(self.run_dir.evaluations)[0]:
@@ -183,7 +183,7 @@ class Driver:
     def _train_and_evaluate(self, cluster: Cluster, gpus_per_worker: float) -> None:
         from cluster.connect import is_alive
         from cluster.tasks import TaskQueue, gpu_share
-        from cluster.workers import End, WorkerGroup, run_workers
+        from cluster.workers import WorkerGroup, run_workers
 
         slots = self.recipe.evaluation.slots
         trainer_gpus = self.recipe.train.workers * gpus_per_worker
@@ -197,18 +197,14 @@ class Driver:
         # The evaluations of the last checkpoint then have the GPUs that the trainers leave.
         last_ones_wait = cluster.private and cluster.num_gpus > 0 and not queue.gpus_per_task
         group = WorkerGroup(
-            num_workers=self.recipe.train.workers,
+            sizes=worlds(self.plan),
             cpus_per_worker=self.recipe.cluster.cpus_per_worker,
             gpus_per_worker=gpus_per_worker,
             max_failures=self.recipe.train.max_failures,
             fatal=FATAL,
         )
         arguments = {"plan": self.plan, "run_dir": str(self.run_dir.path), "launched": self.launched}
-        watchdog = Watchdog(self.run_dir, self.recipe.train.hang_after_s)
-
-        def hung() -> End | None:
-            silence = watchdog.look()
-            return None if silence is None else End("failed", silence.rank, silence.text)
+        watch = Watch(self.run_dir, self.recipe.train.hang_after_s)
 
         def train() -> None:
             self.run_dir.training.touch()
@@ -219,9 +215,9 @@ class Driver:
                     arguments,
                     group,
                     progress=self._newest_step,
-                    starting=watchdog.forget,
+                    starting=watch.starting,
                     restarting=self._say_restart,
-                    hung=hung,
+                    watch=watch,
                 )
             finally:
                 self.run_dir.training.unlink(missing_ok=True)

@@ -50,7 +50,8 @@ def gpus_per_worker(cluster: Cluster, recipe: Recipe) -> tuple[float, str | None
     if recipe.cluster.gpus_per_worker is not None:
         return recipe.cluster.gpus_per_worker, None
     try:
-        return connect.gpus_per_worker(cluster, recipe.train.device, recipe.train.workers)
+        fewest = recipe.train.min_workers or recipe.train.workers
+        return connect.gpus_per_worker(cluster, recipe.train.device, fewest)
     except ValueError as error:
         raise RequestError(str(error)) from None
 

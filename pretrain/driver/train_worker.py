@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.record.disk import naming_disk
+from pretrain.record.events import Regrouping
 from pretrain.record.run_dir import RunDir
 
 __all__ = ["train_worker"]
 
 
-def train_worker(settings: dict[str, Any]) -> None:
+def train_worker(settings: dict[str, Any]) -> bool:
     """What Ray runs on each worker: the same loop as under torchrun, with its output in the run's log files.
+
+    Returns:
+        Whether this rank knows that the workers are to begin again.
 
     Raises:
         RequestError: On rank 0 of a run that is to begin, before it has written anything: the model or the data refuse
@@ -34,7 +38,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     try:
         size = size_line(look_ahead(settings["plan"])) if is_new else ""
         with naming_disk(run_dir.path, "what belongs to the run"):
-            train(settings["plan"], run_dir.path, size=size, launched=settings["launched"], placed=placed)
+            end = train(settings["plan"], run_dir.path, size=size, launched=settings["launched"], placed=placed)
     except BaseException:
         traceback.print_exc()  # into the log; the driver gets the exception as well
         raise
+    return isinstance(end, Regrouping)

@@ -32,6 +32,7 @@ __all__ = [
     "Initialized",
     "Metrics",
     "Preparing",
+    "Regrouping",
     "Rejected",
     "Resumed",
     "StageBegan",
@@ -272,6 +273,15 @@ class Stopped(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Regrouping(Event):
+    """The workers ended with a checkpoint of `step`, to begin again with others; `why` is one line."""
+
+    kind: ClassVar[str] = "regrouping"
+    step: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Failed(Event):
     """Training gave up; `error` is one line."""
 
@@ -372,6 +382,7 @@ _KINDS: dict[str, type[Event]] = {
         Warned,
         Finished,
         Stopped,
+        Regrouping,
         Failed,
         Evaluated,
         Rejected,

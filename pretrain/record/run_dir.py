@@ -11,6 +11,7 @@
              logs/                output of the processes
              stop                 a request to end after the next step
              stop-now             a request to end at once
+             regroup              a request to begin again with other workers
              training             there while workers train: evaluations leave the cores to them
              heartbeat/           what each rank is doing, while it does it
              report.html
@@ -146,9 +147,19 @@ class RunDir:
         return any(text != SIGNALLED for text in asked)
 
     @property
+    def regroup_request(self) -> Path:
+        """While it exists the workers end soon, with a checkpoint, to begin again (`pretrain.training.stopping`)."""
+        return self.path / "regroup"
+
+    @property
     def training(self) -> Path:
         """While it exists workers train, and evaluations leave the cores to them."""
         return self.path / "training"
+
+    def take_back_requests(self) -> None:
+        """Before workers start: what was asked of those before them is done."""
+        for asked in (self.stop_request, self.stop_now_request, self.regroup_request):
+            asked.unlink(missing_ok=True)
 
     def worker_log(self, rank: int) -> Path:
         return self.logs / f"worker-{rank}.log"

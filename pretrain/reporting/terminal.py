@@ -28,6 +28,7 @@ from pretrain.record.events import (
     Initialized,
     Metrics,
     Preparing,
+    Regrouping,
     Resumed,
     StageBegan,
     Start,
@@ -128,6 +129,8 @@ class Terminal:
                 self.say(f"checkpoint at step {event.step}: {self._place_of(event)}")
             case Stopped():
                 self.say(f"stopped after step {event.step}")
+            case Regrouping():
+                self.say(f"the workers begin again after step {event.step}: {event.why}")
             case Warned():
                 self.say(f"WARNING at step {event.step}: {event.text}")
             case Evaluated():

@@ -88,7 +88,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def _group(**settings: Any) -> WorkerGroup:
-    return WorkerGroup(num_workers=2, cpus_per_worker=1, gpus_per_worker=0, **{"max_failures": 1, **settings})
+    return WorkerGroup(sizes=(2,), cpus_per_worker=1, gpus_per_worker=0, **{"max_failures": 1, **settings})
 
 
 def _work(settings: dict[str, Any]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import socket
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -100,6 +103,19 @@ def read_losses(run_dir: Path) -> dict[int, float]:
     return found
 
 
+def read_samples(run_dir: Path) -> dict[int, dict[int, list[int]]]:
+    """World size -> step -> sorted ids of the samples of that step, where all ranks had come to record it."""
+    shares: dict[tuple[int, int], dict[str, list[int]]] = defaultdict(dict)
+    for path in (run_dir / "samples").glob("rank-*.jsonl"):
+        for record in map(json.loads, path.read_text().splitlines()):
+            shares[record["world_size"], record["step"]][path.name] = record["ids"]
+    found: dict[int, dict[int, list[int]]] = defaultdict(dict)
+    for (world_size, step), ranks in shares.items():
+        if len(ranks) == world_size:
+            found[world_size][step] = sorted(itertools.chain(*ranks.values()))
+    return found
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float, log: Path) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -135,6 +151,11 @@ def whole(warm_start: BaseContext, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def losses() -> Callable[[Path], dict[int, float]]:
     return read_losses
+
+
+@pytest.fixture
+def samples() -> Callable[[Path], dict[int, dict[int, list[int]]]]:
+    return read_samples
 
 
 @pytest.fixture

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ pytestmark = pytest.mark.integration
 
 Launch = Callable[..., Any]
 Losses = Callable[[Path], dict[int, float]]
+Samples = Callable[[Path], dict[int, dict[int, list[int]]]]
 
 
 class Code:
@@ -82,7 +81,9 @@ def test_loop__killed_while_a_checkpoint_is_written_goes_on_from_one_that_is_who
     assert not list((broken.run_dir / "checkpoints").glob(".*"))
 
 
-def test_loop__goes_on_with_another_number_of_ranks(launch: Launch, losses: Losses, whole: Path) -> None:
+def test_loop__goes_on_with_another_number_of_ranks(
+    launch: Launch, losses: Losses, samples: Samples, whole: Path
+) -> None:
     """Two ranks, then one, then two again: exactly the samples that remain, and nearly the same losses."""
     options = ("data.record_samples=true", "evaluation.baseline=false")
     launch("parts", *options).kill_after_step(6)  # checkpoints are taken every 4 steps
@@ -90,8 +91,8 @@ def test_loop__goes_on_with_another_number_of_ranks(launch: Launch, losses: Loss
     parts = launch("parts", *options)
     parts.wait()
 
-    (wanted,) = _samples(whole).values()
-    found = _samples(parts.run_dir)
+    (wanted,) = samples(whole).values()
+    found = samples(parts.run_dir)
     assert set(found[2]) | set(found[1]) == set(wanted) == set(range(1, 13))
     assert all(ids == wanted[step] for steps in found.values() for step, ids in steps.items())
     events = read_events(parts.run_dir / "journal.jsonl")[0]
@@ -102,19 +103,6 @@ def test_loop__goes_on_with_another_number_of_ranks(launch: Launch, losses: Loss
     for event in events:
         if isinstance(event, Metrics):
             assert event.values["loss"] == pytest.approx(expected[event.step], rel=1e-4)
-
-
-def _samples(run_dir: Path) -> dict[int, dict[int, list[int]]]:
-    """World size -> step -> sorted ids of the samples of that step, where all ranks had come to record it."""
-    shares: dict[tuple[int, int], dict[str, list[int]]] = defaultdict(dict)
-    for path in (run_dir / "samples").glob("rank-*.jsonl"):
-        for record in map(json.loads, path.read_text().splitlines()):
-            shares[record["world_size"], record["step"]][path.name] = record["ids"]
-    found: dict[int, dict[int, list[int]]] = defaultdict(dict)
-    for (world_size, step), ranks in shares.items():
-        if len(ranks) == world_size:
-            found[world_size][step] = sorted(itertools.chain(*ranks.values()))
-    return found
 
 
 def test_loop__damaged_or_forged_checkpoint_is_refused_by_name(launch: Launch) -> None:

@@ -26,6 +26,7 @@ EXAMPLES: list[Event] = [
     events.Warned(step=1, about="collapse", text="collapsed: flat"),
     events.Warned(step=1, about="non_finite_loss", text="not finite", ranks=(0, 3)),
     events.Finished(step=9),
+    events.Regrouping(step=9, why="a machine is taken away"),
     events.Stopped(step=9),
     events.Failed(error="worker 1 was killed"),
     events.Evaluated(step=1, protocol="knn", data="a", metrics={"top1": 0.5}, key="k", seconds=2.0, cached=True),

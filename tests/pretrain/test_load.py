@@ -348,7 +348,9 @@ def test_load_for_resume__steps_of_stages_are_fixed(minimal: str, tmp_path: Path
         load_for_resume(written, ("train.steps=1000000",))
     with pytest.raises(RequestError) as caught:  # nor is it named among what may be changed
         load_for_resume(written, ("train.step=7",))
-    assert "train: workers, micro_batch_size, " in str(caught.value) and "train.steps" not in str(caught.value)
+    assert "train: workers, min_workers, micro_batch_size, " in str(caught.value) and "train.steps" not in str(
+        caught.value
+    )
 
 
 def test_load_recipe__a_root_that_the_recipe_does_not_use_is_refused(minimal: str, tmp_path: Path) -> None:

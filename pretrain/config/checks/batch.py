@@ -29,8 +29,24 @@ def with_batch_arithmetic(train: TrainConfig, mistakes: Mistakes) -> TrainConfig
             micro = quotient
         else:
             accumulation = quotient
+        _check_fewest(replace(train, micro_batch_size=micro), mistakes)
     pictures_every = train.checkpoint_every if train.pictures_every is None else train.pictures_every
     return replace(train, micro_batch_size=micro, accumulation=accumulation, pictures_every=pictures_every)
+
+
+def _check_fewest(train: TrainConfig, mistakes: Mistakes) -> None:
+    """Whether the run can go on with fewer workers at all, where it is asked to."""
+    key, fewest, micro = "train.min_workers", train.min_workers, train.micro_batch_size
+    if fewest is None or micro is None or not mistakes.sound(key) or fewest == train.workers:
+        return
+    if fewest > train.workers:
+        mistakes.add(key, fewest, f"more than train.workers={train.workers}, which is the most that there can be")
+        return
+    parts = train.global_batch_size // micro  # micro-batches of a step, of which each worker gets equally many
+    if not any(parts % workers == 0 for workers in range(fewest, train.workers)):
+        lower = max((workers for workers in range(1, fewest) if parts % workers == 0), default=train.workers)
+        unit = f"the {parts} micro-batches of a step cannot be divided among {fewest} to {train.workers - 1} workers"
+        mistakes.add(key, fewest, f"{unit}; nearest: train.min_workers={lower}")
 
 
 def _batch_mistake(train: TrainConfig, key: str) -> tuple[str, Any, str]:

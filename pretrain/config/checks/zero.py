@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pretrain.config.mistakes import Mistakes
-from pretrain.config.optimizer_facts import WHOLE_PARAMETER
+from pretrain.config.optimizer_facts import RESHARDABLE, WHOLE_PARAMETER, is_reshardable
 from pretrain.config.schema import OptimizerConfig, Recipe, TrainConfig
 
 __all__ = ["check_deepspeed_keys", "check_zero_stage", "zero_objections", "zero_stage"]
@@ -53,6 +53,10 @@ def zero_objections(optimizer: OptimizerConfig, train: TrainConfig, stage: int) 
     if train.compile and stage == 3:
         problem = "ZeRO stage 3 gathers parameters within the blocks that are compiled; use train.zero_stage=2 with it"
         yield "train.compile", train.compile, problem
+    if train.min_workers not in (None, train.workers) and not is_reshardable(optimizer.name, stage):
+        known = f"the state of {optimizer.name} in ZeRO stage {stage} cannot be cut anew for fewer workers"
+        remedy = f"use train.zero_stage=2, one of {', '.join(RESHARDABLE)}, or train.workers={train.workers} alone"
+        yield "train.min_workers", train.min_workers, f"{known}; {remedy}"
 
 
 def check_zero_stage(draft: Recipe, mistakes: Mistakes) -> None:
