@@ -162,7 +162,7 @@ def train(
                     break
             end: Finished | Stopped | Regrouping = Finished(step=plan.total_steps)
             if stopped not in (None, plan.total_steps):
-                why = stop.regroups
+                why = stop.regroups()
                 end = Stopped(step=stopped) if why is None else Regrouping(step=stopped, why=why)
             emit(end)
         dist.barrier()  # all ranks: nobody leaves while rank 0 still publishes

@@ -81,7 +81,6 @@ class StopRequest:
         asked = _read(self._regroup)
         return asked is not None and (asked[0] == "now" or checkpoint_is_due)
 
-    @property
     def regroups(self) -> str | None:
         """Of a run that has ended on request: why it begins again; None: it was asked to stop."""
         asked = None if self._is_to_stop else _read(self._regroup)
