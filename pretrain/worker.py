@@ -347,7 +347,8 @@ def main() -> None:
     try:
         kept = _saved_stage(arguments.run_dir)
         plan = checked_plan(load_plan(arguments.recipe, [*kept, *arguments.overrides]), arguments.run_dir)
-        if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) != (workers := plan.recipe.train.workers):
+        if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) not in (possible := worlds(plan)):
+            workers = " or ".join(map(str, possible))
             raise RequestError(f"train.workers={workers}: {ranks} processes were started; add train.workers={ranks}")
     except (RequestError, store.CheckpointError) as error:
         for mistake in getattr(error, "mistakes", (error,)):

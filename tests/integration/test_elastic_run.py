@@ -16,7 +16,7 @@ from pretrain.record.events import CheckpointPublished, Event, Finished, Metrics
 from pretrain.record.journal import read_events
 from tests.loopback_cluster import LoopbackCluster
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 Samples = Callable[[Path], dict[int, dict[int, list[int]]]]
 EPOCH = 20  # steps of 32 of 640 samples

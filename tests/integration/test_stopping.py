@@ -12,9 +12,10 @@ import psutil
 import pytest
 
 from pretrain.checkpoints import store
-from pretrain.record.events import Finished, Resumed, Stopped
+from pretrain.record.events import Finished, Regrouping, Resumed, Start, Stopped
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RunDir
+from pretrain.training.stopping import ask_to_regroup
 
 pytestmark = pytest.mark.integration
 
@@ -58,6 +59,25 @@ def test_stop__all_ranks_end_after_the_same_step_and_nothing_is_lost(
     events = read_events(loop.run_dir / "journal.jsonl")[0]
     assert [found.step for found in events if isinstance(found, Resumed)] == [event.step]
     assert isinstance(events[-1], Finished)
+
+
+def test_stop__to_begin_again_with_other_ranks_waits_for_the_next_checkpoint(
+    launch: Launch, losses: Losses, wait_for: Callable[..., None], whole: Path
+) -> None:
+    settings = ("train.workers=[1,2]", "evaluation.baseline=false")
+    loop = launch("regrouped", *settings)
+    wait_for(lambda: max(losses(loop.run_dir), default=0) >= 1, 240, loop.log)
+    ask_to_regroup(RunDir(loop.run_dir), "checkpoint", "room for one")
+    assert loop.exit_codes() == [75, 75]
+    event = read_events(loop.run_dir / "journal.jsonl")[0][-1]
+    assert isinstance(event, Regrouping) and event.why == "room for one" and event.step in (4, 8)
+
+    launch("regrouped", *settings, ranks=1).wait()
+    events = read_events(loop.run_dir / "journal.jsonl")[0]
+    assert [found.world_size for found in events if isinstance(found, Start)] == [2, 1]
+    assert sorted(losses(loop.run_dir)) == list(range(1, 13)) and isinstance(events[-1], Finished)
+    found, wanted = losses(loop.run_dir), losses(whole)
+    assert all(found[step] == pytest.approx(wanted[step], rel=1e-4) for step in wanted)
 
 
 def test_stop__asked_before_the_last_step_ends_the_run_as_finished(launch: Launch) -> None:
