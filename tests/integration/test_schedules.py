@@ -16,7 +16,7 @@ from pretrain.tracking.cursor import Cursor
 
 GROCERY = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery"
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.long]
 
 
 def pretrain(*arguments: str) -> str:
