@@ -611,7 +611,7 @@ def test_tracker__server_down_started_killed_and_restarted(
     wait_for(lambda: tracker.problem is not None)
 
     with serving(database, tmp_path / "artifacts", port) as server:
-        wait_for(lambda: Sent(run.sent).evaluations == {"99 linear/photos"})
+        wait_for(lambda: list(Sent(run.sent).evaluations) == ["99 linear/photos"])
         run.train(range(100, 3000))
         wait_for(lambda: cursor(run)["last_step"]["train/loss"] > 100)
         os.killpg(server.pid, signal.SIGKILL)  # in the middle of sending
