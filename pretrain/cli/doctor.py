@@ -24,7 +24,8 @@ def doctor(address: str | None, storage: str, as_json: bool) -> int:
 
     findings = examine(address, storage)
     if as_json:
-        click.echo(written(findings))
+        for line in written(findings).splitlines():
+            say(line)
     else:
         widest = max(len(finding.name) for finding in findings)
         for finding in findings:

@@ -66,7 +66,8 @@ def manifest(recipe: str, settings: tuple[str, ...], kind: str, output: str | No
     for note in notes:
         say(f"note: {note}", err=True)
     if output is None:
-        click.echo(text, nl=False)
+        for line in text.splitlines():
+            say(line)
     else:
         write_atomically(Path(output), text.encode())
         say(f"{kind} {workload.name} is in {output}", err=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from backbones.features import Features
+from data_pipelines.errors import DataError
 from evaluation.extraction.forward import Pooled, pooled_batches
 from evaluation.extraction.points import POINTS
 from evaluation.extraction.recipe import feature_recipe
@@ -71,16 +72,13 @@ def test_prepare__features_of_points_stay_as_they_are_and_with_them() -> None:
         (np.zeros((9, 3)), "the cloud has 9 points; the backbone takes 10"),
         (np.zeros((20, 2)), r"array of shape \(20, 2\) is no cloud"),
         (np.zeros(20), r"array of shape \(20,\) is no cloud"),
-        (np.full((20, 3), np.nan), "values that are not finite"),
+        (np.full((20, 3), np.nan), "positions that are not finite"),
+        (np.full((20, 3), 2.0), "all 20 points of the cloud are at one place"),
     ],
 )
 def test_prepare__what_is_no_cloud_is_refused(cloud: npt.NDArray[Any], message: str) -> None:
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises((EvaluationError, DataError), match=message):
         POINTS.prepare(_npy(cloud), _recipe(10))
-
-
-def test_prepare__a_cloud_of_equal_points_is_the_origin() -> None:
-    assert torch.equal(POINTS.prepare(_npy(np.full((20, 3), 2.0)), _recipe(10)), torch.zeros(10, 3))
 
 
 def test_recipe__says_the_pooling_and_refuses_a_size() -> None:

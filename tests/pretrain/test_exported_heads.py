@@ -44,21 +44,21 @@ def _exported(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Tensors of the heads that are float32, before the first step and after it, on rank 0."""
     torch.manual_seed(0)
     engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
-    found = {"before": engine.heads(is_wanted=dist.get_rank() == 0)}
+    found = {"before": _numbers(engine)}
     engine.set_schedule(1e-2, 0.05)
     generator = torch.Generator().manual_seed(dist.get_rank())
     grid = torch.rand(MICRO, 4, SIDE, SIDE, SIDE, generator=generator)
     size = torch.full((MICRO, 3), SIDE)
     engine.step([{"grid": grid, "grid.size": size, "seed": torch.arange(MICRO)}], Progress(0, 2))
-    found["after"] = engine.heads(is_wanted=dist.get_rank() == 0)
-    assert all(heads is not None for heads in found.values())
-    return {
-        when: {
-            name: tensor.double().tolist() for name, tensor in heads.tensors.items() if tensor.dtype == torch.float32
-        }
-        for when, heads in found.items()
-        if heads is not None
-    }
+    found["after"] = _numbers(engine)
+    return found
+
+
+def _numbers(engine: Engine) -> dict[str, Any]:
+    """Of the heads now: what they hold in memory may change with the next step."""
+    heads = engine.heads(is_wanted=dist.get_rank() == 0)
+    assert heads is not None
+    return {name: tensor.double().tolist() for name, tensor in heads.tensors.items() if tensor.dtype == torch.float32}
 
 
 def _every_setting() -> dict[str, Any]:
