@@ -224,7 +224,10 @@ def test_load_for_resume__refuses_what_would_change_the_run(recipe: Path) -> Non
     first, second, allowed = refused.value.mistakes
     assert (first.partition(": ")[0], second.partition(": ")[0]) == ("train.seed=3", "optimizer.lr=1")
     assert "fixed when the run began" in first
-    assert "a resume may change train: steps, epochs, workers, micro_batch_size" in allowed and len(allowed) < 450
+    assert (
+        "a resume may change train: steps, epochs, workers, min_workers, micro_batch_size" in allowed
+        and len(allowed) < 450
+    )
 
 
 def test_load_recipe__unknown_model_names_the_nearest(recipe: Path) -> None:
