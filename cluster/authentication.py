@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["AuthenticationProblem", "Token", "find_token", "missing", "refused"]
+__all__ = ["HOME_FILE", "AuthenticationProblem", "Token", "find_token", "missing", "refused"]
 
 VARIABLE = "RAY_AUTH_TOKEN"
 PATH_VARIABLE = "RAY_AUTH_TOKEN_PATH"

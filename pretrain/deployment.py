@@ -13,7 +13,6 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -22,6 +21,7 @@ from data_pipelines.storage.locations import redact
 from pretrain.config.load import load_plan, recipe_content
 from pretrain.config.paths import absolute
 from pretrain.config.stages import Plan, plan_yaml
+from pretrain.config.values import texts_in
 from pretrain.errors import RequestError
 
 __all__ = ["Machines", "Sized", "paths_outside", "portable_yaml", "secret_in", "sized"]
@@ -183,17 +183,7 @@ def _path_in(text: str) -> str | None:
 
 
 def _texts(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Keys and values of all texts in the recipes of a plan."""
+    """Keys and values of all texts in the recipes of a plan, but for what they say of themselves."""
     for stage in plan.stages:
-        yield from _texts_of(OmegaConf.to_container(OmegaConf.structured(stage.recipe)), "")
-
-
-def _texts_of(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str) and key != "description":
-        yield key, value
-    elif isinstance(value, Mapping):
-        for name, below in value.items():
-            yield from _texts_of(below, f"{key}.{name}".lstrip("."))
-    elif isinstance(value, list):
-        for index, below in enumerate(value):
-            yield from _texts_of(below, f"{key}[{index}]")
+        found = texts_in(OmegaConf.to_container(OmegaConf.structured(stage.recipe)))
+        yield from ((key, text) for key, text in found if key != "description")

@@ -22,7 +22,7 @@ from pretrain.config.checks.resolve import resolve
 from pretrain.config.fields import Setting, declared_settings, template
 from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
 from pretrain.config.schema import REQUIRED, Recipe
-from pretrain.config.values import Typed
+from pretrain.config.values import Typed, texts_in
 from pretrain.errors import nearest
 
 __all__ = ["REFERENCE_IN_A_NAME", "resolved"]
@@ -281,7 +281,7 @@ class _Layers:
             for index, item in enumerate(value):
                 self.assign(f"{key}[{index}]", item, origin)
             return
-        refers = any("${" in text for text in _texts(value))
+        refers = any("${" in text for _, text in texts_in(value))
         whole = template(key) == setting.key
         if problem := _forbidden_reference(value):
             self._mistakes.add(key, written, problem, origin=origin)
@@ -363,7 +363,7 @@ class _Layers:
 
     def _null_inside(self, written: Any) -> str | None:
         """The setting that is null, though a text wants to have it as a part, or a mapping as a value."""
-        for text in _texts(written):
+        for _, text in texts_in(written):
             for name in _named_inside(text):
                 is_part = text != f"${{{name}}}" or not isinstance(written, str)
                 if is_part and name in self._settings and OmegaConf.select(self._cfg, name) is None:
@@ -407,24 +407,12 @@ def _plain(cfg: Container, key: str) -> Any:
 
 def _named_inside(value: Any) -> list[str]:
     """What the references in a value name."""
-    return _INSIDE_REFERENCE.findall(" ".join(_texts(value)))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts inside a value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for below in value.values():
-            yield from _texts(below)
-    elif isinstance(value, list):
-        for below in value:
-            yield from _texts(below)
+    return _INSIDE_REFERENCE.findall(" ".join(text for _, text in texts_in(value)))
 
 
 def _forbidden_reference(value: Any) -> str | None:
     """Why a text with `${` is refused: resolvers such as oc.env would put one machine's secrets into shared records."""
-    for text in _texts(value):
+    for _, text in texts_in(value):
         if "${" in _REFERENCE.sub("", text):
             return f"only references to other settings such as ${{data.root}} are allowed; {REFERENCE_IN_A_NAME}"
     return None

@@ -12,7 +12,7 @@ mean null. Settings of other types, sections and lists are YAML.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ import yaml
 
 from data_pipelines.parsing import MAX_DEPTH
 
-__all__ = ["Typed", "first_line", "parse_yaml", "typed"]
+__all__ = ["Typed", "first_line", "parse_yaml", "texts_in", "typed"]
 
 _MAX_VALUES = 100_000  # of a document; the longest recipe has a thousand
 
@@ -64,6 +64,18 @@ def parse_yaml(text: str) -> Any:
             than any recipe.
     """
     return yaml.load(text, _Loader)
+
+
+def texts_in(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts in a value of a recipe, each with its key below `key`, such as `evaluation.tasks[0].protocol`."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, below in value.items():
+            yield from texts_in(below, f"{key}.{name}" if key else f"{name}")
+    elif isinstance(value, list):
+        for index, below in enumerate(value):
+            yield from texts_in(below, f"{key}[{index}]")
 
 
 def first_line(error: Exception) -> str:

@@ -13,13 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cluster.authentication import HOME_FILE, AuthenticationProblem, find_token
 from data_pipelines.storage.locations import redact
 from pretrain.doctor.finding import ANSWER_S, Finding
 from pretrain.errors import last_line
 
 __all__ = ["mlflow", "ray_cluster", "ray_token"]
-
-TOKEN_FILE = "~/.ray/auth_token"
 
 
 def ray_token() -> Finding:
@@ -34,7 +33,7 @@ def ray_token() -> Finding:
     if os.environ.get("RAY_AUTH_TOKEN"):
         return Finding("ray token", "ok", f"{said}, token in the environment")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named or TOKEN_FILE).expanduser()
+    path = Path(named or HOME_FILE).expanduser()
     try:
         permissions = stat.S_IMODE(path.stat().st_mode)
     except FileNotFoundError:
@@ -67,7 +66,7 @@ def ray_cluster(address: str | None) -> Finding:
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             what = "refuses our token" if token else "asks for a token, and there is none"
-            remedy = f"put the cluster's into RAY_AUTH_TOKEN or {TOKEN_FILE}, mode 0600, and set RAY_AUTH_MODE=token"
+            remedy = f"put the cluster's into RAY_AUTH_TOKEN or {HOME_FILE}, mode 0600, and set RAY_AUTH_MODE=token"
             return Finding("ray cluster", "fail", f"{url}: {what} (HTTP {error.code})", remedy)
         return Finding("ray cluster", "fail", f"{url}: HTTP {error.code}", "is this the dashboard of a Ray cluster?")
     except (OSError, ValueError) as error:
@@ -113,12 +112,12 @@ def mlflow() -> Finding:
 
 
 def _token() -> str | None:
-    if token := os.environ.get("RAY_AUTH_TOKEN"):
-        return token
+    """The token of this process; none where what should hold it cannot be used."""
     try:
-        return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN_FILE).expanduser().read_text().strip() or None
-    except OSError:
+        found = find_token()
+    except AuthenticationProblem:
         return None
+    return None if found is None else found.value
 
 
 def _get(url: str, headers: dict[str, str]) -> dict[str, Any]:

@@ -13,11 +13,10 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -28,6 +27,7 @@ from data_pipelines.storage.locations import redact
 from pretrain.config.load import load_plan, recipe_content
 from pretrain.config.mistakes import shown
 from pretrain.config.stages import Plan, plan_yaml
+from pretrain.config.values import texts_in
 from pretrain.errors import RequestError
 from pretrain.jobs.attempts import attempt_of, attempts_of, job_id_of
 from pretrain.jobs.environment import Environment, read_environment
@@ -170,12 +170,12 @@ def require_absolute_places(plan: Plan, recipe: str, settings: Sequence[str]) ->
         RequestError: One line for each.
     """
     here = f"{os.getcwd().rstrip('/')}/"
-    written = [*_texts(recipe_content(recipe)), *(text.partition("=")[2] for text in settings)]
+    written = [*(text for _, text in texts_in(recipe_content(recipe))), *(text.partition("=")[2] for text in settings)]
     said = [str(expanded(text)) for text in written if text.startswith(("/", "~"))]
     shipped = f"{Path(__file__).parents[1]}/"  # what `package:` means
     found: dict[str, str] = {}
     for stage in plan.stages:
-        for key, value in _places(OmegaConf.to_container(OmegaConf.structured(stage.recipe)), ""):
+        for key, value in texts_in(OmegaConf.to_container(OmegaConf.structured(stage.recipe))):
             path = value.rpartition("@")[2]  # of `timm:NAME@FILE`
             if not path.startswith(here) or path.startswith(shipped):
                 continue
@@ -184,29 +184,6 @@ def require_absolute_places(plan: Plan, recipe: str, settings: Sequence[str]) ->
     if found:
         problem = "is relative to the current folder of this machine; a job needs a place that all its nodes see"
         raise RequestError(*(f"{k}: {shown(v.removeprefix(here))} {problem}: {k}=/..." for k, v in found.items()))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for below in value.values():
-            yield from _texts(below)
-    elif isinstance(value, list):
-        for below in value:
-            yield from _texts(below)
-
-
-def _places(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """All texts of a recipe with their keys."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, Mapping):
-        for name, below in value.items():
-            yield from _places(below, f"{key}.{name}".removeprefix("."))
-    elif isinstance(value, list):
-        for index, below in enumerate(value):
-            yield from _places(below, f"{key}[{index}]")
 
 
 def require_fitting_versions(server: JobServer) -> None:
