@@ -8,7 +8,8 @@ when the request is wrong. `N` counts the restarts without a new checkpoint betw
 takes the place of this process.
 
 A stop reaches this process and the command at once (Ray sends SIGTERM to all of a job); a signal that comes to this
-process alone is passed on. Imports nothing heavy: this process lives as long as the run.
+process alone is passed on. Not one that the command has heard as well: a second signal would tell it to end at once.
+Imports nothing heavy: this process lives as long as the run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pretrain.screen import say
 
 __all__ = ["main", "supervise"]
 
-PASS_ON_S = 3.0  # how long a signal may take to reach the command by itself; it takes a second one as another request
+PASS_ON_S = 3.0  # how long a signal may take to reach the command by itself
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 POLL_S = 0.2
 
@@ -47,7 +48,7 @@ def supervise(command: Sequence[str], run_dir: RunDir, retries: int) -> int:
         signal.signal(signum, lambda number, frame: signals.append(time.monotonic()))
     failures, reached = 0, newest_checkpoint(run_dir)
     while True:
-        code = _run(command, signals)
+        code = _run(command, run_dir, signals)
         if code in (0, 2) or signals or (code == EXIT_STOPPED and run_dir.is_stop_wanted):
             return code
         if (now := newest_checkpoint(run_dir)) != reached:
@@ -68,14 +69,15 @@ def _wait(seconds: float, signals: list[float]) -> None:
         time.sleep(min(left, POLL_S))
 
 
-def _run(command: Sequence[str], signals: list[float]) -> int:
+def _run(command: Sequence[str], run_dir: RunDir, signals: list[float]) -> int:
     """The exit code of the command; negative is the signal that ended it."""
     if signals:
         return EXIT_STOPPED
     child = subprocess.Popen(command)
     passed_on = False
     while (code := child.poll()) is None:
-        if signals and not passed_on and time.monotonic() - signals[0] > PASS_ON_S:
+        is_late = bool(signals) and time.monotonic() - signals[0] > PASS_ON_S
+        if is_late and not passed_on and not run_dir.is_stop_asked:
             child.terminate()
             passed_on = True
         time.sleep(POLL_S)

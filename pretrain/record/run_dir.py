@@ -141,6 +141,11 @@ class RunDir:
         return self.path / "stop-now"
 
     @property
+    def is_stop_asked(self) -> bool:
+        """Whether anybody asks for the end of the run: a person, or a signal that its driver has heard."""
+        return self.stop_request.exists() or self.stop_now_request.exists()
+
+    @property
     def is_stop_wanted(self) -> bool:
         """Whether a person asks for the end of the run, by a file; one for a signal says `SIGNALLED`."""
         asked = [path.read_text() for path in (self.stop_request, self.stop_now_request) if path.exists()]

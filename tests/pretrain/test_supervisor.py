@@ -38,9 +38,14 @@ if "stop" in end:
 if "signal" in end:
     os.kill(os.getpid(), end["signal"])
 if "until_term" in end:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
     (here / "ready").touch()
-    time.sleep(60)
+    while not heard:
+        time.sleep(0.01)
+    (here / "stop").write_text("a signal")
+    time.sleep(end["until_term"])  # a step and its checkpoint, which a second signal would cost
+    sys.exit(75 if len(heard) == 1 else 1)
 sys.exit(end.get("code", 0))
 """
 
@@ -97,7 +102,7 @@ def wait_for(path: Path) -> None:
 @pytest.mark.parametrize("reaches", ["both", "supervisor"])
 def test_supervise__a_stop_ends_it_whoever_hears_it(reaches: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(run, [{"until_term": True}], 5)
+    process = start(run, [{"until_term": 3.0}], 5)
     wait_for(run / "ready")
     if reaches == "both":
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
