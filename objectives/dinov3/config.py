@@ -99,6 +99,11 @@ class DINOv3Config(FrozenTeacherConfig, DistillationConfig, MultiCropConfig):
         default="sinkhorn",
         metadata={"choices": ("sinkhorn", "softmax"), "help": "how the teacher's logits become targets"},
     )
+    # With few images in a step Sinkhorn-Knopp flattens the targets of class tokens, while centers of patches collapse.
+    patch_targets: str | None = field(
+        default=None,
+        metadata={"choices": ("sinkhorn", "softmax"), "help": "the same for patches; null: as class tokens"},
+    )
     center_momentum: float = field(
         default=0.9, metadata=_SHARE | {"help": "with softmax: share of the teacher's centers that is kept per step"}
     )
@@ -194,6 +199,10 @@ class DINOv3Config(FrozenTeacherConfig, DistillationConfig, MultiCropConfig):
     patch_embed_lr: float = field(
         default=0.2, metadata=_SHARE | {"help": "learning rate of the patch embedding, times"}
     )
+
+    @property
+    def targets_of_patches(self) -> str:
+        return self.targets if self.patch_targets is None else self.patch_targets
 
     def teacher_use(self) -> TeacherUse | None:
         """Distillation has a teacher with its heads, Gram anchoring an anchor unless that comes from the run itself."""

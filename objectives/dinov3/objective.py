@@ -118,8 +118,10 @@ class DINOv3(ImageObjective):
             )
         if config.local_norm:
             self.local_norm = self.backbone.copy_of_final_norm()
+        self.center = self.patch_center = None
         if config.targets == "softmax":
             self.center = Center(config.num_prototypes, config.center_momentum)
+        if config.targets_of_patches == "softmax":
             self.patch_center = Center(self._num_patch_prototypes, config.center_momentum)
         self.teacher: Teacher = Teacher(**students)
         self.anchor: GramTeacher | None = None
@@ -266,10 +268,9 @@ class DINOv3(ImageObjective):
 
     def after_step(self, progress: Progress, read: ReadWeights) -> None:
         """Moves the centers, then the teacher, then what is anchored to it."""
-        config = self.config
-        if config.targets == "softmax":
-            self.center.update()
-            self.patch_center.update()
+        for center in (self.center, self.patch_center):
+            if center is not None:
+                center.update()
         self.teacher.update(self._momentum(progress), read)
         self._move_anchor(progress.step + 1)
 
@@ -296,7 +297,7 @@ class DINOv3(ImageObjective):
             features = backbone.features(images)
             logits = head(image_token(features))  # (2 B, K)
             patches = features.patches.flatten(0, 1)  # (2 B N, D)
-            needs_all = config.targets == "softmax" and config.patch_center == "all"
+            needs_all = self.patch_center is not None and config.patch_center == "all"
             patch_logits = patch_head(patches if needs_all else patches[masks.idx])
         at_masks = patch_logits[masks.idx] if needs_all else patch_logits  # (M, K')
         temperature = teacher_schedules.teacher_temperature(config, progress, inclusive=config.teacher_temp_inclusive)
@@ -304,14 +305,12 @@ class DINOv3(ImageObjective):
         if config.patch_teacher_temp is not None:
             patch_temperature *= config.patch_teacher_temp / config.teacher_temp
         with torch.autocast(images.device.type, enabled=False):
-            if config.targets == "softmax":
-                targets = self.center.targets(logits, temperature)
-                patch_targets = self.patch_center.targets(at_masks, patch_temperature)
+            targets = _targets(self.center, logits, temperature)
+            patch_targets = _targets(self.patch_center, at_masks, patch_temperature)
+            if self.center is not None:
                 self.center.observe(logits, progress.step)
+            if self.patch_center is not None:
                 self.patch_center.observe(patch_logits, progress.step)
-            else:
-                targets = sinkhorn_knopp(logits, temperature)
-                patch_targets = sinkhorn_knopp(at_masks, patch_temperature)
         return _Taught(features, targets.unflatten(0, (_NUM_GLOBAL, -1)), patch_targets)
 
     def _see(self, crops: list[Tensor], masks: BlockMasks, seeds: Tensor) -> tuple[ImageFeatures, Tensor]:
@@ -496,6 +495,11 @@ def _require_sense(backbone: ImageEncoder, config: DINOv3Config) -> None:
     for mistake, is_made in mistakes.items():
         if is_made:
             raise ObjectiveError(mistake)
+
+
+def _targets(center: Center | None, logits: Tensor, temperature: float) -> Tensor:
+    """Distributions (N, K) of the teacher's logits (N, K), by Sinkhorn-Knopp where there is no center."""
+    return sinkhorn_knopp(logits, temperature) if center is None else center.targets(logits, temperature)
 
 
 def _initialize(network: nn.Module) -> None:

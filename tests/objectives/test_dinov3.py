@@ -529,6 +529,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "targets": "softmax", "shared_head": True, "patch_num_prototypes": 48, "patch_center": "all",
         "koleo_weight": 0.0, "last_layer": "weight_norm_frozen", "patch_teacher_temp": 0.05,
     },
+    "ibot_short": {
+        "targets": "softmax", "patch_targets": "sinkhorn", "shared_head": True, "patch_num_prototypes": 48,
+    },
     "no_local": {"num_local": 0},
 }  # fmt: skip
 
@@ -544,6 +547,23 @@ def test_contract(name: str, check: Any) -> None:
         del batch["local"]
     assert {view["name"] for view in objective.views()} == batch.keys() - {"seed"}
     check(objective, batch)
+
+
+@pytest.mark.parametrize(("targets", "patch_targets"), [("softmax", "sinkhorn"), ("sinkhorn", "softmax")])
+def test_targets__of_class_tokens_and_of_patches_are_chosen_apart(targets: str, patch_targets: str) -> None:
+    def losses(**config: Any) -> dict[str, Tensor]:
+        return small(**config)(images(), LATE).metrics
+
+    mixed, as_cls, as_patches = (
+        losses(targets=targets, patch_targets=patch_targets),
+        losses(targets=targets),
+        losses(targets=patch_targets),
+    )
+    for name in ("dino_global", "dino_local"):
+        close(mixed[name], as_cls[name].item())
+        assert mixed[name] != as_patches[name]
+    close(mixed["ibot"], as_patches["ibot"].item())
+    assert mixed["ibot"] != as_cls["ibot"]
 
 
 # Sizes, stages and settings
