@@ -125,8 +125,8 @@ def write_colmap(folder: Path, taken: list[Photograph], model: str = "PINHOLE") 
     size = len(taken[0].pixels)
     lens = {"PINHOLE": (FOCAL * size,) * 2, "SIMPLE_PINHOLE": (FOCAL * size,)}[model]
     numbers = " ".join(map(str, (size, size, *lens, size / 2, size / 2)))
-    (sparse / "cameras.txt").write_text(f"# Camera list\n# CAMERA_ID, MODEL\n7 {model} {numbers}\n")
-    lines = ["# Image list with two lines of data per image:"]
+    (sparse / "cameras.txt").write_text(f"# CAMERA_ID, MODEL\n# Number of cameras: 1\n7 {model} {numbers}\n")
+    lines = [f"# Number of images: {len(taken)}, mean observations per image: 0"]
     for number, photo in enumerate(taken):
         (folder / "images" / f"photo {number:03d}.png").write_bytes(png(photo.pixels))
         to_camera = np.stack([photo.right, -photo.up, photo.ahead])

@@ -6,6 +6,7 @@ Models with distortion are refused: COLMAP's own `image_undistorter` writes pict
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,8 @@ __all__ = ["MODELS", "colmap_points", "colmap_shots"]
 
 MODELS = ("", "sparse/0/", "sparse/", "colmap/sparse/0/")  # folders in which a model lies, below that of the scene
 _PICTURE_FOLDERS = ("images/", "")
+_ANNOUNCED = re.compile(r"^# Number of (cameras|images|points): ([0-9]+)", re.MULTILINE)  # COLMAP counts at the top
+_POINT_VALUES = 8  # POINT3D_ID X Y Z R G B ERROR, before pairs of IMAGE_ID POINT2D_IDX
 _PARAMETERS = {"SIMPLE_PINHOLE": ("f", "cx", "cy"), "PINHOLE": ("fx", "fy", "cx", "cy")}
 
 Array = npt.NDArray[np.float64]
@@ -32,13 +35,19 @@ def colmap_shots(files: SceneFiles, model: str) -> Iterator[Shot]:
         model: folder of it, one of `MODELS`.
 
     Raises:
-        DataError: A line is not what COLMAP writes, or a camera has distortion.
+        DataError: A line is not what COLMAP writes, a file is cut, or a camera has distortion.
     """
     lenses = _lenses(files, f"{model}cameras.txt")
     name = f"{model}images.txt"
     folder = next((folder for folder in _PICTURE_FOLDERS if not folder or files.holds_folder(folder.rstrip("/"))), "")
     # Every other line lists the points that a picture shows, and is empty for one that shows none.
-    lines = [(number, line) for number, line in _lines(files, name, keep_empty=True)]
+    lines = _lines(files, name, lines_each=2)
+    for number, line in lines[1::2]:
+        if len(line.split()) % 3:
+            raise DataError(
+                f"{files.where(name)} line {number}: {len(line.split())} values, the points of an image have 3 each: "
+                "X Y POINT3D_ID; the file is cut: export the model again"
+            )
     for number, line in lines[::2]:
         where = f"{files.where(name)} line {number}"
         words = line.split(maxsplit=9)
@@ -56,13 +65,23 @@ def colmap_shots(files: SceneFiles, model: str) -> Iterator[Shot]:
 
 
 def colmap_points(files: SceneFiles, model: str) -> Array | None:
-    """(n, 3) positions of the points of a model; None where it lists none."""
+    """(n, 3) positions of the points of a model; None where it lists none.
+
+    Raises:
+        DataError: A line is not what COLMAP writes, or the file is cut.
+    """
     name = f"{model}points3D.txt"
     if not files.has(name):
         return None
     points = []
     for number, line in _lines(files, name):
-        points.append(_numbers(line.split()[1:4], 3, f"{files.where(name)} line {number}"))
+        words, where = line.split(), f"{files.where(name)} line {number}"
+        if len(words) < _POINT_VALUES or len(words) % 2:
+            raise DataError(
+                f"{where}: {len(words)} values, a point has {_POINT_VALUES} and 2 for each image that shows it: "
+                "POINT3D_ID X Y Z R G B ERROR, IMAGE_ID POINT2D_IDX; the file is cut: export the model again"
+            )
+        points.append(_numbers(words[1:4], 3, where))
     return np.array(points) if points else None
 
 
@@ -105,15 +124,33 @@ def _pose(words: list[str], where: str) -> Array:
     return as_pose(pose, "opencv", where)
 
 
-def _lines(files: SceneFiles, name: str, *, keep_empty: bool = False) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of every line but comments."""
+def _lines(files: SceneFiles, name: str, *, lines_each: int = 1) -> list[tuple[int, str]]:
+    """Number, from 1, and text of every line but comments; empty ones count where an entry has several lines.
+
+    Raises:
+        DataError: It is no text, or a file that COLMAP wrote ends too early.
+    """
     try:
         text = files.read(name).decode("utf-8")
     except UnicodeDecodeError:
         raise DataError(f"{files.where(name)}: not UTF-8 text; export the model with --output_type TXT") from None
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.startswith("#") and (keep_empty or line.strip()):
-            yield number, line
+    lines = [
+        (number, line)
+        for number, line in enumerate(text.splitlines(), start=1)
+        if not line.startswith("#") and (lines_each > 1 or line.strip())
+    ]
+    if announced := _ANNOUNCED.search(text):
+        where = f"{files.where(name)} line {len(text.splitlines())}"
+        noun, num_announced, num_found = announced[1], int(announced[2]), -(-len(lines) // lines_each)
+        if num_found != num_announced:
+            cut = "the file is cut: " if num_found < num_announced else ""
+            raise DataError(
+                f"{where}: ends after {num_found} {noun}, and its {announced[0]!r} announces {num_announced}; "
+                f"{cut}export the model again, or correct that number"
+            )
+        if not text.endswith("\n"):
+            raise DataError(f"{where}: the last line has no end, so the file is cut; export the model again")
+    return lines
 
 
 def _numbers(words: list[str], count: int, where: str) -> list[float]:

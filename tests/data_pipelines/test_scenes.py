@@ -221,6 +221,42 @@ def test_colmap__faults_are_named(case: str, tmp_path: Path) -> None:
     refused(folder, said)
 
 
+@pytest.mark.parametrize("name", ["images.txt", "cameras.txt", "points3D.txt"])
+def test_colmap__a_model_cut_anywhere_is_refused(name: str, tmp_path: Path) -> None:
+    """A copy that ended early, at any byte, between two pictures or within a number, trains on no part of a scene."""
+    folder = write_colmap(tmp_path / "a", TAKEN[:3])
+    path = folder / "sparse" / "0" / name
+    if name == "points3D.txt":
+        path.write_text(
+            "# Number of points: 2, mean track length: 2\n"
+            "4 1.0 2.0 3.0 9 9 9 0.1 1 2 2 1\n5 1.0 2.5 3.25 9 9 9 0.1 1 2 3 1\n"
+        )
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1 if name != "cameras.txt" else whole.index(b"\n7") + 1
+    read_scene(folder)
+    for end in range(first, len(whole) - (name == "images.txt")):  # its last line is empty: nothing is lost with it
+        path.write_bytes(whole[:end])
+        with pytest.raises(DataError) as error:
+            read_scene(folder)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    path.write_bytes(whole[: whole.index(b"\n", len(whole) // 2) + 1])
+    if name != "cameras.txt":
+        num, noun = (2, "images") if name == "images.txt" else (1, "points")
+        refused(folder, f"ends after {num} {noun}, and its '# Number of {noun}: {num + 1}' announces {num + 1}; ")
+
+
+def test_colmap__points_of_a_picture_are_triples(tmp_path: Path) -> None:
+    """Also of a file without COLMAP's own count of pictures, and of points."""
+    folder = write_colmap(tmp_path / "a", TAKEN[:3])
+    path = folder / "sparse" / "0" / "images.txt"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[1:-1], "20.5 11.25 4 30.5 1"]) + "\n")
+    refused(folder, "images.txt line 6: 5 values, the points of an image have 3 each: X Y POINT3D_ID; the file is cut")
+    path.write_text("\n".join(lines[1:]) + "\n")
+    (folder / "sparse" / "0" / "points3D.txt").write_text("4 1.0 2.0 3.0 9 9 9 0.1 1\n")
+    refused(folder, "points3D.txt line 1: 9 values, a point has 8 and 2 for each image that shows it")
+
+
 def test_colmap__a_quaternion_has_the_length_1(tmp_path: Path) -> None:
     folder = write_colmap(tmp_path / "a", TAKEN)
     path = folder / "sparse" / "0" / "images.txt"
