@@ -43,6 +43,7 @@ class ImageEncoder(Encoder):
         patch_size: pixels per side of one token of the output (for Swin 32, though its stem has patches of 4).
         grid: (rows, columns) of output tokens at `image_size`.
         embed_dim, in_chans: D and C.
+        init: name of the weights that were drawn at first (`backbones.images.initialization`).
         can_drop_patches, has_cls, has_plain_blocks: see the top of this file.
         has_movable_positions: the coordinates of its rotary positions can be moved, see `packed_blocks.BlockDraw`.
         num_layers: how many layers `features` can read; 0 where it cannot.
@@ -54,6 +55,7 @@ class ImageEncoder(Encoder):
     can_drop_patches: ClassVar[bool] = False
     has_plain_blocks: ClassVar[bool] = False
     has_movable_positions: bool = False
+    init: str = "timm"
     num_layers: int = 0
     num_prefix_tokens: int = 0
     pixel_mean: Tensor

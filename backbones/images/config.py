@@ -42,7 +42,7 @@ class ImageConfig:
         metadata={
             "choices": INITIALIZATIONS,
             "help": "initial weights: timm's, or MAE's (Xavier, sin-cos positions), from which runs of minutes gain; "
-            "the objective mae always takes its own",
+            "the objective mae always takes its own, dinov3 in the place of timm's",
         },
     )
     kind: str = field(default="image", metadata={"help": "what it encodes: image, or a kind that a plug-in adds"})

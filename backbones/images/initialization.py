@@ -6,7 +6,8 @@
            where the encoder learns them
 
 Runs of minutes begin several points higher with "mae", and stay there; published recipes of other objectives are
-timm's. NOT here: what an objective decides for itself (MAE always begins like this, with positions that stay fixed).
+timm's. NOT here: what an objective decides for itself (MAE always begins like this, with positions that stay fixed;
+DINOv3 draws matrices as its authors do, unless a recipe names others than timm's).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def initialize(backbone: ImageEncoder, init: str) -> None:
     """
     if init not in INITIALIZATIONS:
         raise BackboneError(f"backbone.init {init!r} is not known{suggest(init, INITIALIZATIONS)}")
+    backbone.init = init
     if init == "timm":
         return
     if not isinstance(backbone, ViTBackbone):

@@ -82,7 +82,7 @@ class DINOv3(ImageObjective):
     backbone: ViTBackbone
 
     def __init__(self, backbone: ImageEncoder, config: DINOv3Config) -> None:
-        """Draws the backbone's weights anew, as the authors do.
+        """Draws the backbone's weights anew, as the authors do, where they are timm's.
 
         Raises:
             ObjectiveError: the backbone is not a plain ViT with a class token, the crops do not fit it, or settings
@@ -97,8 +97,9 @@ class DINOv3(ImageObjective):
         self.config = config
         self.backbone.pack_blocks()
         backbone.resample_positions_as("dino")  # absolute ones, as in iBOT and DINOv2; rotary ones need none
-        _initialize(self.backbone.network)
-        backbone.reset_tokens(_STD)
+        if backbone.init == "timm":
+            _initialize(self.backbone.network)
+            backbone.reset_tokens(_STD)
         self.mask_token = None if config.distill else nn.Parameter(torch.zeros(1, backbone.embed_dim))
         self.head = DINOHead(
             backbone.embed_dim,

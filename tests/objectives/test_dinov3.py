@@ -566,6 +566,20 @@ def test_targets__of_class_tokens_and_of_patches_are_chosen_apart(targets: str, 
     assert mixed["ibot"] != as_cls["ibot"]
 
 
+def test_weights__are_the_authors_in_the_place_of_timms_and_otherwise_those_that_were_asked_for() -> None:
+    def drawn(init: str) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        arguments = {"image_size": 16, "patch_size": 4, "options": VIT, "init": init}
+        alone = create_backbone("vit_small_patch16_dinov3_qkvb", **arguments)
+        weight = alone.network.blocks[0].attn.qkv.weight.detach().clone()
+        return weight, DINOv3(alone, DINOv3Config(**SMALL)).backbone.network.blocks[0].attn.qkv.weight
+
+    before, after = drawn("mae")
+    assert torch.equal(before, after) and after.std() > 0.05
+    before, after = drawn("timm")
+    assert not torch.equal(before, after) and 0.018 < after.std() < 0.022
+
+
 # Sizes, stages and settings
 
 
