@@ -37,7 +37,10 @@ Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a head reports: `metrics` are the protocol's named fractions, `details` anything JSON can hold."""
+    """What a head reports: `metrics` are the protocol's named fractions, `details` anything JSON can hold.
+
+    Where the headline is of fewer than all `num_test` test samples, `details["num_scored"]` says of how many.
+    """
 
     metrics: Mapping[str, float]
     details: Mapping[str, Any]

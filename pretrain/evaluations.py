@@ -187,7 +187,7 @@ class Place:
         protocol, data, metric: What was asked, and its headline.
         score: The headline's value.
         interval: Its 95 % interval, for people; empty where none was recorded.
-        num_test: Samples that were tested on; 0: not recorded.
+        num_test: Test samples that the score is of; 0: not recorded.
         run: "(by hand)" for a checkpoint evaluated outside a run.
         step: None for such a checkpoint.
         recipe: Of the run.

@@ -301,7 +301,7 @@ class Evaluated(Event):
         key: Of the result in the store of evaluations.
         seconds: Wall time of the computation.
         cached: Whether the result was known before.
-        num_test: Samples that were tested on; 0 in records of older versions.
+        num_test: Test samples that the headline is of; 0 in records of older versions.
     """
 
     kind: ClassVar[str] = "evaluation"

@@ -160,7 +160,7 @@ def test_score__by_loops_over_what_was_hidden(scenes: EvaluationData) -> None:
     assert metrics["alpha_error_constant"] == pytest.approx(np.concatenate(true_alphas).var(), rel=1e-5)
     assert metrics["psnr_ci_low"] < metrics["psnr"] < metrics["psnr_ci_high"]
     assert metrics["alpha_error_ci_low"] < metrics["alpha_error"] < metrics["alpha_error_ci_high"]
-    assert outcome.details["block"] == 4 and outcome.details["num_test"] == outcome.details["num_val"] == 3
+    assert outcome.details["block"] == 4 and outcome.details["num_scored"] == outcome.details["num_val"] == 3
 
 
 def test_score__the_best_constant_is_no_better_than_it_says(scenes: EvaluationData) -> None:
@@ -188,6 +188,7 @@ def test_evaluate__heads_are_part_of_what_a_result_is_found_by(tmp_path: Path, s
     assert other.metrics["psnr"] != first.metrics["psnr"]
     assert other.metrics["psnr_neighbors"] == first.metrics["psnr_neighbors"]  # the same was hidden
     places = [place for place in leaderboard(tmp_path) if place.protocol == SPEC.name]
+    assert first.details["num_test"] == 6 and first.details["num_scored"] == 3  # as of every other protocol
     assert len(places) == 2 and places[0].score > places[1].score
     assert places[0].num_test == 3 and "dB" in places[0].interval
 

@@ -60,12 +60,12 @@ def score(
             f"few_shot needs at least 2 classes with {shot} training samples and a test sample; there "
             f"{'is' if len(classes) == 1 else 'are'} {len(classes)}"
         )
-    num_test = int(np.isin(truth, classes).sum())
-    low, high = wilson_interval(metrics[headline] * num_test, num_test)
+    num_scored = int(np.isin(truth, classes).sum())
+    low, high = wilson_interval(metrics[headline] * num_scored, num_scored)
     left_out = [name for name, _, _ in params["episodes"] if name not in ways]
     return Outcome(
         metrics={**metrics, f"{headline}_ci_low": low, f"{headline}_ci_high": high},
-        details={"ways": ways, "draws": params["draws"], "left_out": left_out, "num_scored": num_test},
+        details={"ways": ways, "draws": params["draws"], "left_out": left_out, "num_scored": num_scored},
     )
 
 

@@ -61,7 +61,7 @@ def score(held_out: Decoded, *, params: Mapping[str, Any], seed: int) -> Outcome
         "block": block,
         "hidden": held_out.recipe["hidden"],
         "peak": peak,
-        "num_test": int((~chooses).sum()),
+        "num_scored": int((~chooses).sum()),
         "num_val": int(chooses.sum()),
     }
     if is_radiance:
