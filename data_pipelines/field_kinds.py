@@ -19,6 +19,7 @@ __all__ = [
     "ARRAY_KINDS",
     "FIELD_KINDS",
     "INPUT_FIELDS",
+    "LABEL_ARRAYS",
     "cut_names",
     "field_kind",
     "has_channels",
@@ -32,6 +33,7 @@ __all__ = [
 
 FIELD_KINDS = ("image", "label", "json", "text", "mask", "depth", "array", "points", "volume")
 ARRAY_KINDS = ("array", "points", "volume")
+LABEL_ARRAYS = ("label", "labels", "seg")  # of an npz, that hold the classes of the voxels of another one
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 # What a view of each kind reads where it is not told, the first of these that every sample has.
@@ -55,6 +57,7 @@ _KIND_OF_PREFIX = {
     ("points", "npy"): "points",
     ("volume", "npy"): "volume",
     ("grid", "npy"): "volume",
+    **dict.fromkeys((("seg", "npy"), ("labels", "npy")), "mask"),
 }
 
 
@@ -62,6 +65,7 @@ def field_kind(name: str) -> str | None:
     """What a field of this name holds, one of `FIELD_KINDS`; None for names that say nothing.
 
     `seg.png` is a mask and `depth.png` a depth map, neither of which may pass through RGB; any other png is an image.
+    `seg.npy` and `labels.npy` are masks, too, of volumes as a rule.
     """
     prefix, _, extension = name.lower().rpartition(".")
     return _KIND_OF_PREFIX.get((prefix.rpartition(".")[2], extension)) or _KIND_OF_EXTENSION.get(extension)

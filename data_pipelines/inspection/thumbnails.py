@@ -1,7 +1,8 @@
 """Small RGB pictures of whatever a field holds: photos, masks, depth, arrays, point clouds, volumes, radiance grids.
 
-Masks get one fixed colour per class, so the same class looks the same in every sheet. Values without a natural scale
-are stretched from their 2nd to their 98th percentile. Pictures are for people: nothing here is exact.
+Masks, and labels beside a volume, get one fixed colour per class, so the same class looks the same in every sheet.
+Values without a natural scale are stretched from their 2nd to their 98th percentile. Pictures are for people: nothing
+here is exact.
 
 Legend: C channels, N points.
 """
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_pipelines.field_kinds import ARRAY_KINDS, has_channels
+from data_pipelines.field_kinds import ARRAY_KINDS, LABEL_ARRAYS, has_channels
 from data_pipelines.fields import decode_field
 from data_pipelines.inspection.grid_pictures import as_unit, looks_like_grid, middle_slices, seen_from_a_corner
 
@@ -32,12 +33,12 @@ Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
 def thumbnail(
     kind: str, data: bytes, size: int, ignore_index: int | None = None, *, is_grid: bool = False
 ) -> Image.Image | None:
-    """A picture of one field, `size` pixels high (volumes: three middle slices side by side).
+    """A picture of one field, `size` pixels high (volumes: three middle slices side by side, then those of labels).
 
     Args:
         kind: one of `PICTURED`.
         data: bytes of the field.
-        size: of the square that the picture fits into; a volume fits into three of them.
+        size: of the square that the picture fits into; a volume fits into three of them, its labels into three more.
         ignore_index: value of masks that is drawn black.
         is_grid: a volume holds colors and alpha: it is seen from a corner, and cut level and upright.
 
@@ -66,16 +67,23 @@ def _planes(kind: str, value: Any, size: int, ignore_index: int | None) -> list[
     if kind == "image":
         return [value]
     if kind == "mask":
-        palette = _palette(ignore_index)
-        return [palette[plane.astype(np.int64) % len(palette)] for plane in _maps(value)]
+        return _coloured(value, ignore_index)
     if kind == "depth":
         return [_stretched(np.where(plane > 0, plane, np.nan)) for plane in _maps(value)]
-    arrays = [array for array in value.values() if array.dtype.kind in "biuf" and array.size]
+    labels = [value[name] for name in LABEL_ARRAYS if name in value and value[name].dtype.kind in "biu"]
+    arrays = [array for name, array in value.items() if array.dtype.kind in "biuf" and array.size]
+    arrays = [array for array in arrays if not any(array is one for one in labels)]
     if kind == "points":
         clouds = [array for array in arrays if array.ndim == 2 and array.shape[1] >= 3]
         return [_scatter(cloud[:, :3].astype(np.float64), size) for cloud in clouds[:1]]
     drawable = [array for array in arrays if array.ndim >= 2 and min(array.shape[-2:]) >= _MIN_SIDE]
-    return _array_planes(kind, drawable[0]) if drawable else []
+    planes = _array_planes(kind, drawable[0]) if drawable else []
+    return planes + [plane for array in labels[:1] if array.size for plane in _coloured(array, ignore_index)]
+
+
+def _coloured(labels: npt.NDArray[Any], ignore_index: int | None) -> list[Pixels]:
+    palette = _palette(ignore_index)
+    return [palette[plane.astype(np.int64) % len(palette)] for plane in _maps(labels)]
 
 
 def _grid_planes(value: Any, size: int) -> list[Pixels]:

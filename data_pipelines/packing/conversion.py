@@ -32,6 +32,7 @@ from data_pipelines.pixel_sums import PixelSums
 __all__ = ["Conversion", "Encoding", "Sample", "convert", "parse_encoding"]
 
 DEFAULT_IGNORE_INDEX = 255
+_PNG_MAGIC = b"\x89PNG"
 _EXTENSIONS = {"JPEG": "jpg", "WEBP": "webp", "PNG": "png"}
 _DEFAULT_QUALITY = {"JPEG": 95, "WEBP": 90}
 
@@ -217,20 +218,25 @@ def _resized(image: Image.Image, target: tuple[int, int]) -> Image.Image:
 
 
 def _resized_map(values: npt.NDArray[Any], data: bytes, size: int | None) -> bytes:
-    """Nearest pixel by centres; the bytes as found when the size does not change."""
+    """Nearest pixel by centres; the bytes as found when the size does not change, and those of volumes."""
+    if values.ndim != 2:
+        return data
     height, width = values.shape
     new_width, new_height = _target(width, height, size)
     if (new_width, new_height) == (width, height):
         return data
     rows = (2 * np.arange(new_height) + 1) * height // (2 * new_height)
     columns = (2 * np.arange(new_width) + 1) * width // (2 * new_width)
+    resized = values[rows[:, None], columns]
+    if not data.startswith(_PNG_MAGIC):
+        return _npy(resized)
     picture = BytesIO()
-    Image.fromarray(values[rows[:, None], columns]).save(picture, "PNG")
+    Image.fromarray(resized).save(picture, "PNG")
     return picture.getvalue()
 
 
 def _encoding_of(data: bytes) -> Encoding:
-    name = "JPEG" if data.startswith(b"\xff\xd8") else "PNG" if data.startswith(b"\x89PNG") else "WEBP"
+    name = "JPEG" if data.startswith(b"\xff\xd8") else "PNG" if data.startswith(_PNG_MAGIC) else "WEBP"
     return Encoding(name, _DEFAULT_QUALITY.get(name))
 
 

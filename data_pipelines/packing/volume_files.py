@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from data_pipelines.decode import decode_arrays
 from data_pipelines.errors import DataError
+from data_pipelines.field_kinds import LABEL_ARRAYS
 
 __all__ = ["VolumeFile", "read_labels", "read_volume"]
 
@@ -53,7 +54,7 @@ def read_volume(data: bytes, suffix: str) -> VolumeFile:
         values = next(iter(arrays.values()))
     if values is None:
         raise DataError(f"npz holds {', '.join(sorted(arrays)) or 'nothing'}; name the volume 'volume' or 'image'")
-    labels = next((arrays[name] for name in ("label", "labels", "seg") if name in arrays), None)
+    labels = next((arrays[name] for name in LABEL_ARRAYS if name in arrays), None)
     spacing = arrays.get("spacing")
     volume = _compact(values)
     return VolumeFile(

@@ -31,6 +31,12 @@ def encoded(array: npt.NDArray[Any], form: str = "PNG", **options: Any) -> bytes
     return file.getvalue()
 
 
+def encoded_array(values: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
 def converted(folder: Path, fields: dict[str, bytes], *, label: int | None = None, **options: Any) -> Sample:
     """Write each field to a file of its own and convert an item of them."""
     for name, data in fields.items():
@@ -82,6 +88,14 @@ def test_convert__small_images_stay_as_they_are(tmp_path: Path) -> None:
 def test_convert__resized_images_keep_their_format(tmp_path: Path) -> None:
     for form, head in (("JPEG", b"\xff\xd8"), ("WEBP", b"RIFF"), ("PNG", b"\x89PNG")):
         assert converted(tmp_path, {"jpg": encoded(PIXELS, form)}, size=10).fields["jpg"].startswith(head)
+
+
+def test_convert__label_arrays_of_volumes_stay_and_flat_ones_are_resized(tmp_path: Path) -> None:
+    deep = encoded_array(np.arange(4 * 20 * 30, dtype=np.int16).reshape(4, 20, 30))
+    fields = {"png": encoded(PIXELS), "seg.npy": deep, "labels.npy": encoded_array(MASK)}
+    sample = converted(tmp_path, fields, family="tars", size=10)
+    assert sample.fields["seg.npy"] == deep
+    np.testing.assert_array_equal(np.load(io.BytesIO(sample.fields["labels.npy"])), MASK[1::2, 1::2])
 
 
 def test_convert__re_encoding_renames_the_field_and_leaves_masks(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from data_pipelines.field_kinds import (
         ("volume.npy", "volume"),
         ("grid.npy", "volume"),
         ("pose.npy", "array"),
+        ("seg.npy", "mask"),
+        ("labels.npy", "mask"),
         ("npz", "array"),
         ("cls", "label"),
         ("JSON", "json"),

@@ -196,6 +196,33 @@ def test_thumbnail__volumes_of_labels_and_of_colours() -> None:
     assert picture("array", npy(grid)).shape == (SIZE, 3 * SIZE, 3)
 
 
+@pytest.mark.parametrize("name", ["label", "labels", "seg"])
+def test_thumbnail__labels_beside_a_volume_have_the_colours_of_masks(name: str) -> None:
+    """Three slices of the volume, in grey, then three of its labels; of labels alone these."""
+    image, labels = rng.integers(0, 255, (16, 16, 16), np.uint8), np.zeros((16, 16, 16), np.uint8)
+    labels[:, :8], labels[:, 8:] = 1, 2
+    both, alone = io.BytesIO(), io.BytesIO()
+    np.savez(both, image=image, **{name: labels})
+    np.savez(alone, **{name: labels})
+    seen, drawn = (picture("array", file.getvalue()) for file in (both, alone))
+    assert seen.shape == (SIZE, 6 * SIZE, 3)
+    assert (seen[:, : 3 * SIZE] == seen[:, : 3 * SIZE, :1]).all()
+    assert np.array_equal(seen[:, 3 * SIZE :], drawn)
+    assert np.array_equal(drawn, picture("mask", npy(labels)))
+    assert len({tuple(pixel) for pixel in drawn.reshape(-1, 3)}) == 2
+
+
+def test_contact_sheet__labels_of_packed_volumes_are_coloured(tmp_path: Path, write_tar: WriteTar) -> None:
+    labels = np.zeros((16, 16, 16), np.int16)
+    labels[4:12] = 3
+    members = [("a.seg.npy", npy(labels)), ("a.volume.npy", npy(rng.random((16, 16, 16), np.float32)))]
+    shards = open_dataset(write_tar(tmp_path / "a.tar", members))
+    assert "mask int16 (16, 16, 16)" in describe(shards, 0)[1]
+    sheet = np.array(contact_sheet(shards, [0], SIZE, "seg.npy"))
+    third = picture("mask", png(np.full((8, 8), 3, np.uint8)))[0, 0]
+    assert (sheet == third).all(axis=2).sum() >= SIZE * SIZE
+
+
 def test_thumbnail__near_points_are_brighter() -> None:
     cloud = np.concatenate([rng.uniform(-1, 1, (4000, 2)), np.full((4000, 1), -1.0)], axis=1)
     cloud[2000:, 2] = 1
