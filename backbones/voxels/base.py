@@ -3,8 +3,10 @@
 A batch is what a `volume` view holds: (B, C, X, Y, Z), bytes or floats. Two classes read it: `backbones.voxels.vit`, a
 plain ViT whose patches can be left out, and `backbones.voxels.swin`, which has stages of several resolutions.
 
-Padding: a volume that is not a whole number of output tokens long gets zeros at the high end of its axes, in the units
-of the normalized input. Volumes of other sizes than `size` are allowed; positions are a function of the place.
+Padding: where the sizes of volumes are told, what lies beyond them is 0 in natural units (`scaled`), whatever a window
+or a density makes of the zeros that are stored there. A volume that is not a whole number of output tokens long gets
+zeros at the high end of its axes, in the units of the normalized input. Volumes of other sizes than `size` are allowed;
+positions are a function of the place.
 
 NOT here: lookup by name (`backbones.registry`), files (`backbones.io`).
 
@@ -51,7 +53,7 @@ class VoxelEncoder(Encoder):
 
         Raises:
             BackboneError: `size` is not three whole numbers of output tokens, there is not one mean and one positive
-                deviation per channel, or a density is to be converted where there is none.
+                deviation per channel, a window is no [low, high], or a density is to be converted where there is none.
         """
         super().__init__(config)
         name = self.spec["name"]
@@ -70,6 +72,12 @@ class VoxelEncoder(Encoder):
             raise BackboneError(
                 f"backbone {name!r}: density {config.density!r} with in_chans {config.in_chans}; it is one of "
                 f"{', '.join(DENSITIES)}, and only the fourth of 4 channels is converted"
+            )
+        self._window = tuple(config.voxel_window)
+        if self._window and not (len(self._window) == 2 and self._window[0] < self._window[1]):
+            raise BackboneError(
+                f"backbone {name!r}: voxel_window {list(self._window)} must be [low, high] with low < high, or [] for "
+                "none"
             )
         for key, values, default in (("voxel_mean", config.voxel_mean, 0.0), ("voxel_std", config.voxel_std, 1.0)):
             values = list(values) or [default] * config.in_chans
@@ -109,7 +117,7 @@ class VoxelEncoder(Encoder):
         """
         if isinstance(batch, Tensor):
             return self.features(self.normalized(batch))
-        features = self.features(self.normalized(batch["volume"]))
+        features = self.features(self.normalized(batch["volume"], batch["size"]))
         begun = -(-batch["size"] // self.token_size)  # (B, 3) tokens
         return replace(features, is_valid=inside(begun, self.grid_of(batch["volume"].shape[1:])).flatten(1))
 
@@ -132,11 +140,13 @@ class VoxelEncoder(Encoder):
         """N at `size`."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
-    def scaled(self, volumes: Tensor) -> Tensor:
-        """Voxels in natural units: bytes from 0 .. 255 to 0 .. 1, and the density of a radiance grid as alpha.
+    def scaled(self, volumes: Tensor, size: Tensor | None = None) -> Tensor:
+        """Voxels in natural units: values of the window to 0 .. 1, without one bytes from 0 .. 255 to 0 .. 1, and the
+        density of a radiance grid as alpha.
 
         Args:
             volumes: (B, C, X, Y, Z), integers or floats.
+            size: (B, 3) int64, voxels along each axis that are no padding at its high end; padding is 0 then.
 
         Returns:
             The same shape in float32, or float64 when `volumes` is float64.
@@ -150,19 +160,23 @@ class VoxelEncoder(Encoder):
                 f"{tuple(volumes.shape)}; set backbone.in_chans to the channels of the data"
             )
         values = volumes.to(torch.promote_types(volumes.dtype, torch.float32))
-        if volumes.dtype == torch.uint8:
+        if self._window:
+            low, high = self._window
+            values = ((values - low) / (high - low)).clamp(0, 1)
+        elif volumes.dtype == torch.uint8:
             values = values / 255
-        if self._density == "alpha":
-            return values
-        return torch.cat([values[:, :3], alpha_of_density(values[:, 3:], self._density, self._density_step)], dim=1)
+        if self._density != "alpha":
+            alpha = alpha_of_density(values[:, 3:], self._density, self._density_step)
+            values = torch.cat([values[:, :3], alpha], dim=1)
+        return values if size is None else values * inside(size, values.shape[2:]).unsqueeze(1)
 
     def standardized(self, values: Tensor) -> Tensor:
         """(values - mean) / deviation of what `scaled` gave."""
         return (values - self.voxel_mean.to(values.dtype)) / self.voxel_std.to(values.dtype)
 
-    def normalized(self, volumes: Tensor) -> Tensor:
+    def normalized(self, volumes: Tensor, size: Tensor | None = None) -> Tensor:
         """Input of `features` from a batch: `standardized` of `scaled`."""
-        return self.standardized(self.scaled(volumes))
+        return self.standardized(self.scaled(volumes, size))
 
 
 class Cover(NamedTuple):

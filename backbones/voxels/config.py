@@ -27,6 +27,11 @@ class VoxelConfig:
     in_chans: int = field(
         default=1, metadata={"range": (1, 1024), "help": "channels of the input; 4 of a radiance grid: RGB and alpha"}
     )
+    # Values of scanners have units of their own: of a CT of the abdomen [-160, 240] Hounsfield units, say.
+    voxel_window: list[float] = field(
+        default_factory=list,
+        metadata={"help": "[low, high]: stored values that become 0 and 1, clipped, before all else; []: as stored"},
+    )
     voxel_mean: list[float] = field(
         default_factory=list, metadata={"help": "mean per channel of the input, bytes as in [0, 1]; []: 0"}
     )

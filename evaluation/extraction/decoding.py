@@ -35,7 +35,7 @@ __all__ = ["Decoded", "Filled", "hidden_blocks", "load_reconstruction", "require
 
 
 class Filled(NamedTuple):
-    """A batch of volumes in natural units: bytes as in [0, 1], density as alpha."""
+    """A batch of volumes in natural units: bytes and values of a window as in [0, 1], density as alpha."""
 
     values: Tensor  # (B, C, X, Y, Z), 0 in padding
     predicted: Tensor  # (B, C, X, Y, Z), what the decoder says; of use where something was hidden
@@ -82,9 +82,8 @@ class Decoded:
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def _fill(self, batch: Mapping[str, Tensor], numbers: range) -> Filled:
-        values = self.model.encoder.scaled(batch["volume"])
+        values = self.model.encoder.scaled(batch["volume"], batch["size"])
         is_inside = inside(batch["size"], values.shape[2:])
-        values = values * is_inside.unsqueeze(1)  # padding is empty, whatever the kind of density makes of it
         block, cube = int(self.recipe["block"]), self.model.cube
         if block % cube:
             raise EvaluationError(f"blocks of {block} voxels cannot be hidden from tokens of {cube} voxels")
@@ -131,7 +130,7 @@ def require_decoder(protocol: str, owner: str, heads: Mapping[str, Any] | None) 
     if "decoder" not in (heads or {}):
         raise EvaluationError(
             f"protocol {protocol!r} needs a decoder of hidden voxels beside the backbone, and {owner} has none; "
-            "checkpoints of objective nerf_mae have it, and of volume_mae with norm_pix_loss=false and no window"
+            "checkpoints of objective nerf_mae have it, and of volume_mae with norm_pix_loss=false"
         )
 
 

@@ -95,7 +95,7 @@ def _prepare(content: Any, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
 def _maps(encoder: Encoder, batch: Mapping[str, Tensor]) -> list[Tensor]:
     """Tokens (B, x, y, z, D) of each stage, the finest first; of an encoder without stages those that it has."""
     assert isinstance(encoder, VoxelEncoder)  # the kind of its file says so
-    x = encoder.normalized(batch["volume"])
+    x = encoder.normalized(batch["volume"], batch["size"])
     if isinstance(encoder, StagedVoxelEncoder):
         return encoder.stages(x)
     return [encoder.features(x).tokens.unflatten(1, encoder.grid_at(x.shape[2:]))]

@@ -129,9 +129,8 @@ class NeRFMAE(Objective):
         return Output(loss, metrics)
 
     def _reconstruct(self, batch: dict[str, Tensor]) -> _Reconstruction:
-        volumes = self.backbone.scaled(batch["grid"])  # (B, 4, X, Y, Z), never below float32
-        is_inside = inside(batch["grid.size"], volumes.shape[2:])  # (B, X, Y, Z)
-        target = volumes * is_inside.unsqueeze(1)  # padding is empty, whatever the kind of density makes of it
+        target = self.backbone.scaled(batch["grid"], batch["grid.size"])  # (B, 4, X, Y, Z), never below float32
+        is_inside = inside(batch["grid.size"], target.shape[2:])  # (B, X, Y, Z)
         is_masked = self._mask(batch)  # (B, A, B', C')
         levels = self.backbone.stages(
             self.backbone.standardized(target), Cover(is_masked, self.mask_token), self._branch_noise(batch["seed"])
@@ -281,5 +280,10 @@ def _hierarchical(backbone: Encoder, name: str) -> StagedVoxelEncoder:
     if encoder.in_chans != 4:
         raise ObjectiveError(
             f"objective {name!r} needs grids of color and alpha; backbone.in_chans is {encoder.in_chans}: set it to 4"
+        )
+    if window := encoder.spec["settings"]["voxel_window"]:
+        raise ObjectiveError(
+            f"objective {name!r} needs colors and alpha as they are stored; backbone.voxel_window is {list(window)}: "
+            "set it to []"
         )
     return encoder

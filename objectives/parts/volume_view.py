@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from backbones.voxels.base import VoxelEncoder
@@ -17,14 +16,13 @@ class _Settings(Protocol):
     turn: float
 
 
-def volume_view(name: str, backbone: VoxelEncoder, config: _Settings, window: Sequence[float] = ()) -> dict[str, Any]:
+def volume_view(name: str, backbone: VoxelEncoder, config: _Settings) -> dict[str, Any]:
     """The view `name`: turned and mirrored, cut or padded to the size of `backbone`, with `NAME.size`.
 
     Args:
         name: of the view.
         backbone: says the size.
         config: where the volume is, and how often it is mirrored and turned.
-        window: [low, high], values that become 0 and 1; empty: as stored.
     """
     return {
         "name": name,
@@ -34,6 +32,5 @@ def volume_view(name: str, backbone: VoxelEncoder, config: _Settings, window: Se
         "array": config.volume_array,
         "flip": tuple(config.flip),
         "turn": config.turn,
-        "window": tuple(window) or None,
         "return_size": True,
     }

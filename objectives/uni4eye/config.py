@@ -36,10 +36,6 @@ class Uni4EyeConfig:
     decoder_heads: int = field(default=16, metadata={"range": (1, 64), "help": "attention heads of both decoders"})
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0], metadata=CROP_SCALE)
     hflip: float = field(default=0.5, metadata=HFLIP)
-    window: list[float] = field(
-        default_factory=list,
-        metadata={"help": "[low, high]: values of volumes that become 0 and 1, clipped; []: as stored"},
-    )
     flip: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0], metadata=FLIP)
     turn: float = field(default=0.0, metadata=TURN)
     # Named, since the npz of a volume would do for a picture of as many channels as it has slices.

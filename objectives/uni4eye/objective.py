@@ -64,8 +64,7 @@ class Uni4Eye(Objective):
         """Around an encoder of both kinds.
 
         Raises:
-            ObjectiveError: the backbone is another one, masking leaves nothing to see or to predict, or a window is
-                not two numbers.
+            ObjectiveError: the backbone is another one, or masking leaves nothing to see or to predict.
             BackboneError: the decoders' width does not fit their heads or their positions.
         """
         super().__init__()
@@ -78,8 +77,6 @@ class Uni4Eye(Objective):
         grids = {"image": backbone.image_grid, "volume": backbone.grid}
         for grid in grids.values():
             require_mask_ratio(config.mask_ratio, torch.Size(grid).numel())
-        if len(config.window) not in (0, 2):
-            raise ObjectiveError(f"objective.window {list(config.window)} must be [low, high], or [] for none")
         pixels, voxels = backbone.image_patch_size**2, backbone.token_size**3
         contents = {"image": backbone.image_chans * pixels, "volume": backbone.in_chans * voxels}
         outputs = {"content": contents, "gradient": {"image": pixels, "volume": voxels}}
@@ -105,7 +102,7 @@ class Uni4Eye(Objective):
                 "scale": tuple(config.crop_scale),
                 "hflip": config.hflip,
             },
-            volume_view("volume", self.backbone, config, config.window),
+            volume_view("volume", self.backbone, config),
         ]
 
     def forward(self, batch: dict[str, Tensor], progress: Progress) -> Output:
@@ -164,7 +161,7 @@ class Uni4Eye(Objective):
             x = backbone.normalized_images(batch["image"])
             values = x * backbone.pixel_std + backbone.pixel_mean  # in [0, 1]
             return {"content": x, "gradient": gradient_map(values)}, torch.ones_like(x[:, :1])
-        values = backbone.scaled(batch["volume"])
+        values = backbone.scaled(batch["volume"], batch["volume.size"])
         x = backbone.standardized(values)
         is_inside = inside(batch["volume.size"], x.shape[2:]).unsqueeze(1).to(x.dtype)
         return {"content": x, "gradient": gradient_map(values)}, is_inside

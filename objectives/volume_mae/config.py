@@ -25,10 +25,6 @@ class VolumeMAEConfig:
     )
     decoder_depth: int = field(default=4, metadata={"range": (1, 64), "help": "decoder blocks"})
     decoder_heads: int = field(default=6, metadata={"range": (1, 64), "help": "decoder attention heads"})
-    # Values of scanners have units of their own: of a CT of the abdomen [-160, 240] Hounsfield units, say.
-    window: list[float] = field(
-        default_factory=list, metadata={"help": "[low, high]: values that become 0 and 1, clipped; []: as stored"}
-    )
     flip: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0], metadata=FLIP)
     turn: float = field(default=0.0, metadata=TURN)
     volume_field: str | None = field(default=None, metadata=VOLUME_FIELD)

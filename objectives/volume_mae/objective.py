@@ -65,8 +65,7 @@ class VolumeMAE(Objective):
         """Around an encoder that can leave cubes out.
 
         Raises:
-            ObjectiveError: the backbone is another one, masking leaves nothing to see or to predict, or a window is
-                not two numbers.
+            ObjectiveError: the backbone is another one, or masking leaves nothing to see or to predict.
             BackboneError: the decoder's width does not fit its heads or its positions.
         """
         super().__init__()
@@ -78,8 +77,6 @@ class VolumeMAE(Objective):
                 f"{backbone.spec['name']!r} cannot: use backbone.name=voxel_vit"
             )
         require_mask_ratio(config.mask_ratio, self.backbone.num_patches)
-        if len(config.window) not in (0, 2):
-            raise ObjectiveError(f"objective.window {list(config.window)} must be [low, high], or [] for none")
         self.edge = self.backbone.token_size
         num_outputs = self.backbone.in_chans * self.edge**3
         if num_outputs == 1 and config.norm_pix_loss:
@@ -97,16 +94,16 @@ class VolumeMAE(Objective):
 
     def views(self) -> list[dict[str, Any]]:
         """One volume, "volume", turned and mirrored, cut or padded to the backbone's size."""
-        return [volume_view("volume", self.backbone, self.config, self.config.window)]
+        return [volume_view("volume", self.backbone, self.config)]
 
     def exported_heads(self) -> Heads | None:
         """The decoder, by which `masked_reconstruction` judges a checkpoint.
 
-        None where it predicts something else than the voxels that an evaluation reads: with norm_pix_loss voxels of a
-        cube whose own mean and deviation nobody knows who does not see it, with a window clipped ones.
+        None with norm_pix_loss: it predicts voxels of a cube whose own mean and deviation nobody knows who does not see
+        it.
         """
         config = self.config
-        if config.norm_pix_loss or config.window:
+        if config.norm_pix_loss:
             return None
         sizes = {"dim": config.decoder_dim, "depth": config.decoder_depth, "num_heads": config.decoder_heads}
         tensors = {f"decoder.{name}": tensor for name, tensor in self.decoder.state_dict(keep_vars=True).items()}
@@ -131,7 +128,7 @@ class VolumeMAE(Objective):
         return Output(loss, metrics)
 
     def _reconstruct(self, batch: dict[str, Tensor]) -> _Reconstruction:
-        x = self.backbone.normalized(batch["volume"])  # (B, C, X, Y, Z)
+        x = self.backbone.normalized(batch["volume"], batch["volume.size"])  # (B, C, X, Y, Z)
         noise = batch["noise"] if "noise" in batch else random_noise(batch["seed"], self.backbone.num_patches)
         mask = random_mask(noise, self.config.mask_ratio)
         visible = self.backbone.features(x, mask.keep_idx)
@@ -175,7 +172,7 @@ class VolumeMAE(Objective):
         with evaluating(self):
             result = self._reconstruct(batch)
         size = batch["volume.size"]
-        x = self.backbone.normalized(batch["volume"])
+        x = self.backbone.normalized(batch["volume"], size)
         patches = to_patches(x, self.edge)  # (n, N, L)
         low, high = (getattr(patches, f"a{end}")((1, 2), keepdim=True) for end in ("min", "max"))  # (n, 1, 1)
         voxels = (result.prediction * result.spread + result.center) * result.is_scored  # (n, M, L)

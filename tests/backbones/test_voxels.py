@@ -76,6 +76,22 @@ def test_voxels__bytes_are_floats_by_255_and_both_are_standardized(name: str, se
 
 
 @BOTH
+def test_voxels__a_window_comes_before_mean_and_deviation_and_padding_is_empty(name: str, settings: dict) -> None:
+    channels = encoder(name).in_chans
+    backbone = encoder(name, voxel_window=[-100.0, 300.0], voxel_mean=[0.5] * channels, voxel_std=[0.25] * channels)
+    units = volumes(*settings["size"], channels=channels) * 800 - 300
+    size = torch.tensor([settings["size"], [5, 6, 7]])
+    wanted = ((units + 100) / 400).clamp(0, 1)
+    wanted[1, :, 5:], wanted[1, :, :, 6:], wanted[1, :, :, :, 7:] = 0, 0, 0
+    torch.testing.assert_close(backbone.normalized(units, size), (wanted - 0.5) / 0.25)
+    plain = encoder(name, voxel_mean=[0.5] * channels, voxel_std=[0.25] * channels)
+    shown = backbone.tokens({"volume": units, "size": size}).tokens
+    torch.testing.assert_close(shown, plain.tokens({"volume": wanted, "size": size}).tokens)
+    levels = (units.clamp(0, 255)).to(torch.uint8)
+    torch.testing.assert_close(backbone.scaled(levels), (levels.float() + 100) / 400)
+
+
+@BOTH
 def test_voxels__volumes_of_other_sizes_are_padded_at_the_high_end(name: str, settings: dict) -> None:
     backbone = encoder(name)
     x = volumes(15, 40, 9, channels=backbone.in_chans)
@@ -106,6 +122,8 @@ REFUSED = {
     "stages": ("voxel_swin", {"num_heads": [1, 2]}, r"depths \[2, 1, 2\] need as many num_heads, not \[1, 2\]"),
     "heads of a stage": ("voxel_swin", {"num_heads": [1, 5, 4]}, r"widths? of its stage: \[12, 24, 48\]"),
     "window": ("voxel_swin", {"window": 3}, "window 3 is odd"),
+    "window of values": ("voxel_vit", {"voxel_window": [1.0]}, r"voxel_window \[1.0\] must be \[low, high\]"),
+    "empty window": ("voxel_vit", {"voxel_window": [2.0, 2.0]}, "with low < high, or .* for none"),
 }
 
 

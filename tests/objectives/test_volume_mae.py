@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backbones.registry import create_backbone
+from backbones.voxels.padding import inside
 from backbones.voxels.patches import to_patches
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.streaming.stream import Stream
@@ -71,6 +72,22 @@ def test_loss__is_that_of_a_loop_over_voxels_that_are_no_padding(norm_pix_loss: 
     assert model(seen, PROGRESS).loss.item() == pytest.approx(sum(means) / 3, rel=1e-4)
 
 
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_loss__with_a_window_is_that_of_windowed_values(norm_pix_loss: bool) -> None:
+    """Hounsfield units, whose padding is stored as 0, and is empty like what lies below the window."""
+    seen = batch()
+    units = seen["volume"].float() * 8 - 1000
+    for number, (x, y, z) in enumerate(seen["volume.size"].tolist()):
+        units[number, :, x:], units[number, :, :, y:], units[number, :, :, :, z:] = 0, 0, 0
+    windowed = ((units + 160) / 400).clamp(0, 1) * inside(seen["volume.size"], units.shape[2:]).unsqueeze(1)
+    model = objective({"voxel_window": [-160.0, 240.0]}, norm_pix_loss=norm_pix_loss)
+    plain = objective(norm_pix_loss=norm_pix_loss)
+    losses = [one({**seen, "volume": volume}, PROGRESS).loss for one, volume in ((model, units), (plain, windowed))]
+    torch.testing.assert_close(*losses)
+    shown = [one.pictures({**seen, "volume": volume}) for one, volume in ((model, units), (plain, windowed))]
+    torch.testing.assert_close(*shown)
+
+
 def test_loss__without_padding_is_the_mean_over_all_hidden_voxels() -> None:
     model, seen = objective(), batch(full=True)
     result = model._reconstruct(seen)
@@ -113,15 +130,14 @@ def test_hidden_voxels_do_not_reach_the_encoder() -> None:
 
 
 def test_views__say_what_is_read_and_how() -> None:
-    (view,) = views_from(objective(window=[-100.0, 300.0], volume_field="npz", volume_array="image").views())
-    assert (view.size, view.window, view.field, view.array) == ((16, 24, 8), (-100.0, 300.0), "npz", "image")
+    (view,) = views_from(objective(volume_field="npz", volume_array="image").views())
+    assert (view.size, view.window, view.field, view.array) == ((16, 24, 8), None, "npz", "image")
     (plain,) = views_from(objective().views())
     assert plain.window is None and plain.return_size and plain.flip == (0.0, 0.0, 0.0)
 
 
 REFUSED = {
     "ratio": ({}, {"mask_ratio": 0.95}, "mask_ratio 0.95 leaves nothing to see or to predict of 6 patches"),
-    "window": ({}, {"window": [1.0]}, r"objective.window \[1.0\] must be \[low, high\]"),
     "one number": ({"patch_size": 1, "size": [4, 4, 4]}, {}, "norm_pix_loss needs more than one number per cube"),
 }
 
