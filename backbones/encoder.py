@@ -10,9 +10,9 @@ Legend: B batch, N tokens, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,19 @@ from torch import Tensor, nn
 from backbones.errors import BackboneError
 from backbones.features import Features
 
-__all__ = ["Encoder"]
+__all__ = ["Encoder", "Normalization"]
+
+
+class Normalization(NamedTuple):
+    """How an encoder brings what a view shows to a mean of about 0 and a deviation of about 1.
+
+    Attributes:
+        apply: Of a batch (B, C, ...) as the view gives it.
+        settings: Of the backbone, that decide it.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    settings: tuple[str, ...]
 
 
 class Encoder(nn.Module, ABC):
@@ -76,6 +88,10 @@ class Encoder(nn.Module, ABC):
     def channels_of(self, kind: str) -> int:
         """Channels that it takes of what views of a kind show ("image", "volume"): `in_chans`, where it has that."""
         return int(getattr(self, "in_chans", 1))
+
+    def normalization(self, kind: str) -> Normalization | None:
+        """Of what views of a kind show ("image", "volume"); None where there is none, which is the default."""
+        return None
 
     @property
     def network(self) -> nn.Module:

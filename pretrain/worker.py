@@ -54,6 +54,7 @@ from pretrain.training.guard import HealthCheck
 from pretrain.training.handover import take_over, weights_of
 from pretrain.training.image_grid import write_image_grid
 from pretrain.training.initial_weights import initial_weights
+from pretrain.training.input_scale import scale_warning
 from pretrain.training.inputs import SampleRecord, Transfer, build_stream, num_corrupt
 from pretrain.training.model import build_objective
 from pretrain.training.outlook import accumulation_warning
@@ -255,6 +256,10 @@ def run_steps(
             loaded = [next(batches) for _ in range(accumulation)]
         samples.write(done, loaded)
         clock.note("first_batch")
+        if step == 0 and dist.get_rank() == 0:
+            text = scale_warning(engine.objective, loaded[0], stream.dataset.fields, engine.device)
+            if text is not None:
+                emit(Warned(step=stage.first_step, about="input_scale", text=text))
         if not clock.is_running:  # the first step, which compiles and reserves, belongs to the start
             heartbeat.beat("step", done)
 

@@ -25,7 +25,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from backbones.encoder import Encoder
+from backbones.encoder import Encoder, Normalization
 from backbones.errors import BackboneError
 from backbones.features import ImageFeatures
 from backbones.images.config import ImageConfig
@@ -250,6 +250,10 @@ class ImageEncoder(Encoder):
         if images.dtype == torch.uint8:
             return images.to(dtype).sub_(255 * mean).mul_(scale / 255)
         return (images.to(dtype) - mean).mul_(scale)
+
+    def normalization(self, kind: str) -> Normalization | None:
+        """Of images; see `Encoder`."""
+        return Normalization(self.normalized, ("pixel_mean", "pixel_std")) if kind == "image" else None
 
     def forward(self, x: Tensor) -> Any:
         """Same as `forward_features`."""

@@ -23,7 +23,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from backbones.encoder import Encoder
+from backbones.encoder import Encoder, Normalization
 from backbones.errors import BackboneError
 from backbones.features import Features
 from backbones.voxels.config import DENSITIES, VoxelConfig
@@ -177,6 +177,11 @@ class VoxelEncoder(Encoder):
     def normalized(self, volumes: Tensor, size: Tensor | None = None) -> Tensor:
         """Input of `features` from a batch: `standardized` of `scaled`."""
         return self.standardized(self.scaled(volumes, size))
+
+    def normalization(self, kind: str) -> Normalization | None:
+        """Of volumes; see `Encoder`."""
+        settings = ("voxel_window", "voxel_mean", "voxel_std")
+        return Normalization(self.normalized, settings) if kind == "volume" else None
 
 
 class Cover(NamedTuple):

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from backbones.encoder import Normalization
 from backbones.errors import BackboneError
 from backbones.features import Features, take_tokens
 from backbones.images.positions import sincos_positions
@@ -117,6 +118,12 @@ class UnifiedVit(VoxelVit):
         values = images.to(torch.promote_types(images.dtype, torch.float32))
         values = values / 255 if images.dtype == torch.uint8 else values
         return (values - self.pixel_mean.to(values.dtype)) / self.pixel_std.to(values.dtype)
+
+    def normalization(self, kind: str) -> Normalization | None:
+        """Of images and of volumes; see `Encoder`."""
+        if kind == "image":
+            return Normalization(self.normalized_images, ("pixel_mean", "pixel_std"))
+        return super().normalization(kind)
 
     def channels_of(self, kind: str) -> int:
         """Of images and of volumes; see `Encoder`."""
