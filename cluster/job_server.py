@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from cluster.authentication import AuthenticationProblem, Token, find_token, missing, refused
+from cluster.redirects import opener_without_redirects
 
 __all__ = ["Job", "JobExists", "JobServer", "JobServerError", "NoSuchJob", "is_named_by_environment", "server_address"]
 
@@ -132,10 +133,8 @@ class JobServer:
         self.address, self._timeout_s = address, timeout_s
         host = urlsplit(address).hostname or ""
         loopback = host == "localhost" or host.startswith("127.") or host == "::1"
-        handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
-        if loopback:  # whatever proxy the environment names is for other hosts
-            handlers.append(urllib.request.ProxyHandler({}))
-        self._opener = urllib.request.build_opener(*handlers)
+        # Whatever proxy the environment names is for other hosts.
+        self._opener = opener_without_redirects(*([urllib.request.ProxyHandler({})] if loopback else []))
 
     @cached_property
     def token(self) -> Token | None:
@@ -286,11 +285,6 @@ class JobServer:
             return f"{self.address}: nothing listens there; {_CHECK}"
         said = getattr(reason, "strerror", None) or str(reason)
         return f"{self.address}: {said}; {_CHECK}"
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *arguments: Any) -> None:
-        return None
 
 
 def _parsed(answer: bytes, address: str, kind: type) -> Any:

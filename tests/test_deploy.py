@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from cluster.manifests.kuberay import USER
-from cluster.manifests.kuberay_rules import is_secret_name
+from cluster.secret_names import holds_secret
 from pretrain.cli.main import main
 from pretrain.config.load import load_plan
 
@@ -79,7 +79,7 @@ def test_compose__ports_are_local_images_are_tagged_and_no_password_is_written(c
         assert re.search(r":(?!latest)[\w.-]+$", service["image"]), name
         assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"], name
         for variable, value in service.get("environment", {}).items():
-            if is_secret_name(variable) or variable.startswith("AWS_ACCESS"):
+            if holds_secret(variable, str(value)) or variable.startswith("AWS_ACCESS"):
                 assert re.fullmatch(r"\$\{[A-Z_]+:\?.+\}", value), variable
     identities = compose["configs"]["store"]["content"]
     assert re.findall(r'"(?:accessKey|secretKey)": "(\$\{[A-Z_]+:\?)', identities) == [

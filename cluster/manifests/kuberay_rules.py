@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cluster.secret_names import holds_secret
+
 __all__ = ["broken_rules"]
 
 LONGEST_NAME = {"RayJob": 47, "RayCluster": 53, "RayCronJob": 36}
 CONFIG_MAP_BYTES = 1 << 20
 TOKEN_SINCE = (2, 52)  # Ray version
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY")
 _RESOURCES = {"num-cpus": "cpu", "num-gpus": "nvidia.com/gpu", "memory": "memory"}
 
 Object = Mapping[str, Any]
@@ -135,7 +136,7 @@ def _of_pod(pod: Object, at: str) -> Iterator[str]:
     for container in pod.get("containers") or []:
         for variable in container.get("env") or []:
             name = str(variable.get("name"))
-            if "value" in variable and is_secret_name(name):
+            if "value" in variable and holds_secret(name, str(variable["value"])):
                 yield f"{at}: env {name}: expected valueFrom.secretKeyRef, not a value"
 
 
@@ -148,11 +149,6 @@ def _of_ray_pod(pod: Object, at: str) -> Iterator[str]:
             yield f"{at}: /dev/shm: expected a mount of an emptyDir with medium: Memory; else it has 64 MiB"
     if not isinstance(pod.get("terminationGracePeriodSeconds"), int):
         yield f"{at}: terminationGracePeriodSeconds: missing; Kubernetes gives 30 s, too few for a checkpoint"
-
-
-def is_secret_name(name: str) -> bool:
-    """Whether a variable of this name is there to hold a secret; one that names a file or place does not."""
-    return bool(_SECRET_NAME.search(name.upper())) and not name.upper().endswith(("_FILE", "_PATH", "_DIR", "_URL"))
 
 
 def _is_memory(volume: Object) -> bool:

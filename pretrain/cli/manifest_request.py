@@ -17,6 +17,7 @@ import yaml
 
 from cluster.manifests import kuberay, kuberay_rules, ray_up, slurm
 from cluster.manifests.workload import SecretKey, Workload
+from cluster.secret_names import holds_secret
 from pretrain.deployment import Machines, Sized, paths_outside, portable_yaml, secret_in, sized
 from pretrain.errors import EXIT_STOPPED, RequestError, nearest_file
 
@@ -297,7 +298,7 @@ class _Checks:
             name, equals, value = text.partition("=")
             if not equals or not _NAME.fullmatch(name):
                 self.add("--env ...", "expected NAME=VALUE")
-            elif kuberay_rules.is_secret_name(name) or secret_in(name, value):
+            elif holds_secret(name, value) or secret_in(name, value):
                 self.add(
                     f"--env {name}=...", f"looks like a secret, which everybody could read here; use --secret {name}="
                 )
@@ -311,7 +312,7 @@ class _Checks:
         for option, given in texts.items():
             for text in [given] if isinstance(given, str) else given or ():
                 words = re.split(r"[\s'\"]+", text)
-                named = any(kuberay_rules.is_secret_name(word.partition("=")[0]) for word in words if "=" in word)
+                named = any(holds_secret(*word.split("=", 1)) for word in words if "=" in word)
                 if named or any(secret_in(*word.rpartition("=")[::2]) for word in words):
                     self.add(
                         f"--{option.replace('_', '-')} ...", "looks like a secret, which everybody could read here"

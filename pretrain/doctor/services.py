@@ -1,4 +1,7 @@
-"""Who answers: Ray's token and cluster, MLflow. Asked by plain HTTP, so neither library is imported."""
+"""Who answers: Ray's token and cluster, MLflow. Asked by plain HTTP, so neither library is imported.
+
+How a cluster answers, or does not, `cluster.job_server` says.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ import urllib.error
 import urllib.request
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from cluster.authentication import HOME_FILE, AuthenticationProblem, find_token
+from cluster.authentication import HOME_FILE
+from cluster.job_server import JobServer, JobServerError
+from cluster.redirects import opener_without_redirects
 from data_pipelines.storage.locations import redact
 from pretrain.doctor.finding import ANSWER_S, Finding
 from pretrain.errors import last_line
@@ -52,32 +56,19 @@ def ray_cluster(address: str | None) -> Finding:
     """Whether the dashboard of a cluster answers, to our token, and with our version of Ray."""
     if address is None:
         return Finding("ray cluster", "ok", "none asked for (--address): a run starts its own Ray")
-    url = address.rstrip("/")
+    server = JobServer(address.rstrip("/"), ANSWER_S)
     try:
-        mode = str(_get(f"{url}/api/authentication_mode", {}).get("authentication_mode", "unknown"))
-    except urllib.error.HTTPError as error:
-        mode = f"unknown (HTTP {error.code})"
-    except (OSError, ValueError) as error:
-        remedy = "is the dashboard up, reachable and at this port? kubectl port-forward or ssh -L bring it here"
-        return Finding("ray cluster", "fail", f"{url}: no answer ({_reason(error)})", remedy)
-    token = _token()
-    try:
-        answer = _get(f"{url}/api/version", {"Authorization": f"Bearer {token}"} if token else {})
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            what = "refuses our token" if token else "asks for a token, and there is none"
-            remedy = f"put the cluster's into RAY_AUTH_TOKEN or {HOME_FILE}, mode 0600, and set RAY_AUTH_MODE=token"
-            return Finding("ray cluster", "fail", f"{url}: {what} (HTTP {error.code})", remedy)
-        return Finding("ray cluster", "fail", f"{url}: HTTP {error.code}", "is this the dashboard of a Ray cluster?")
-    except (OSError, ValueError) as error:
-        return Finding("ray cluster", "fail", f"{url}: {_reason(error)}", "is this the dashboard of a Ray cluster?")
-    theirs, ours = str(answer.get("ray_version")), metadata.version("ray")
-    text = f"{url}: Ray {theirs}, authentication {mode}"
+        token, versions = server.token, server.versions()
+    except JobServerError as error:  # a line with its remedy
+        remedy = "a dashboard that is not reachable from here: kubectl port-forward or ssh -L bring it here"
+        return Finding("ray cluster", "fail", str(error), remedy)
+    theirs, ours = versions.get("ray", "of no version"), metadata.version("ray")
+    text = f"{server.address}: Ray {theirs}, authentication {'disabled' if token is None else 'by token'}"
     if theirs != ours:
         return Finding("ray cluster", "fail", f"{text}; here is {ours}", f"install ray=={theirs} here, or {ours} there")
-    if mode == "disabled":
+    if token is None:
         return Finding("ray cluster", "warn", text, "set RAY_AUTH_MODE=token where the cluster is started")
-    if mode == "token" and os.environ.get("RAY_AUTH_MODE") != "token":
+    if os.environ.get("RAY_AUTH_MODE") != "token":
         return Finding(
             "ray cluster", "warn", f"{text}, and RAY_AUTH_MODE is not set here", "export RAY_AUTH_MODE=token"
         )
@@ -99,7 +90,7 @@ def mlflow() -> Finding:
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
     url, shown = uri.rstrip("/"), redact(uri.rstrip("/"))
     try:
-        _get(f"{url}/api/2.0/mlflow/experiments/search?max_results=1", headers)
+        _require_json(f"{url}/api/2.0/mlflow/experiments/search?max_results=1", headers)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             remedy = "set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
@@ -111,39 +102,20 @@ def mlflow() -> Finding:
     return Finding("mlflow", "ok", f"{shown}: answers" + (" to our credentials" if "Authorization" in headers else ""))
 
 
-def _token() -> str | None:
-    """The token of this process; none where what should hold it cannot be used."""
-    try:
-        found = find_token()
-    except AuthenticationProblem:
-        return None
-    return None if found is None else found.value
-
-
-def _get(url: str, headers: dict[str, str]) -> dict[str, Any]:
-    """The JSON object that a server answers with.
+def _require_json(url: str, headers: dict[str, str]) -> None:
+    """Ask a server for a JSON object.
 
     Raises:
-        urllib.error.HTTPError, OSError, ValueError: It does not.
+        urllib.error.HTTPError, OSError, ValueError: It does not answer with one.
     """
     context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
     if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() == "true":
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    handlers = [urllib.request.HTTPSHandler(context=context), _NoRedirect()]
-    with urllib.request.build_opener(*handlers).open(
-        urllib.request.Request(url, headers=headers), timeout=ANSWER_S
-    ) as r:
+    opener = opener_without_redirects(urllib.request.HTTPSHandler(context=context))
+    with opener.open(urllib.request.Request(url, headers=headers), timeout=ANSWER_S) as r:
         answer = json.loads(r.read(1 << 20))
     if not isinstance(answer, dict):
         raise ValueError("answers something else than a JSON object")
-    return answer
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A login page is no answer, and another host gets no credentials."""
-
-    def redirect_request(self, *arguments: Any) -> None:
-        return None
 
 
 def _reason(error: Exception) -> str:

@@ -14,14 +14,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cluster.secret_names import holds_secret
 from data_pipelines.storage.locations import redact
 from pretrain.errors import RequestError, listed
 
 __all__ = ["Environment", "read_environment"]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET_PARTS = {"AUTH", "CREDENTIAL", "CREDENTIALS", "KEY", "KEYS", "PASS", "PASSPHRASE", "PWD", "DSN"}
-_SECRET = re.compile("TOKEN|SECRET|PASSWORD|PASSWD|APIKEY", re.IGNORECASE)
 _OURS = {"RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"}  # a job has those of its cluster
 
 
@@ -76,10 +75,8 @@ def _problem(name: str, value: str | None, known: set[str]) -> str:
         return ""
     if value.startswith("@"):
         return "" if value.startswith("@/") else "expected the absolute path of a file on the nodes after @"
-    names_file = name.upper().endswith(("_FILE", "_PATH")) and value.startswith("/")
-    is_secret = _SECRET.search(name) is not None or bool(_SECRET_PARTS & set(name.upper().split("_")))
     remedy = f"give --env {name} alone and set it on the nodes, or --env {name}=@FILE with a file that is mounted there"
-    if is_secret and not names_file:
+    if holds_secret(name, value):
         return f"looks like a secret, and the values of a job are readable by everybody who may list jobs; {remedy}"
     if redact(value, marked=True) != value:
         return f"holds a URL with user, password or query, readable by everybody who may list jobs; {remedy}"

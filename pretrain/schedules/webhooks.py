@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cluster.redirects import opener_without_redirects
 from data_pipelines.files import write_atomically
 from data_pipelines.parsing import parse_json
 from pretrain.errors import last_line
@@ -153,7 +154,7 @@ def _post(alert: Alert, now: datetime, environment: Mapping[str, str]) -> str | 
         "webhook-timestamp": str(timestamp),
         "webhook-signature": signature(secret, alert.key, timestamp, body),
     }
-    opener = urllib.request.build_opener(_NoRedirect)
+    opener = opener_without_redirects()
     try:
         with opener.open(urllib.request.Request(url, body, headers, method="POST"), timeout=TIMEOUT_S):
             return None
@@ -164,12 +165,6 @@ def _post(alert: Alert, now: datetime, environment: Mapping[str, str]) -> str | 
         return f"the server of {alert.url_env} is not reached: {_without(url, str(error.reason))}"
     except (OSError, http.client.HTTPException, ValueError) as error:
         return f"the server of {alert.url_env} is not reached: {_without(url, last_line(error))}"
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *arguments: Any, **options: Any) -> None:
-        """None of them: an answer that asks for one is an error."""
-        return
 
 
 def _without(url: str, text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cluster.manifests import kuberay
-from cluster.manifests.kuberay_rules import broken_rules, is_secret_name
+from cluster.manifests.kuberay_rules import broken_rules
 from cluster.manifests.workload import Node, SecretKey, Workload
 
 WORKLOAD = Workload(
@@ -190,20 +190,3 @@ def test_pre_stop__asks_a_run_that_trains_for_a_checkpoint_and_waits(kind: str, 
     finally:
         waiting.kill()
     assert not (other / "stop").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "is_secret"),
-    [
-        ("MLFLOW_TRACKING_TOKEN", True),
-        ("aws_secret_access_key", True),
-        ("DB_PASSWD", True),
-        ("WANDB_API_KEY", True),
-        ("RAY_AUTH_TOKEN_PATH", False),
-        ("AWS_SHARED_CREDENTIALS_FILE", False),
-        ("MLFLOW_TRACKING_URI", False),
-        ("OMP_NUM_THREADS", False),
-    ],
-)
-def test_is_secret_name__but_not_of_places(name: str, is_secret: bool) -> None:
-    assert is_secret_name(name) == is_secret

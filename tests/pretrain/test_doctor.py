@@ -139,10 +139,14 @@ def test_doctor__address_is_that_of_a_dashboard(address: str, capsys: pytest.Cap
 
 def test_ray_cluster__token_version_and_mode(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     finding = services.ray_cluster(server.url)
-    assert finding.level == "fail" and "asks for a token, and there is none (HTTP 401)" in finding.text
+    assert finding.level == "fail" and "asks for a token, and there is none: set RAY_AUTH_TOKEN" in finding.text
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
     finding = services.ray_cluster(server.url)
-    assert finding.level == "fail" and "refuses our token (HTTP 403)" in finding.text
+    assert (
+        finding.level == "fail"
+        and "refuses the token of RAY_AUTH_TOKEN" in finding.text
+        and "wrong" not in finding.text
+    )
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     finding = services.ray_cluster(server.url)
     assert finding.level == "warn" and finding.remedy == "export RAY_AUTH_MODE=token"
@@ -156,7 +160,7 @@ def test_ray_cluster__token_version_and_mode(server: Server, monkeypatch: pytest
     server.shutdown()
     server.server_close()
     finding = services.ray_cluster(server.url)
-    assert finding.level == "fail" and "no answer" in finding.text
+    assert finding.level == "fail" and "nothing listens there" in finding.text
 
 
 def test_mlflow__credentials(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
