@@ -62,6 +62,7 @@ class Conversion:
     encoding: Encoding | None = None  # None: as found; resized images keep their format
     classes: tuple[str, ...] | None = None  # in index order
     ignore_index: int | None = None  # value of masks that is no class
+    channels: str | None = None  # of `volume_files.CHANNELS`, for volumes
 
 
 @dataclass
@@ -178,7 +179,7 @@ def _add_image(sample: Sample, name: str, data: bytes, conversion: Conversion) -
 
 def _add_volume(sample: Sample, item: Item, conversion: Conversion) -> None:
     volume, *masks = item.pieces
-    found = read_volume(_read(conversion.root, volume), suffix_of(volume.path))
+    found = read_volume(_read(conversion.root, volume), suffix_of(volume.path), conversion.channels)
     labels = found.labels
     for mask in masks:
         labels = read_labels(_read(conversion.root, mask), suffix_of(mask.path), found)

@@ -65,7 +65,7 @@ class PackFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self._work / "unpacked", ignore_errors=True)
-        if not self._request.exists():  # nothing was begun, or all is done
+        if not self._has_begun:  # no shard was made, or all are done
             shutil.rmtree(self._work)
             with suppress(OSError):
                 if self._is_new:
@@ -75,6 +75,11 @@ class PackFolder:
     @property
     def _request(self) -> Path:
         return self._work / "request.json"
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether shards of a request lie here; one without any binds nobody, so that its mistake can be mended."""
+        return self._request.exists() and any(self._dest.glob("*.tar"))
 
     def unpacked(self) -> Path:
         """An empty folder for temporary copies; gone when the work ends."""
@@ -110,7 +115,7 @@ class PackFolder:
             self._require_shards(manifest)
             self._request.unlink(missing_ok=True)  # a kill just before the end leaves it
             return manifest
-        if self._request.exists():
+        if self._has_begun:
             self._require_same(parse_json(self._request.read_bytes()), request, self._request, newest)
         elif strange := next((path for path in self._dest.glob("*.tar*") if not is_hidden(path.name)), None):
             raise DataError(f"{self._dest} holds {strange.name}, which no packing left there; choose an empty folder")
@@ -118,7 +123,7 @@ class PackFolder:
 
     def begin(self, request: Mapping[str, Any]) -> None:
         """Note the request and remove what a killed run left unfinished."""
-        if not self._request.exists():
+        if not self._has_begun:
             write_atomically(self._request, json.dumps(request).encode())
         for stale in (*self._dest.glob("*.tmp"), *self._work.glob("*.tmp")):
             stale.unlink()

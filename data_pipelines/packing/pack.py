@@ -65,6 +65,7 @@ def pack(
     masks: str | Path | None = None,
     classes: Sequence[str] | None = None,
     ignore_index: int | None = None,
+    channels: str | None = None,
     dedupe: bool = False,
     name: str | None = None,
     workers: int | None = None,
@@ -88,6 +89,8 @@ def pack(
         classes: names in index order. Folders and labels that are names get their index in it and must be among them;
             indices and masks are checked against their number.
         ignore_index: value of masks that is no class.
+        channels: where arrays of volumes with four axes have them, `first` or `last`; default: first, and those that
+            look otherwise count as damaged.
         dedupe: leave out samples whose first file equals that of an earlier name.
         name: of the data set; default that of the source.
         workers: processes; default one per CPU this process may use. One shard is the work of one process.
@@ -113,6 +116,8 @@ def pack(
     with PackFolder(dest, source) as folder:
         listing = _list(source, kind, masks, classes, folder.unpacked)
         listing.name = name or listing.name
+        if channels is not None and listing.family != "volumes":
+            raise DataError(f"--channels {channels}: is of volumes, and {source} holds {listing.family}; leave it out")
         fractions = _splits(listing, asked_splits)
         listing.ignore_index = listing.ignore_index if ignore_index is None else ignore_index
         asked = {
@@ -125,6 +130,7 @@ def pack(
             "size": size,
             "reencode": encoding and str(encoding),
             "dedupe": dedupe,
+            "channels": channels,
         }
         options = {option: value for option, value in asked.items() if value is not None}
         request = {"created_by": CREATED_BY, "name": listing.name, **options}
@@ -136,7 +142,7 @@ def pack(
         plans = plan_shards(items, fractions, seed=seed, shard_bytes=round(shard_mb * 1e6), shard_samples=shard_samples)
         _require_all_splits(fractions, plans, len(items))
         folder.begin(request)
-        jobs = _jobs(plans, folder, _conversion(listing, size, encoding))
+        jobs = _jobs(plans, folder, _conversion(listing, size, encoding, channels))
         records = _write(jobs, workers, math.floor(max_bad * len(items)), progress)
         duplicates = len(listing.items) - len(items) if dedupe else None
         manifest = _describe(listing, plans, records, options, duplicates)
@@ -241,9 +247,9 @@ def _require_all_splits(splits: Sequence[tuple[str, float | None]], plans: Seque
         )
 
 
-def _conversion(listing: Listing, size: int | None, encoding: Encoding | None) -> Conversion:
+def _conversion(listing: Listing, size: int | None, encoding: Encoding | None, channels: str | None) -> Conversion:
     root = os.path.abspath(listing.root)
-    return Conversion(listing.family, root, size, encoding, listing.classes, listing.ignore_index)
+    return Conversion(listing.family, root, size, encoding, listing.classes, listing.ignore_index, channels)
 
 
 def _jobs(plans: Sequence[ShardPlan], folder: PackFolder, conversion: Conversion) -> list[ShardJob]:

@@ -1,7 +1,8 @@
 """Volumes as other programs store them, to one array: `.npy .npz .nii .nii.gz` -> (D, H, W) with spacing and labels.
 
-Values and number format stay as stored where training can use them; 64-bit ones become smaller. NIfTI files are read
-with nibabel (an optional package); their axes x, y, z come out as z, y, x, slices first.
+A fourth axis is that of the channels, and comes first: (C, D, H, W). Values and number format stay as stored where
+training can use them; 64-bit ones become smaller. NIfTI files are read with nibabel (an optional package); their axes
+x, y, z come out as z, y, x, slices first.
 
 Not here: resampling, intensity windows, what training does with a volume (`volumes`).
 """
@@ -19,7 +20,9 @@ from data_pipelines.decode import decode_arrays
 from data_pipelines.errors import DataError
 from data_pipelines.field_kinds import LABEL_ARRAYS
 
-__all__ = ["VolumeFile", "read_labels", "read_volume"]
+__all__ = ["CHANNELS", "VolumeFile", "read_labels", "read_volume"]
+
+CHANNELS = ("first", "last")  # of arrays of four axes
 
 _MAX_BYTES = 2 << 30  # unpacked
 _LARGEST_LABEL = (1 << 15) - 1
@@ -37,11 +40,13 @@ class VolumeFile:
     corners: npt.NDArray[np.float64] | None = None  # (4, 3) where the first voxel and the ends of the axes lie, mm
 
 
-def read_volume(data: bytes, suffix: str) -> VolumeFile:
+def read_volume(data: bytes, suffix: str, channels: str | None = None) -> VolumeFile:
     """Read a volume.
 
     Args:
         suffix: of the file, lower case with the dot; decides the format.
+        channels: where an npy or npz of four axes has them, one of `CHANNELS`; None: first, and what looks as if they
+            were last is refused. NIfTI says it itself.
 
     Raises:
         DataError: damaged, too large, not of three or four dimensions, not finite; or nibabel is needed and missing.
@@ -56,7 +61,7 @@ def read_volume(data: bytes, suffix: str) -> VolumeFile:
         raise DataError(f"npz holds {', '.join(sorted(arrays)) or 'nothing'}; name the volume 'volume' or 'image'")
     labels = next((arrays[name] for name in LABEL_ARRAYS if name in arrays), None)
     spacing = arrays.get("spacing")
-    volume = _compact(values)
+    volume = _compact(_channels_first(values, channels))
     return VolumeFile(
         volume,
         None if labels is None else _whole_labels(labels, volume.shape),
@@ -87,6 +92,25 @@ def read_labels(data: bytes, suffix: str, volume: VolumeFile) -> npt.NDArray[Any
                 "files; bring them onto the voxels of the volume"
             )
     return labels
+
+
+def _channels_first(values: npt.NDArray[Any], channels: str | None) -> npt.NDArray[Any]:
+    """(C, D, H, W) of an array of four axes; others as they are.
+
+    Raises:
+        DataError: nothing says where the channels are, and the last axis looks more like it than the first.
+    """
+    if values.ndim != 4 or channels == "first":
+        return values
+    if channels == "last":
+        return np.moveaxis(values, -1, 0)
+    first, *_, last = values.shape
+    if last < first and 2 * last <= min(values.shape[:3]):
+        raise DataError(
+            f"array of shape {values.shape} looks like (D, H, W, C) with {last} channels, and shards hold (C, D, H, W)"
+            f": add --channels last, or --channels first if it has {first} channels"
+        )
+    return values
 
 
 def _whole_labels(labels: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["data", "plain_warnings"]
 
+CHANNELS = ("first", "last")
 KINDS = ("auto", "images", "pairs", "sequences", "points", "volumes", "list", "tars")
 _SHOWN_CLASSES = 12
 _GOOD_PSNR = 25.0  # dB, from which on grids of whole objects look right
@@ -81,6 +82,11 @@ def data() -> None:
 @click.option("--masks", metavar="DIR", help="Folder of masks or label volumes named like the files of SRC.")
 @click.option("--classes", metavar="NAME,...", help="Names of all classes in index order; default: sorted.")
 @click.option("--ignore-index", type=click.IntRange(0), metavar="N", help="Value of masks that is no class: 255")
+@click.option(
+    "--channels",
+    type=click.Choice(CHANNELS),
+    help="Of volumes with four axes; default: first, asked if they look last.",
+)
 @click.option("--name", metavar="NAME", help="Of the data set; default: that of SRC.")
 @click.option("--dedupe", is_flag=True, help="Leave out samples with the same content as another one.")
 @click.option(
@@ -104,6 +110,7 @@ def pack(
     masks: str | None,
     classes: str | None,
     ignore_index: int | None,
+    channels: str | None,
     name: str | None,
     dedupe: bool,
     max_bad: float,
@@ -139,6 +146,7 @@ def pack(
             masks=masks,
             classes=None if classes is None else classes.split(","),
             ignore_index=ignore_index,
+            channels=channels,
             name=name,
             dedupe=dedupe,
             workers=workers or usable_cores(),

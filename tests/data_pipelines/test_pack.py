@@ -462,6 +462,24 @@ def test_pack__volumes(shared_data: Path, tmp_path: Path) -> None:
             np.testing.assert_array_equal(np.load(io.BytesIO(sample["seg.npy"])), volumes[key]["label"])
 
 
+def test_pack__volumes_with_channels_last(tmp_path: Path) -> None:
+    (tmp_path / "volumes").mkdir()
+    for name in "ab":
+        np.save(tmp_path / "volumes" / f"{name}.npy", np.full((8, 9, 10, 2), ord(name), np.uint8))
+    with pytest.raises(DataError, match=r"array of shape \(8, 9, 10, 2\) looks like .* add --channels last") as refused:
+        pack(tmp_path / "volumes", tmp_path / "set", kind="volumes", workers=1)
+    assert "a.npy" in str(refused.value) and not (tmp_path / "set").exists()  # else it would refuse what it says
+    packed = pack(tmp_path / "volumes", tmp_path / "set", kind="volumes", channels="last", workers=1)
+    assert packed.options["channels"] == "last"
+    assert {np.load(io.BytesIO(one["volume.npy"])).shape for one in samples(tmp_path / "set").values()} == {
+        (2, 8, 9, 10)
+    }
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a.jpg")
+    with pytest.raises(DataError, match=r"--channels last: is of volumes, and .*photos holds images; leave it out"):
+        pack(tmp_path / "photos", tmp_path / "other", channels="last", workers=1)
+
+
 @pytest.mark.slow
 def test_pack__cifar10_has_the_known_mean_and_deviation(shared_data: Path, tmp_path: Path) -> None:
     (tmp_path / "cifar10").mkdir()

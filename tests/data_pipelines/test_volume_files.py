@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,31 @@ def test_read_volume__keeps_types_of_up_to_32_bits(stored: str, kept: str) -> No
     assert found.values.dtype == np.dtype(kept)
     np.testing.assert_array_equal(found.values, values)
     assert found.labels is None and found.spacing is None
+
+
+@pytest.mark.parametrize("wrap", [npy, lambda array: npz(image=array)], ids=["npy", "npz"])
+def test_read_volume__channels_that_look_last_are_asked_for(wrap: Callable[[np.ndarray], bytes]) -> None:
+    """Taken as they are, 36 slices would be channels, without a word."""
+    last = np.arange(36 * 50 * 35 * 2, dtype=np.float32).reshape(36, 50, 35, 2)
+    suffix = ".npy" if wrap is npy else ".npz"
+    with pytest.raises(DataError) as refused:
+        read_volume(wrap(last), suffix)
+    assert str(refused.value) == (
+        "array of shape (36, 50, 35, 2) looks like (D, H, W, C) with 2 channels, and shards hold (C, D, H, W): "
+        "add --channels last, or --channels first if it has 36 channels"
+    )
+    np.testing.assert_array_equal(read_volume(wrap(last), suffix, "last").values, np.moveaxis(last, 3, 0))
+    np.testing.assert_array_equal(read_volume(wrap(last), suffix, "first").values, last)
+    first = np.moveaxis(last, 3, 0)
+    np.testing.assert_array_equal(read_volume(wrap(first), suffix).values, first)
+    cube = np.zeros((4, 4, 4, 4), np.uint8)  # of which nothing can be told
+    assert read_volume(wrap(cube), suffix).values.shape == cube.shape
+
+
+def test_read_volume__labels_lie_on_volumes_with_channels_last() -> None:
+    image, labels = np.zeros((8, 9, 10, 2), np.float32), np.ones((8, 9, 10), np.uint8)
+    found = read_volume(npz(image=image, label=labels), ".npz", "last")
+    assert found.values.shape == (2, 8, 9, 10) and found.labels is not None and found.labels.shape == (8, 9, 10)
 
 
 def test_read_volume__large_integers_become_floats() -> None:
