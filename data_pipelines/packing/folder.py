@@ -23,7 +23,7 @@ from data_pipelines.files import write_atomically
 from data_pipelines.hidden import is_hidden
 from data_pipelines.parsing import parse_json
 from data_pipelines.shards.index import load_index
-from data_pipelines.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data_pipelines.shards.manifest import MANIFEST_NAME, UNFINISHED, Manifest, read_manifest
 from data_pipelines.storage.stores import Store
 
 __all__ = ["PackFolder"]
@@ -74,7 +74,7 @@ class PackFolder:
 
     @property
     def _request(self) -> Path:
-        return self._work / "request.json"
+        return self._dest / UNFINISHED
 
     @property
     def _has_begun(self) -> bool:

@@ -29,6 +29,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST_BYTES",
     "MANIFEST_NAME",
+    "UNFINISHED",
     "ChannelStats",
     "Manifest",
     "Manifests",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "dataset.json"
+UNFINISHED = ".packing/request.json"  # beside the shards until all are there
 MANIFEST_BYTES = 64 << 20  # the most that is read of one: 200,000 shards, or the keys of two million frames in order
 FORMAT = "pretrain-dataset/1"
 

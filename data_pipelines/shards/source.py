@@ -6,7 +6,8 @@ and refused unless the recipe allows them.
 
 What exists is taken literally, whatever it is called: only what is left of a path behind the folders that exist is a
 pattern. Hidden files are no shards. Shards that `dataset.json` lists, that a directory or a glob should find, and that
-are gone, are an error: a set of which a part was lost must not be taken for the whole.
+are gone, are an error: a set of which a part was lost must not be taken for the whole. So is a directory in which
+packing has not ended.
 
 This module imports neither numpy, torch nor fsspec, so that a wrong recipe is rejected at once; `check_source` does
 not touch the network. Not here: reading (`stores`), opening shards (`shards`).
@@ -30,7 +31,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from data_pipelines.errors import DataError, suggest
 from data_pipelines.hidden import is_hidden
 from data_pipelines.parsing import parse_json
-from data_pipelines.shards.manifest import MANIFEST_NAME, Manifests, listed_shards
+from data_pipelines.shards.manifest import MANIFEST_NAME, UNFINISHED, Manifests, listed_shards
 from data_pipelines.storage.credentials import whole_url
 from data_pipelines.storage.locations import HTTP, OBJECT_STORES, PIPE, redact, scheme_of, sibling, split_location
 
@@ -63,9 +64,24 @@ def check_source(
     Raises:
         DataError: as `expand_source`, but remote stores are not asked.
     """
+    _require_finished(source)
     if not allow_missing:
         require_all(source)
     _join(source, allow_pipe, None, compressed)
+
+
+def _require_finished(source: str | Path | Sequence[str | Path]) -> None:
+    """Refuse local directories and globs of which a packing that goes on, or was killed, has made a part.
+
+    Raises:
+        DataError: names the directory.
+    """
+    for folder in sorted({folder for folder, _ in _all_listings(source)}):
+        if os.path.exists(os.path.join(folder, UNFINISHED)) and not os.path.exists(os.path.join(folder, MANIFEST_NAME)):
+            raise DataError(
+                f"{folder} holds a part of a data set: its packing has not ended; wait for it, or give the same "
+                "command again, which goes on, or name the shards one by one"
+            )
 
 
 def require_all(source: str | Path | Sequence[str | Path]) -> None:
@@ -95,8 +111,7 @@ def missing_shards(source: str | Path | Sequence[str | Path]) -> list[str]:
 
 def _listed_of(source: str | Path | Sequence[str | Path]) -> list[str]:
     """All that should be there."""
-    paths = map(_local_path, map(str, [source] if isinstance(source, str | Path) else source))
-    listings = {listing for path in paths if path is not None for listing in _listings(path)}
+    listings = _all_listings(source)
     return sorted(
         {
             os.path.join(folder, name)
@@ -133,9 +148,10 @@ def expand_source(
         not asked for here.
 
     Raises:
-        DataError: nothing matches, a named or listed shard is missing, one is named twice, or the scheme is not
-            allowed.
+        DataError: nothing matches, a named or listed shard is missing, one is named twice, the scheme is not allowed,
+            or packing has not ended.
     """
+    _require_finished(source)
     if not allow_missing:
         require_all(source)
     from data_pipelines.storage.stores import Store
@@ -316,6 +332,12 @@ def _split_existing(path: str) -> tuple[str, str]:
     """The folder that exists farthest down a path, and the rest, at least one name."""
     folder = next(str(parent) for parent in Path(path).parents if os.path.isdir(parent))
     return folder, str(Path(path).relative_to(folder))
+
+
+def _all_listings(source: str | Path | Sequence[str | Path]) -> set[tuple[str, str]]:
+    """`_listings` of all local parts."""
+    paths = map(_local_path, map(str, [source] if isinstance(source, str | Path) else source))
+    return {listing for path in paths if path is not None for listing in _listings(path)}
 
 
 def _listings(path: str) -> Iterator[tuple[str, str]]:

@@ -22,9 +22,11 @@ from PIL import Image
 
 from data_pipelines.decode import decode_image
 from data_pipelines.errors import DataError
+from data_pipelines.inspection.verify import verify
 from data_pipelines.packing.pack import pack
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.shards.manifest import read_manifest
+from data_pipelines.shards.source import check_source
 
 ROOT = Path(__file__).parents[2]
 WritePictures = Callable[..., Path]
@@ -83,6 +85,11 @@ def test_pack__killed_and_resumed_equals_uninterrupted_with_any_number_of_worker
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
     assert (killed / "train-000002.tar.tmp").exists(), "killed in the third shard"
     assert not (killed / "dataset.json").exists()
+    for part in (killed, killed / "train-*.tar"):
+        for refuse in (open_dataset, check_source, lambda source: verify(source, workers=1)):
+            with pytest.raises(DataError, match=r"killed holds a part of a data set: its packing has not ended; wait "):
+                refuse(part)
+    assert len(open_dataset(killed / "train-000000.tar")) == 10  # by its name it is no whole
     (killed / "train-000001.tar.index").unlink()  # as if killed between the shard and its mark
     (killed / "train-000009.tar.index.tmp").write_bytes(b"stale")
     first = (killed / "train-000000.tar").stat()
