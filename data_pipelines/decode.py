@@ -261,6 +261,8 @@ def decode_array(data: bytes, name: str | None = None) -> Array:
         members = _npz_members(data)
         if name is None and len(members) == 1:
             name = next(iter(members))
+        if name is None and members:
+            raise DataError(f"npz has several arrays, {', '.join(members)}, and nothing says which to read")
         if name not in members:
             raise DataError(f"npz has no array {name!r}; it has {', '.join(members) or 'none'}")
         return _npy(_unzipped(data, members[name]))

@@ -69,6 +69,10 @@ class ViewMaker:
         self.reads = frozenset(reading.field for _, reading in self._plan)
         self._stack_dim = {view.name: 0 if view.times is None else 1 for view in views}
 
+    def field_of(self, view: View) -> str:
+        """The field that one of `views` is made of."""
+        return next(reading.field for planned, reading in self._plan if planned is view)
+
     def __call__(self, sample: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
         """The views of one sample.
 

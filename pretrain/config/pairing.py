@@ -6,9 +6,11 @@ of the right kind is found out later (`pretrain.training.preflight`). Imports no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from backbones.registry import IMAGE
+from backbones.registry import IMAGE, config_class
 from data_pipelines.errors import DataError
 from data_pipelines.field_kinds import INPUT_FIELDS
 from data_pipelines.shards.source import expand_source
@@ -16,7 +18,7 @@ from data_pipelines.shards.tar_walk import first_fields
 from data_pipelines.storage.locations import is_local
 from pretrain.config.recipe_files import recipe_content, recipe_names
 
-__all__ = ["photos_problem", "source_problem"]
+__all__ = ["fitting_recipes", "photos_problem", "source_problem"]
 
 # Kind of backbone -> kind of view, and what messages call such data.
 _VIEWS = {IMAGE: ("image", "images"), "points": ("points", "point clouds"), "voxels": ("volume", "volumes")}
@@ -45,7 +47,7 @@ def source_problem(kind: str, source: str, *, allow_pipe: bool) -> str | None:
     if not found:
         return f"its samples have {', '.join(sorted(fields))}, and backbone.kind={kind} reads {' or '.join(read)}"
     other = next(iter(found))
-    return f"its field {found[other]} holds {_VIEWS[other][1]}, and {_reads(kind)}; {_fitting(other)}"
+    return f"its field {found[other]} holds {_VIEWS[other][1]}, and {_reads(kind)}; {fitting_recipes(other)}"
 
 
 def photos_problem(kind: str) -> str | None:
@@ -53,7 +55,7 @@ def photos_problem(kind: str) -> str | None:
     if kind == IMAGE or kind not in _VIEWS:
         return None
     grids = "photos with known cameras become volumes by `pretrain data radiance`; " if kind == "voxels" else ""
-    return f"it holds photos, and {_reads(kind)}; {grids}{_fitting(IMAGE)}"
+    return f"it holds photos, and {_reads(kind)}; {grids}{fitting_recipes(IMAGE)}"
 
 
 def _telling(kind: str) -> tuple[str, ...]:
@@ -64,9 +66,19 @@ def _reads(kind: str) -> str:
     return f"backbone.kind={kind} reads {_VIEWS[kind][1]} ({', '.join(_telling(kind))})"
 
 
-def _fitting(kind: str) -> str:
-    """The recipes for data of this kind."""
-    kinds = {name: (recipe_content(name).get("backbone") or {}).get("kind", IMAGE) for name in recipe_names()}
-    names = [name for name, found in kinds.items() if found == kind]
+def fitting_recipes(kind: str, channels: int | None = None) -> str:
+    """The recipes for data of this kind of backbone, of volumes those for so many channels; empty: there are none."""
+    backbones = {name: recipe_content(name).get("backbone") or {} for name in recipe_names()}
+    names = [name for name, backbone in backbones.items() if backbone.get("kind", IMAGE) == kind]
+    if kind == "voxels" and channels is not None:
+        names = [name for name in names if _channels(backbones[name]) == channels]
+    if not names:
+        return ""
     more = f" and {len(names) - _MOST_NAMES} more (pretrain recipes)" if len(names) > _MOST_NAMES else ""
     return f"recipes of {_VIEWS[kind][1]}: {', '.join(names[:_MOST_NAMES])}{more}"
+
+
+def _channels(backbone: Mapping[str, Any]) -> int:
+    """Of the volumes that a recipe's backbone takes."""
+    default = config_class("voxels", backbone.get("name"))().in_chans
+    return int(backbone.get("in_chans", default))

@@ -14,11 +14,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from backbones.errors import BackboneError
-from data_pipelines.errors import DataError
+from data_pipelines.decode import decode_arrays
+from data_pipelines.errors import CorruptSampleError, DataError
+from data_pipelines.field_kinds import has_channels
 from data_pipelines.shards.dataset import Dataset, open_dataset
 from data_pipelines.shards.source import expand_source
 from data_pipelines.storage.locations import is_local
@@ -30,6 +33,7 @@ from evaluation.extraction.recipe import extraction_of, feature_recipe
 from evaluation.registry import EvaluationError, protocol
 from objectives.base import Objective
 from objectives.errors import ObjectiveError
+from pretrain.config.pairing import fitting_recipes
 from pretrain.config.schema import Recipe
 from pretrain.config.stage_list import backbones_unlike
 from pretrain.config.stages import Plan, Stage
@@ -40,6 +44,10 @@ from pretrain.training.model import build_objective
 from pretrain.training.outlook import Outlook, look_at
 
 __all__ = ["look_ahead", "outline", "size_line"]
+
+_AXES = {"image": 2, "volume": 3}  # of a view of this kind, behind its channels
+_MOST_COLUMNS = 64  # of a cloud; it has more points
+_LEAST_SIDE = 4  # voxels
 
 
 def look_ahead(plan: Plan, *, with_data: bool = True) -> list[Outlook | None]:
@@ -144,21 +152,71 @@ def _sources(recipe: Recipe, objective: Objective) -> Iterator[str]:
     if recipe.data.unindexed != "index":
         return
     fields: dict[str, frozenset[str]] = {}
+    samples: dict[str, dict[str, Any]] = {}  # the first of each
     for key, source in sources.items():
         try:
             if source and (dataset := _first_shard(source, allow_pipe=recipe.data.allow_pipe)) is not None:
-                fields[f"{key}={source}"] = dataset.fields
+                fields[f"{key}={source}"], samples[f"{key}={source}"] = dataset.fields, dataset.read(0)
         except DataError as error:
-            yield f"{key}={source}: objective {recipe.objective.name}: {error}"
+            if not (isinstance(error, CorruptSampleError) and recipe.data.max_corrupt_fraction):
+                yield f"{key}={source}: objective {recipe.objective.name}: {error}"
     if recipe.data.mixture_by == "join":
         is_known = len(fields) == len(recipe.data.mixture)  # what a store elsewhere holds, the workers find out
         fields = {"data.mixture": frozenset().union(*fields.values())} if is_known else {}
+        samples = {"data.mixture": {name: data for sample in samples.values() for name, data in sample.items()}}
     for source, present in fields.items():
         try:
             for views in map(views_from, shown):
-                ViewMaker(views, present)
+                _require_suitable(objective, ViewMaker(views, present), samples[source])
         except DataError as error:
-            yield f"{source}: objective {recipe.objective.name}: {error}"
+            if not (isinstance(error, CorruptSampleError) and recipe.data.max_corrupt_fraction):
+                yield f"{source}: objective {recipe.objective.name}: {error}{_others(objective, samples[source])}"
+
+
+def _require_suitable(objective: Objective, maker: ViewMaker, sample: Mapping[str, Any]) -> None:
+    """Refuse a sample of which the objective's views cannot be made, or with other channels than the backbone takes.
+
+    Raises:
+        DataError: says which field, and what it holds.
+    """
+    made = maker(sample, seed=0)
+    for view in maker.views:
+        axes = _AXES.get(view.kind)
+        if axes is None or view.name not in made:
+            continue
+        channels, taken = made[view.name].shape[-axes - 1], objective.backbone.channels_of(view.kind)
+        if channels != taken:
+            noun = "channel" if channels == 1 else "channels"
+            raise DataError(
+                f"view {view.name!r} has {channels} {noun} of field {maker.field_of(view)}, and backbone "
+                f"{objective.backbone.spec['name']!r} takes {taken}; set backbone.in_chans={channels} if that is right"
+            )
+
+
+def _others(objective: Objective, sample: Mapping[str, Any]) -> str:
+    """Recipes for what a sample of arrays seems to hold, where that is something else than its backbone encodes."""
+    for name in sorted(sample):
+        try:
+            arrays = list(decode_arrays(sample[name]).values()) if name.endswith(("npy", "npz")) else []
+        except DataError:
+            continue
+        seeming = [found for array in arrays if (found := _seeming_kind(array.shape)) is not None]
+        if seeming:
+            kind, channels = seeming[0]
+            is_other = kind != objective.backbone.kind or channels != getattr(objective.backbone, "in_chans", channels)
+            return f"; {fitting}" if is_other and (fitting := fitting_recipes(kind, channels)) else ""
+    return ""
+
+
+def _seeming_kind(shape: tuple[int, ...]) -> tuple[str, int] | None:
+    """Kind of backbone, and channels, for an array of this shape."""
+    if len(shape) == 2 and 3 <= shape[1] <= _MOST_COLUMNS < shape[0]:
+        return "points", shape[1]
+    if has_channels("array", shape):
+        return "image", shape[0]
+    if len(shape) in (3, 4) and min(shape[-3:]) >= _LEAST_SIDE:
+        return "voxels", shape[0] if len(shape) == 4 else 1
+    return None
 
 
 def _decoders(recipe: Recipe, objective: Objective) -> Iterator[str]:
@@ -182,7 +240,7 @@ def _evaluation_data(recipe: Recipe) -> Iterator[str]:
         return
     for task in recipe.evaluation.tasks:
         directory = recipe.evaluation.data[task.data]
-        for split in ("train", "test"):
+        for split in ("train", "test"):  # what one of them has not, the other one has not either
             try:
                 first = next(iter(sorted(Path(directory).glob(f"{split}-*.tar"))), None)
                 if first is not None:
@@ -192,6 +250,7 @@ def _evaluation_data(recipe: Recipe) -> Iterator[str]:
                     require_classes(dataset, protocol(task.protocol).target_label)
             except (DataError, EvaluationError) as error:
                 yield f"evaluation.data.{task.data}={directory}: protocol {task.protocol}: {error}"
+                break
 
 
 def _first_shard(source: str, *, allow_pipe: bool) -> Dataset | None:

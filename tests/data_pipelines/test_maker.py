@@ -363,7 +363,7 @@ def test_view_maker__missing_channels_and_arrays_are_damaged_samples() -> None:
     for spec, message in (
         ({"array": "a", "channels": [2]}, "there is no channel 2; the array has 2"),
         ({"array": "c"}, "npz has no array 'c'; it has a, b"),
-        ({}, "npz has no array None; it has a, b"),
+        ({}, "npz has several arrays, a, b, and nothing says which to read"),
         ({"array": "b"}, r"array of shape (3,) is no picture (H, W) or (C, H, W)"),
     ):
         with pytest.raises(CorruptSampleError, match=re.escape(f"field npz: {message}")):

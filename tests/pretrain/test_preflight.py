@@ -146,3 +146,53 @@ def test_look_ahead__labels_of_volumes_are_an_array_of_the_npz(tmp_path: Path, m
         look_ahead(load_plan("volume_mae_hippocampus", [f"data.root={tmp_path / 'bare'}"]))
     said = str(refused.value)
     assert "protocol voxel_segmentation: " in said and "no array 'label' with labels; it has image" in said
+
+
+def _npz_shards(folder: Path, **arrays: np.ndarray) -> Path:
+    """Shards whose samples are npz files, of which a name says nothing; without labels."""
+    folder.mkdir()
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    for split in ("train", "test"):
+        with tarfile.open(folder / f"{split}-000000.tar", "w") as tar:
+            member = tarfile.TarInfo("a.npz")
+            member.size = len(file.getvalue())
+            tar.addfile(member, io.BytesIO(file.getvalue()))
+    return folder
+
+
+SCAN, GRID = np.zeros((40, 48, 40), np.uint8), np.zeros((4, 32, 32, 32), np.uint8)
+MISPAIRED: dict[str, tuple[str, dict[str, np.ndarray], str, str]] = {
+    "clouds of a scan": ("point_mae_psb", {"image": SCAN}, "array of shape (40, 48, 40) is no cloud", "volume_mae_"),
+    "grids of a scan": ("nerf_mae_synthetic", {"image": SCAN}, "has 1 channel of field npz, and ", "volume_mae_"),
+    "scans of a grid": ("volume_mae_hippocampus", {"image": GRID}, "has 4 channels of field npz, and ", "nerf_mae_"),
+    "photos of a scan": ("mae_cifar10", {"image": SCAN}, "has 40 channels of field npz, and ", "volume_mae_"),
+    "scans of a cloud": ("volume_mae_hippocampus", {"image": np.zeros((900, 3))}, "is no volume", "point_mae_psb"),
+    "photos of two arrays": ("mae_cifar10", {"image": SCAN, "label": SCAN}, "npz has several arrays", "volume_mae_"),
+}
+
+
+@pytest.mark.parametrize("case", MISPAIRED)
+def test_look_ahead__arrays_whose_field_says_nothing_are_looked_into(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line names field, data and fitting recipes before Ray starts; workers would fail at the first step."""
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    recipe, arrays, said, fitting = MISPAIRED[case]
+    root = _npz_shards(tmp_path / "shards", **arrays)
+    with pytest.raises(RequestError) as refused:
+        look_ahead(load_plan(recipe, [f"data.root={root}", "evaluation.enabled=false"]))
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(f"data.train={root}/train-*.tar: objective ") and said in line
+    assert "field npz" in line and "; recipes of " in line and fitting in line.partition("; recipes of ")[2]
+
+
+def test_look_ahead__a_damaged_first_sample_counts_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    root = _npz_shards(tmp_path / "shards", image=np.full(SCAN.shape, np.nan, np.float32))
+    settings = [f"data.root={root}", "evaluation.enabled=false"]
+    look_ahead(load_plan("volume_mae_hippocampus", [*settings, "data.max_corrupt_fraction=0.5"]))
+    with pytest.raises(RequestError, match=r"field npz: 76800 of 76800 voxels are not finite$"):
+        look_ahead(load_plan("volume_mae_hippocampus", settings))
