@@ -350,6 +350,10 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True, help="new, or one to go on with")
     arguments = parser.parse_intermixed_args()
     try:
+        scheme, is_uri, _ = str(arguments.run_dir).partition(":/")
+        if is_uri:
+            remedy = "expected a local directory; checkpoints alone go to a store, with checkpoints.storage=URI"
+            raise RequestError(f"--run-dir {scheme}://...: {remedy}")
         kept = _saved_stage(arguments.run_dir)
         plan = checked_plan(load_plan(arguments.recipe, [*kept, *arguments.overrides]), arguments.run_dir)
         if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) not in (possible := worlds(plan)):

@@ -10,11 +10,12 @@ import time
 import click
 
 from pretrain.cli.filled import Filled
+from pretrain.cli.storage import storage_option
 from pretrain.screen import say
 
 __all__ = ["embed", "export"]
 
-_storage = click.option("--storage", metavar="DIR", default="runs", show_default=True, help="Directory of the runs.")
+_storage = storage_option()
 
 
 @click.command(cls=Filled)

@@ -12,6 +12,7 @@ import click
 
 from cluster.job_server import ADDRESS_VARIABLES, Job, JobServer, is_named_by_environment, server_address
 from pretrain.cli.filled import Filled
+from pretrain.cli.storage import storage_option
 from pretrain.cli.tables import print_table
 from pretrain.errors import RequestError
 from pretrain.jobs.listing import Row, find_job, job_rows, row_of_job, row_of_run, run_jobs, run_rows
@@ -29,7 +30,7 @@ STOP_NOW_S = 30.0  # for the cluster to pass on the request
 _address = click.option(
     "--address", metavar="URL", help=f"Job server of a cluster, http://HEAD:8265; default: ${ADDRESS_VARIABLES[0]}."
 )
-_storage = click.option("--storage", metavar="DIR", help="Directory of local runs; default: runs, without a cluster.")
+_storage = storage_option(None, "Directory of local runs; default: runs, without a cluster.")
 
 
 @click.command(cls=Filled)

@@ -30,6 +30,7 @@ from pretrain.cli.manifest import manifest
 from pretrain.cli.parent import Parent
 from pretrain.cli.recipes import recipes
 from pretrain.cli.schedule import schedule
+from pretrain.cli.storage import storage_option
 from pretrain.cli.tables import print_table
 from pretrain.errors import (
     EXIT_STOPPED,
@@ -55,7 +56,7 @@ MOST_MISTAKES = 6  # that are shown of one request
 LONGEST_LINE = 400  # characters
 BEST = 20  # scores of a task that are shown
 
-_storage = click.option("--storage", metavar="DIR", default="runs", show_default=True, help="Directory of the runs.")
+_storage = storage_option()
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 import click
 
 from pretrain.cli.filled import Commands
+from pretrain.cli.storage import storage_option
 from pretrain.errors import RequestError, RunFailed, RunStopped, nearest
 from pretrain.record.destinations import require_local
 from pretrain.screen import say
@@ -30,7 +31,7 @@ SHOWN = 20  # lines of the history
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DATA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 
-_storage = click.option("--storage", metavar="DIR", default="runs", show_default=True, help="Directory of the runs.")
+_storage = storage_option()
 
 
 @click.group(cls=Commands)

@@ -244,6 +244,26 @@ def test_main__leaderboard_of_a_storage_that_is_not_there(tmp_path: Path, capsys
         assert capsys.readouterr().err.startswith(f"error: --storage {tmp_path / name}: no such directory; give")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["resume", "run-1"], ["evaluate", "runs:/run-1"], ["leaderboard"], ["pull", "mae"], ["report", "run-1"]),
+        *(["export", "runs:/run-1", "DEST", "--format", "timm"], ["embed", "runs:/run-1", "DATA", "DEST"]),
+        *(["jobs"], ["status", "run-1"], ["logs", "run-1"], ["stop", "run-1"]),
+        *(["schedule", "list"], ["schedule", "serve"], ["schedule", "run-now", "x"], ["schedule", "history"]),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_main__a_storage_that_is_a_uri(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--storage", "s3://me:secret@bucket/runs"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --storage s3://bucket/runs: a remote store; pretrain ") and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_main__leaderboard_is_sorted_and_filtered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     by_hand = tmp_path / "evaluations"
 
