@@ -29,7 +29,10 @@ from pretrain.config.values import parse_yaml
 from pretrain.errors import RequestError, last_line
 from pretrain.record.events import Evaluated, EvaluationFailed, from_json
 from pretrain.record.journal import read_events
+from pretrain.record.remote_runs import brought, push_results
 from pretrain.record.run_dir import RECIPE, runs_in
+from pretrain.remote.folder import answering
+from pretrain.remote.places import shown_storage
 
 if TYPE_CHECKING:
     from evaluation.runner import EvaluationResult
@@ -105,7 +108,7 @@ def evaluate(
         protocols: Names of protocols; default: those of the checkpoint's recipe, else those usual for the backbone
             whose labels the data has.
         data: Name -> directory with train-*.tar and test-*.tar; default: the data of the checkpoint's recipe.
-        storage: Root of runs and evaluations.
+        storage: Root of runs and evaluations, a directory or URI.
         batch_size: Samples at a time; decides speed and memory, no score. None: as suits the device.
 
     Returns:
@@ -118,7 +121,7 @@ def evaluate(
     from pretrain.checkpoints.references import resolve
     from pretrain.config.load import in_storage
 
-    root = Path(storage).absolute()
+    root = brought(storage)
     path = resolve(str(checkpoint), root)
     if unknown := [name for name in protocols or () if name not in names()]:
         raise RequestError(*(f"protocol {name!r} is unknown; there are: {', '.join(names())}" for name in unknown))
@@ -138,7 +141,10 @@ def evaluate(
         raise RequestError(f"{path}: no protocol is usual for this backbone and the labels of the data; name one")
     if not asked:
         raise RequestError(f"{path}: its recipe has no such evaluation task; give --data NAME=DIRECTORY")
-    return [_evaluate(path, task, directory, root, batch_size=batch_size) for task, directory in asked]
+    results = [_evaluate(path, task, directory, root, batch_size=batch_size) for task, directory in asked]
+    with answering(shown_storage(root)):
+        push_results(root)
+    return results
 
 
 def due(
@@ -218,7 +224,7 @@ def leaderboard(storage: str | os.PathLike[str] = "runs") -> list[Place]:
     Of equal scores that of the newest run comes first. Scores in different units are listed apart.
     """
     groups: dict[tuple[str, str, Metric], list[Place]] = {}
-    for place in _places(Path(storage)):
+    for place in _places(brought(storage)):
         groups.setdefault((place.protocol, place.data, place.metric), []).append(place)
     order = sorted(groups, key=lambda group: (group[0], group[1], group[2].name, group[2].unit))
     return [

@@ -39,6 +39,7 @@ from pretrain.config.stages import Plan
 from pretrain.errors import RequestError
 from pretrain.record.interrupts import stopped_by_signals
 from pretrain.record.lock import hold
+from pretrain.remote.places import uri_of
 from pretrain.screen import say
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def packed_plan(recipe: str, overrides: Sequence[str], folder: Path, draft: Plan
     storage = Path(draft.recipe.storage)
     listing = listed(folder, storage)
     dest = packed(folder, storage, listing)
+    if uri_of(storage):
+        say("note: these shards stay on this machine; another one can go on with the run if it has them, too")
     return load_plan(recipe, (*overrides, *_pointing_at(dest, folder, listing, draft.recipe)))
 
 

@@ -340,6 +340,7 @@ def main() -> None:
     from pretrain.checkpoints.initialization import checked_plan
     from pretrain.config.load import load_plan
     from pretrain.known_checkpoints import KnownCheckpoints
+    from pretrain.remote.places import uri_of
     from pretrain.reporting.terminal import Terminal
     from pretrain.screen import escape_diagnostics, say
 
@@ -356,6 +357,9 @@ def main() -> None:
             raise RequestError(f"--run-dir {scheme}://...: {remedy}")
         kept = _saved_stage(arguments.run_dir)
         plan = checked_plan(load_plan(arguments.recipe, [*kept, *arguments.overrides]), arguments.run_dir)
+        if uri := uri_of(Path(plan.recipe.storage)):
+            remedy = f"the record of a run of torchrun is in its --run-dir; say checkpoints.storage={uri}"
+            raise RequestError(f"storage={uri}: {remedy}")
         if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) not in (possible := worlds(plan)):
             workers = " or ".join(map(str, possible))
             raise RequestError(f"train.workers={workers}: {ranks} processes were started; add train.workers={ranks}")

@@ -45,6 +45,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "pretrain": (
         ("errors", "version", "screen", "processes"),
+        ("remote",),
         ("record", "config"),
         ("tracking", "machine"),
         ("checkpoints",),

@@ -45,9 +45,11 @@ from pretrain.config.values import first_line, parse_yaml
 from pretrain.errors import RequestError, RunFailed, listed, nearest
 from pretrain.record.destinations import require_local
 from pretrain.record.journal import read_events
+from pretrain.record.remote_runs import bring, brought, is_elsewhere
 from pretrain.record.run_dir import EXPORTED_FILES, HEADS, MANIFEST, RunDir, runs_in
 from pretrain.record.scores import best_steps
-from pretrain.tracking.client import MODEL_NAME, artifact_uri, connect, default_uri, verdict
+from pretrain.remote.places import uri_of
+from pretrain.tracking.client import MODEL_NAME, artifact_uri, connect, default_database, default_uri, verdict
 from pretrain.tracking.cursor import Cursor
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def pull(
     dest: str | os.PathLike[str] | None = None,
     *,
     tracking_uri: str | None = None,
-    storage: Path = Path("runs"),
+    storage: str | os.PathLike[str] = "runs",
     full: bool = False,
 ) -> Path:
     """Fetch a registered checkpoint; `dest` appears complete and verified, or not at all.
@@ -89,7 +91,7 @@ def pull(
         reference: NAME, NAME@ALIAS, models:/NAME@ALIAS or models:/NAME/VERSION.
         dest: Directory to make (or an empty one); default: `NAME-vVERSION` in the current directory.
         tracking_uri: Default: $MLFLOW_TRACKING_URI, else the database in `storage`.
-        storage: Where runs live.
+        storage: Where runs live, a directory or URI.
         full: Copy the whole checkpoint with its training state from where the run wrote it.
 
     Returns:
@@ -104,12 +106,13 @@ def pull(
     wanted = _parse_registered(reference)
     if dest is not None:
         _refuse_occupied(require_local(dest, "a checkpoint"))
-    uri = tracking_uri or default_uri(storage)
+    runs = brought(storage)
+    uri = tracking_uri or _registry(runs, wanted.name)
     with _reachable(uri):
         client = connect(uri, create=False)
         version = _find(client, wanted)
     place = require_local(f"{wanted.name}-v{version.version}" if dest is None else dest, "a checkpoint")
-    return _fetch(version, place, uri, full, Path(storage))
+    return _fetch(version, place, uri, full, runs)
 
 
 def resolve(
@@ -131,7 +134,8 @@ def resolve(
     text = os.fspath(reference)
     found = locate(text, Path(storage), forms=forms)
     if found is None:
-        checkpoint = _from_registry(text, tracking_uri or default_uri(Path(storage)))
+        wanted = REGISTERED.fullmatch(text)
+        checkpoint = _from_registry(text, tracking_uri or _registry(Path(storage), wanted and wanted["name"]))
     else:
         checkpoint = copies.local(found)
     verify(checkpoint, training_state=False, remedy=copies.REFUSED)
@@ -175,19 +179,22 @@ def registered_version(reference: str, storage: Path) -> str:
     Raises:
         RequestError, RunFailed: As `pull`.
     """
-    uri = default_uri(storage)
+    wanted = _parse_registered(reference)
+    uri = _registry(storage, wanted.name)
     with _reachable(uri):
-        version = _find(connect(uri, create=False), _parse_registered(reference))
+        version = _find(connect(uri, create=False), wanted)
     return f"models:/{version.name}/{version.version}"
 
 
-def load_backbone(reference: str | Path, *, storage: Path = Path("runs"), tracking_uri: str | None = None) -> Encoder:
+def load_backbone(
+    reference: str | Path, *, storage: str | os.PathLike[str] = "runs", tracking_uri: str | None = None
+) -> Encoder:
     """The backbone of a checkpoint with its pretrained weights, in evaluation mode.
 
     Raises:
         RequestError, CheckpointError, RunFailed: As `pull`.
     """
-    checkpoint = resolve(reference, storage, tracking_uri=tracking_uri)
+    checkpoint = resolve(reference, brought(storage), tracking_uri=tracking_uri)
     from backbones.io import load_backbone as load  # imports torch
 
     return load(checkpoint)
@@ -210,6 +217,26 @@ def best_step(run_dir: Path) -> int | None:
 
 
 # The registry ---------------------------------------------------------------------------------------------------------
+
+
+def _registry(storage: Path, name: str | None) -> str:
+    """Where models are registered: $MLFLOW_TRACKING_URI, else the database of a storage.
+
+    That of a remote storage is on this machine and knows the runs that were driven here. It is told of the others that
+    have published under `name` (None: any) first, which copies their backbones beside it.
+    """
+    uri = default_uri(storage)
+    if uri_of(storage) is None or uri != default_database(storage):
+        return uri
+    from pretrain.tracking.sync import sync
+
+    for run in runs_in(storage):
+        cursor = Cursor.load(run.cursor)
+        if cursor is not None and name in (None, cursor.model_name) and is_elsewhere(run):
+            bring(storage, run.run_id)
+            if not sync(run.path, copies.exported):
+                raise RunFailed(f"MLflow at {redact(uri)}: does not take what run {run.run_id} has published")
+    return uri
 
 
 def _parse_registered(reference: str) -> Registered:

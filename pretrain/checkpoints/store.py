@@ -39,7 +39,7 @@ from data_pipelines.files import sha256, write_atomically
 from data_pipelines.parsing import parse_json
 from data_pipelines.storage.locations import redacted
 from pretrain.checkpoints.storage import CheckpointError, CheckpointStorage, LocalStorage, open_storage
-from pretrain.record.run_dir import BACKBONE, HEADS, MANIFEST, RECIPE
+from pretrain.record.run_dir import BACKBONE, HEADS, MANIFEST, RECIPE, RunDir
 from pretrain.version import __version__
 
 __all__ = [
@@ -78,7 +78,6 @@ TRAINING_STATE = "training_state"
 REMOVED = "training_state.removed"
 REFERENCES = "companions.json"  # in a training state: where weights that it has not come from, with their sha256
 REMEDY = "delete this checkpoint to resume from the one before"
-_ELSEWHERE = "stored_at.txt"  # in the run's checkpoints/: the URI of the storage that holds them instead
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -120,7 +119,7 @@ def place(run_dir: Path, uri: str | None) -> None:
     Raises:
         CheckpointError: The run has begun to store them elsewhere.
     """
-    pointer = run_dir / "checkpoints" / _ELSEWHERE
+    pointer = RunDir(run_dir).stored_at
     wanted = None if uri is None else f"{uri.rstrip('/')}/{run_dir.name}"
     known = pointer.read_text().strip() if pointer.is_file() else None
     if known is None and wanted is not None and not LocalStorage(pointer.parent).published():
@@ -134,9 +133,8 @@ def place(run_dir: Path, uri: str | None) -> None:
 
 def storage_of(run_dir: Path) -> CheckpointStorage:
     """The storage of a run's checkpoints."""
-    folder = run_dir / "checkpoints"
-    pointer = folder / _ELSEWHERE
-    return open_storage(pointer.read_text().strip()) if pointer.is_file() else LocalStorage(folder)
+    pointer = RunDir(run_dir).stored_at
+    return open_storage(pointer.read_text().strip()) if pointer.is_file() else LocalStorage(pointer.parent)
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:

@@ -20,6 +20,7 @@ from pretrain.config.mistakes import shown
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage
 from pretrain.machine import misfit, this_machine
+from pretrain.remote.places import shown_storage
 from pretrain.screen import say
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def explain(recipe: str, overrides: Sequence[str], plan: Plan, photos: Path | No
     _show("evaluate", _evaluations(plan))
     where = f"checkpoints in {final.checkpoints.storage}; " if final.checkpoints.storage else ""
     _show(
-        "leaves", f"{final.storage}/{final.name}-DATE-TIME-XXXX/", f"{where}record in {_tracking(Path(final.storage))}"
+        "leaves",
+        f"{shown_storage(Path(final.storage))}/{final.name}-DATE-TIME-XXXX/",
+        f"{where}record in {_tracking(Path(final.storage))}",
     )
     _show("", "nothing was started; leave --dry-run out to begin")
 

@@ -15,7 +15,7 @@ from pretrain.screen import say
 
 __all__ = ["embed", "export"]
 
-_storage = storage_option()
+_storage = storage_option(may_be_remote=True)
 
 
 @click.command(cls=Filled)

@@ -42,7 +42,9 @@ from pretrain.errors import (
     shortened,
 )
 from pretrain.record.destinations import require_local
+from pretrain.record.remote_runs import brought
 from pretrain.record.run_dir import checked_run_id, find_run
+from pretrain.remote.places import is_uri, shown_storage
 from pretrain.screen import escape_diagnostics, printable, say
 from pretrain.tracking.mlflow_internals import leave_out_pandas
 from pretrain.version import __version__
@@ -56,7 +58,7 @@ MOST_MISTAKES = 6  # that are shown of one request
 LONGEST_LINE = 400  # characters
 BEST = 20  # scores of a task that are shown
 
-_storage = storage_option()
+_storage = storage_option(may_be_remote=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -143,11 +145,12 @@ def run(
 @click.pass_obj
 def resume(parent: Parent, run_id: str, settings: tuple[str, ...], storage: str) -> None:
     """Go on with a run from its last complete checkpoint, on other workers if you say so (train.workers=1)."""
-    find_run(run_id, Path(storage))  # refused before anything is imported
+    runs = brought(storage, run_id)
+    find_run(run_id, runs)  # refused before anything is imported
     parent.watch()
     from pretrain.driver.start import resume
 
-    resume(run_id, storage, settings, on_start=parent.begun)
+    resume(run_id, runs, settings, on_start=parent.begun)
 
 
 @cli.command()
@@ -165,7 +168,7 @@ def evaluate(
     """
     # Before torch is imported: its threads would burn the cores while they wait for each other's small shares.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    root = Path(storage).absolute()
+    root = brought(storage)
     directories, photos = _check_evaluation(checkpoint, protocols, data, root)
     for name, listing in photos.items():
         from pretrain.photos import packed
@@ -174,7 +177,7 @@ def evaluate(
             directories[name] = str(packed(Path(directories[name]), root, listing))
     from pretrain.evaluations import evaluate
 
-    results = evaluate(checkpoint, protocols or None, directories or None, storage=storage, batch_size=batch_size)
+    results = evaluate(checkpoint, protocols or None, directories or None, storage=root, batch_size=batch_size)
     rows = []
     for result in results:
         metric = next(metric for metric in result.described if metric.headline)
@@ -199,13 +202,15 @@ def leaderboard(protocol: str | None, data: str | None, everything: bool, storag
         _check_protocols([protocol])
     from pretrain.evaluations import excerpt, leaderboard
 
-    if storage != "runs" and not Path(storage).is_dir():
-        raise RequestError(f"--storage {storage}: no such directory; give the one that holds the runs")
-    found = leaderboard(storage)
+    root = brought(storage)
+    if storage != "runs" and not root.is_dir():
+        kind = "no run in it" if is_uri(storage) else "no such directory"
+        raise RequestError(f"--storage {storage}: {kind}; give the one that holds the runs")
+    found = leaderboard(root)
     _check_filter("data", data, {place.data for place in found})
     chosen = [place for place in found if protocol in (None, place.protocol) and data in (None, place.data)]
     if not chosen:
-        say(f"no evaluation in {Path(storage).absolute()} yet")
+        say(f"no evaluation in {shown_storage(root)} yet")
         return
     for (protocol, data, metric), group in groupby(chosen, lambda place: (place.protocol, place.data, place.metric)):
         say(f"{protocol}/{data} {metric.name}")
@@ -230,7 +235,7 @@ def pull(name: str, dest: str | None, full: bool, storage: str) -> None:
     """Fetch a registered checkpoint to DEST (default: ./NAME-vVERSION), verified; an existing DEST is refused."""
     from pretrain.checkpoints.references import pull
 
-    say(f"{name} is in {pull(name, dest, storage=Path(storage), full=full)}")
+    say(f"{name} is in {pull(name, dest, storage=storage, full=full)}")
 
 
 @cli.command()
@@ -238,7 +243,7 @@ def pull(name: str, dest: str | None, full: bool, storage: str) -> None:
 @_storage
 def report(run_id: str, storage: str) -> None:
     """Write the report of a run: one self-contained HTML page."""
-    run_dir = find_run(run_id, Path(storage).absolute())
+    run_dir = find_run(run_id, brought(storage, run_id))
     require_local(run_dir.report, "a report")
     from pretrain.reporting.page import write_report
 

@@ -31,7 +31,7 @@ SHOWN = 20  # lines of the history
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DATA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 
-_storage = storage_option()
+_storage = storage_option(help="Directory of the runs.")
 
 
 @click.group(cls=Commands)

@@ -18,6 +18,7 @@ from pretrain.machine import Machine, misfit, this_machine
 from pretrain.record.destinations import require_local
 from pretrain.record.interrupts import heard
 from pretrain.record.lock import hold, holder
+from pretrain.remote.places import uri_of
 from pretrain.screen import escaping_console, say
 from pretrain.sweeps.grid import Point, grid, sweep_id
 
@@ -49,6 +50,9 @@ def run_sweep(recipe: str, settings: Sequence[str], address: str | None, paralle
     plans = _checked_plans(recipe, points, place)
     first = plans[0].recipe
     storage = Path(first.storage)
+    if uri := uri_of(storage):
+        remedy = f"a sweep is kept in a directory; checkpoints.storage={uri} puts the checkpoints of its runs there"
+        raise RequestError(f"storage={uri}: {remedy}")
     environments = gpus_of_places([plan.recipe for plan in plans], this_machine(), parallel)
     _warn_of_crowd([plan.recipe for plan in plans], this_machine(), parallel)
     if dry_run:

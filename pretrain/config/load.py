@@ -17,7 +17,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from data_pipelines.storage.locations import redacted
 from pretrain.config.layers import resolved
 from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
 from pretrain.config.optimizer_facts import RESHARDABLE, is_reshardable
@@ -41,7 +40,7 @@ from pretrain.config.stage_list import (
     said_once,
     teachers_without_checkpoint,
 )
-from pretrain.config.stages import Plan, in_order, stage_and_step
+from pretrain.config.stages import Plan, in_order, settings_of, stage_and_step
 from pretrain.config.teachers import check_teacher
 from pretrain.config.values import Typed, typed
 from pretrain.errors import RequestError, nearest
@@ -316,7 +315,7 @@ def _written(content: Mapping[str, Any], stage: Mapping[str, Any], path: Path, k
 
 def to_yaml(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal recipe, but for credentials in URLs."""
-    return OmegaConf.to_yaml(OmegaConf.create(redacted(OmegaConf.to_container(OmegaConf.structured(recipe)))))
+    return OmegaConf.to_yaml(OmegaConf.create(settings_of(recipe)))
 
 
 def _parse_overrides(overrides: Sequence[str], mistakes: Mistakes) -> Iterator[tuple[str, Typed]]:

@@ -244,7 +244,7 @@ class CheckpointsConfig:
     """Where checkpoints are stored."""
 
     storage: str | None = setting(
-        "store for checkpoints, e.g. s3://BUCKET/PREFIX; null: the directory of the run", None, metavar="URI"
+        "store for checkpoints, e.g. s3://BUCKET/PREFIX; null: with the run", None, metavar="URI"
     )
     asynchronous: bool = setting(
         "write them while training goes on, from a copy in memory; false: training waits for each", True
@@ -321,7 +321,9 @@ class Recipe:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     deepspeed: dict[str, Any] = setting("raw DeepSpeed keys, merged into its configuration last", {})
-    storage: str = setting("directory of runs, evaluations and the MLflow database", "runs")
+    storage: str = setting(
+        "directory of runs, evaluations and the MLflow database, or a store for runs, e.g. s3://BUCKET/PREFIX", "runs"
+    )
 
     @property
     def peak_lr(self) -> float:

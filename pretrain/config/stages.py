@@ -26,12 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from data_pipelines.storage.locations import redacted
 from pretrain.config.schema import Recipe
+from pretrain.remote.places import shown_storage
 
 __all__ = ["FIXED", "INIT_WITH", "STAGE_KEYS", "Plan", "Stage", "in_order", "plan_yaml", "stage_and_step"]
 
@@ -163,13 +165,18 @@ def stage_and_step(source: str | None, names: Sequence[str]) -> tuple[int | None
     return names.index(name), int(step) if step else None
 
 
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """All settings, as they are stored: without credentials, and with a remote storage by its URI."""
+    settings: dict[str, Any] = redacted(OmegaConf.to_container(OmegaConf.structured(recipe)))
+    return settings | {"storage": shown_storage(Path(recipe.storage))}
+
+
 def plan_yaml(plan: Plan) -> str:
     """The plan as YAML: what all stages share, the differences, and `storage` last, which says that the text is whole.
 
     `load_plan` reads it back to an equal one, but for credentials in URLs, which are not stored.
     """
-    whole = [OmegaConf.to_container(OmegaConf.structured(stage.recipe)) for stage in plan.stages]
-    contents: list[dict[str, Any]] = [redacted(content) for content in whole]
+    contents = [settings_of(stage.recipe) for stage in plan.stages]
     if len(contents) == 1 and not plan.stages[0].name:
         return OmegaConf.to_yaml(OmegaConf.create(contents[0]))
     shared = {key: _shared(key, [content[key] for content in contents]) for key in contents[0]}

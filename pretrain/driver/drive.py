@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.authentication import AuthenticationProblem
 from cluster.connect import AlreadyConnected
 from data_pipelines.cores import usable_cores
-from data_pipelines.files import write_atomically
+from data_pipelines.files import cache_root, write_atomically
 from data_pipelines.storage.locations import redact
 from pretrain.checkpoints import copies, store
 from pretrain.config.stages import Plan, plan_yaml
@@ -27,6 +27,7 @@ from pretrain.config.worlds import worlds
 from pretrain.driver.evaluating import Evaluating
 from pretrain.driver.failures import FATAL, restart_reason, told
 from pretrain.driver.placement import given_address, gpus_per_worker, only_driver
+from pretrain.driver.remote_record import RemoteRecord
 from pretrain.driver.trackers import open_mirrors, tracker_of
 from pretrain.driver.train_worker import train_worker
 from pretrain.driver.watching import Watch
@@ -44,7 +45,7 @@ from pretrain.record.events import (
 )
 from pretrain.record.interrupts import heard
 from pretrain.record.journal import Journal, read_events
-from pretrain.record.run_dir import SIGNALLED, RunDir, resume_command, stopped_line
+from pretrain.record.run_dir import SIGNALLED, RunDir, resume_command, shown_run, stopped_line
 from pretrain.reporting.summary import TrainingSoFar, print_summary
 from pretrain.reporting.terminal import Terminal, finished_line
 
@@ -89,6 +90,7 @@ class Driver:
         self.recipe = plan.recipe  # what is asked of it below is the same in all stages
         self.terminal = Terminal(plan, run_dir=run_dir.path)
         self.known = KnownCheckpoints(plan, run_dir.path)
+        self._remote = RemoteRecord(run_dir)
         self._trained = TrainingSoFar(launched=launched)
         self._last_event: Event | None = None
         self._offset = 0
@@ -98,12 +100,16 @@ class Driver:
     def drive(self, on_start: OnStart | None = None) -> RunResult:
         """Everything from connecting to Ray to the closing table."""
         self.run_dir.logs.mkdir(exist_ok=True)
-        with only_driver(self.run_dir), self.terminal, heard(self._on_signal) as listen_again:
+        with only_driver(self.run_dir), self._remote:
+            return self._drive(on_start)
+
+    def _drive(self, on_start: OnStart | None) -> RunResult:
+        with self.terminal, heard(self._on_signal) as listen_again:
             if on_start is not None:
                 on_start(self.run_dir.path)
             self.run_dir.take_back_requests()  # they were for the workers that have ended
             self.run_dir.training.unlink(missing_ok=True)  # of a driver that was killed
-            self.terminal.say(f"run {self.run_dir.run_id} in {self.run_dir.path}")
+            self.terminal.say(f"run {self.run_dir.run_id} in {shown_run(self.run_dir)}")
             for event in read_events(self.run_dir.evaluations)[0]:
                 self.known.see(event)
             self.known.look()
@@ -203,7 +209,8 @@ class Driver:
             max_failures=self.recipe.train.max_failures,
             fatal=FATAL,
         )
-        arguments = {"plan": self.plan, "run_dir": str(self.run_dir.path), "launched": self.launched}
+        place = {"run_dir": str(self.run_dir.path), "cache": str(cache_root()) if self._remote.uri else None}
+        arguments = {"plan": self.plan, "launched": self.launched, **place}
         watch = Watch(self.run_dir, self.recipe.train.hang_after_s)
 
         def train() -> None:
@@ -278,13 +285,17 @@ class Driver:
             if isinstance(event, Start):
                 self._is_training = True
                 self._write_recipe()
-        return any(isinstance(event, Start | CheckpointPublished | Finished) for event in new)
+        has_news = any(isinstance(event, Start | CheckpointPublished | Finished) for event in new)
+        if has_news:
+            self._remote.wake()
+        return has_news
 
     def _evaluating(self, queue: TaskQueue, options: dict[str, Any]) -> Evaluating:
         def show(event: Evaluated | EvaluationFailed) -> None:
             if isinstance(event, Evaluated):
                 self._mirrors.show([event])
             self.terminal.show(event)
+            self._remote.wake()
 
         return Evaluating(queue, options, self.recipe, self.run_dir, self.known, show)
 
@@ -329,7 +340,9 @@ class Driver:
 
         Raises:
             KeyboardInterrupt: To end at once.
+            RunFailed: Another machine drives the run.
         """
+        self._remote.look()
         if self.run_dir.stop_now_request.exists():
             self.terminal.say("ending at once, as asked: closing what is open")
             raise KeyboardInterrupt

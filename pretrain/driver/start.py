@@ -21,6 +21,7 @@ from pretrain.config.stages import Plan
 from pretrain.driver.drive import Driver, OnStart, RunResult
 from pretrain.driver.placement import given_address, require_room_for_workers
 from pretrain.errors import RequestError, RunStopped
+from pretrain.record.remote_runs import bring, brought
 from pretrain.record.run_dir import RunDir, checked_run_id, find_run, new_run_id
 from pretrain.reporting.progress import shown_while
 from pretrain.screen import say
@@ -60,6 +61,9 @@ def run(
         told = changes(load_for_resume(begun.recipe, ()), plan, run_id)
         return resume(run_id, plan.recipe.storage, told, on_start=on_start)
     require_room_for_workers(plan.recipe)
+    references = ("init_from", "teacher_from", "resume_from")
+    if any(getattr(stage.recipe, key) for stage in plan.stages for key in references):
+        bring(Path(plan.recipe.storage))  # they may name other runs of a remote storage
     run_dir = RunDir(Path(plan.recipe.storage) / (run_id or new_run_id(plan.recipe.name)))
     plan = checked_plan(plan, run_dir.path)
     # A cluster may be long in giving workers a place, and a teacher, or weights of a stage before, may not fit another
@@ -97,7 +101,7 @@ def resume(
 
     Args:
         run_id: Name of the run.
-        storage: Directory of the runs.
+        storage: Directory of the runs, or a URI.
         overrides: `key=value` texts for what may change, such as `train.workers=1`; kept for later resumes.
         on_start: Called with the run's directory before anything is started.
 
@@ -106,7 +110,7 @@ def resume(
         RunFailed, RunStopped: As for `run`.
     """
     launched = time.time()
-    run_dir = find_run(run_id, Path(storage).absolute())
+    run_dir = find_run(run_id, brought(storage, run_id))
     plan = load_for_resume(run_dir.recipe, overrides)
     if any(text.startswith(("train.steps=", "train.epochs=")) for text in overrides):
         newest = store.latest(run_dir.path)
@@ -130,6 +134,7 @@ def begun_run(plan: Plan, run_id: str) -> RunDir | None:
         RequestError: No run can have that name, or something else has it.
     """
     run_dir = RunDir(Path(plan.recipe.storage) / checked_run_id(run_id))
+    bring(run_dir.path.parent, run_id)
     if run_dir.is_run:
         return run_dir
     if not run_dir.is_free:

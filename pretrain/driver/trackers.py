@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.storage.locations import redacted
 from pretrain.checkpoints import copies
-from pretrain.config.stages import Plan, plan_yaml
+from pretrain.config.stages import Plan, plan_yaml, settings_of
 from pretrain.record.events import Evaluated
 from pretrain.record.run_dir import RunDir
 
@@ -34,7 +32,7 @@ def tracker_of(plan: Plan, run_dir: RunDir) -> Any:
         uri=default_uri(Path(recipe.storage)),
         experiment=recipe.tracking.experiment,
         recipe_yaml=plan_yaml(plan),
-        params=redacted(asdict(recipe)),
+        params=settings_of(recipe),
         tags=tags,
         model_name=recipe.tracking.model_name or recipe.name,
         select=recipe.evaluation.select,
@@ -47,7 +45,7 @@ def open_mirrors(plan: Plan, run_dir: RunDir, scores: Iterable[Evaluated]) -> Mi
     from pretrain.tracking.also import Mirrors
 
     tracking = plan.recipe.tracking
-    mirrors = Mirrors(tracking.also, run_dir.path, tracking.experiment, redacted(asdict(plan.recipe)))
+    mirrors = Mirrors(tracking.also, run_dir.path, tracking.experiment, settings_of(plan.recipe))
     mirrors.show(scores)
     return mirrors
 

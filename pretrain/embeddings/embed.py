@@ -21,6 +21,7 @@ from pretrain.checkpoints.references import resolve
 from pretrain.errors import RequestError
 from pretrain.record.destinations import require_local
 from pretrain.record.interrupts import stopped_by_signals
+from pretrain.record.remote_runs import brought
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,7 @@ def embed(
             also `patch_max`, their maximum), or `both`, which leaves out `cls` for a backbone that has none.
         batch_size: Samples per forward pass; decides speed and memory.
         device: `auto` (CUDA if there is a device), `cpu`, `cuda` or `cuda:N`.
-        storage: Where runs and evaluations live.
+        storage: Where runs and evaluations live, a directory or URI.
         on_start: Called as `on_start(rows done, rows in all)` when all is checked, before the first row is made.
         progress: Called as `progress(rows done, rows in all)`.
 
@@ -96,7 +97,7 @@ def embed(
     """
     dest = require_local(dest, "an embedding")
     _check_request(dest, form, tokens, device)
-    storage = Path(storage).absolute()
+    storage = brought(storage)
     directory = resolve(os.fspath(checkpoint), storage)
 
     from backbones.io import load_backbone, weights_digest

@@ -22,6 +22,7 @@ from data_pipelines.parsing import parse_json
 from pretrain.checkpoints.references import resolve
 from pretrain.errors import RequestError, RunFailed
 from pretrain.record.destinations import nearest_above, require_local
+from pretrain.record.remote_runs import brought
 from pretrain.record.run_dir import MANIFEST
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def export(
             them with any B and the size that the backbone was trained for, to `patches` (B, N, D) and, where the
             backbone has them, `cls` (B, D) and `registers` (B, R, D).
         dest: The folder or file to make; it must not exist, nor may a folder with something in it.
-        storage: Where runs live.
+        storage: Where runs live, a directory or URI.
 
     Returns:
         `dest`, absolute.
@@ -81,7 +82,7 @@ def export(
     """
     place = require_local(dest, "an export")
     _check_request(format, place, os.fspath(dest))
-    directory = resolve(os.fspath(checkpoint), Path(storage))
+    directory = resolve(os.fspath(checkpoint), brought(storage))
     from backbones.io import load_backbone
 
     source = Source(load_backbone(directory), parse_json((directory / MANIFEST).read_text(encoding="utf-8")))

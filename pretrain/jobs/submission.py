@@ -26,6 +26,7 @@ from data_pipelines.files import expanded
 from data_pipelines.storage.locations import redact
 from pretrain.config.load import load_plan, recipe_content
 from pretrain.config.mistakes import shown
+from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, plan_yaml
 from pretrain.config.values import texts_in
 from pretrain.errors import RequestError
@@ -33,6 +34,7 @@ from pretrain.jobs.attempts import attempt_of, attempts_of, job_id_of
 from pretrain.jobs.environment import Environment, read_environment
 from pretrain.jobs.shipping import URLS_REMEDY, files_of_job
 from pretrain.record.run_dir import RunDir, checked_run_id
+from pretrain.remote.places import uri_of
 from pretrain.version import __version__
 
 __all__ = ["Submitted", "submit"]
@@ -84,6 +86,7 @@ def submit(
     plan = load_plan(recipe, settings, check_files=False)
     run_id = checked_run_id(run_id or f"{plan.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
     require_no_secrets(settings)
+    require_directory(plan.recipe)
     require_absolute_places(plan, recipe, settings)
     variables = read_environment(environment)
     name, files = files_of_job(recipe)
@@ -161,6 +164,17 @@ def require_no_secrets(settings: Sequence[str]) -> None:
     if wrong:
         problem = "a user, password or query in a URL would be readable by everybody who may list jobs"
         raise RequestError(*(f"{key}: {problem}; {URLS_REMEDY}" for key in wrong))
+
+
+def require_directory(recipe: Recipe) -> None:
+    """Refuse a remote storage, whose working copy would be in the home directory of whoever has the job.
+
+    Raises:
+        RequestError: It is one.
+    """
+    if uri := uri_of(Path(recipe.storage)):
+        remedy = f"a job needs a directory that all its nodes see, and checkpoints.storage={uri} for its checkpoints"
+        raise RequestError(f"storage={uri}: {remedy}")
 
 
 def require_absolute_places(plan: Plan, recipe: str, settings: Sequence[str]) -> None:

@@ -15,6 +15,8 @@
              training             there while workers train: evaluations leave the cores to them
              heartbeat/           what each rank is doing, while it does it
              report.html
+             driver.json          in a remote storage: which machine drives it (`pretrain.remote.lease`)
+             .lease               on a machine that drives it, or did: what it is called there
 
 Not here: what the files mean (`pretrain.record.events`), what a checkpoint holds beside the names of its files.
 """
@@ -29,20 +31,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.errors import RequestError, listed, nearest
+from pretrain.remote.places import shown_storage
 
 __all__ = [
     "BACKBONE",
     "EXPORTED_FILES",
     "HEADS",
+    "LISTED_FOLDERS",
     "MANIFEST",
     "RECIPE",
+    "RECORD_FOLDERS",
     "SIGNALLED",
     "RunDir",
     "checked_run_id",
     "find_run",
+    "is_run_id",
     "new_run_id",
     "resume_command",
     "runs_in",
+    "shown_run",
     "stopped_line",
 ]
 
@@ -50,8 +57,11 @@ RECIPE = "recipe.yaml"  # of a run and of each of its checkpoints
 BACKBONE = "backbone.safetensors"
 HEADS = "heads.safetensors"  # of an objective with heads that another run can learn from, or that are evaluated
 MANIFEST = "checkpoint.json"
+_FOLDERS = ("logs", "visualizations", "samples")
+RECORD_FOLDERS = ("", "checkpoints", *_FOLDERS)  # that a remote storage has, beside those of checkpoints
+LISTED_FOLDERS = ("", "checkpoints")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # also a good id of a Ray job, and its log file's name
-_BEFORE_IT_BEGAN = {"logs", ".driver.lock", "stop", "stop-now", "training"}  # of a driver that was killed
+_BEFORE_IT_BEGAN = {"logs", "stop", "stop-now", "training"}  # of a driver that was killed, with files `.NAME` of locks
 SIGNALLED = "a signal"  # what the files `stop` and `stop-now` say that a driver writes for one
 EXPORTED_FILES = (BACKBONE, MANIFEST, RECIPE)  # of a checkpoint: all that using its backbone takes
 
@@ -75,7 +85,7 @@ class RunDir:
     def is_free(self) -> bool:
         """Whether a run can begin here: nothing is there, or what a driver leaves that was killed before it began."""
         try:
-            return {path.name for path in self.path.iterdir()} <= _BEFORE_IT_BEGAN
+            return {path.name for path in self.path.iterdir() if path.name[0] != "."} <= _BEFORE_IT_BEGAN
         except FileNotFoundError:
             return True
         except NotADirectoryError:
@@ -112,6 +122,21 @@ class RunDir:
     def driver_lock(self) -> Path:
         """Held by the one process that drives the run."""
         return self.path / ".driver.lock"
+
+    @property
+    def driver_lease(self) -> Path:
+        """Its name in a remote storage says which machine drives the run."""
+        return self.path / "driver.json"
+
+    @property
+    def lease_token(self) -> Path:
+        """What this machine is called in `driver_lease`."""
+        return self.path / ".lease"
+
+    @property
+    def stored_at(self) -> Path:
+        """The URI of the storage that holds the checkpoints instead of the directory of this file."""
+        return self.path / "checkpoints" / "stored_at.txt"
 
     @property
     def rejected(self) -> Path:
@@ -192,6 +217,33 @@ class RunDir:
     def visualizations(self, step: int) -> Path:
         return self.path / "visualizations" / f"step-{step:08d}.png"
 
+    def record(self) -> list[str]:
+        """Names of all files that a remote storage keeps of the run, those first that tell of others.
+
+        The recipe, which makes it a run, tells of all; files that say how much has reached MLflow, of the event log.
+        """
+        tell = (self.recipe, self.report, self.cursor, self.sent, self.rejected, self.evaluations, self.journal)
+        told = [path for folder in _FOLDERS for path in sorted((self.path / folder).glob("*")) if path.is_file()]
+        return [self.relative(path) for path in (*tell, *told, self.stored_at) if path.is_file()]
+
+    def is_record(self, name: str) -> bool:
+        """Whether the record of a run has files of that name, given relative to its directory."""
+        folder, _, file = name.rpartition("/")
+        is_below = folder in _FOLDERS and bool(_RUN_ID.fullmatch(file))
+        return is_below or name in map(self.relative, (*self._about_scores, *self._besides))
+
+    def is_listed(self, name: str) -> bool:
+        """Whether the file tells which checkpoints the run has and what they are worth."""
+        return name in map(self.relative, self._about_scores)
+
+    @property
+    def _about_scores(self) -> tuple[Path, ...]:
+        return self.recipe, self.evaluations, self.cursor, self.stored_at
+
+    @property
+    def _besides(self) -> tuple[Path, ...]:
+        return self.report, self.sent, self.rejected, self.journal
+
     def relative(self, path: Path) -> str:
         """How events name a file of the run."""
         return path.relative_to(self.path).as_posix()
@@ -213,13 +265,18 @@ def runs_in(storage: Path) -> list[RunDir]:
     return sorted((RunDir(path.parent) for path in storage.glob(f"*/{RECIPE}")), key=lambda run: run.run_id)
 
 
+def is_run_id(name: str) -> bool:
+    """Whether a run can have that name: no path leads out of a storage by it."""
+    return bool(_RUN_ID.fullmatch(name))
+
+
 def checked_run_id(run_id: str) -> str:
     """`run_id`, if a run can have that name.
 
     Raises:
         RequestError: It can not.
     """
-    if not _RUN_ID.fullmatch(run_id):
+    if not is_run_id(run_id):
         wanted = "expected a letter or digit, then up to 99 letters, digits, '.', '_' and '-'"
         raise RequestError(f"--run-id {shlex.quote(run_id)}: {wanted} (it names a directory)")
     return run_id
@@ -237,7 +294,7 @@ def find_run(run_id: str, storage: Path) -> RunDir:
     if not run_id or not run.is_run:
         known = [found.run_id for found in runs_in(storage)]
         hint = nearest(run_id, known) or f"; there are: {listed(known[-8:])}"
-        raise RequestError(f"run {run_id or '(empty)'}: not in {storage.absolute()}{hint}")
+        raise RequestError(f"run {run_id or '(empty)'}: not in {shown_storage(storage.absolute())}{hint}")
     return run
 
 
@@ -246,10 +303,17 @@ def new_run_id(name: str) -> str:
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
+def shown_run(run_dir: RunDir) -> str:
+    """Where a run is, for people."""
+    storage = run_dir.path.parent
+    place = shown_storage(storage)
+    return str(run_dir.path) if place == str(storage) else f"{place}/{run_dir.run_id}, its working copy {run_dir.path}"
+
+
 def resume_command(run_dir: RunDir) -> str:
     """What to type, in this directory, to go on with a run."""
     storage = run_dir.path.parent
-    place = "" if storage == Path("runs").absolute() else f" --storage {shlex.quote(str(storage))}"
+    place = "" if storage == Path("runs").absolute() else f" --storage {shlex.quote(shown_storage(storage))}"
     return f"pretrain resume {run_dir.run_id}{place}"
 
 

@@ -17,7 +17,8 @@ from evaluation.protocol import format_value
 from pretrain.config.schema import Recipe
 from pretrain.record.events import Evaluated, EvaluationFailed, Event, Metrics, Start
 from pretrain.record.journal import read_events
-from pretrain.record.run_dir import RunDir
+from pretrain.record.run_dir import RunDir, shown_run
+from pretrain.remote.places import shown_storage
 from pretrain.reporting.terminal import duration
 
 __all__ = ["TrainingSoFar", "print_summary"]
@@ -92,10 +93,10 @@ def print_summary(
     is_evaluated = recipe.evaluation.enabled and bool(recipe.evaluation.tasks)
     if times := training.times(time.time(), with_evaluations=is_evaluated):
         console.print(f"time        {times}", markup=False)
-    console.print(f"run         {run_dir}", markup=False)
+    console.print(f"run         {shown_run(RunDir(run_dir))}", markup=False)
     console.print(f"report      {report}", markup=False)
     console.print(f"MLflow      {_uri(storage)}", markup=False)
-    place = "" if storage == Path("runs").absolute() else f" --storage {storage}"
+    place = "" if storage == Path("runs").absolute() else f" --storage {shown_storage(storage)}"
     console.print(f"try next    pretrain pull {name}@best ./{name}-backbone{place}", markup=False)
     console.print(f"            mlflow ui --backend-store-uri {_uri(storage)}", markup=False)
 

@@ -34,6 +34,7 @@ from pretrain.config.stages import Stage
 from pretrain.machine import free_memory
 from pretrain.record.disk import DiskFull, naming_disk, require_room
 from pretrain.record.events import CheckpointPublished, Event, Warned
+from pretrain.record.remote_runs import drives_no_more, push_record
 from pretrain.record.run_dir import RunDir
 from pretrain.training import state
 from pretrain.training.engine import Engine
@@ -326,6 +327,10 @@ class _Writing(threading.Thread):
     def _publish(self) -> None:
         shares = self._wait_for(self._find_shares)
         self._require_unpublished()
+        run = RunDir(self._run_dir)
+        if drives_no_more(run):
+            raise store.CheckpointError("another machine drives the run now; left alone")
+        push_record(run)  # first: a remote storage never has a checkpoint of steps that its event log does not tell of
         store.publish(self._storage, self.step, self._manifest, shares, self._attempt)
 
     def _require_unpublished(self) -> None:

@@ -247,20 +247,61 @@ def test_main__leaderboard_of_a_storage_that_is_not_there(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(["resume", "run-1"], ["evaluate", "runs:/run-1"], ["leaderboard"], ["pull", "mae"], ["report", "run-1"]),
-        *(["export", "runs:/run-1", "DEST", "--format", "timm"], ["embed", "runs:/run-1", "DATA", "DEST"]),
         *(["jobs"], ["status", "run-1"], ["logs", "run-1"], ["stop", "run-1"]),
         *(["schedule", "list"], ["schedule", "serve"], ["schedule", "run-now", "x"], ["schedule", "history"]),
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
-def test_main__a_storage_that_is_a_uri(
+def test_main__a_remote_storage_where_it_has_to_be_a_directory(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*arguments, "--storage", "s3://me:secret@bucket/runs"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: --storage s3://bucket/runs: a remote store; pretrain ") and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["resume", "run-1"], ["evaluate", "runs:/run-1"], ["leaderboard"], ["pull", "mae"], ["report", "run-1"]),
+        *(["export", "runs:/run-1", "DEST", "--format", "timm"], ["embed", "runs:/run-1", "DATA", "DEST"]),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_main__a_remote_storage_that_cannot_be(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for uri, said in (
+        ("s3://me:secret@bucket/runs", "error: --storage s3://bucket/runs: user, password and query belong in"),
+        ("s33://bucket", "error: --storage s33://bucket: fsspec knows no s33://; did you mean 's3'?"),
+    ):
+        assert main([*arguments, "--storage", uri]) == 2
+        found = capsys.readouterr().err
+        assert found.startswith(said) and found.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["run", "demo", "--sweep", "train.seed=1,2"],
+            "a sweep is kept in a directory; checkpoints.storage=s3://b/runs",
+        ),
+        (["submit", "demo", "--address", "http://127.0.0.1:1"], "a job needs a directory that all its nodes see"),
+    ],
+    ids=["sweep", "submit"],
+)
+def test_main__runs_that_need_a_directory(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "storage=s3://b/runs"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: storage=s3://b/runs: {said}")
     assert list(tmp_path.iterdir()) == []
 
 

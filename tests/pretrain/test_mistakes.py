@@ -130,7 +130,9 @@ def test_load_recipe__without_tasks_nothing_can_be_selected_by() -> None:
         ("data.unindexed=no", "expected one of index, stream"),
         ("data.fetch=all", "expected one of auto, range, shard"),
         ("evaluation.data.mine=shardz", "no such directory; did you mean"),
-        ("storage=s3://bucket", "expected a local directory"),
+        ("storage=s33://bucket", "fsspec knows no s33://; did you mean 's3'?"),
+        ("storage=s3://user:secret@bucket", "user, password and query belong in the environment"),
+        ("storage=file:///data/runs", "is on a disk; give the directory itself: /data/runs"),
         ("storage=mine.yaml", "is a file; expected a directory"),
         # references
         ("data.train=${data.rot}/x", "unknown setting in ${data.rot}; did you mean 'data.root'?"),

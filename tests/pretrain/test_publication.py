@@ -8,10 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,7 +28,11 @@ from pretrain.config.schema import CheckpointsConfig, DataConfig, OptimizerConfi
 from pretrain.config.stages import Stage
 from pretrain.record.disk import DiskFull
 from pretrain.record.events import CheckpointPublished, Event, Warned
+from pretrain.record.remote_runs import lease_of
 from pretrain.record.run_dir import RunDir
+from pretrain.remote.folder import RemoteFolder
+from pretrain.remote.lease import Lease
+from pretrain.remote.places import working_copy
 from pretrain.training import publication
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
@@ -112,6 +118,16 @@ def failing(kind: type, method: str, error: Callable[[], Exception | None], *, r
         setattr(kind, method, real)
 
 
+@contextmanager
+def patched(kind: type, method: str, call: Callable[..., Any]) -> Iterator[None]:
+    real = getattr(kind, method)
+    setattr(kind, method, call)
+    try:
+        yield
+    finally:
+        setattr(kind, method, real)
+
+
 def _no_space() -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -181,7 +197,53 @@ def _survives(
     }
 
 
-def _everything(directory: Path) -> dict[str, Any]:
+def _of_a_remote_run(engine: Engine, endpoint: str) -> dict[str, Any]:
+    """A run in an object store: what is told and published while it is driven, and after another machine has it."""
+    os.environ.update(
+        {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "NO_PROXY": "127.0.0.1"}
+    )
+    uri = "s3://publication/runs"
+    run, there = RunDir(working_copy(uri) / "run"), RemoteFolder(f"{uri}/run")
+    if dist.get_rank() == 0:
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("publication")
+        run.path.mkdir(parents=True)
+        run.journal.write_text("step 4\n")
+        lease = lease_of(run)
+        assert lease is not None
+        lease.take(print)
+    dist.barrier()
+    trainer = Trainer(run.path, engine, replace(RECIPE, checkpoints=CheckpointsConfig(storage=uri)))
+    seen: list[bytes | None] = []
+    real = FsspecStorage.publish
+
+    def publish(self: FsspecStorage, *arguments: Any) -> None:
+        seen.append(there.read(run.journal.name))
+        real(self, *arguments)
+
+    with patched(FsspecStorage, "publish", publish):
+        trainer.publisher.take(4, is_last=True)
+    found: dict[str, Any] = {"told": [trainer.told()], "seen": [str(content) for content in seen]}
+    with failing(RemoteFolder, "put", lambda: ConnectionError("the store is away"), rank=0):
+        if dist.get_rank() == 0:
+            run.journal.write_text("step 4\nstep 8\n")
+        trainer.publisher.take(8)
+        trainer.publisher._settle(is_needed=False)
+    found["told"].append(trainer.told())
+    trainer.publisher.take(10, is_last=True)
+    found["told"].append(trainer.told())
+    if dist.get_rank() == 0:
+        other = Lease(there, run.driver_lease.name, run.path / "other", wait=lambda seconds: None)
+        other.take(print)
+    dist.barrier()
+    trainer.publisher.take(12)
+    trainer.publisher._settle(is_needed=False)
+    found["told"].append(trainer.told())
+    found["steps"] = [one.step for one in store.published(run.path)]
+    found["journal"] = str(there.read(run.journal.name))
+    return found
+
+
+def _everything(directory: Path, endpoint: str | None) -> dict[str, Any]:
     torch.manual_seed(0)
     engine = Engine(build_objective(RECIPE), RECIPE, torch.device("cpu"))
     torch.manual_seed(dist.get_rank())
@@ -236,12 +298,18 @@ def _everything(directory: Path) -> dict[str, Any]:
         trainer.publisher.take(4)
         raise FloatingPointError
     found["error"] = trainer.told()
+    if endpoint is not None:
+        found["remote_run"] = _of_a_remote_run(engine, endpoint)
     return found
 
 
 @pytest.fixture(scope="module")
-def found(run_on_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_on_ranks(RANKS, _everything, tmp_path_factory.mktemp("publication"))
+def found(
+    run_on_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, Any]:
+    has_store = find_spec("moto") is not None and find_spec("s3fs") is not None
+    endpoint = request.getfixturevalue("s3_endpoint") if has_store else None
+    return run_on_ranks(RANKS, _everything, tmp_path_factory.mktemp("publication"), endpoint)
 
 
 def test_take__training_goes_on_and_what_is_published_is_what_was(found: dict[str, Any]) -> None:
@@ -293,6 +361,20 @@ def test_take__workers_that_were_given_up_replace_nothing(name: str, found: dict
     is_same, told, remains = found[name]
     assert is_same and remains == []
     assert len(told) == 1 and "step-00000004: published meanwhile by other workers of this run; left alone" in told[0]
+
+
+def test_take__a_remote_run_has_the_record_of_a_checkpoint_first_and_one_machine_that_publishes(
+    found: dict[str, Any],
+) -> None:
+    if "remote_run" not in found:
+        pytest.skip("moto[server] or s3fs is not installed")
+    result = found["remote_run"]
+    first, away, back, other = result["told"]
+    assert first == ["4 published"] and result["seen"] == [str(b"step 4\n")]
+    assert len(away) == 1 and "8 was not published: ConnectionError: the store is away" in away[0]
+    assert back == ["10 published"] and result["journal"] == str(b"step 4\nstep 8\n")
+    assert len(other) == 1 and "12 was not published: another machine drives the run now; left alone" in other[0]
+    assert result["steps"] == [4, 10]
 
 
 def test_publisher__an_error_in_training_lets_the_one_under_way_end(found: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from pretrain.config.mistakes import Mistakes
 from pretrain.config.paths import absolute
 from pretrain.config.schema import Recipe
 from pretrain.errors import nearest
+from pretrain.remote.places import is_uri, storage_problem, store_problem, working_copy
 
 __all__ = [
     "check_address",
@@ -21,6 +22,7 @@ __all__ = [
     "check_references",
     "check_trackers",
     "checked_storage",
+    "checkpoint_storage",
     "place_problem",
 ]
 
@@ -44,12 +46,24 @@ def check_references(draft: Recipe, mistakes: Mistakes) -> None:
 
 
 def checked_storage(storage: str, mistakes: Mistakes, *, check_files: bool) -> str:
-    if mistakes.sound("storage"):
-        if "://" in storage:
-            mistakes.add("storage", storage, "expected a local directory (remote stores are not supported yet)")
-        elif check_files and (problem := place_problem(Path(absolute(storage)))):
-            mistakes.add("storage", storage, problem)
+    """The directory of a storage; of a remote one that of its working copy."""
+    if not mistakes.sound("storage"):
+        return storage
+    if is_uri(storage):
+        if problem := storage_problem(storage):
+            mistakes.add("storage", redact(storage), problem)
+            return storage
+        storage = str(working_copy(storage))
+    if check_files and (problem := place_problem(Path(absolute(storage)))):
+        mistakes.add("storage", storage, problem)
     return str(absolute(storage))
+
+
+def checkpoint_storage(draft: Recipe) -> str | None:
+    """Where checkpoints are stored: those of runs in a remote storage there, if nothing else is said."""
+    if draft.checkpoints.storage is None and is_uri(draft.storage):
+        return draft.storage.rstrip("/")
+    return draft.checkpoints.storage
 
 
 def place_problem(folder: Path) -> str | None:
@@ -63,20 +77,7 @@ def place_problem(folder: Path) -> str | None:
 def check_checkpoint_storage(uri: str | None, mistakes: Mistakes) -> None:
     if uri is None or not mistakes.sound("checkpoints.storage"):
         return
-    from fsspec.registry import known_implementations, registry
-
-    scheme, separator, rest = uri.partition("://")
-    example = "expected a URI such as s3://BUCKET/PREFIX, or null for the directory of the run"
-    problem = None
-    if not separator or not rest:
-        problem = example
-    elif scheme == "memory":
-        problem = f"holds what one process writes, and no other sees it; {example}"
-    elif scheme not in registry and scheme not in known_implementations:
-        problem = f"fsspec knows no {scheme}://{nearest(scheme, known_implementations)}; {example}"
-    elif redact(uri) != uri:
-        problem = "user, password and query belong in the environment of the store's library, not in a recipe"
-    if problem:
+    if problem := store_problem(uri):
         mistakes.add("checkpoints.storage", redact(uri), problem)
 
 

@@ -28,6 +28,7 @@ from pretrain.config.checks.places import (
     check_references,
     check_trackers,
     checked_storage,
+    checkpoint_storage,
 )
 from pretrain.config.checks.zero import check_deepspeed_keys, check_zero_stage, zero_stage
 from pretrain.config.mistakes import Mistakes
@@ -77,6 +78,7 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
         init_from=absolute_reference(draft.init_from),
         teacher_from=absolute_reference(draft.teacher_from),
         resume_from=absolute_reference(draft.resume_from),
+        checkpoints=replace(draft.checkpoints, storage=checkpoint_storage(draft)),
         storage=checked_storage(draft.storage, mistakes, check_files=check_files),
     )
     check_data(draft.data, mistakes, check_files=check_files)

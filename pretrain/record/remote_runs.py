@@ -1,0 +1,133 @@
+"""The record of runs in a remote storage: copied to this machine for whoever reads it, to the store by who drives.
+
+Not here: what a remote storage is and what is promised of it (`pretrain.remote`), when a driver copies
+(`pretrain.driver.remote_record`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pretrain.record.lock import is_held
+from pretrain.record.run_dir import LISTED_FOLDERS, RECORD_FOLDERS, RunDir, is_run_id
+from pretrain.remote.folder import RemoteFolder, answering
+from pretrain.remote.lease import Lease
+from pretrain.remote.mirror import Mirror
+from pretrain.remote.places import is_uri, uri_of, working_copy
+
+__all__ = [
+    "bring",
+    "brought",
+    "drives_no_more",
+    "fetch_record",
+    "is_elsewhere",
+    "lease_of",
+    "push_record",
+    "push_results",
+]
+
+_RESULTS = "evaluations"  # of a storage (`evaluation.results`)
+_RESULT = re.compile(r"[A-Za-z0-9_-]+\.json")
+
+
+def brought(storage: str | os.PathLike[str], run_id: str | None = None) -> Path:
+    """The directory of a storage on this machine. Of a remote one that is its working copy, with what is read there.
+
+    Args:
+        storage: A directory or a URI.
+        run_id: The run that is wanted as a whole; None: of all runs what tells of their checkpoints and scores.
+
+    Raises:
+        RequestError: No runs can be there, or the store refuses.
+        RunFailed: The store does not answer.
+    """
+    if not is_uri(storage):
+        return Path(storage).absolute()
+    folder = working_copy(os.fspath(storage))
+    bring(folder, run_id)
+    return folder
+
+
+def bring(storage: Path, run_id: str | None = None) -> None:
+    """Copy to a working copy what `brought` says; nothing happens to other directories.
+
+    What this machine drives, or was the last to drive, stays as it is.
+
+    Raises:
+        RequestError, RunFailed: As `brought`.
+    """
+    if (uri := uri_of(storage)) is None:
+        return
+    there = RemoteFolder(uri)
+    with answering(uri):
+        if run_id is not None and is_run_id(run_id) and _bring_run(RunDir(storage / run_id), there, is_whole=True):
+            return
+        for name in filter(is_run_id, there.folders()):
+            _bring_run(RunDir(storage / name), there, is_whole=False)
+        if there.files(_RESULTS):
+            Mirror(storage, there).fetch([_RESULTS], lambda name: bool(_RESULT.fullmatch(name.rpartition("/")[2])))
+
+
+def lease_of(run: RunDir) -> Lease | None:
+    """The right to drive a run of a remote storage; None for a run of a local one, for which a lock is enough."""
+    uri = uri_of(run.path.parent)
+    if uri is None:
+        return None
+    return Lease(RemoteFolder(uri).inside(run.run_id), run.driver_lease.name, run.lease_token)
+
+
+def drives_no_more(run: RunDir) -> bool:
+    """Whether another machine has taken over a run of a remote storage that this one drove."""
+    lease = lease_of(run)
+    return lease is not None and not lease.is_mine()
+
+
+def is_elsewhere(run: RunDir) -> bool:
+    """Whether another machine was the last to drive a run of a remote storage, as far as the store tells."""
+    return not is_held(run.driver_lock) and drives_no_more(run)
+
+
+def push_record(run: RunDir) -> None:
+    """Copy to the remote storage of a run, if it is in one, what has changed of its record.
+
+    Raises:
+        Exception: Whatever the library of the store raises.
+    """
+    if (uri := uri_of(run.path.parent)) is not None:
+        Mirror(run.path, RemoteFolder(uri).inside(run.run_id)).push(run.record())
+
+
+def push_results(storage: Path) -> None:
+    """Copy to a remote storage the results of evaluations that it does not have.
+
+    Raises:
+        Exception: Whatever the library of the store raises.
+    """
+    if (uri := uri_of(storage)) is not None:
+        Mirror(storage, RemoteFolder(uri)).push(
+            [f"{_RESULTS}/{path.name}" for path in (storage / _RESULTS).glob("*.json")]
+        )
+
+
+def fetch_record(run: RunDir) -> None:
+    """Copy all that a remote storage has of the record of a run to this machine, whoever drove it last.
+
+    Raises:
+        Exception: Whatever the library of the store raises.
+    """
+    if (uri := uri_of(run.path.parent)) is not None:
+        Mirror(run.path, RemoteFolder(uri).inside(run.run_id)).fetch(RECORD_FOLDERS, run.is_record)
+
+
+def _bring_run(run: RunDir, storage: RemoteFolder, *, is_whole: bool) -> bool:
+    """Returns whether there is such a run in the store."""
+    there = storage.inside(run.run_id)
+    if run.recipe.name not in there.files():
+        return False
+    if is_held(run.driver_lock) or Lease(there, run.driver_lease.name, run.lease_token).is_mine():
+        return True
+    folders, is_wanted = (RECORD_FOLDERS, run.is_record) if is_whole else (LISTED_FOLDERS, run.is_listed)
+    Mirror(run.path, there).fetch(folders, is_wanted)
+    return True
