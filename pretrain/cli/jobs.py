@@ -16,8 +16,10 @@ from pretrain.cli.storage import storage_option
 from pretrain.cli.tables import print_table
 from pretrain.errors import RequestError
 from pretrain.jobs.listing import Row, find_job, job_rows, row_of_job, row_of_run, run_jobs, run_rows
-from pretrain.record.run_dir import RunDir, find_run
+from pretrain.record.remote_runs import brought, drives_elsewhere
+from pretrain.record.run_dir import RunDir, find_run, shown_run
 from pretrain.record.standing import standing_of
+from pretrain.remote.places import is_uri, shown_storage
 from pretrain.screen import say
 
 __all__ = ["jobs", "logs", "status", "stop", "submit"]
@@ -30,7 +32,7 @@ STOP_NOW_S = 30.0  # for the cluster to pass on the request
 _address = click.option(
     "--address", metavar="URL", help=f"Job server of a cluster, http://HEAD:8265; default: ${ADDRESS_VARIABLES[0]}."
 )
-_storage = storage_option(None, "Directory of local runs; default: runs, without a cluster.")
+_storage = storage_option(None, "Directory or URI of the runs; default: runs, without a cluster.", may_be_remote=True)
 
 
 @click.command(cls=Filled)
@@ -67,11 +69,12 @@ def submit(
 @_storage
 @click.option("--all", "everything", is_flag=True, help=f"Not only the newest {SHOWN}.")
 def jobs(address: str | None, storage: str | None, everything: bool) -> None:
-    """List the runs of a cluster, or of a local storage: state, progress, last score. The newest comes last."""
-    place = _place(address, storage)
+    """List the runs of a cluster, or of a storage: state, progress, last score. The newest comes last."""
+    place = _place(address, storage, progress=True)
     if isinstance(place, Path):
         if storage is not None and not place.is_dir():
-            raise RequestError(f"--storage {storage}: no such directory; give the one that holds the runs")
+            kind = "no run in it" if is_uri(storage) else "no such directory"
+            raise RequestError(f"--storage {storage}: {kind}; give the one that holds the runs")
         rows = run_rows(place)
         left_out = 0 if everything else max(0, len(rows) - SHOWN)
         rows = rows[left_out:]
@@ -80,7 +83,7 @@ def jobs(address: str | None, storage: str | None, everything: bool) -> None:
         left_out = 0 if everything else max(0, len(found) - SHOWN)
         rows = job_rows(place, found[left_out:])
     if not rows:
-        say(f"no run in {place if isinstance(place, Path) else place.address} yet")
+        say(f"no run in {shown_storage(place) if isinstance(place, Path) else place.address} yet")
         return
     print_table(
         ("run" if isinstance(place, Path) else "job", "state", "progress", "since", "last score"),
@@ -99,10 +102,10 @@ def jobs(address: str | None, storage: str | None, everything: bool) -> None:
 @_storage
 def status(name: str, address: str | None, storage: str | None) -> None:
     """Say how a job or a run stands."""
-    place = _place(address, storage)
+    place = _place(address, storage, name)
     if isinstance(place, Path):
         run_dir = find_run(name, place)
-        _print_status(row_of_run(run_dir), {"directory": str(run_dir.path)})
+        _print_status(row_of_run(run_dir), {"directory": shown_run(run_dir)})
         return
     job = find_job(place, name)
     more = {"run": job.metadata.get("run_id", ""), "directory": job.metadata.get("run_dir", "")}
@@ -122,8 +125,10 @@ def _print_status(row: Row, more: dict[str, str]) -> None:
 @_address
 @_storage
 def logs(name: str, follow: bool, address: str | None, storage: str | None) -> None:
-    """Print what a job has written, or what has happened in a local run."""
-    place = _place(address, storage)
+    """Print what a job has written, or what has happened in a run."""
+    if follow and storage is not None and is_uri(storage):
+        raise RequestError(f"--storage {storage}: what happens there is not followed; leave out --follow")
+    place = _place(address, storage, name)
     if isinstance(place, Path):
         _show_events(find_run(name, place), follow)
         return
@@ -184,10 +189,12 @@ def _show_events(run_dir: RunDir, follow: bool) -> None:
 @_storage
 def stop(name: str, at_once: bool, address: str | None, storage: str | None) -> None:
     """End a job or a run after the step at work, with a checkpoint; it can go on later."""
-    place = _place(address, storage)
+    place = _place(address, storage, name)
     how = "at once" if at_once else "after the step at work, with a checkpoint"
     if isinstance(place, Path):
         run_dir = find_run(name, place)
+        if holder := drives_elsewhere(run_dir):
+            raise RequestError(f"run {name}: is driven by {holder}; stop it there")
         state = standing_of(run_dir).state
         if state not in ("running", "stopping"):
             say(f"run {name}: nothing to stop, it is {state}", err=True)
@@ -221,15 +228,17 @@ def _stop_now(server: JobServer, job: Job) -> None:
         server.delete(helper)
 
 
-def _place(address: str | None, storage: str | None) -> JobServer | Path:
-    """Where to look: the cluster that is named or that the environment names, else a local storage."""
+def _place(
+    address: str | None, storage: str | None, run_id: str | None = None, *, progress: bool = False
+) -> JobServer | Path:
+    """Where to look: the cluster that is named or that the environment names, else a storage, as `brought` gives it."""
     if address is not None and storage is not None:
-        raise RequestError("--address and --storage: give one of them, a cluster or a directory of local runs")
+        raise RequestError("--address and --storage: give one of them, a cluster or where runs are")
     if storage is None and (address is not None or is_named_by_environment()):
         server = JobServer(server_address(address))
         _warn_of_exposed_token(server)
         return server
-    return Path(storage or "runs").absolute()
+    return brought(storage or "runs", run_id, progress=progress)
 
 
 def _warn_of_exposed_token(server: JobServer) -> None:

@@ -28,8 +28,8 @@ def storage_option(
     )
 
 
-def _checked(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    if is_uri(value) and (problem := storage_problem(value)):
+def _checked(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and is_uri(value) and (problem := storage_problem(value)):
         raise RequestError(f"--storage {redact(value)}: {problem}")
     return value
 

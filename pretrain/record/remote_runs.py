@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import os
 import re
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pretrain.record.lock import is_held
 from pretrain.record.run_dir import LISTED_FOLDERS, RECORD_FOLDERS, RunDir, is_run_id
 from pretrain.remote.folder import RemoteFolder, answering
-from pretrain.remote.lease import Lease
+from pretrain.remote.lease import Holder, Lease
 from pretrain.remote.mirror import Mirror
 from pretrain.remote.places import is_uri, uri_of, working_copy
 
 __all__ = [
     "bring",
     "brought",
+    "drives_elsewhere",
     "drives_no_more",
     "fetch_record",
     "is_elsewhere",
@@ -32,12 +35,13 @@ _RESULTS = "evaluations"  # of a storage (`evaluation.results`)
 _RESULT = re.compile(r"[A-Za-z0-9_-]+\.json")
 
 
-def brought(storage: str | os.PathLike[str], run_id: str | None = None) -> Path:
+def brought(storage: str | os.PathLike[str], run_id: str | None = None, *, progress: bool = False) -> Path:
     """The directory of a storage on this machine. Of a remote one that is its working copy, with what is read there.
 
     Args:
         storage: A directory or a URI.
         run_id: The run that is wanted as a whole; None: of all runs what tells of their checkpoints and scores.
+        progress: Of all runs also what tells how they stand.
 
     Raises:
         RequestError: No runs can be there, or the store refuses.
@@ -46,11 +50,11 @@ def brought(storage: str | os.PathLike[str], run_id: str | None = None) -> Path:
     if not is_uri(storage):
         return Path(storage).absolute()
     folder = working_copy(os.fspath(storage))
-    bring(folder, run_id)
+    bring(folder, run_id, progress=progress)
     return folder
 
 
-def bring(storage: Path, run_id: str | None = None) -> None:
+def bring(storage: Path, run_id: str | None = None, *, progress: bool = False) -> None:
     """Copy to a working copy what `brought` says; nothing happens to other directories.
 
     What this machine drives, or was the last to drive, stays as it is.
@@ -62,10 +66,12 @@ def bring(storage: Path, run_id: str | None = None) -> None:
         return
     there = RemoteFolder(uri)
     with answering(uri):
-        if run_id is not None and is_run_id(run_id) and _bring_run(RunDir(storage / run_id), there, is_whole=True):
+        is_named = run_id is not None and is_run_id(run_id)
+        if is_named and _bring_run(RunDir(storage / str(run_id)), there, RECORD_FOLDERS, _is_of_run):
             return
+        is_wanted = RunDir.is_about_progress if progress else RunDir.is_listed
         for name in filter(is_run_id, there.folders()):
-            _bring_run(RunDir(storage / name), there, is_whole=False)
+            _bring_run(RunDir(storage / name), there, LISTED_FOLDERS, is_wanted)
         if there.files(_RESULTS):
             Mirror(storage, there).fetch([_RESULTS], lambda name: bool(_RESULT.fullmatch(name.rpartition("/")[2])))
 
@@ -87,6 +93,16 @@ def drives_no_more(run: RunDir) -> bool:
 def is_elsewhere(run: RunDir) -> bool:
     """Whether another machine was the last to drive a run of a remote storage, as far as the store tells."""
     return not is_held(run.driver_lock) and drives_no_more(run)
+
+
+def drives_elsewhere(run: RunDir) -> Holder | None:
+    """Which process of another machine drives a run, as of when the run was brought, by the clocks of both machines."""
+    try:
+        holder = Holder.parse(run.driver_lease.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    is_mine = run.lease_token.exists() and run.lease_token.read_text() == holder.token
+    return holder if holder.is_fresh(time.time()) and not is_mine else None
 
 
 def push_record(run: RunDir) -> None:
@@ -121,13 +137,18 @@ def fetch_record(run: RunDir) -> None:
         Mirror(run.path, RemoteFolder(uri).inside(run.run_id)).fetch(RECORD_FOLDERS, run.is_record)
 
 
-def _bring_run(run: RunDir, storage: RemoteFolder, *, is_whole: bool) -> bool:
+def _is_of_run(run: RunDir, name: str) -> bool:
+    return run.is_record(name) or run.is_about_progress(name)
+
+
+def _bring_run(
+    run: RunDir, storage: RemoteFolder, folders: Sequence[str], is_wanted: Callable[[RunDir, str], bool]
+) -> bool:
     """Returns whether there is such a run in the store."""
     there = storage.inside(run.run_id)
     if run.recipe.name not in there.files():
         return False
     if is_held(run.driver_lock) or Lease(there, run.driver_lease.name, run.lease_token).is_mine():
         return True
-    folders, is_wanted = (RECORD_FOLDERS, run.is_record) if is_whole else (LISTED_FOLDERS, run.is_listed)
-    Mirror(run.path, there).fetch(folders, is_wanted)
+    Mirror(run.path, there).fetch(folders, lambda name: is_wanted(run, name))
     return True

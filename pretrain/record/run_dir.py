@@ -236,6 +236,10 @@ class RunDir:
         """Whether the file tells which checkpoints the run has and what they are worth."""
         return name in map(self.relative, self._about_scores)
 
+    def is_about_progress(self, name: str) -> bool:
+        """Whether the file tells how the run stands: one that `is_listed`, its event log, or who drives it."""
+        return self.is_listed(name) or name in map(self.relative, (self.journal, self.driver_lease))
+
     @property
     def _about_scores(self) -> tuple[Path, ...]:
         return self.recipe, self.evaluations, self.cursor, self.stored_at

@@ -26,6 +26,7 @@ from pretrain.record.events import (
 )
 from pretrain.record.journal import Line
 from pretrain.record.lock import is_held
+from pretrain.record.remote_runs import drives_elsewhere
 from pretrain.record.run_dir import RunDir
 
 __all__ = ["Standing", "newest_checkpoint", "score_text", "standing_of"]
@@ -43,7 +44,7 @@ class Standing:
         total_steps: Of the whole run; None before its workers have begun.
         score: The last one, for people; empty without any.
         changed: When its event log was last written, in Unix seconds.
-        note: Why it failed; else empty.
+        note: Why it failed, or which other machine drives it; else empty.
     """
 
     state: str
@@ -92,6 +93,8 @@ def score_text(event: Evaluated) -> str:
 
 
 def _state(run_dir: RunDir, end: Event | None) -> tuple[str, str]:
+    if holder := drives_elsewhere(run_dir):
+        return "running", f"driven by {holder}"
     if is_held(run_dir.driver_lock):
         return ("stopping" if run_dir.stop_request.exists() else "running"), ""
     match end:

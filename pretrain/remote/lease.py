@@ -52,6 +52,22 @@ class Holder:
     time: float
     ended: bool = False
 
+    @classmethod
+    def parse(cls, content: bytes) -> Holder:
+        """What a lease says.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        try:
+            return cls(**parse_json(content))
+        except TypeError:
+            raise ValueError("not a lease") from None
+
+    def is_fresh(self, now: float) -> bool:
+        """Whether it was refreshed lately, by the clocks of both machines."""
+        return not self.ended and now - self.time < EXPIRY_S
+
     def __str__(self) -> str:
         return f"process {self.process} of {self.host}"
 
@@ -97,8 +113,8 @@ class Lease:
         if content is None:
             return None
         try:
-            return Holder(**parse_json(content))
-        except (ValueError, TypeError):
+            return Holder.parse(content)
+        except ValueError:
             raise ValueError(f"{self._folder.uri}/{self._name}: damaged; delete it if nothing drives the run") from None
 
     def is_mine(self) -> bool:

@@ -247,7 +247,6 @@ def test_main__leaderboard_of_a_storage_that_is_not_there(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(["jobs"], ["status", "run-1"], ["logs", "run-1"], ["stop", "run-1"]),
         *(["schedule", "list"], ["schedule", "serve"], ["schedule", "run-now", "x"], ["schedule", "history"]),
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
@@ -266,6 +265,7 @@ def test_main__a_remote_storage_where_it_has_to_be_a_directory(
     "arguments",
     [
         *(["resume", "run-1"], ["evaluate", "runs:/run-1"], ["leaderboard"], ["pull", "mae"], ["report", "run-1"]),
+        *(["jobs"], ["status", "run-1"], ["logs", "run-1"], ["stop", "run-1"]),
         *(["export", "runs:/run-1", "DEST", "--format", "timm"], ["embed", "runs:/run-1", "DATA", "DEST"]),
     ],
     ids=lambda arguments: arguments[0],

@@ -15,8 +15,9 @@ from pretrain.driver import remote_record
 from pretrain.driver.placement import only_driver
 from pretrain.driver.remote_record import RemoteRecord
 from pretrain.errors import RequestError, RunFailed
-from pretrain.record.remote_runs import bring, drives_no_more, is_elsewhere, push_record, push_results
+from pretrain.record.remote_runs import bring, drives_elsewhere, drives_no_more, is_elsewhere, push_record, push_results
 from pretrain.record.run_dir import RunDir, find_run, resume_command, shown_run
+from pretrain.record.standing import standing_of
 from pretrain.remote import lease
 from pretrain.remote.folder import RemoteFolder
 
@@ -106,7 +107,7 @@ def test_remote_record__is_kept_while_the_run_is_driven_and_whole_at_the_end(mac
     bring(other.path.parent, RUN)
     assert find_run(RUN, other.path.parent).journal.read_bytes() == run.journal.read_bytes()
     assert other.report.read_text() == "<html>" and other.samples(0).is_file() and other.visualizations(1).is_file()
-    assert not other.stop_request.exists() and not other.driver_lease.exists()
+    assert not other.stop_request.exists() and drives_elsewhere(other) is None
     assert resume_command(other) == f"pretrain resume {RUN} --storage memory://store"
     assert shown_run(other) == f"memory://store/{RUN}, its working copy {other.path}"
 
@@ -174,6 +175,33 @@ def test_remote_record__another_machine_takes_over_from_one_that_died_and_the_de
     assert run.journal.read_text() == "start\nstep 1\nstep 2 again\n"  # its own line was of a past that is none
 
 
+def test_remote_record__what_was_driven_elsewhere_until_the_last_moment_is_brought(machine: Machine) -> None:
+    run = machine("a")
+    first = RemoteRecord(run).__enter__()
+    begin(run)
+    wait_for(lambda: in_store(run))
+    other = machine("b")
+    bring(other.path.parent, RUN)
+    machine("a")
+    add(run, "step 1\n")
+    wait_for(lambda: in_store(run))
+    die(first)
+    machine("b")
+    with RemoteRecord(other):
+        assert other.journal.read_text() == "start\nstep 1\n"
+
+    third = machine("c")
+    bring(third.path.parent, RUN)
+    machine("b")
+    with RemoteRecord(other) as record:
+        other.recipe.write_text("storage: x\nmore: steps\n")
+        wait_for(lambda: STORE.read(other.recipe.name) == other.recipe.read_bytes())
+        record.look()
+    machine("c")
+    with pytest.raises(RequestError, match="run mae-1: was changed by another machine at this moment; try again"):
+        RemoteRecord(third).__enter__()
+
+
 def test_remote_record__who_is_taken_over_while_it_lives_ends_and_writes_no_more(machine: Machine) -> None:
     run = machine("a")
     with RemoteRecord(run) as record:
@@ -201,6 +229,30 @@ def test_remote_record__what_the_store_lacks_of_this_machines_run_stays_and_is_s
     with RemoteRecord(run):
         pass
     assert in_store(run)
+
+
+def test_standing__of_a_run_that_another_machine_drives_is_running_while_its_lease_is_fresh(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = machine("a")
+    monkeypatch.setattr(lease, "EXPIRY_S", 60.0)
+    with only_driver(run), RemoteRecord(run):
+        begin(run)
+        wait_for(lambda: STORE.read(run.recipe.name))
+        bring(run.path.parent, progress=True)
+        assert standing_of(run).state == "running" and standing_of(run).note == ""  # here the lock tells
+        other = machine("b")
+        bring(other.path.parent, progress=True)
+        found = standing_of(other)
+        assert found.state == "running" and found.note.startswith("driven by process ")
+        assert other.journal.exists() and not other.logs.exists()
+        monkeypatch.setattr(lease, "EXPIRY_S", 0.0)
+        assert standing_of(other).state != "running"
+        machine("a")
+    machine("b")
+    monkeypatch.setattr(lease, "EXPIRY_S", 60.0)
+    bring(other.path.parent, progress=True)
+    assert standing_of(other).state != "running"
 
 
 def test_bring__leaves_alone_what_this_machine_drives(machine: Machine) -> None:
