@@ -1,7 +1,8 @@
 """`pretrain init DATA`: a commented recipe fitted to the data and to this machine, with the time that it will take.
 
-Looks at the data (photos or shards: how many, how large, which classes) and at the machine (cores, memory, GPUs), and
-trains a few steps on some of the photos to see how fast that is. Nothing is asked; every choice has an option.
+Looks at the data (photos, or shards of photos, clouds or volumes: how many, how large, which classes) and at the
+machine (cores, memory, GPUs), and trains a few steps on some of them to see how fast that is. Nothing is asked; every
+choice has an option. Not here: what clouds and volumes are (`found_data`).
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from pretrain.screen import printable, say
 if TYPE_CHECKING:
     from torch import device
 
+    from pretrain.cli.found_data import FoundArrays
+
 __all__ = ["init"]
 
-_LOOKED_AT = 64  # photos whose size is read
+_LOOKED_AT = 64  # samples whose size is read
 _MEASURED = 16  # photos that are trained on
+_MEASURED_ARRAYS = 4  # clouds or volumes
 _MOST_EPOCHS = 800
 _MOST_HOURS = 10_000
 _LEAST_STEPS = 20
@@ -45,9 +49,10 @@ class Found:
     Attributes:
         text: In words.
         samples: To train on.
-        side: Median of the shorter side in pixels.
-        labels: Whether there are classes and samples that are held out to test on.
+        side: Median of the shorter side of photos in pixels.
+        labels: Whether there are classes, and samples that are held out to test on.
         examples: Some samples as shards hold them.
+        arrays: What else follows of clouds and volumes; None of photos.
     """
 
     text: str
@@ -55,6 +60,7 @@ class Found:
     side: int
     labels: bool
     examples: Sequence[dict[str, Any]]
+    arrays: FoundArrays | None = None
 
 
 @dataclass(frozen=True)
@@ -75,30 +81,34 @@ class Machine:
 @click.argument("data", metavar="DATA")
 @click.option("--output", "-o", metavar="FILE.yaml", help="Default: NAME.yaml in the current directory.")
 @click.option("--name", metavar="NAME", help="Of the recipe and its model; default: OBJECTIVE_FOLDER.")
-@click.option("--objective", metavar="NAME", default="mae", show_default=True, help="mae, gmml, sit, dino, selfpatch.")
-@click.option("--model", metavar="NAME", help="A model of timm; default: vit_tiny, with a GPU vit_small.")
-@click.option("--image-size", type=click.IntRange(16, 4096), metavar="PIXELS", help="Default: by the photos.")
+@click.option("--objective", metavar="NAME", help="Of photos: mae (default), gmml, sit, dino, selfpatch.")
+@click.option("--model", metavar="NAME", help="Of photos: a model of timm; default: vit_tiny, with a GPU vit_small.")
+@click.option("--image-size", type=click.IntRange(16, 4096), metavar="PIXELS", help="Of photos; default: theirs.")
 @click.option("--hours", type=click.FloatRange(0, min_open=True), metavar="N", default=1.0, show_default=True)
-@click.option("--batch", type=click.IntRange(1), metavar="N", help="Samples per step; default: 64, with GPUs 256.")
+@click.option(
+    "--batch", type=click.IntRange(1), metavar="N", help="Samples per step; default: 64, with GPUs 256; of volumes 8."
+)
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Default: the GPUs, else up to 8 cores.")
 def init(
     data: str,
     output: str | None,
     name: str | None,
-    objective: str,
+    objective: str | None,
     model: str | None,
     image_size: int | None,
     hours: float,
     batch: int | None,
     workers: int | None,
 ) -> None:
-    """Write a commented recipe for DATA (photos or shards), fitted to this machine, with an estimate of the time.
+    """Write a commented recipe for DATA, fitted to this machine, with an estimate of the time.
+
+    DATA is a folder of photos, or of shards of photos, point clouds, volumes or radiance grids.
 
     \b
     pretrain init photos/
     pretrain init photos/ --hours 8 --objective dino -o dino.yaml
+    pretrain data pack clouds/ shards/ && pretrain init shards/
     """
-    from backbones.images.config import ImageConfig
     from objectives.registry import config_class
     from pretrain.config.checks.data import data_folder_problem
     from pretrain.config.layers import REFERENCE_IN_A_NAME
@@ -111,10 +121,15 @@ def init(
     if problem := REFERENCE_IN_A_NAME if "${" in str(folder) else data_folder_problem(folder):
         raise RequestError(f"DATA {data}: {problem}")
     known = [known.removesuffix("_photos") for known in recipe_names() if known.endswith("_photos")]
-    if objective not in known:
+    if objective is not None and objective not in known:
         from pretrain.errors import nearest
 
         raise RequestError(f"--objective {objective}: expected one of {', '.join(known)}{nearest(objective, known)}")
+    asked = {"--objective": objective, "--model": model, "--image-size": image_size}
+    of_photos = [f"{option} {value}" for option, value in asked.items() if value is not None]
+    objective = _objective_of_arrays(folder) or objective or "mae"
+    if of_photos and objective not in known:
+        raise RequestError(f"{of_photos[0]}: is of photos, and DATA {data} is for {objective}; leave it out")
     name = name or f"{objective}_{_plain(folder.name)}"
     target = Path(absolute(output or f"{name}.yaml"))
     if os.path.lexists(target):
@@ -128,27 +143,32 @@ def init(
     with shown_while("looking at the data"):
         found = _look_at(folder)
     machine = _machine()
-    content = recipe_content(f"{objective}_photos")
-    side, patch = (image_size, 16 if image_size >= 160 else 8) if image_size else _sizes(found.side)
-    backbone = {
-        "name": model or ("vit_small_patch16_224" if machine.gpus else "vit_tiny_patch16_224"),
-        "image_size": side,
-        **({} if model else {"patch_size": patch}),
+    arrays = found.arrays
+    content = recipe_content(arrays.recipe if arrays else f"{objective}_photos")
+    settings = {
+        "objective": {**content["objective"], **(arrays.objective if arrays else {})},
+        "backbone": {
+            **content["backbone"],
+            **(arrays.backbone if arrays else _photo_backbone(model, image_size or found.side, image_size, machine)),
+        },
     }
+    backbone = settings["backbone"]
     workers = workers or machine.gpus or min(machine.cores, _MOST_WORKERS)
-    batch = batch or (256 if machine.gpus else 64)
+    is_large = backbone.get("kind") == "voxels"
+    batch = batch or (8 if is_large else 256 if machine.gpus else 64)
     batch = max(workers, batch - batch % workers)
     optimizer = {**content["optimizer"], "warmup_steps": 0}
     lines = [
         f"name: {name}",
         f"description: {objective.upper()} on {_plain(folder.name)}, by pretrain init",
-        *_section("objective", content["objective"], {"objective": config_class(objective), "backbone": None}),
-        *_section("backbone", {**content["backbone"], **backbone}, {"objective": None, "backbone": ImageConfig}),
+        *_section("objective", settings["objective"], {"objective": config_class(objective), "backbone": None}),
+        *_section("backbone", backbone, {"objective": None, "backbone": _backbone_class(backbone)}),
         "data:",
-        f"  root: {json.dumps(str(folder))}  # photos, or shards; the first run packs photos into shards",
+        f"  root: {json.dumps(str(folder))}  # shards{'' if arrays else ', or photos, which the first run packs'}",
         "  train: ${data.root}/train-*.tar",
     ]
-    with shown_while("training on a few photos, to see how fast it is"):
+    noun = "samples" if arrays else "photos"
+    with shown_while(f"training on a few {noun}, to see how fast it is"):
         rate = _rate([*lines, *_section("optimizer", optimizer)], batch, workers, found, machine)
     possible, most = hours * 3600 * rate / batch, found.samples * _MOST_EPOCHS / batch
     steps = max(_LEAST_STEPS, math.floor(min(possible, most)))
@@ -158,12 +178,12 @@ def init(
     every = max(1, -(-steps // 4))
     lines += _section("optimizer", {**optimizer, "warmup_steps": steps // 20})
     time_text = _duration(steps * batch / rate)
-    evaluation = _evaluation() if found.labels else ["evaluation:", "  enabled: false  # no labels to score with"]
+    evaluation = _evaluation(found)
     header = [
         f"{name}: {objective.upper()} on {found.text}",
         "",
         f"Machine:   {machine.text}",
-        f"Time:      about {time_text} and the evaluations, at {rate:.0f} samples/s: measured here on a few photos",
+        f"Time:      about {time_text} and the evaluations, at {rate:.3g} samples/s: measured here on a few {noun}",
         f"Epochs:    {passes}",
         f"Command:   pretrain run {target.name}     (with --dry-run it only says what it would do)",
         f"           pretrain run {target.name} train.steps={steps * 4}     longer is better; any setting can be given",
@@ -181,8 +201,9 @@ def init(
     _write(target, text)
     say(f"data      {found.text}")
     say(f"machine   {machine.text}")
-    say(f"recipe    {target}: {objective} with {backbone['name']} at {side} px, {steps} steps of {batch}")
-    say(f"time      about {time_text} and the evaluations ({rate:.0f} samples/s, measured on {_MEASURED} photos)")
+    say(f"recipe    {target}: {objective} with {backbone['name']}{_size_text(backbone)}, {steps} steps of {batch}")
+    measured = _MEASURED_ARRAYS if arrays else _MEASURED
+    say(f"time      about {time_text} and the evaluations ({rate:.3g} samples/s, measured on {measured} {noun})")
     say(f"epochs    {passes}")
     say(f"next      pretrain run {target.name} --dry-run")
 
@@ -208,18 +229,43 @@ def _look_at(folder: Path) -> Found:
     return Found(text, max(1, drawn["train"]), side, labels, examples)
 
 
+def _objective_of_arrays(folder: Path) -> str | None:
+    """The objective for shards of clouds, volumes or grids, by the names of their fields; None of others."""
+    from data_pipelines.errors import DataError
+    from data_pipelines.field_kinds import INPUT_FIELDS
+    from data_pipelines.shards.source import expand_source
+    from data_pipelines.shards.tar_walk import first_fields
+
+    try:
+        fields = first_fields(Path(expand_source(str(folder / "train-*.tar"))[0]))
+    except (DataError, OSError):  # photos, or what is said when the data are looked at
+        return None
+    if fields & {"jpg", "jpeg", "png", "webp"}:
+        return None
+    if fields & {"points.npy", "points.npz"}:
+        return "point_mae"
+    return "nerf_mae" if "grid.npy" in fields else "volume_mae" if fields.intersection(INPUT_FIELDS["volume"]) else None
+
+
 def _shards(folder: Path) -> Found:
     from backbones.registry import IMAGE
     from data_pipelines.shards.dataset import open_dataset
+    from pretrain.cli.found_data import look_at_arrays
     from pretrain.config.checks.evaluation import evaluation_data_problem
     from pretrain.config.pairing import source_problem
 
     dataset = open_dataset(str(folder / "train-*.tar"))
-    if problem := source_problem(IMAGE, str(folder / "train-*.tar"), allow_pipe=False):
-        raise RequestError(f"DATA {folder}: {problem}; init writes recipes of photos only")
     ids = range(0, len(dataset), max(1, len(dataset) // _LOOKED_AT))
-    side, examples = _sides([dict(dataset.read(sample)) for sample in list(ids)[:_LOOKED_AT]])
-    labels = "cls" in dataset.fields and evaluation_data_problem(folder) is None
+    samples = [dict(dataset.read(sample)) for sample in list(ids)[:_LOOKED_AT]]
+    has_test = evaluation_data_problem(folder) is None
+    if _objective_of_arrays(folder) and (arrays := look_at_arrays(dataset, samples, has_test=has_test)) is not None:
+        text = f"{len(dataset)} {arrays.text} in shards of {folder}"
+        examples = (samples * _MEASURED_ARRAYS)[:_MEASURED_ARRAYS]
+        return Found(text, len(dataset), 0, bool(arrays.protocols), examples, arrays)
+    if problem := source_problem(IMAGE, str(folder / "train-*.tar"), allow_pipe=False):
+        raise RequestError(f"DATA {folder}: {problem}")
+    side, examples = _sides(samples)
+    labels = "cls" in dataset.fields and has_test
     text = f"{len(dataset)} samples in shards of {folder} (shorter side {side} px)"
     return Found(text, len(dataset), side, labels, examples)
 
@@ -261,6 +307,27 @@ def _machine() -> Machine:
     )
 
 
+def _photo_backbone(model: str | None, side: int, asked: int | None, machine: Machine) -> dict[str, Any]:
+    """Settings for photos of a shorter side of so many pixels, or for the size that was asked for."""
+    size, patch = (asked, 16 if asked >= 160 else 8) if asked else _sizes(side)
+    name = model or ("vit_small_patch16_224" if machine.gpus else "vit_tiny_patch16_224")
+    return {"name": name, "image_size": size, **({} if model else {"patch_size": patch})}
+
+
+def _backbone_class(settings: dict[str, Any]) -> type:
+    from backbones.registry import IMAGE, config_class
+
+    return config_class(settings.get("kind", IMAGE), settings["name"])
+
+
+def _size_text(settings: dict[str, Any]) -> str:
+    if "num_points" in settings:
+        return f" at {settings['num_points']} points"
+    if "size" in settings:
+        return f" at {' x '.join(map(str, settings['size']))} voxels"
+    return f" at {settings['image_size']} px"
+
+
 def _sizes(side: int) -> tuple[int, int]:
     """Side of the input and of a patch in pixels, for photos with that shorter side."""
     return (32, 4) if side < 48 else (64, 8) if side < 96 else (128, 8) if side < 160 else (224, 16)
@@ -297,15 +364,20 @@ def _section(name: str, settings: dict[str, Any], classes: dict[str, type | None
     return lines
 
 
-def _evaluation() -> list[str]:
+def _evaluation(found: Found) -> list[str]:
+    if not found.labels:
+        without = "no held-out samples, or no labels, to score with" if found.arrays else "no labels to score with"
+        return ["evaluation:", f"  enabled: false  # {without}"]
+    arrays = found.arrays
+    name, select = (arrays.name, arrays.select) if arrays else ("photos", "linear/photos/top1")
+    protocols = arrays.protocols if arrays else ("linear", "knn")
     return [
-        "evaluation:  # beside training, on the photos that are held out",
+        f"evaluation:  # beside training, on the {name if name != 'scenes' else 'grids'} that are held out",
         "  data:",
-        "    photos: ${data.root}",
+        f"    {name}: ${{data.root}}",
         "  tasks:",
-        "    - {protocol: linear, data: photos}",
-        "    - {protocol: knn, data: photos}",
-        "  select: linear/photos/top1",
+        *(f"    - {{protocol: {protocol}, data: {name}}}" for protocol in protocols),
+        f"  select: {select}",
     ]
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from PIL import Image
 from pretrain.cli.main import main
 from pretrain.config.load import load_plan, recipe_content, recipe_names
 from pretrain.photos import load
+from pretrain.training.preflight import look_ahead
 
 
 @pytest.fixture
@@ -79,6 +84,99 @@ def test_init__writes_a_recipe_that_fits_and_runs(
     assert main(["init", str(photos)]) == 2  # never over another file
     assert "exists already; name another file with --output" in capsys.readouterr().err
     assert written.read_text() == text
+
+
+def _npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _clouds(rng: np.random.Generator, number: int) -> dict[str, bytes]:
+    return {"points.npy": _npy(rng.normal(size=(300 + number, 3)).astype(np.float32)), "cls": b"%d" % (number % 2)}
+
+
+def _scans(rng: np.random.Generator, number: int) -> dict[str, bytes]:
+    units = (rng.random((2, 20, 24, 18 + number)) * [[[[2000]]], [[[1]]]] - [[[[1000]]], [[[0]]]]).astype(np.float32)
+    return {"volume.npy": _npy(units), "seg.npy": _npy((units[0] > 0).astype(np.uint8))}
+
+
+def _grids(rng: np.random.Generator, number: int) -> dict[str, bytes]:
+    return {"grid.npy": _npy(rng.integers(0, 255, (4, 40, 36, 33 + number), np.uint8))}
+
+
+def _archives(rng: np.random.Generator, number: int) -> dict[str, bytes]:
+    file = io.BytesIO()
+    np.savez(file, image=rng.integers(0, 255, (36, 40, 34), np.uint8), window=np.zeros(2))
+    return {"npz": file.getvalue()}
+
+
+ARRAYS: dict[str, tuple[Callable[[np.random.Generator, int], dict[str, bytes]], str, dict[str, Any], list[str]]] = {
+    "clouds": (
+        _clouds,
+        "clouds of 302 points",
+        {"objective.name": "point_mae", "backbone.num_points": 300, "backbone.num_groups": 18},
+        ["svm", "knn"],
+    ),
+    "scans": (
+        _scans,
+        "volumes of 20 x 24 x 20 voxels",
+        {
+            "objective.name": "volume_mae",
+            "backbone.size": [20, 24, 20],
+            "backbone.patch_size": 4,
+            "backbone.in_chans": 2,
+        },
+        ["voxel_segmentation", "masked_reconstruction"],
+    ),
+    "grids": (
+        _grids,
+        "radiance grids of 40 x 36 x 35 voxels",
+        {"objective.name": "nerf_mae", "backbone.size": [32, 32, 32]},
+        ["masked_reconstruction"],
+    ),
+    "archives": (
+        _archives,
+        "volumes of 36 x 40 x 34 voxels",
+        {"objective.name": "volume_mae", "objective.volume_array": "image", "backbone.size": [40, 40, 40]},
+        ["masked_reconstruction"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_init__writes_the_recipe_that_fits_clouds_volumes_and_grids(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the number of points, the sizes and the values of some samples; it loads, and the model fits the data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    sample, text, settings, protocols = ARRAYS[case]
+    rng, shards = np.random.default_rng(0), tmp_path / "shards"
+    shards.mkdir()
+    (shards / "dataset.json").write_text('{"classes": ["one", "other"]}')
+    for split in ("train", "test"):
+        with tarfile.open(shards / f"{split}-000000.tar", "w") as tar:
+            for number in range(5):
+                for field, data in sample(rng, number).items():
+                    member = tarfile.TarInfo(f"k{number}.{field}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    assert main(["init", "shards", "--hours", "0.001"]) == 0
+    said = capsys.readouterr().out
+    assert f"data      5 {text} in shards of {shards}" in said and "measured on 4 samples" in said
+    plan = load_plan(f"{settings['objective.name']}_shards.yaml")
+    for key, value in settings.items():
+        section, name = key.split(".")
+        assert getattr(getattr(plan.recipe, section), name) == value, key
+    assert [task.protocol for task in plan.recipe.evaluation.tasks] == protocols
+    look_ahead(plan)
+    if case == "scans":
+        mean, std = plan.recipe.backbone.voxel_mean, plan.recipe.backbone.voxel_std
+        assert mean == pytest.approx([0, 0.5], abs=20) and std == pytest.approx([577, 0.289], rel=0.05)
+    assert main(["init", "shards", "--model", "vit_small_patch16_224", "-o", "other.yaml"]) == 2
+    said = f"--model vit_small_patch16_224: is of photos, and DATA shards is for {settings['objective.name']}; leave "
+    assert said in capsys.readouterr().err and not (tmp_path / "other.yaml").exists()
 
 
 @pytest.mark.parametrize(
