@@ -14,6 +14,7 @@ import os
 import shlex
 import socket
 import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ __all__ = ["Job", "JobExists", "JobServer", "JobServerError", "NoSuchJob", "is_n
 
 ANSWER_S = 20.0  # a busy head takes seconds
 UPLOAD_S = 300.0
+YOUNG_HEAD_S = 30.0  # until a head that has just begun to answer has an agent, which starts jobs
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # of Ray's own commands, in their order
 LIVE = ("PENDING", "RUNNING")
 _CHECK = "a job server is the dashboard of a head with ray[default], usually at port 8265"
@@ -210,12 +212,17 @@ class JobServer:
             "runtime_env": dict(runtime_env),
             "metadata": dict(metadata),
         }
-        try:
-            self._json("POST", "/api/jobs/", json.dumps(request).encode())
-        except JobServerError as error:
-            if "already exists" in str(error):
-                raise JobExists(f"job {job_id}: the id is taken") from None
-            raise
+        until = time.monotonic() + YOUNG_HEAD_S
+        while True:
+            try:
+                self._json("POST", "/api/jobs/", json.dumps(request).encode())
+                return
+            except JobServerError as error:
+                if "already exists" in str(error):
+                    raise JobExists(f"job {job_id}: the id is taken") from None
+                if "No available agent" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(1.0)
 
     def has_package(self, name: str) -> bool:
         """Whether the cluster holds a package; if so it keeps it for the next minutes."""

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,14 +23,17 @@ from pretrain.record.standing import standing_of
 from pretrain.remote.places import is_uri, shown_storage
 from pretrain.screen import say
 
-__all__ = ["jobs", "logs", "status", "stop", "submit"]
+if TYPE_CHECKING:
+    from pretrain.jobs.submission import Submitted
+
+__all__ = ["address_option", "jobs", "logs", "require_fitting_options", "status", "stop", "submit", "tell_submitted"]
 
 SHOWN = 20  # of the newest, unless all are asked for
 POLL_S, LONGEST_POLL_S = 1.0, 30.0
 BYTES_PER_POLL_S = 1_000_000  # the whole log comes with each answer: a long one is asked for less often
 STOP_NOW_S = 30.0  # for the cluster to pass on the request
 
-_address = click.option(
+address_option = click.option(
     "--address", metavar="URL", help=f"Job server of a cluster, http://HEAD:8265; default: ${ADDRESS_VARIABLES[0]}."
 )
 _storage = storage_option(None, "Directory or URI of the runs; default: runs, without a cluster.", may_be_remote=True)
@@ -38,34 +42,66 @@ _storage = storage_option(None, "Directory or URI of the runs; default: runs, wi
 @click.command(cls=Filled)
 @click.argument("recipe")
 @click.argument("settings", metavar="[KEY=VALUE]...", nargs=-1)
-@_address
+@address_option
 @click.option("--run-id", metavar="ID", help="Begin the run of this name, or go on with it; default: a new one.")
 @click.option("--env", metavar="NAME[=VALUE|=@FILE]", multiple=True, help="Of the job; repeatable. Secrets by name.")
 @click.option("--retries", type=click.IntRange(min=0), default=0, help="Restarts without a new checkpoint between.")
+@click.option("--sweep", is_flag=True, help="A run for each combination of values, in one job: KEY=VALUE,VALUE ...")
+@click.option("--parallel", type=click.IntRange(1), metavar="N", help="Runs of a sweep at a time; default: 1.")
 def submit(
-    recipe: str, settings: tuple[str, ...], address: str | None, run_id: str | None, env: tuple[str, ...], retries: int
+    recipe: str,
+    settings: tuple[str, ...],
+    address: str | None,
+    run_id: str | None,
+    env: tuple[str, ...],
+    retries: int,
+    sweep: bool,
+    parallel: int | None,
 ) -> None:
     """Run RECIPE as a job of a Ray cluster; prints the id of the job.
 
     The recipe, this version of the code and installed plug-ins are shipped; paths are those of the cluster. Sent again
-    with the same --run-id, it answers with the job at work, or goes on with a run that has ended.
+    with the same --run-id, it answers with the job at work, or goes on with a run that has ended. A sweep has a name of
+    its own, which the same request always is.
     """
-    from pretrain.jobs.submission import submit
+    from pretrain.jobs.submission import submit, submit_sweep
 
+    require_fitting_options(run_id, parallel, sweep=sweep)
     server = JobServer(server_address(address))
-    found = submit(server, recipe, settings, run_id=run_id, environment=env, retries=retries)
+    if sweep:
+        found = submit_sweep(server, recipe, settings, parallel=parallel or 1, environment=env, retries=retries)
+    else:
+        found = submit(server, recipe, settings, run_id=run_id, environment=env, retries=retries)
+    tell_submitted(server, found, "sweep" if sweep else "run")
+
+
+def require_fitting_options(run_id: str | None, parallel: int | None, *, sweep: bool) -> None:
+    """Refuse options of a sweep without one, and the name of one run for many.
+
+    Raises:
+        RequestError: One line.
+    """
+    if parallel is not None and not sweep:
+        raise RequestError(f"--parallel {parallel}: is how many runs of a sweep there are at a time; add --sweep")
+    if run_id is not None and sweep:
+        text = "a sweep has a run for each combination, which get names of their own"
+        raise RequestError(f"--run-id {run_id}: {text}")
+
+
+def tell_submitted(server: JobServer, found: Submitted, what: str) -> None:
+    """The id of a job for scripts, and for people how to follow it."""
     _warn_of_exposed_token(server)
     say(found.job_id)
     if found.is_new:
         again = f", attempt {found.attempt}" if found.attempt > 1 else ""
-        say(f"submitted{again}; the run is {found.run_dir.path} in the cluster", err=True)
+        say(f"submitted{again}; the {what} is {found.directory} in the cluster", err=True)
         say(f"to follow it: pretrain logs -f {found.job_id} --address {server.address}", err=True)
     else:
         say("at work already; nothing was sent", err=True)
 
 
 @click.command(cls=Filled)
-@_address
+@address_option
 @_storage
 @click.option("--all", "everything", is_flag=True, help=f"Not only the newest {SHOWN}.")
 def jobs(address: str | None, storage: str | None, everything: bool) -> None:
@@ -98,7 +134,7 @@ def jobs(address: str | None, storage: str | None, everything: bool) -> None:
 
 @click.command(cls=Filled)
 @click.argument("name", metavar="ID")
-@_address
+@address_option
 @_storage
 def status(name: str, address: str | None, storage: str | None) -> None:
     """Say how a job or a run stands."""
@@ -122,7 +158,7 @@ def _print_status(row: Row, more: dict[str, str]) -> None:
 @click.command(cls=Filled)
 @click.argument("name", metavar="ID")
 @click.option("--follow", "-f", is_flag=True, help="Go on until it ends.")
-@_address
+@address_option
 @_storage
 def logs(name: str, follow: bool, address: str | None, storage: str | None) -> None:
     """Print what a job has written, or what has happened in a run."""
@@ -185,7 +221,7 @@ def _show_events(run_dir: RunDir, follow: bool) -> None:
 @click.command(cls=Filled)
 @click.argument("name", metavar="ID")
 @click.option("--now", "at_once", is_flag=True, help="At once, without a checkpoint of its last steps.")
-@_address
+@address_option
 @_storage
 def stop(name: str, at_once: bool, address: str | None, storage: str | None) -> None:
     """End a job or a run after the step at work, with a checkpoint; it can go on later."""
@@ -214,6 +250,8 @@ def stop(name: str, at_once: bool, address: str | None, storage: str | None) -> 
 
 def _stop_now(server: JobServer, job: Job) -> None:
     """Have the cluster write the file that ends a run at once: Ray has nothing harder while a stop is under way."""
+    if job.metadata.get("work") == "schedules":
+        raise RequestError(f"job {job.id}: a service ends what is at work in any case; stop it without --now")
     if not (directory := job.metadata.get("run_dir")):
         raise RequestError(f"job {job.id}: was not sent by `pretrain submit`; stop it without --now")
     helper = f"stop-now.{secrets.token_hex(6)}"

@@ -25,7 +25,7 @@ from pretrain.cli.doctor import doctor
 from pretrain.cli.export import embed, export
 from pretrain.cli.filled import Commands
 from pretrain.cli.init import init
-from pretrain.cli.jobs import jobs, logs, status, stop, submit
+from pretrain.cli.jobs import jobs, logs, require_fitting_options, status, stop, submit
 from pretrain.cli.manifest import manifest
 from pretrain.cli.parent import Parent
 from pretrain.cli.recipes import recipes
@@ -100,12 +100,8 @@ def run(
     command can be given again and again, as schedulers do: it goes on where the run is, and does nothing when it has
     finished.
     """
-    if parallel is not None and not sweep:
-        raise RequestError(f"--parallel {parallel}: is how many runs of a sweep there are at a time; add --sweep")
+    require_fitting_options(run_id, parallel, sweep=sweep)
     if sweep:
-        if run_id is not None:
-            text = "a sweep has a run for each combination, which get names of their own"
-            raise RequestError(f"--run-id {run_id}: {text}")
         from pretrain.cli.sweep import run_sweep
 
         run_sweep(recipe, settings, address, parallel or 1, dry_run=dry_run)

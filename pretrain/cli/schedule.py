@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 import click
 
 from pretrain.cli.filled import Commands
+from pretrain.cli.jobs import address_option, tell_submitted
 from pretrain.cli.storage import storage_option
 from pretrain.errors import RequestError, RunFailed, RunStopped, nearest
 from pretrain.record.destinations import require_local
@@ -151,9 +152,27 @@ def history(name: str | None, last: int, storage: str) -> None:
 
 @schedule.command()
 @click.option("--once", is_flag=True, help="Do what is due by now, and end.")
+@click.option("--as-job", is_flag=True, help="As a job of a Ray cluster, one for each storage; prints its id.")
+@address_option
+@click.option("--env", metavar="NAME[=VALUE|=@FILE]", multiple=True, help="Of the job; repeatable. Secrets by name.")
 @_storage
-def serve(once: bool, storage: str) -> None:
-    """Evaluate what is due, until SIGTERM or Ctrl-C. Several services may look after one storage."""
+def serve(once: bool, as_job: bool, address: str | None, env: tuple[str, ...], storage: str) -> None:
+    """Evaluate what is due, until SIGTERM or Ctrl-C. Several services may look after one storage.
+
+    With --as-job the cluster does; --storage is a place there. Sent again, it answers with the job at work.
+    """
+    if as_job:
+        if once:
+            raise RequestError("--once: a job serves until it is stopped; leave it out, or leave --as-job out")
+        from cluster.job_server import JobServer, server_address
+        from pretrain.jobs.submission import submit_service
+
+        server = JobServer(server_address(address))
+        tell_submitted(server, submit_service(server, storage, environment=env), "schedule")
+        return
+    for option, given in (("--address", address), ("--env", env)):
+        if given:
+            raise RequestError(f"{option}: is of a job; add --as-job")
     from pretrain.processes import LocalProcesses
     from pretrain.record.interrupts import heard
     from pretrain.schedules.service import Service, utc_now

@@ -18,6 +18,7 @@ from pretrain.machine import Machine, misfit, this_machine
 from pretrain.record.destinations import require_local
 from pretrain.record.interrupts import heard
 from pretrain.record.lock import hold, holder
+from pretrain.record.run_dir import RunDir
 from pretrain.remote.places import uri_of
 from pretrain.screen import escaping_console, say
 from pretrain.sweeps.grid import Point, grid, sweep_id
@@ -80,7 +81,14 @@ def run_sweep(recipe: str, settings: Sequence[str], address: str | None, paralle
         parent = Parent(name, storage, first.tracking.experiment, " ".join(map(str, _swept(points))))
         launcher = LocalRuns(recipe, address, environments, folder / "logs")
         sweep = Sweep(first.name, storage, queue, launcher, parallel, say, parent.adopt)
+        stop_now = RunDir(folder).stop_now_request
+        stop_now.unlink(missing_ok=True)  # it was for a sweep that has ended
         signals: list[float] = []
+
+        def wait(seconds: float) -> None:
+            time.sleep(seconds)
+            if stop_now.exists():
+                sweep.end_at_once()
 
         def stop() -> None:
             now = time.monotonic()
@@ -91,7 +99,7 @@ def run_sweep(recipe: str, settings: Sequence[str], address: str | None, paralle
             sweep.stop()
 
         with heard(stop):
-            sweep.run(time.sleep)
+            sweep.run(wait)
         with heard(lambda: None):
             parent.close(queue.jobs)
             if parent.problem is not None:

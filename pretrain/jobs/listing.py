@@ -27,6 +27,8 @@ _STATES = {
     "FAILED": "failed",
 }
 _STEP = re.compile(r"^(?:step (\d+)/(\d+)\b|stopped after step (\d+)|checkpoint at step (\d+):)", re.MULTILINE)
+_SWEEP = re.compile(r"^sweep \S+ in .*: (\d+) runs, (\d+) to do, at most \d+ at a time", re.MULTILINE)
+_POINT_DONE = re.compile(r"^\d+/\d+ (?!.*: (?:failed|stopped)).*: done$", re.MULTILINE)
 _SCORE = re.compile(r"^evaluation of step (\d+): (\S+) (.+?)(?: \(known\))?$", re.MULTILINE)
 
 
@@ -37,7 +39,7 @@ class Row:
     Attributes:
         id: Of the job, or of the run.
         state: waiting, running, stopping, finished, stopped or failed.
-        progress: `step 20/100`; empty before the first.
+        progress: `step 20/100`, of a sweep `2/4 runs`; empty before the first.
         score: The last one; empty without any.
         when: It began, or a local run was last heard of; local time.
         note: Why it failed, and the like; one line.
@@ -95,7 +97,10 @@ def row_of_job(server: JobServer, job: Job) -> Row:
 
 
 def told_by_log(log: str) -> tuple[str, str]:
-    """Progress and last score, from what a driver has printed (`pretrain.reporting.terminal`)."""
+    """Progress and last score, from what a driver (`pretrain.reporting.terminal`) or a sweep has printed."""
+    if begun := list(_SWEEP.finditer(log)):  # the last start counts
+        runs, to_do = map(int, begun[-1].groups())
+        return f"{runs - to_do + len(_POINT_DONE.findall(log, begun[-1].end()))}/{runs} runs", ""
     step, total = 0, None
     for match in _STEP.finditer(log):
         counted, of, stopped, published = match.groups()

@@ -16,7 +16,7 @@ from data_pipelines.storage.locations import redact
 from pretrain.config.recipe_files import recipe_names, recipe_path
 from pretrain.errors import RequestError
 
-__all__ = ["files_of_job"]
+__all__ = ["files_of_job", "files_of_package"]
 
 OURS = ("backbones", "cluster", "data_pipelines", "evaluation", "objectives", "pretrain")
 _GROUPS = "pretrain."  # begin the names of our entry-point groups
@@ -31,11 +31,7 @@ def files_of_job(recipe: str) -> tuple[str, dict[str, Path | bytes]]:
     Raises:
         RequestError: The file holds credentials, or a plug-in cannot be found.
     """
-    files: dict[str, Path | bytes] = {}
-    for name in OURS:
-        files |= _module(name)
-    for plugin in _plugins():
-        files |= _files_of_plugin(plugin)
+    files = files_of_package()
     if recipe in recipe_names():
         return recipe, files
     path = recipe_path(recipe)
@@ -46,6 +42,20 @@ def files_of_job(recipe: str) -> tuple[str, dict[str, Path | bytes]]:
             raise RequestError(f"recipe {path}, line {number}: {problem}; {URLS_REMEDY}")
     name = f"{path.stem}.yaml"
     return name, files | {name: text.encode()}
+
+
+def files_of_package() -> dict[str, Path | bytes]:
+    """Our packages and plug-ins, by their places in the working directory of the job.
+
+    Raises:
+        RequestError: A plug-in cannot be found.
+    """
+    files: dict[str, Path | bytes] = {}
+    for name in OURS:
+        files |= _module(name)
+    for plugin in _plugins():
+        files |= _files_of_plugin(plugin)
+    return files
 
 
 URLS_REMEDY = "leave them out, and have PRETRAIN_URLS or PRETRAIN_URLS_FILE in the environment of the nodes"

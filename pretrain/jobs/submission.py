@@ -1,6 +1,6 @@
-"""Submit a run as a Ray job: checked here, shipped, and never twice.
+"""Submit a run, a sweep or a service of schedules as a Ray job: checked here, shipped, and never twice.
 
-A run has a name of its own on the cluster, and is one job at a time (`pretrain.jobs.attempts`). Ray refuses an id that
+Each has a name of its own on the cluster, and is one job at a time (`pretrain.jobs.attempts`). Ray refuses an id that
 is taken, so that the same request can be sent any number of times.
 
 What is checked here is all but the files: those are the cluster's. Not here: what is shipped
@@ -13,7 +13,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,12 +32,13 @@ from pretrain.config.values import texts_in
 from pretrain.errors import RequestError
 from pretrain.jobs.attempts import attempt_of, attempts_of, job_id_of
 from pretrain.jobs.environment import Environment, read_environment
-from pretrain.jobs.shipping import URLS_REMEDY, files_of_job
-from pretrain.record.run_dir import RunDir, checked_run_id
+from pretrain.jobs.shipping import URLS_REMEDY, files_of_job, files_of_package
+from pretrain.record.run_dir import checked_run_id
 from pretrain.remote.places import uri_of
+from pretrain.sweeps.grid import grid, sweep_id
 from pretrain.version import __version__
 
-__all__ = ["Submitted", "submit"]
+__all__ = ["Submitted", "submit", "submit_service", "submit_sweep"]
 
 GRACE_S = 600  # from the request to stop to the end of the last step and its checkpoint; Ray's default is 3
 OLDEST = {"ray": (2, 60), "python": (3, 11)}
@@ -48,16 +49,39 @@ class Submitted:
     """What a request came to.
 
     Attributes:
-        job_id: Of the job that runs it.
-        run_dir: Of the run, on the nodes of the cluster.
-        attempt: Which job of the run it is, from 1 on.
+        job_id: Of the job that does it.
+        directory: Of the run, the sweep or the schedules, on the nodes of the cluster.
+        attempt: Which job of this name it is, from 1 on.
         is_new: False: the job was there already.
     """
 
     job_id: str
-    run_dir: RunDir
+    directory: Path
     attempt: int
     is_new: bool
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a job is to do.
+
+    Attributes:
+        kind: `run`, `sweep` or `schedules`.
+        name: Begins the ids of its jobs; the same for what goes on where another left off.
+        directory: As in `Submitted`.
+        command: What follows `pretrain`, word by word.
+        digest: Of the request; two jobs of one name and other digests are not at work at once.
+        files: What is shipped, by place in the working directory.
+        other: How a live job of that name differs, for the message.
+    """
+
+    kind: str
+    name: str
+    directory: Path
+    command: Sequence[str]
+    digest: str
+    files: Mapping[str, Path | bytes]
+    other: str
 
 
 def submit(
@@ -88,66 +112,167 @@ def submit(
     require_no_secrets(settings)
     require_directory(plan.recipe)
     require_absolute_places(plan, recipe, settings)
-    variables = read_environment(environment)
     name, files = files_of_job(recipe)
+    work = _Work(
+        kind="run",
+        name=run_id,
+        directory=Path(plan.recipe.storage) / run_id,
+        command=["run", name, *settings, *_in_the_cluster(plan), "--run-id", run_id],
+        digest=_digest(plan_yaml(plan)),
+        files=files,
+        other=f"--run-id {run_id}: job {{}} of that run is at work with another recipe or other settings; stop it "
+        "first, or give another name",
+    )
+    return _send(server, work, environment, retries)
+
+
+def submit_sweep(
+    server: JobServer,
+    recipe: str,
+    settings: Sequence[str],
+    *,
+    parallel: int = 1,
+    environment: Sequence[str] = (),
+    retries: int = 0,
+) -> Submitted:
+    """Have a cluster run every point of a grid: one job, which runs them as `pretrain run --sweep` does there.
+
+    The job is called as the sweep, which the same request always is: sent again it goes on with what is not done.
+
+    Args:
+        server, recipe, environment: As in `submit`.
+        settings: `key=value` or `key=value,value,...`.
+        parallel: Runs at a time.
+        retries: Restarts of the sweep, in all.
+
+    Raises:
+        RequestError, JobServerError: As in `submit`; one line for each mistake of any point.
+    """
+    plans: list[Plan] = []
+    mistakes: dict[str, None] = {}
+    for point in grid(settings):
+        try:
+            plan = load_plan(recipe, point.settings, check_files=False)
+            require_no_secrets(point.settings)
+            require_directory(plan.recipe)
+            require_absolute_places(plan, recipe, point.settings)
+            plans.append(plan)
+        except RequestError as error:
+            mistakes.update(dict.fromkeys(error.mistakes))
+    if mistakes:
+        raise RequestError(*mistakes)
+    first = plans[0]
+    name, files = files_of_job(recipe)
+    there = [*settings, *_in_the_cluster(first)]
+    sweep = sweep_id(first.recipe.name, name, recipe_content(recipe), there)
+    work = _Work(
+        kind="sweep",
+        name=sweep,
+        directory=Path(first.recipe.storage) / "sweeps" / sweep,
+        command=["run", name, "--sweep", *there, "--parallel", str(parallel)],
+        digest=_digest(*map(plan_yaml, plans), str(parallel)),
+        files=files,
+        other="job {} runs that sweep with another --parallel or another version of the package; stop it first",
+    )
+    return _send(server, work, environment, retries)
+
+
+def submit_service(server: JobServer, storage: str, *, environment: Sequence[str] = ()) -> Submitted:
+    """Have a cluster look after the schedules of a storage: one job for each storage, until it is stopped.
+
+    Args:
+        server, environment: As in `submit`.
+        storage: Directory of the runs, on the nodes of the cluster.
+
+    Raises:
+        RequestError, JobServerError: As in `submit`.
+    """
+    if not storage.startswith("/"):
+        problem = "is relative to the current folder of this machine; a job needs a place that all its nodes see"
+        raise RequestError(f"--storage {storage}: {problem}: --storage /...")
+    place = os.path.normpath(storage)
+    work = _Work(
+        kind="schedules",
+        name=f"schedules-{_digest(place)[:10]}",
+        directory=Path(place) / "schedules",
+        command=["schedule", "serve", "--storage", place],
+        digest=_digest(place),
+        files=files_of_package(),
+        other="job {} looks after other schedules; stop it first",
+    )
+    return _send(server, work, environment, retries=0)
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
+
+
+def _in_the_cluster(plan: Plan) -> list[str]:
+    """A job is in its own cluster, and its runs where we say that they are, whoever is at home there."""
+    return [f"storage={plan.recipe.storage}", "cluster.address=null"]
+
+
+def _send(server: JobServer, work: _Work, environment: Sequence[str], retries: int) -> Submitted:
+    """Have the work done by one job, unless one is at it.
+
+    Raises:
+        RequestError, JobServerError: As in `submit`.
+    """
+    variables = read_environment(environment)
     require_fitting_versions(server)
-    digest = hashlib.sha256(plan_yaml(plan).encode()).hexdigest()[:32]
-    run_dir = RunDir(Path(plan.recipe.storage) / run_id)
-    known = attempts_of(run_id, server.jobs())
-    if (live := _live(known, run_id, digest)) is not None:
-        return Submitted(live.id, run_dir, attempt_of(live), is_new=False)
+    known = attempts_of(work.name, server.jobs())
+    if (live := _live(known, work)) is not None:
+        return Submitted(live.id, work.directory, attempt_of(live), is_new=False)
     try:
-        package = packed(files)
+        package = packed(work.files)
     except PackageTooLarge as error:
         raise RequestError(str(error)) from None
     if not server.has_package(package.name):
         server.upload(package.name, package.content)
-    # A job is in its own cluster, and its run where we say that it is, whoever is at home there.
-    command = [name, *settings, f"storage={plan.recipe.storage}", "cluster.address=null", "--run-id", run_id]
     attempt = max((attempt_of(job) for job in known), default=0)
     while True:
         attempt += 1
-        job_id = job_id_of(run_id, attempt)
+        job_id = job_id_of(work.name, attempt)
         try:
             server.submit(
                 job_id,
-                _entrypoint(run_dir, command, variables, retries),
+                _entrypoint(work, variables, retries),
                 runtime_env={"working_dir": package.uri, "env_vars": _env_vars(variables)},
                 metadata={
-                    "run_id": run_id,
-                    "run_dir": str(run_dir.path),
-                    "recipe_digest": digest,
+                    "work": work.kind,
+                    "run_id": work.name,
+                    "run_dir": str(work.directory),
+                    "recipe_digest": work.digest,
                     "attempt": str(attempt),
                     "pretrain_version": __version__,
                 },
             )
         except JobExists:  # sent at the same moment from elsewhere, or a job of another name
-            known = attempts_of(run_id, server.jobs())
-            if (live := _live(known, run_id, digest)) is not None:
-                return Submitted(live.id, run_dir, attempt_of(live), is_new=False)
+            known = attempts_of(work.name, server.jobs())
+            if (live := _live(known, work)) is not None:
+                return Submitted(live.id, work.directory, attempt_of(live), is_new=False)
             continue
-        return Submitted(job_id, run_dir, attempt, is_new=True)
+        return Submitted(job_id, work.directory, attempt, is_new=True)
 
 
-def _live(attempts: Sequence[Job], run_id: str, digest: str) -> Job | None:
+def _live(attempts: Sequence[Job], work: _Work) -> Job | None:
     """The attempt that is at work.
 
     Raises:
-        RequestError: It has another recipe.
+        RequestError: It does something else.
     """
     live = next((job for job in attempts if job.is_live), None)
-    if live is not None and live.metadata.get("recipe_digest") != digest:
-        problem = f"job {live.id} of that run is at work with another recipe or other settings"
-        raise RequestError(f"--run-id {run_id}: {problem}; stop it first, or give another name")
+    if live is not None and live.metadata.get("recipe_digest") != work.digest:
+        raise RequestError(work.other.format(live.id))
     return live
 
 
-def _entrypoint(run_dir: RunDir, command: Sequence[str], variables: Environment, retries: int) -> list[str]:
-    words = ["python", "-m", "pretrain.jobs.supervisor", "--run-dir", str(run_dir.path)]
+def _entrypoint(work: _Work, variables: Environment, retries: int) -> list[str]:
+    words = ["python", "-m", "pretrain.jobs.supervisor", "--run-dir", str(work.directory)]
     words += ["--retries", str(retries)] if retries else []
     words += [word for name in variables.needed for word in ("--need", name)]
     words += [word for name, path in variables.files.items() for word in ("--file", f"{name}={path}")]
-    return [*words, "--", "-m", "pretrain", "run", *command]
+    return [*words, "--", "-m", "pretrain", *work.command]
 
 
 def _env_vars(variables: Environment) -> dict[str, str]:

@@ -59,7 +59,7 @@ class Sweep(Generic[Handle]):
         self._say, self._look = say, look
         self._waiting = [job for job in queue.jobs if job.state == "waiting"]
         self._places: list[_AtWork[Handle] | None] = [None] * parallel
-        self._asked = 0
+        self._asked, self._at_once = 0, False
 
     def run(self, wait: Callable[[float], Any]) -> None:
         """Until no point waits or runs; `stop` makes that soon."""
@@ -74,6 +74,10 @@ class Sweep(Generic[Handle]):
         """
         self._asked += 1
 
+    def end_at_once(self) -> None:
+        """As `stop`, but runs end without a checkpoint of their last steps."""
+        self._asked, self._at_once = max(1, self._asked), True
+
     def tick(self) -> bool:
         """One look: take in what has ended, start what fits; returns whether there is more to wait for."""
         for place in range(len(self._places)):
@@ -81,11 +85,25 @@ class Sweep(Generic[Handle]):
             if self._places[place] is None and not self._asked:
                 self._places[place] = self._next(place)
         for at_work in filter(None, self._places):
-            if at_work.asked < self._asked:
-                at_work.asked = self._asked
-                self._launcher.stop(at_work.handle)
+            self._ask(at_work)
         self._look(self._queue.jobs)
         return any(self._places) or (bool(self._waiting) and not self._asked)
+
+    def _ask(self, at_work: _AtWork[Handle]) -> None:
+        """Have a run end, if it is to and was not asked yet.
+
+        A cluster that stops a job signals all of its processes: a run that has heard that is not told again, which
+        would end it at once.
+        """
+        assert at_work.job.run_id is not None
+        run = RunDir(self._storage / at_work.job.run_id)
+        if self._at_once and run.path.is_dir():
+            run.stop_now_request.touch()
+        if at_work.asked < self._asked:
+            has_heard = at_work.asked == 0 and run.is_stop_asked
+            at_work.asked = self._asked
+            if not has_heard:
+                self._launcher.stop(at_work.handle)
 
     def _take_end(self, place: int) -> None:
         """Write down the end of the run at a place, if it has ended."""

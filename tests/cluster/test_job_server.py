@@ -246,3 +246,23 @@ def test_server_address__from_the_variables_of_ray(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://other:8265")
     assert server_address(None) == "http://other:8265"
     assert server_address("http://given:8265") == "http://given:8265"
+
+
+def test_submit__waits_for_the_agent_of_a_head_that_has_just_begun(
+    fake: FakeJobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.canned["/api/jobs/"] = (500, {}, b"No available agent to submit job, please try again later.")
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 2:
+            fake.canned.clear()
+
+    monkeypatch.setattr("cluster.job_server.time.sleep", sleep)
+    JobServer(fake.url).submit("a", ["true"], runtime_env={}, metadata={})
+    assert list(fake.jobs) == ["a"] and len(waited) == 2
+    fake.canned["/api/jobs/"] = (500, {}, b"No available agent to submit job, please try again later.")
+    monkeypatch.setattr("cluster.job_server.YOUNG_HEAD_S", -1.0)
+    with pytest.raises(JobServerError, match="No available agent"):
+        JobServer(fake.url).submit("b", ["true"], runtime_env={}, metadata={})

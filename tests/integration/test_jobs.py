@@ -27,7 +27,7 @@ from pretrain.checkpoints import store
 from pretrain.cli.main import main
 from pretrain.record.events import Finished, Metrics, Resumed, Stopped
 from pretrain.record.journal import read_events
-from pretrain.record.run_dir import RunDir
+from pretrain.record.run_dir import RunDir, runs_in
 from tests.integration.conftest import RECIPE, read_losses
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
@@ -97,7 +97,7 @@ def start_head(folder: Path) -> Head | None:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     url, until = f"http://127.0.0.1:{dashboard}", time.monotonic() + 120
     while time.monotonic() < until and process.poll() is None:
-        if answers(f"{url}/api/version"):
+        if answers(f"{url}/api/version") and runs_jobs(url):
             return Head(url, f"127.0.0.1:{gcs}", sockets, process)
         time.sleep(0.5)
     end_session(process, sockets)
@@ -114,11 +114,27 @@ def answers(url: str) -> bool:
         return False
 
 
+def runs_jobs(url: str) -> bool:
+    """Whether the node has its agent, which comes seconds after the dashboard, or not at all on a busy machine."""
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/api/jobs/", b'{"entrypoint": "true"}', headers)
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 def end_session(process: subprocess.Popen[bytes], sockets: Path) -> None:
     """All that `ray start` has started, and no other Ray of this machine."""
     import psutil
 
-    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    family = [process.pid]
+    with suppress(psutil.NoSuchProcess):  # a head that has given up
+        family += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    for other in psutil.process_iter(["cmdline"]):  # whom it has left behind
+        if any(str(sockets) in word for word in other.info["cmdline"] or ()):
+            family.append(other.pid)
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(20)
@@ -254,6 +270,62 @@ def test_stop__now_ends_a_run_with_a_plugin_that_the_nodes_have_not(
     assert main(["jobs"]) == 0
     listed = capfd.readouterr().out
     assert "stop-now." not in listed and listed.splitlines()[-1].split()[:2] == ["long", "stopped"]
+
+
+@pytest.mark.long
+def test_sweep__is_a_job_that_is_stopped_with_a_checkpoint_and_goes_on(
+    head: Head, tmp_path_factory: pytest.TempPathFactory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("shared")
+    recipe, storage = folder / "small.yaml", folder / "runs"
+    recipe.write_text(RECIPE)
+    rarely = ("train.checkpoint_every=1000", "evaluation.baseline=false", "train.seed=1,2")
+    command = ["submit", str(recipe), "--sweep", *SETTINGS, *rarely, f"storage={storage}"]
+    assert main(command) == 0
+    sweep = capfd.readouterr().out.strip()
+
+    def began() -> RunDir | None:
+        return next(iter(runs_in(storage)), None) if storage.is_dir() else None
+
+    wait_until(lambda: (run := began()) is not None and newest_step(run) >= 2, 900, "no steps")
+    assert main(["stop", sweep]) == 0 and main(["logs", "-f", sweep]) == 0
+    said = capfd.readouterr()
+    assert f"sweep {sweep} in {storage}/sweeps/{sweep}: 2 runs, 2 to do" in said.out
+    assert f"job {sweep}: stopped" in said.err
+    (run,) = runs_in(storage)
+    end = read_events(run.journal)[0][-1]
+    newest = store.latest(run.path)
+    assert isinstance(end, Stopped) and newest is not None and newest.step == end.step  # not at once
+
+    assert main(command) == 0 and main(["logs", "-f", sweep]) == 0
+    said = capfd.readouterr()
+    assert said.out.startswith(f"{sweep}.2\n") and f"job {sweep}.2: finished" in said.err, said.out
+    runs = runs_in(storage)
+    assert len(runs) == 2 and all(newest_step(each) == STEPS for each in runs)
+    assert [type(event) for event in read_events(run.journal)[0]].count(Resumed) == 1
+    assert (storage / "sweeps" / sweep / "table.csv").read_text().count("done") == 2
+    assert main(["status", sweep]) == 0
+    assert "2/2 runs" in capfd.readouterr().out
+
+
+@pytest.mark.long
+def test_serve__is_a_job_until_it_is_stopped(
+    head: Head, tmp_path_factory: pytest.TempPathFactory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    storage = tmp_path_factory.mktemp("shared") / "runs"
+    storage.mkdir()
+    place = ["--storage", str(storage)]
+    data = f"mine={Path(__file__).parents[2]}/pretrain/demo_data/grocery"
+    assert (
+        main(["schedule", "add", "each", "--on-checkpoint", str(storage), "--tasks", "knn", "--data", data, *place])
+        == 0
+    )
+    capfd.readouterr()
+    assert main(["schedule", "serve", "--as-job", *place]) == 0
+    job = capfd.readouterr().out.strip()
+    wait_until(lambda: f"serving {storage}/schedules" in asked(head, f"/api/jobs/{job}/logs"), 300, "does not serve")
+    assert main(["stop", job]) == 0 and main(["logs", "-f", job]) == 0
+    assert f"job {job}: stopped" in capfd.readouterr().err
 
 
 def installed_plugin(folder: Path) -> Path:

@@ -57,7 +57,7 @@ def test_cli__surface_is_frozen() -> None:
         "manifest": ["RECIPE", "[KEY=VALUE]...", *(f"--{option}" for option in MANIFEST_OPTIONS)],
         "embed": ["CHECKPOINT", "DATA", "DEST", "--format", "--tokens", "--batch-size", "--device", "--storage"],
         "export": ["CHECKPOINT", "DEST", "--format", "--storage"],
-        "submit": ["RECIPE", "[KEY=VALUE]...", "--address", "--run-id", "--env", "--retries"],
+        "submit": ["RECIPE", "[KEY=VALUE]...", "--address", "--run-id", "--env", "--retries", "--sweep", "--parallel"],
         "jobs": ["--address", "--storage", "--all"],
         "status": ["ID", "--address", "--storage"],
         "logs": ["ID", "--follow", "--address", "--storage"],

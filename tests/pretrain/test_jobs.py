@@ -18,6 +18,7 @@ from cluster.job_package import PackageTooLarge, files_below, packed
 from cluster.job_server import JobServer
 from pretrain.cli.main import main
 from pretrain.config.load import load_plan
+from pretrain.config.recipe_files import recipe_content
 from pretrain.config.stages import plan_yaml
 from pretrain.errors import RequestError
 from pretrain.jobs.environment import read_environment
@@ -29,6 +30,7 @@ from pretrain.record.run_dir import SIGNALLED, RunDir
 from pretrain.record.standing import newest_checkpoint, standing_of
 from pretrain.reporting.terminal import Terminal
 from pretrain.screen import escaping_console
+from pretrain.sweeps.grid import sweep_id
 from tests.cluster.fake_job_server import FakeJobServer, fake_job_server
 
 SECRET = "hunter2-of-mine"
@@ -163,6 +165,112 @@ def test_submit__sent_twice_at_the_same_moment_is_one_job(
     monkeypatch.setattr(JobServer, "jobs", lambda server: next(lists, None) or read(server))
     assert submitted(fake, recipe, "--run-id", "a") == 0
     assert list(fake.jobs) == ["a"] and "at work already" in capsys.readouterr().err
+
+
+def swept(fake: FakeJobServer, recipe: str, *more: str) -> int:
+    return submitted(fake, recipe, "--sweep", "optimizer.base_lr=1e-3,2e-3", "train.seed=1,2", *more)
+
+
+def test_submit_sweep__is_one_job_which_runs_it_there(
+    fake: FakeJobServer, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert swept(fake, recipe, "--parallel", "2", "--env", "LC_ALL=C", "--retries", "3") == 0
+    ((job_id, job),) = fake.jobs.items()
+    said = capsys.readouterr()
+    assert said.out == f"{job_id}\n" and f"the sweep is /shared/runs/sweeps/{job_id} in the cluster" in said.err
+    settings = ["storage=/shared/runs", "optimizer.base_lr=1e-3,2e-3", "train.seed=1,2"]
+    there = [*settings, "storage=/shared/runs", "cluster.address=null"]
+    assert job["entrypoint"] == (
+        f"exec python -m pretrain.jobs.supervisor --run-dir /shared/runs/sweeps/{job_id} --retries 3 -- "
+        f"-m pretrain run mine.yaml --sweep {' '.join(there)} --parallel 2"
+    )
+    # The folder is that which the command makes there.
+    assert job_id == sweep_id("mine", "mine.yaml", recipe_content(recipe), there)
+    assert (job["metadata"]["work"], job["metadata"]["run_id"]) == ("sweep", job_id)
+    assert job["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "600", "LC_ALL": "C"}
+    (content,) = fake.packages.values()
+    assert "mine.yaml" in zipfile.ZipFile(io.BytesIO(content)).namelist()
+
+
+def test_submit_sweep__the_same_request_is_one_job_and_goes_on(
+    fake: FakeJobServer, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [swept(fake, recipe) for _ in range(2)] == [0, 0]
+    (job_id,) = fake.jobs
+    assert "at work already" in capsys.readouterr().err
+    assert swept(fake, recipe, "--parallel", "2") == 2
+    assert f"job {job_id} runs that sweep with another --parallel" in capsys.readouterr().err
+    fake.jobs[job_id]["status"] = "STOPPED"
+    assert swept(fake, recipe, "--parallel", "2") == 0 and list(fake.jobs) == [job_id, f"{job_id}.2"]
+    assert swept(fake, recipe, "train.steps=30") == 0 and len(fake.jobs) == 3  # another sweep
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["train.seed=1"], "no setting has several values"),
+        (["train.seed=1,x"], "train.seed=x: expected a whole number"),
+        (["train.seed=1,2", "storage=runs"], "storage: runs is relative to the current folder of this machine"),
+        (["train.seed=1,2", "data.train=https://me:pw@host/x.tar"], "data.train: a user, password or query"),
+        (["train.seed=1,2", "--env", "MLFLOW_TRACKING_TOKEN=" + SECRET], "looks like a secret"),
+        (["train.seed=1,2", "--run-id", "a"], "--run-id a: a sweep has a run for each combination"),
+    ],
+)
+def test_submit_sweep__a_wrong_request_is_refused_before_anything_is_asked(
+    more: list[str], said: str, fake: FakeJobServer, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submitted(fake, recipe, "--sweep", *more) == 2
+    complaint = capsys.readouterr().err
+    assert said in complaint and SECRET not in complaint and "pw@" not in complaint
+    assert fake.seen == [] and fake.jobs == {}
+
+
+def test_submit__parallel_without_a_sweep(fake: FakeJobServer, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submitted(fake, recipe, "--parallel", "2") == 2
+    assert "--parallel 2: is how many runs of a sweep there are" in capsys.readouterr().err and fake.seen == []
+
+
+def served(fake: FakeJobServer, *more: str) -> int:
+    return main(["schedule", "serve", "--as-job", "--address", fake.url, *more])
+
+
+def test_serve__as_job_is_one_for_each_storage(fake: FakeJobServer, capsys: pytest.CaptureFixture[str]) -> None:
+    env = ["--env", "ALERT_URL", "--env", "ALERT_SECRET=@/run/alert"]
+    assert served(fake, "--storage", "/shared/runs", *env) == 0
+    assert served(fake, "--storage", "/shared/x/../runs/", *env) == 0
+    said = capsys.readouterr()
+    ((job_id, job),) = fake.jobs.items()
+    assert said.out == f"{job_id}\n{job_id}\n" and "at work already" in said.err
+    assert job["entrypoint"] == (
+        "exec python -m pretrain.jobs.supervisor --run-dir /shared/runs/schedules --need ALERT_URL "
+        "--file ALERT_SECRET=/run/alert -- -m pretrain schedule serve --storage /shared/runs"
+    )
+    assert job["metadata"]["work"] == "schedules"
+    fake.jobs[job_id]["status"] = "FAILED"  # the head was started anew
+    assert served(fake, "--storage", "/shared/runs") == 0 and served(fake, "--storage", "/other") == 0
+    assert list(fake.jobs)[1] == f"{job_id}.2" and len(fake.jobs) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "--storage runs: is relative to the current folder of this machine"),
+        (["--storage", "/shared", "--once"], "--once: a job serves until it is stopped"),
+        (["--storage", "/shared", "--env", "ALERT_SECRET=" + SECRET], "--env ALERT_SECRET: looks like a secret"),
+    ],
+)
+def test_serve__as_job_refuses(
+    more: list[str], said: str, fake: FakeJobServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert served(fake, *more) == 2
+    complaint = capsys.readouterr().err
+    assert said in complaint and SECRET not in complaint and fake.seen == []
+
+
+def test_serve__options_of_a_job_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--address", "http://head:8265"], ["--env", "X=1"]):
+        assert main(["schedule", "serve", *option]) == 2
+        assert f"{option[0]}: is of a job; add --as-job" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -386,6 +494,15 @@ def test_told_by_log__the_last_word_counts() -> None:
     assert told_by_log("connecting\n") == ("", "")
 
 
+def test_told_by_log__of_a_sweep_counts_runs() -> None:
+    log = "sweep x-1 in /s/sweeps/x-1: 4 runs, 4 to do, at most 2 at a time; output in logs/\n1/4 train.seed=1: run a\n"
+    assert told_by_log(log) == ("0/4 runs", "")
+    log += "1/4 train.seed=1: done\n2/4 train.seed=2: run b\n2/4 train.seed=2: failed: error: done\n"
+    assert told_by_log(log) == ("1/4 runs", "")
+    log += "sweep x-1 in /s/sweeps/x-1: 4 runs, 3 to do, at most 2 at a time; output in logs/\n2/4 train.seed=2: done\n"
+    assert told_by_log(log) == ("2/4 runs", "")
+
+
 def test_told_by_log__reads_what_a_driver_prints() -> None:
     written = io.StringIO()
     console = escaping_console(written, soft_wrap=True)
@@ -448,6 +565,13 @@ def test_stop__now_writes_a_file_where_the_run_is(fake: FakeJobServer, monkeypat
     assert main(["stop", "a", "--now", "--address", fake.url]) == 0
     assert commands_run == [["touch", "/shared/it's/a/stop-now"]]
     assert list(fake.jobs) == ["a"] and fake.jobs["a"]["status"] == "STOPPED"
+
+
+def test_stop__now_is_not_for_a_service(fake: FakeJobServer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.add("s", "RUNNING", metadata={"run_id": "s", "run_dir": "/shared/runs/schedules", "work": "schedules"})
+    assert main(["stop", "s", "--now", "--address", fake.url]) == 2
+    assert "a service ends what is at work in any case; stop it without --now" in capsys.readouterr().err
+    assert list(fake.jobs) == ["s"] and fake.jobs["s"]["status"] == "RUNNING"
 
 
 # --- local runs

@@ -19,7 +19,7 @@ from pretrain.machine import Machine
 from pretrain.record.events import Evaluated, Metrics
 from pretrain.record.journal import Journal
 from pretrain.record.lock import hold
-from pretrain.record.run_dir import RunDir
+from pretrain.record.run_dir import SIGNALLED, RunDir
 from pretrain.sweeps.grid import grid, sweep_id
 from pretrain.sweeps.launcher import LocalRuns
 from pretrain.sweeps.parent import Parent
@@ -207,6 +207,32 @@ def test_sweep__stopped_it_begins_nothing_and_waits_for_the_ends(world: World) -
     world.launched.all[1].code = -15  # before it could hear signals
     assert not sweep.tick() and len(world.launched.all) == 2
     assert [job.state for job in queue.jobs] == ["stopped", "stopped", "waiting", "waiting"]
+
+
+def test_sweep__a_run_that_has_heard_the_signal_itself_is_not_told_again(world: World) -> None:
+    """A cluster that stops a job signals all of its processes; a second signal would end a run at once."""
+    sweep, _ = world.sweep()
+    sweep.tick()
+    world.begun(world.launched.all[0].run_id).stop_request.write_text(SIGNALLED)
+    sweep.stop()
+    assert sweep.tick() and sweep.tick() and [process.stops for process in world.launched.all] == [0, 1]
+    sweep.stop()  # a person, again
+    assert sweep.tick() and [process.stops for process in world.launched.all] == [1, 2]
+
+
+def test_sweep__at_once_asks_runs_by_their_files_and_those_without_by_a_signal(world: World) -> None:
+    sweep, queue = world.sweep()
+    sweep.tick()
+    begun = world.begun(world.launched.all[0].run_id)
+    sweep.end_at_once()
+    assert sweep.tick() and begun.stop_now_request.exists()
+    assert [process.stops for process in world.launched.all] == [0, 1]
+    world.begun(world.launched.all[1].run_id)  # which it does in this moment
+    sweep.end_at_once()
+    assert sweep.tick() and RunDir(world.storage / world.launched.all[1].run_id).stop_now_request.exists()
+    for process in world.launched.all:
+        process.code = 75
+    assert not sweep.tick() and [job.state for job in queue.jobs] == ["stopped", "stopped", "waiting", "waiting"]
 
 
 def test_sweep__asked_to_stop_while_a_run_is_being_started_asks_that_as_well(
