@@ -6,6 +6,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -249,13 +250,21 @@ def stop(name: str, at_once: bool, address: str | None, storage: str | None) -> 
 
 
 def _stop_now(server: JobServer, job: Job) -> None:
-    """Have the cluster write the file that ends a run at once: Ray has nothing harder while a stop is under way."""
+    """Have the cluster write the file that ends a run at once: Ray has nothing harder while a stop is under way.
+
+    A job takes seconds to begin, on a busy head half a minute: where the files of the run are seen here, it is written
+    here as well. Here may be a copy of the run, so that this is not enough.
+    """
     if job.metadata.get("work") == "schedules":
         raise RequestError(f"job {job.id}: a service ends what is at work in any case; stop it without --now")
     if not (directory := job.metadata.get("run_dir")):
         raise RequestError(f"job {job.id}: was not sent by `pretrain submit`; stop it without --now")
     helper = f"stop-now.{secrets.token_hex(6)}"
-    file = str(RunDir(Path(directory)).stop_now_request)
+    request = RunDir(Path(directory)).stop_now_request
+    if request.parent.is_dir() and request.parent.name == job.metadata.get("run_id"):
+        with suppress(OSError):  # seen, and of another user
+            request.touch()
+    file = str(request)
     server.submit(helper, ["touch", file], runtime_env={}, metadata={"stops": job.id})
     until = time.monotonic() + STOP_NOW_S
     while (sent := server.job(helper)).is_live and time.monotonic() < until:

@@ -27,6 +27,7 @@ __all__ = ["Parent"]
 ENDED = "ended"  # what the child says last
 POLL_S = 0.2
 STOPPING_S = 15.0  # from the workers' last checkpoint to the end of the child, Ray's included
+AT_ONCE_S = 3.0  # from a request to end at once to the end of the child: what it closes meanwhile is only the better
 _SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -88,6 +89,7 @@ def _wait(child: int, reader: int) -> int:
     os.set_blocking(reader, False)
     told: list[str] = []
     stopped_at: float | None = None
+    at_once_since: float | None = None
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         told += _read(reader).splitlines()
@@ -96,6 +98,12 @@ def _wait(child: int, reader: int) -> int:
         if signals and stopped_at is None and _stopped(told) is not None:
             stopped_at = time.monotonic()
         if stopped_at is not None and time.monotonic() - stopped_at > STOPPING_S:  # it waits for a Ray that is gone
+            os.kill(child, signal.SIGKILL)
+        if not _is_to_end_at_once(told):
+            at_once_since = None  # or it was for the process before, and is taken back
+        elif at_once_since is None:
+            at_once_since = time.monotonic()
+        elif time.monotonic() - at_once_since > AT_ONCE_S:  # workers, MLflow and Ray may take long to close
             os.kill(child, signal.SIGKILL)
         time.sleep(POLL_S)
     _end_session(child)
@@ -120,6 +128,9 @@ def _explain(told: list[str], code: int, *, was_asked: bool) -> int:
     if (step := _stopped(told)) is not None:
         say(stopped_line(run_dir, step), err=True)
         return EXIT_STOPPED
+    if _is_to_end_at_once(told):
+        say(f"stopped at once; go on with: {resume_command(run_dir)}", err=True)
+        return EXIT_STOPPED
     if was_asked:
         say(f"stopped, and Ray with it ({how}); go on with: {resume_command(run_dir)}", err=True)
         return EXIT_STOPPED
@@ -133,6 +144,11 @@ def _stopped(told: list[str]) -> int | None:
     """The step after which the workers of the run have stopped on request, if that is the last that happened."""
     events = read_events(RunDir(Path(told[0])).journal)[0] if told else []
     return events[-1].step if events and isinstance(events[-1], Stopped) else None
+
+
+def _is_to_end_at_once(told: list[str]) -> bool:
+    """Whether anybody asks for that, by the file of the run."""
+    return bool(told) and RunDir(Path(told[0])).stop_now_request.exists()
 
 
 def _read(reader: int) -> str:

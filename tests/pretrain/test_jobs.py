@@ -567,6 +567,23 @@ def test_stop__now_writes_a_file_where_the_run_is(fake: FakeJobServer, monkeypat
     assert list(fake.jobs) == ["a"] and fake.jobs["a"]["status"] == "STOPPED"
 
 
+def test_stop__now_is_written_here_too_where_the_run_is_seen(
+    fake: FakeJobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the job that writes it in the cluster has begun, which may take half a minute."""
+    run = run_with(tmp_path / "runs", "a")
+    fake.add("a", "RUNNING", metadata={"run_id": "a", "run_dir": str(run.path)})
+    written: list[bool] = []
+
+    def submit(server: JobServer, job_id: str, words: list[str], **options: object) -> None:
+        written.append(run.stop_now_request.exists())
+        fake.add(job_id, "SUCCEEDED")
+
+    monkeypatch.setattr(JobServer, "submit", submit)
+    assert main(["stop", "a", "--now", "--address", fake.url]) == 0
+    assert written == [True]
+
+
 def test_stop__now_is_not_for_a_service(fake: FakeJobServer, capsys: pytest.CaptureFixture[str]) -> None:
     fake.add("s", "RUNNING", metadata={"run_id": "s", "run_dir": "/shared/runs/schedules", "work": "schedules"})
     assert main(["stop", "s", "--now", "--address", fake.url]) == 2

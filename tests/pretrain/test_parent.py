@@ -21,7 +21,7 @@ SCRIPT = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from pretrain.cli import parent as module
-module.STOPPING_S = 1.0
+module.STOPPING_S, module.AT_ONCE_S = 1.0, 0.5
 parent = module.Parent(wanted=True)
 parent.watch()
 parent.begun(Path(sys.argv[1]))
@@ -109,6 +109,30 @@ def test_parent__passes_signals_on_and_ends_a_child_that_hangs(signum: int, star
     assert process.returncode == 75
     assert errors.startswith("stopped after step 7, with a checkpoint; go on with: pretrain resume run")
     assert _ends(child)
+
+
+def test_parent__at_once_does_not_wait_for_what_a_child_closes(start: Start, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    process = start("print('ready', flush=True)\nwhile True: time.sleep(1)")
+    assert process.stdout is not None
+    child = int(process.stdout.readline().split()[1])
+    process.stdout.readline()
+    run.stop_now_request.touch()
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 30 and process.returncode == 75
+    assert errors.startswith("stopped at once; go on with: pretrain resume run")
+    assert _ends(child) and not run.journal.exists()
+
+
+def test_parent__a_request_of_the_process_before_ends_nothing(start: Start, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    process = start(
+        "Path(sys.argv[1], 'stop-now').touch(); time.sleep(0.3)\n"
+        "Path(sys.argv[1], 'stop-now').unlink(); time.sleep(2); parent.ended(); sys.exit(0)"
+    )
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    assert not run.stop_now_request.exists()
 
 
 def test_parent__takes_the_child_with_it(start: Start, tmp_path: Path) -> None:
