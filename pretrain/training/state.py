@@ -36,8 +36,9 @@ from pretrain.config.load import to_yaml
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, Stage
 from pretrain.errors import RequestError, RunFailed
-from pretrain.record.events import Initialized, Resumed
-from pretrain.record.run_dir import BACKBONE, HEADS, MANIFEST, RECIPE
+from pretrain.record.events import CheckpointPublished, Initialized, Resumed
+from pretrain.record.journal import read_events
+from pretrain.record.run_dir import BACKBONE, HEADS, MANIFEST, RECIPE, RunDir
 from pretrain.training import flat_shards
 from pretrain.training.engine import Engine
 from pretrain.training.handover import Handover
@@ -212,8 +213,8 @@ def find_start(run_dir: Path, recipe: Recipe) -> tuple[Start, Snapshot | None]:
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         found = store.latest(run_dir)
-        lost = None if found else next((gone for gone in reversed(store.published(run_dir)) if gone.step > 0), None)
         own = None if found is None else found.location
+        lost = _lost(run_dir) if found is None else None
         start = starting_point(own=own, resume_from=recipe.resume_from, init_from=recipe.init_from)
         try:
             if start.how == "resume_from":
@@ -222,13 +223,26 @@ def find_start(run_dir: Path, recipe: Recipe) -> tuple[Start, Snapshot | None]:
         except (RequestError, RunFailed, store.CheckpointError) as error:
             answer = [store.CheckpointError(about("resume_from", start.reference, str(error)))]
         if lost is not None:
-            text = f"{lost.location} and those before it have no training state any more, so that the run cannot go on"
-            answer = [store.CheckpointError(f"{text}; a new run may take its weights by init_from")]
+            answer = [store.CheckpointError(lost)]
     dist.broadcast_object_list(answer, src=0)  # all ranks: begin at the same step or fail alike
     if isinstance(answer[0], Exception):
         raise answer[0]
     start, found = answer[0]
     return start, None if found is None else bring(found, is_own=start.how == "resume")
+
+
+def _lost(run_dir: Path) -> str | None:
+    """Of a run with nothing to go on from: why it is not to begin at its first step again."""
+    there = store.published(run_dir)
+    if there and there[-1].step > 0:
+        text = f"{there[-1].location} and those before it have no training state any more, so that the run cannot go on"
+        return f"{text}; a new run may take its weights by init_from"
+    events = read_events(RunDir(run_dir).journal)[0]
+    told = max((event.step for event in events if isinstance(event, CheckpointPublished)), default=0)
+    if not there and told > 0:
+        gone = store.published_by_event(run_dir, told).location
+        return f"{gone}, which this run published, is not there, nor one before it; bring them back, or begin a new run"
+    return None
 
 
 def origin(start: Start, found: Snapshot | None, initialized: Initialized | None) -> dict[str, Any] | None:

@@ -109,6 +109,10 @@ def _without_training_states_there_is_no_going_on(launch: Launch, run_dir: Path)
     loop = launch(run_dir.name, ranks=1)
     assert loop.exit_codes() == [1]
     assert "have no training state any more, so that the run cannot go on" in loop.log.read_text()
+    shutil.rmtree(run_dir / "checkpoints")
+    loop = launch(run_dir.name, ranks=1)
+    assert loop.exit_codes() == [1]
+    assert "step-00000014, which this run published, is not there, nor one before it" in loop.log.read_text()
 
 
 def test_stages__may_carry_the_moments_of_the_optimizer_over(
