@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +29,7 @@ ENDED = "ended"  # what the child says last
 POLL_S = 0.2
 STOPPING_S = 15.0  # from the workers' last checkpoint to the end of the child, Ray's included
 AT_ONCE_S = 3.0  # from a request to end at once to the end of the child: what it closes meanwhile is only the better
+PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 _SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -50,10 +52,14 @@ class Parent:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, PASSED_ON
+        )  # one that comes now waits until it can be passed on
         child = os.fork()
         if child:
             os.close(writer)
-            os._exit(_wait(child, reader))
+            os._exit(_wait(child, reader, before))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(reader)
         self._pipe = writer
         os.setsid()
@@ -75,8 +81,11 @@ class Parent:
             os.write(self._pipe, f"{line}\n".encode())
 
 
-def _wait(child: int, reader: int) -> int:
-    """In the parent: the exit code of the child, or one of ours when the child was ended from outside Python."""
+def _wait(child: int, reader: int, mask: Iterable[int]) -> int:
+    """In the parent: the exit code of the child, or one of ours when the child was ended from outside Python.
+
+    Signals wait until here, where `mask` holds again.
+    """
 
     signals: list[int] = []
 
@@ -84,8 +93,9 @@ def _wait(child: int, reader: int) -> int:
         signals.append(signum)
         os.kill(child, signum)
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in PASSED_ON:
         signal.signal(signum, pass_on)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.set_blocking(reader, False)
     told: list[str] = []
     stopped_at: float | None = None
