@@ -52,9 +52,7 @@ class Parent:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, PASSED_ON
-        )  # one that comes now waits until it can be passed on
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # of those that come now the parent hears later
         child = os.fork()
         if child:
             os.close(writer)
