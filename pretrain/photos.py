@@ -241,7 +241,8 @@ def _pack(folder: Path, dest: Path, listing: Listing) -> None:
                 progress=progress,
             )
         except TooManyDamagedError as error:
-            shutil.rmtree(dest)  # of no use to a later run: files that were repaired or removed make other shards
+            if dest.exists():  # of no use to a later run: files that were repaired or removed make other shards
+                shutil.rmtree(dest)
             remedy = f"repair or remove them (up to {MAX_BAD:.0%} are left out)"
             raise RequestError(f"data.root={folder}: {error.found}; {remedy}") from None
     counts = ", ".join(f"{name} {split.samples}" for name, split in manifest.splits.items())

@@ -65,7 +65,8 @@ class PackFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self._work / "unpacked", ignore_errors=True)
-        if not self._has_begun:  # no shard was made, or all are done
+        is_refused = kind is not None and issubclass(kind, DataError) and not self._has_begun
+        if is_refused or not self._request.exists():  # nothing was begun, or all is done
             shutil.rmtree(self._work)
             with suppress(OSError):
                 if self._is_new:

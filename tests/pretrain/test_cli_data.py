@@ -49,7 +49,7 @@ def test_data__surface_is_frozen() -> None:
     assert surface == {
         "pack": [
             *("src", "dest", "--kind", "--split", "--seed", "--shard-mb", "--shard-samples", "--size", "--reencode"),
-            *("--masks", "--classes", "--ignore-index", "--name", "--dedupe", "--max-bad", "--workers"),
+            *("--masks", "--classes", "--ignore-index", "--channels", "--name", "--dedupe", "--max-bad", "--workers"),
         ],
         "radiance": [
             *(

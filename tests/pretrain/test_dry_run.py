@@ -64,7 +64,7 @@ def test_dry_run__a_stage_as_it_is_read(
         "memory    MB per worker (of 2), ZeRO stage           [0]      1       2       3",
         "          weights                                   4.3     4.3     4.3     6.5",
         "          masters, moments                          8.7     6.5     6.5     6.5",
-        "          gradients, buffers                        8.7   207.1   402.7   406.5",
+        "          gradients, buffers                        8.7   207.0   402.6   406.5",
         "          teacher, Gram anchor                      7.6     7.6     7.6     3.8",
         "          [0] is train.zero_stage",
         "          activations are those of 32 samples",

@@ -672,7 +672,7 @@ def test_schedule__surface_is_frozen() -> None:
         "remove": ["NAME", "--storage"],
         "run-now": ["NAME", "--storage"],
         "history": ["NAME", "--last", "--storage"],
-        "serve": ["--once", "--storage"],
+        "serve": ["--once", "--as-job", "--address", "--env", "--storage"],
     }
 
 
