@@ -152,10 +152,7 @@ class Lease:
         Raises:
             LeaseLost: Another one does.
         """
-        self._require_held()
-        assert self._held is not None
-        self._held = replace(self._held, beat=self._held.beat + 1, time=self._clock())
-        self._write()
+        self._say(ended=False)
 
     def end(self) -> None:
         """Say that this process does not drive the run any more.
@@ -163,10 +160,7 @@ class Lease:
         Raises:
             LeaseLost: Another one does.
         """
-        self._require_held()
-        assert self._held is not None
-        self._held = replace(self._held, beat=self._held.beat + 1, time=self._clock(), ended=True)
-        self._write()
+        self._say(ended=True)
 
     def withdraw(self) -> None:
         """Leave no trace of a run that has not begun.
@@ -176,6 +170,13 @@ class Lease:
         """
         self._require_held()
         self._folder.remove(self._name)
+
+    def _say(self, *, ended: bool) -> None:
+        """Write the next beat of what this process holds."""
+        self._require_held()
+        assert self._held is not None
+        self._held = replace(self._held, beat=self._held.beat + 1, time=self._clock(), ended=ended)
+        self._write()
 
     def _own_token(self) -> str:
         """Kept before it is used: a process that dies in between has taken nothing."""
