@@ -26,6 +26,7 @@ from evaluation.protocol import LABELS, EvaluationError, Label, Protocol
 
 __all__ = [
     "IGNORED",
+    "DepthMaps",
     "EvaluationData",
     "LabelMaps",
     "OpenedData",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 IGNORED = -1  # what `LabelMaps` puts where the data has its ignore value
+MILLIMETERS = 0.001  # meters per unit of a depth.png, unless `depth_scale` of dataset.json says otherwise
 DEFAULT_IGNORE_INDEX = 255
 
 
@@ -68,6 +70,7 @@ class EvaluationData:
             classes=_classes(description, self.name),
             ignore_index=description.get("ignore_index", DEFAULT_IGNORE_INDEX),
             sequences=_sequences(description),
+            depth_scale=_depth_scale(description, self.name),
         )
         try:
             require_classes(splits["train"], spec.target_label)
@@ -108,6 +111,7 @@ class OpenedData:
     classes: tuple[str, ...] | None  # in index order
     ignore_index: int | None
     sequences: dict[str, str]  # sample key -> sequence
+    depth_scale: float = MILLIMETERS
 
     @property
     def num_classes(self) -> int | None:
@@ -122,6 +126,7 @@ class OpenedData:
             "num_classes": self.num_classes,
             "ignore_index": self.ignore_index,
             "sequences": self.sequences,
+            **({} if self.depth_scale == MILLIMETERS else {"depth_scale": self.depth_scale}),
         }
         return digest_of(facts)
 
@@ -187,6 +192,44 @@ class LabelMaps:
             raise type(error)(f"sample {key!r}: {error}") from None
 
 
+class DepthMaps:
+    """Distances from the camera of one split, decoded when asked for and never resized.
+
+    Args:
+        dataset: holds the samples.
+        label: where they have them: PNGs of whole numbers, 0 where nothing was measured, or arrays of meters.
+        scale: meters per unit of a PNG.
+    """
+
+    def __init__(self, dataset: Dataset, *, label: Label, scale: float, sequences: dict[str, str]):
+        self._dataset = dataset
+        self._label = label
+        self._scale = scale
+        self._sequences = sequences
+
+    def __len__(self) -> int:
+        return int(self._dataset.num_samples)
+
+    def read(self, sample_idx: int) -> tuple[npt.NDArray[np.float32], str | None]:
+        """Returns distances (H, W) in meters, NaN where none was measured, and the sequence of the sample or None.
+
+        Raises:
+            DataError: it does not decode; names the sample.
+        """
+        sample = self._dataset.read(sample_idx)
+        field = next(name for name in self._label.fields if name in sample)
+        try:
+            png = field.endswith(".png")
+            depth = decode_mask(sample[field]) * self._scale if png else decode_array(sample[field])
+            if depth.ndim != 2 or depth.dtype.kind not in "fiu":
+                raise DataError(f"distances are an array {depth.dtype} {depth.shape}; they must be numbers (H, W)")
+        except DataError as error:
+            raise DataError(f"{self._dataset.where(sample_idx)}, field {field}: {error}") from None
+        meters = depth.astype(np.float32)
+        is_measured = np.isfinite(meters) & (meters > 0)
+        return np.where(is_measured, meters, np.float32(np.nan)), self._sequences.get(str(sample["__key__"]))
+
+
 def _decoded(content: bytes, field: str, label: Label) -> npt.NDArray[np.int64]:
     """A map of class indices of `label.axes` axes.
 
@@ -241,7 +284,8 @@ def require_classes(dataset: Dataset, label: Label | None) -> None:
     Raises:
         EvaluationError: the data set lists no `classes`, which samples with a label each may do without.
     """
-    if label is not None and label.axes and not dataset.description.get("classes"):
+    is_dense = label is not None and label.axes and label.values == "classes"
+    if is_dense and not dataset.description.get("classes"):
         raise EvaluationError(
             f"{MANIFEST_NAME} must list `classes` for dense labels, their names in index order: `pretrain data pack "
             "--classes NAME,...` writes them"
@@ -273,6 +317,15 @@ def _classes(description: dict[str, Any], name: str) -> tuple[str, ...] | None:
     if not isinstance(classes, list) or not classes:
         raise EvaluationError(f"evaluation data {name!r}: `classes` in dataset.json must be a list of names")
     return tuple(map(str, classes))
+
+
+def _depth_scale(description: dict[str, Any], name: str) -> float:
+    scale = description.get("depth_scale", MILLIMETERS)
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < float("inf"):
+        raise EvaluationError(
+            f"evaluation data {name!r}: depth_scale {scale!r} in dataset.json must be meters per unit, such as 0.001"
+        )
+    return float(scale)
 
 
 def _sequences(description: dict[str, Any]) -> dict[str, str]:

@@ -71,13 +71,15 @@ class Label:
 
     Attributes:
         fields: Sample fields of which one holds it, the preferred first.
-        axes: Of the map of class indices that it is, 2 of an image and 3 of a volume; 0: one index for the sample.
+        axes: Of the map that it is, 2 of an image and 3 of a volume; 0: one class index for the sample.
         array: Which array of an npz it is.
+        values: What a map holds: indices of classes, or distances from the camera.
     """
 
     fields: tuple[str, ...]
     axes: int = 0
     array: str = "label"
+    values: Literal["classes", "meters"] = "classes"
 
 
 # What `Protocol.label` may be.
@@ -86,6 +88,7 @@ LABELS: Mapping[str, Label] = MappingProxyType(
         "cls": Label(("cls",)),
         "seg.png": Label(("seg.png",), axes=2),
         "seg.npy": Label(("seg.npy", "labels.npy", "npz"), axes=3),
+        "depth.png": Label(("depth.png", "depth.npy"), axes=2, values="meters"),
     }
 )
 
@@ -97,17 +100,20 @@ class Protocol:
     Attributes:
         target: "module:function" of the head, called as
             `score(train, test, *, num_classes, params, seed, device) -> Outcome`; with tokens="decoded" as
-            `score(held_out, *, params, seed) -> Outcome`.
+            `score(held_out, *, params, seed) -> Outcome`. `num_classes` is 0 where labels are no classes.
         version: Raised whenever the code behind `target` changes what it computes.
         tokens: "pooled" gives the head `extract.Pooled` (CLS and mean of patches), "patches" gives `extract.Dense`,
+            "encoder" `extract.Frozen`: the samples and the encoder, which the protocol runs as it likes;
             "decoded" `extract.Decoded`: held-out samples, and what the encoder and the decoder of the checkpoint make
             of them where a part is hidden.
         label: What the target is, a key of `LABELS`: "cls" the class of a sample, "seg.png" a map of classes over an
-            image, "seg.npy" one over a volume; None with tokens="decoded", which needs none.
+            image, "seg.npy" one over a volume, "depth.png" a map of distances in meters; None of a protocol that needs
+            none, as those with tokens="decoded" do.
         metrics: What the head reports. A plain name is accepted and means a fraction of which more is better. The
             headline is the one that says so, else the first that has a direction.
         params: Every number the head depends on.
         usual_for: Kinds of backbones that are evaluated so unless protocols are named; None: all that it fits.
+        num_layers: With tokens="pooled", of how many of the last layers there are features, see `Pooled.inner`.
 
     Raises:
         EvaluationError: An unknown label, no metric with a direction, a name twice, or more than one headline.
@@ -117,15 +123,16 @@ class Protocol:
     summary: str
     target: str
     version: int
-    tokens: Literal["pooled", "patches", "decoded"]
+    tokens: Literal["pooled", "patches", "encoder", "decoded"]
     label: str | None
     metrics: tuple[Metric, ...]
     params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     usual_for: tuple[str, ...] | None = None
+    num_layers: int = 1
 
     def __post_init__(self) -> None:
-        if self.label not in ([None] if self.tokens == "decoded" else LABELS):
-            known = "None is allowed" if self.tokens == "decoded" else f"known are {', '.join(LABELS)}"
+        if self.label not in ([None] if self.tokens == "decoded" else [*LABELS, None]):
+            known = "None is allowed" if self.tokens == "decoded" else f"known are {', '.join(LABELS)}, and None"
             raise EvaluationError(f"protocol {self.name!r}: label={self.label!r}; {known}")
         try:
             object.__setattr__(self, "metrics", described(self.metrics))

@@ -23,7 +23,8 @@ from data_pipelines.parsing import parse_json
 from evaluation import registry
 from evaluation.data import EvaluationData
 from evaluation.extraction.decoding import Decoded, load_reconstruction, require_decoder
-from evaluation.extraction.forward import num_test_in_train, splits_of, write_features
+from evaluation.extraction.forward import labels_of, num_classes_of, num_test_in_train, splits_of, write_features
+from evaluation.extraction.frozen import Frozen
 from evaluation.extraction.recipe import Extraction, Size, extraction_of, feature_facts, feature_recipe
 from evaluation.features import ArrayWriter, FeatureCache
 from evaluation.keys import digest_of
@@ -89,7 +90,8 @@ def evaluate(
         batch_size=batch_size or (CPU_BATCH if on_device.type == "cpu" else DEVICE_BATCH),
         threads=threads or Threads(torch.get_num_threads()),
     )
-    data_digest, inputs, compute = (_on_reconstructions if spec.tokens == "decoded" else _on_features)(asked, weights)
+    computation = {"decoded": _on_reconstructions, "encoder": _on_samples}.get(spec.tokens, _on_features)
+    data_digest, inputs, compute = computation(asked, weights)
     facts = {"protocol": spec.name, "version": spec.version, "params": dict(spec.params), "seed": seed}
     key = digest_of({**inputs, **facts})
 
@@ -157,9 +159,7 @@ def _on_features(asked: _Asked, weights: str) -> _Computation:
         started = time.perf_counter()
         arrays, were_made = FeatureCache(asked.store).once(digest_of(inputs), inputs, write)
         extracted = time.perf_counter()
-        label = asked.spec.target_label
-        assert label is not None  # of all protocols on features
-        train, test, num_classes = splits_of(arrays, opened, asked.extraction, asked.recipe, label)
+        train, test, num_classes = splits_of(arrays, opened, asked.extraction, asked.recipe, asked.spec.target_label)
         settings = {"num_classes": num_classes, "params": asked.spec.params, "seed": asked.seed}
         outcome = asked.threads.run(load_head(asked.spec), train, test, **settings, device=asked.device)
         return outcome, {
@@ -171,6 +171,34 @@ def _on_features(asked: _Asked, weights: str) -> _Computation:
         }
 
     return opened.digest, inputs, compute
+
+
+def _on_samples(asked: _Asked, weights: str) -> _Computation:
+    """By what the protocol makes of the encoder and both splits."""
+    opened = asked.data.open(asked.spec, asked.extraction.inputs)
+
+    def compute() -> tuple[Outcome, dict[str, Any]]:
+        label = asked.spec.target_label
+        encoder = asked.threads.run(load_backbone, asked.checkpoint).to(asked.device).eval()
+        train, test = (
+            Frozen(
+                getattr(opened, split),
+                encoder,
+                labels_of(opened, split, asked.extraction, asked.recipe, label),
+                asked.extraction,
+                asked.recipe,
+                batch_size=asked.batch_size,
+                device=asked.device,
+                threads=asked.threads,
+            )
+            for split in ("train", "test")
+        )
+        num_classes = num_classes_of(opened, label, [train.labels, test.labels])
+        settings = {"num_classes": num_classes, "params": asked.spec.params, "seed": asked.seed}
+        outcome = load_head(asked.spec)(train, test, **settings, device=asked.device)
+        return outcome, {"num_train": len(train), "num_test": len(test)}
+
+    return opened.digest, feature_facts(weights, asked.recipe, opened.digest), compute
 
 
 def _on_reconstructions(asked: _Asked, weights: str) -> _Computation:

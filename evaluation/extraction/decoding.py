@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from backbones.voxels.padding import inside
 from data_pipelines.order import key, permutation
-from evaluation.extraction.forward import Samples, Taken, batches_of
+from evaluation.extraction.forward import Samples, Taken, measured
 from evaluation.extraction.recipe import Extraction
 from evaluation.protocol import EvaluationError
 from evaluation.threads import Threads
@@ -63,23 +63,22 @@ class Decoded:
     device: torch.device
     threads: Threads
 
-    def measure(self, measured: Callable[[Filled], Taken]) -> Taken:
-        """What `measured` says of all samples, (n, ...) by name.
+    def measure(self, of_filled: Callable[[Filled], Taken]) -> Taken:
+        """What `of_filled` says of all samples, (n, ...) by name.
 
         Raises:
             EvaluationError: what it says is not finite; names the sample.
             DataError: a sample cannot be read or decoded; names it.
         """
-        settings: dict[str, Any] = {"batch_size": self.batch_size, "device": self.device, "threads": self.threads}
-        found: dict[str, list[Tensor]] = {}
-
-        def take(batch: Mapping[str, Tensor], numbers: range) -> Taken:
-            return {name: values.cpu() for name, values in measured(self._fill(batch, numbers)).items()}
-
-        for _, taken, _ in batches_of(self.samples, self.extraction, self.recipe, lambda *_: None, take, **settings):
-            for name, values in taken.items():
-                found.setdefault(name, []).append(values)
-        return {name: torch.cat(parts) for name, parts in found.items()}
+        return measured(
+            self.samples,
+            self.extraction,
+            self.recipe,
+            lambda batch, numbers: of_filled(self._fill(batch, numbers)),
+            batch_size=self.batch_size,
+            device=self.device,
+            threads=self.threads,
+        )
 
     def _fill(self, batch: Mapping[str, Tensor], numbers: range) -> Filled:
         values = self.model.encoder.scaled(batch["volume"], batch["size"])

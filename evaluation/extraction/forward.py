@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from torch.utils.data import default_collate
 
 from data_pipelines.content import content_hash
 from data_pipelines.errors import DataError
-from evaluation.data import LabelMaps, OpenedData, class_label
+from evaluation.data import DepthMaps, LabelMaps, OpenedData, class_label
 from evaluation.extraction.recipe import Extraction
 from evaluation.features import ArrayWriter
 from evaluation.protocol import EvaluationError, Label
@@ -39,10 +39,14 @@ if TYPE_CHECKING:  # timm takes seconds to import, and cached features need no b
 
 __all__ = [
     "Dense",
+    "Layer",
     "Pooled",
     "Samples",
     "Taken",
     "batches_of",
+    "labels_of",
+    "measured",
+    "num_classes_of",
     "num_test_in_train",
     "pooled_batches",
     "splits_of",
@@ -51,8 +55,10 @@ __all__ = [
 
 SPLITS = ("train", "test")
 _FINER = "stage"  # name of the map of a stage but the last, before its number
+_INNER = "before_last"  # name of a layer before the last one, before how many layers before
 
 Note = TypeVar("Note")
+Labels = TypeVar("Labels", LabelMaps, DepthMaps, Tensor)
 Taken = dict[str, Tensor]  # what is kept of the features of a batch, by name, each (B, ...) on the CPU
 
 
@@ -71,22 +77,35 @@ class Samples(Protocol):
         """The first of these fields that every sample has."""
 
 
+class Layer(NamedTuple):
+    """What one layer makes of the samples, after the final norm of the encoder."""
+
+    cls: Tensor | None  # (n, D) float32
+    patch_mean: Tensor  # (n, D) float32
+
+
 @dataclass(frozen=True)
 class Pooled:
     """One vector per sample of one split."""
 
     cls: Tensor | None  # (n, D) float32
     patch_mean: Tensor  # (n, D) float32
-    labels: Tensor  # (n,) int64
+    labels: Tensor  # (n,) int64; 0 of samples without, which only protocols without labels are given
     patch_max: Tensor | None = None  # (n, D) float32, the greatest of all tokens; of kinds whose extraction says so
+    inner: tuple[Layer, ...] = ()  # the last but one layer first, `Protocol.num_layers - 1` at most; plain ViTs only
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Of all layers that there are features of, the last one first."""
+        return (Layer(self.cls, self.patch_mean), *self.inner)
 
 
 @dataclass(frozen=True)
-class Dense:
-    """Patch maps of one split, memory-mapped, beside its label maps at their own size."""
+class Dense(Generic[Labels]):
+    """Patch maps of one split, memory-mapped, beside its labels: maps at their own size, or (n,) int64 classes."""
 
     patches: npt.NDArray[np.float16]  # (n, rows, cols, D); of volumes (n, x, y, z, D)
-    labels: LabelMaps
+    labels: Labels
     finer: tuple[npt.NDArray[np.float16], ...] = ()  # of the stages before the last, if there are any, the finest first
 
     @property
@@ -121,9 +140,10 @@ def write_features(
         field = dataset.require_field(*extraction.inputs)
 
         def note(sample_idx: int, sample: Mapping[str, Any], field: str = field, contents: Any = contents) -> int:
-            """The class label; 0 where the features go to a dense head, which reads its own."""
+            """The class label; 0 where there is none, or where the features go to a dense head, which reads its own."""
             contents[sample_idx] = content_hash(sample[field])
-            return class_label(sample, data.classes) if recipe["tokens"] == "pooled" else 0
+            is_labelled = recipe["tokens"] == "pooled" and "cls" in sample
+            return class_label(sample, data.classes) if is_labelled else 0
 
         settings: dict[str, Any] = {"batch_size": batch_size, "device": device, "threads": threads}
         if recipe["tokens"] == "pooled":
@@ -164,7 +184,7 @@ def pooled_batches(
         extraction,
         recipe,
         note,
-        lambda batch, _: _pooled_tokens(backbone.tokens(batch), extraction.pooling),
+        lambda batch, _: _pooled_layers(backbone, batch, extraction.pooling, recipe.get("layers", 1)),
         batch_size=batch_size,
         device=device,
         threads=threads,
@@ -178,29 +198,52 @@ def splits_of(
     data: OpenedData,
     extraction: Extraction,
     recipe: Mapping[str, Any],
-    label: Label,
-) -> tuple[Pooled | Dense, Pooled | Dense, int]:
+    label: Label | None,
+) -> tuple[Pooled | Dense[Any], Pooled | Dense[Any], int]:
     """Returns (train, test, number of classes) as a head takes them, from the arrays that `write_features` wrote."""
     if recipe["tokens"] == "pooled":
         train, test = (_pooled(arrays, split) for split in SPLITS)
         return train, test, data.num_classes or 1 + int(max(train.labels.max(), test.labels.max()))
-    if data.num_classes is None:  # `EvaluationData.open` refuses such data
-        raise AssertionError("dense labels without a number of classes")
-    settings: dict[str, Any] = {
-        "num_classes": data.num_classes,
-        "ignore_index": data.ignore_index,
-        "sequences": data.sequences,
-        "label": label,
-    }
-    dense = [
+    dense: list[Dense[Any]] = [
         Dense(
             arrays[f"{split}.patches"],
-            LabelMaps(getattr(data, split), **settings, lay=_laying(getattr(data, split), extraction, recipe)),
+            labels_of(data, split, extraction, recipe, label),
             tuple(arrays[name] for name in sorted(arrays) if name.startswith(f"{split}.{_FINER}")),
         )
         for split in SPLITS
     ]
-    return dense[0], dense[1], data.num_classes
+    return dense[0], dense[1], num_classes_of(data, label, [one.labels for one in dense])
+
+
+def labels_of(
+    data: OpenedData, split: str, extraction: Extraction, recipe: Mapping[str, Any], label: Label | None
+) -> LabelMaps | DepthMaps | Tensor:
+    """Labels of a split as `Dense` and `Frozen` have them; of a protocol without labels zeros (n,)."""
+    dataset = getattr(data, split)
+    if label is None:
+        return torch.zeros(dataset.num_samples, dtype=torch.int64)
+    if label.axes == 0:
+        numbers = range(dataset.num_samples)
+        return torch.tensor([class_label(dataset.read(number), data.classes) for number in numbers])
+    if label.values == "meters":
+        return DepthMaps(dataset, label=label, scale=data.depth_scale, sequences=data.sequences)
+    if data.num_classes is None:  # `EvaluationData.open` refuses such data
+        raise AssertionError("dense labels without a number of classes")
+    return LabelMaps(
+        dataset,
+        num_classes=data.num_classes,
+        ignore_index=data.ignore_index,
+        sequences=data.sequences,
+        label=label,
+        lay=_laying(dataset, extraction, recipe),
+    )
+
+
+def num_classes_of(data: OpenedData, label: Label | None, labels: Sequence[Any]) -> int:
+    """How many classes labels are of: as the data set says, else as many as occur; 0 where they are no classes."""
+    if label is None or label.values != "classes":
+        return 0
+    return data.num_classes or 1 + int(max(one.max() for one in labels))
 
 
 def _laying(samples: Samples, extraction: Extraction, recipe: Mapping[str, Any]) -> Any:
@@ -222,7 +265,11 @@ def _pooled(arrays: Mapping[str, npt.NDArray[Any]], split: str) -> Pooled:
     def present(name: str) -> Tensor | None:
         return tensor(name) if f"{split}.{name}" in arrays else None
 
-    return Pooled(present("cls"), tensor("patch_mean"), tensor("labels"), present("patch_max"))
+    inner: list[Layer] = []
+    while f"{split}.{_INNER}_{len(inner) + 1}_patch_mean" in arrays:
+        name = f"{_INNER}_{len(inner) + 1}"
+        inner.append(Layer(present(f"{name}_cls"), tensor(f"{name}_patch_mean")))
+    return Pooled(present("cls"), tensor("patch_mean"), tensor("labels"), present("patch_max"), tuple(inner))
 
 
 def _write_pooled(
@@ -249,6 +296,21 @@ def _write_patches(
             outs[name][rows] = tokens.numpy()
 
 
+def _pooled_layers(backbone: Encoder, batch: Any, pooling: Sequence[str], num_layers: int) -> Taken:
+    """`_pooled_tokens` of the last layer, and of those before it where they are asked for and can be read."""
+    depth = getattr(backbone, "num_layers", 0)
+    wanted = range(max(1, depth - num_layers + 1), depth)  # counted from 1, the last one without
+    if not wanted:
+        return _pooled_tokens(backbone.tokens(batch), pooling)
+    encoder: Any = backbone  # an `ImageEncoder`, which has layers to read
+    features = encoder.features(encoder.preprocess(batch), layers=wanted)
+    taken = _pooled_tokens(features, pooling)
+    for back, level in enumerate(reversed(features.levels), start=1):
+        pooled = _pooled_tokens(encoder.read_out(level, features.grid), ("mean",))
+        taken |= {f"{_INNER}_{back}_{name}": vectors for name, vectors in pooled.items()}
+    return taken
+
+
 def _pooled_tokens(features: Features, pooling: Sequence[str]) -> Taken:
     """CLS tokens (B, D), if there are any, maxima of patch tokens if asked for, and their means; float32."""
     features = replace(features, tokens=features.tokens.float())
@@ -271,6 +333,25 @@ def _patch_maps(backbone: Encoder, extraction: Extraction, batch: Any, _: range)
         maps = extraction.maps(backbone, batch)
     names = [*(f"{_FINER}{number:02d}" for number in range(len(maps) - 1)), "patches"]
     return {name: tokens.to(torch.float16).cpu() for name, tokens in zip(names, maps, strict=True)}
+
+
+def measured(
+    samples: Samples,
+    extraction: Extraction,
+    recipe: Mapping[str, Any],
+    take: Callable[[Any, range], Taken],
+    **settings: Any,
+) -> Taken:
+    """What `take` makes of all samples, (n, ...) by name; `settings` as those of `batches_of`."""
+    found: dict[str, list[Tensor]] = {}
+
+    def on_cpu(batch: Any, numbers: range) -> Taken:
+        return {name: values.cpu() for name, values in take(batch, numbers).items()}
+
+    for _, taken, _ in batches_of(samples, extraction, recipe, lambda *_: None, on_cpu, **settings):
+        for name, values in taken.items():
+            found.setdefault(name, []).append(values)
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def batches_of(
@@ -319,7 +400,7 @@ def batches_of(
         return slice(numbers.start, numbers.stop), taken, list(notes)
 
     def require_finite(features: Tensor, first: int) -> None:
-        is_bad = ~features.flatten(1).isfinite().all(dim=1)
+        is_bad = ~features.reshape(len(features), -1).isfinite().all(dim=1)
         if is_bad.any():
             key = read(first + int(is_bad.nonzero()[0]))["__key__"]
             raise EvaluationError(

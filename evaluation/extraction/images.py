@@ -74,4 +74,4 @@ def _prepare(content: Any, recipe: Mapping[str, Any]) -> Tensor:
     return torch.from_numpy(np.array(squeezed)).permute(2, 0, 1)
 
 
-IMAGES = Extraction(inputs=IMAGE_FIELDS, tokens=("pooled", "patches"), recipe=_recipe, prepare=_prepare)
+IMAGES = Extraction(inputs=IMAGE_FIELDS, tokens=("pooled", "patches", "encoder"), recipe=_recipe, prepare=_prepare)

@@ -74,7 +74,7 @@ def _chosen(xyz: Cloud, num_points: int) -> npt.NDArray[np.int64]:
 
 POINTS = Extraction(
     inputs=("points.npy", "points.npz", "npy", "npz"),
-    tokens=("pooled",),
+    tokens=("pooled", "encoder"),
     recipe=_recipe,
     prepare=_prepare,
     axes=0,

@@ -41,9 +41,9 @@ class BuiltIn(NamedTuple):
 
 # by kind of backbone
 EXTRACTIONS: dict[str, BuiltIn] = {
-    "image": BuiltIn("evaluation.extraction.images:IMAGES", ("pooled", "patches"), 2),
-    "points": BuiltIn("evaluation.extraction.points:POINTS", ("pooled",), 0),
-    "voxels": BuiltIn("evaluation.extraction.voxels:VOXELS", ("pooled", "patches", "decoded"), 3),
+    "image": BuiltIn("evaluation.extraction.images:IMAGES", ("pooled", "patches", "encoder"), 2),
+    "points": BuiltIn("evaluation.extraction.points:POINTS", ("pooled", "encoder"), 0),
+    "voxels": BuiltIn("evaluation.extraction.voxels:VOXELS", ("pooled", "patches", "encoder", "decoded"), 3),
 }
 
 Size = int | tuple[int, int]
@@ -107,7 +107,7 @@ def _all() -> dict[str, EntryPoint]:
 def fits(spec: Protocol, tokens: tuple[str, ...], axes: int) -> bool:
     """Whether a protocol can use what a kind of backbone gives: these sorts of features, maps of so many axes."""
     label = spec.target_label
-    return spec.tokens in tokens and (spec.tokens != "patches" or (label is not None and label.axes == axes))
+    return spec.tokens in tokens and (label is None or label.axes in (0, axes))
 
 
 def feature_recipe(
@@ -129,6 +129,7 @@ def feature_recipe(
     if spec.tokens == "pooled":
         facts |= {"labels": "cls", "storage": "float32"}
         facts |= {} if extraction.pooling == ("mean",) else {"pooling": list(extraction.pooling)}
+        facts |= {} if spec.num_layers == 1 else {"layers": spec.num_layers}
     elif spec.tokens == "patches":
         facts |= {"storage": "float16"}
     return {**facts, **extraction.recipe(spec, architecture, size)}

@@ -64,6 +64,8 @@ def _recipe(spec: Protocol, architecture: Mapping[str, Any], size: Size | None) 
         return facts | {"mean": "without padding"}
     if spec.tokens == "patches":
         return facts | {"maps": "of all stages"}
+    if spec.tokens == "encoder":
+        return facts
     block = next(edge for side, edge in BLOCKS.items() if max(voxels) >= side)
     if block % (patch_size := int(settings.get("patch_size", 1))):
         raise EvaluationError(
@@ -122,7 +124,7 @@ def _array(content: Any) -> npt.NDArray[Any]:
 
 VOXELS = Extraction(
     inputs=("volume.npy", "volume.npz", "grid.npy", "npz"),
-    tokens=("pooled", "patches", "decoded"),
+    tokens=("pooled", "patches", "encoder", "decoded"),
     recipe=_recipe,
     prepare=_prepare,
     axes=3,

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from evaluation.data import LabelMaps
 from evaluation.extraction.forward import Dense
 from evaluation.metrics import (
     Outcome,
@@ -40,7 +41,13 @@ __all__ = ["score"]
 
 
 def score(
-    train: Dense, test: Dense, *, num_classes: int, params: Mapping[str, Any], seed: int, device: torch.device
+    train: Dense[LabelMaps],
+    test: Dense[LabelMaps],
+    *,
+    num_classes: int,
+    params: Mapping[str, Any],
+    seed: int,
+    device: torch.device,
 ) -> Outcome:
     """Trains and tests the head; see the module for what is chosen on what."""
     if len(train.labels) < 2:
