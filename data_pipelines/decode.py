@@ -46,6 +46,7 @@ __all__ = [
     "IMAGE_FIELDS",
     "MAX_PIXELS",
     "Photo",
+    "array_names",
     "chosen_decoder",
     "decode_array",
     "decode_arrays",
@@ -266,6 +267,16 @@ def decode_array(data: bytes, name: str | None = None) -> Array:
         if name not in members:
             raise DataError(f"npz has no array {name!r}; it has {', '.join(members) or 'none'}")
         return _npy(_unzipped(data, members[name]))
+
+
+def array_names(data: bytes) -> list[str]:
+    """Names of the arrays of an npz, none of which is decoded; of an npy the empty name.
+
+    Raises:
+        DataError: an npz whose directory is damaged.
+    """
+    with _array_errors(data):
+        return list(_npz_members(data)) if data[:2] == b"PK" else [""]
 
 
 def decode_arrays(data: bytes) -> dict[str, Array]:

@@ -23,6 +23,7 @@ __all__ = [
     "cut_names",
     "field_kind",
     "has_channels",
+    "input_array",
     "is_never_read",
     "is_radiance_grid",
     "kind_of_field",
@@ -128,6 +129,23 @@ def under_shared_names(sample: dict[str, Any], fields: Collection[str]) -> dict[
             if found is not None:
                 sample[name] = sample.pop(found)
     return sample
+
+
+def input_array(names: Iterable[str], wanted: str | None = None) -> str | None:
+    """Which array of an npz is the volume: the one that is wanted, else "image", or the only one beside labels.
+
+    Args:
+        names: of its arrays.
+        wanted: the name that settings give it; None: they give none.
+
+    Returns:
+        None where that does not tell.
+    """
+    found = list(names)
+    if (preferred := wanted or "image") in found:
+        return preferred
+    others = [name for name in found if name not in LABEL_ARRAYS] or found
+    return others[0] if len(others) == 1 else None
 
 
 def cut_names(fields: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipelines.decode import IMAGE_FIELDS, decode_array, decode_arrays, decode_label, decode_mask
+from data_pipelines.decode import IMAGE_FIELDS, array_names, decode_array, decode_label, decode_mask
 from data_pipelines.errors import DataError
 from data_pipelines.fields import decode_field, label_mix_up
 from data_pipelines.shards.dataset import Dataset, open_dataset
@@ -261,7 +261,7 @@ def has_labels(dataset: Dataset, label: Label | None) -> bool:
     field = next((name for name in label.fields if name in dataset.fields), None)
     if field is None or not field.endswith("npz"):
         return field is not None
-    return label.array in decode_arrays(dataset.read(0)[field])
+    return label.array in array_names(dataset.read(0)[field])
 
 
 def require_labels(dataset: Dataset, label: Label | None) -> None:
@@ -274,7 +274,7 @@ def require_labels(dataset: Dataset, label: Label | None) -> None:
         return
     field = dataset.require_field(*label.fields)
     if not has_labels(dataset, label):
-        found = ", ".join(decode_arrays(dataset.read(0)[field]))
+        found = ", ".join(array_names(dataset.read(0)[field]))
         raise DataError(f"{dataset.where(0)}, field {field}: no array {label.array!r} with labels; it has {found}")
 
 

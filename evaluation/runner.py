@@ -25,7 +25,7 @@ from evaluation.data import EvaluationData
 from evaluation.extraction.decoding import Decoded, load_reconstruction, require_decoder
 from evaluation.extraction.forward import labels_of, num_classes_of, num_test_in_train, splits_of, write_features
 from evaluation.extraction.frozen import Frozen
-from evaluation.extraction.recipe import Extraction, Size, extraction_of, feature_facts, feature_recipe
+from evaluation.extraction.recipe import Extraction, Reads, Size, extraction_of, feature_facts, feature_recipe
 from evaluation.features import ArrayWriter, FeatureCache
 from evaluation.keys import digest_of
 from evaluation.metrics import Outcome
@@ -52,6 +52,7 @@ def evaluate(
     seed: int = 0,
     force: bool = False,
     threads: Threads | None = None,
+    reads: Reads = Reads(),  # noqa: B008 - it cannot be changed
 ) -> EvaluationResult:
     """Evaluates a frozen backbone, or returns the stored result of the same weights, protocol and data.
 
@@ -66,6 +67,7 @@ def evaluate(
         seed: of the selection splits, the batch order and the bootstrap.
         force: compute and replace the result even when it is stored; intact features are used again.
         threads: what computes; None: as many threads as torch would use.
+        reads: what of its samples the backbone was trained on, where that is known.
 
     Raises:
         EvaluationError: unknown protocol, data that does not fit it, a size patches do not tile, non-finite features.
@@ -75,8 +77,8 @@ def evaluate(
     spec = registry.protocol(protocol)
     reported = [metric.name for metric in spec.metrics]
     weights, architecture = weights_digest(checkpoint), architecture_of(checkpoint)
-    extraction = extraction_of(architecture.get("kind", "image"))
-    recipe = feature_recipe(extraction, spec, architecture, image_size)
+    extraction = extraction_of(architecture.get("kind", "image")).reading(reads)
+    recipe = feature_recipe(extraction, spec, architecture, image_size, reads)
     on_device = available_device() if device is None else torch.device(device)
     asked = _Asked(
         checkpoint,

@@ -297,9 +297,12 @@ def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path, 
     """`options` as `evaluation.runner.evaluate` takes them."""
     from evaluation.data import EvaluationData
     from evaluation.runner import evaluate as run_protocol
+    from pretrain.checkpoints.reads import trained_on
 
     data = EvaluationData(task.data, directory)
-    return run_protocol(path, task.protocol, data, store=storage, image_size=task.image_size, **options)
+    return run_protocol(
+        path, task.protocol, data, store=storage, image_size=task.image_size, reads=trained_on(path), **options
+    )
 
 
 def _event(step: int, result: EvaluationResult) -> Evaluated:

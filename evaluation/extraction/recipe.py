@@ -11,7 +11,7 @@ Not here: the forward pass (`evaluation.extraction.forward`), the kinds themselv
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
     from backbones.encoder import Encoder
 
-__all__ = ["EXTRACTIONS", "BuiltIn", "Extraction", "Size", "extraction_of", "feature_facts", "feature_recipe", "fits"]
+__all__ = [
+    "EXTRACTIONS",
+    "BuiltIn",
+    "Extraction",
+    "Reads",
+    "Size",
+    "extraction_of",
+    "feature_facts",
+    "feature_recipe",
+    "fits",
+]
 
 ENTRY_POINT_GROUP = "pretrain.extractions"
 EXTRACTOR_VERSION = 2  # 2: photos and masks as EXIF turns them, masks of 2 and 4 bits as stored
@@ -47,6 +57,18 @@ EXTRACTIONS: dict[str, BuiltIn] = {
 }
 
 Size = int | tuple[int, int]
+
+
+class Reads(NamedTuple):
+    """What of its samples a backbone was trained on; None: not known, and what is usual for its kind is read.
+
+    Attributes:
+        field: the field that was read, which takes the place of `Extraction.inputs`.
+        array: which array of an npz.
+    """
+
+    field: str | None = None
+    array: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,10 @@ class Extraction:
     pooling: tuple[str, ...] = ("mean",)
     lay: Callable[[npt.NDArray[np.int64], Any, Mapping[str, Any]], npt.NDArray[np.int64]] | None = None
     maps: Callable[[Encoder, Any], Sequence[Tensor]] | None = None
+
+    def reading(self, reads: Reads) -> Extraction:
+        """The same of samples whose input lies in the field that `reads` names."""
+        return self if reads.field is None else replace(self, inputs=(reads.field,))
 
 
 def extraction_of(kind: str) -> Extraction:
@@ -111,9 +137,15 @@ def fits(spec: Protocol, tokens: tuple[str, ...], axes: int) -> bool:
 
 
 def feature_recipe(
-    extraction: Extraction, spec: Protocol, architecture: Mapping[str, Any], size: Size | None
+    extraction: Extraction,
+    spec: Protocol,
+    architecture: Mapping[str, Any],
+    size: Size | None,
+    reads: Reads = Reads(),  # noqa: B008 - it cannot be changed
 ) -> dict[str, Any]:
     """Everything besides weights and data that decides the features; normalisation is part of the architecture.
+
+    Where it is known which "field" and "array" the backbone was trained on, these are in it under these names.
 
     Raises:
         EvaluationError: The protocol, the backbone and the size do not go together.
@@ -132,7 +164,8 @@ def feature_recipe(
         facts |= {} if spec.num_layers == 1 else {"layers": spec.num_layers}
     elif spec.tokens == "patches":
         facts |= {"storage": "float16"}
-    return {**facts, **extraction.recipe(spec, architecture, size)}
+    read = {name: value for name, value in reads._asdict().items() if value is not None}
+    return {**facts, **extraction.recipe(spec, architecture, size), **read}
 
 
 def feature_facts(weights: str, recipe: Mapping[str, Any], data: str) -> dict[str, Any]:

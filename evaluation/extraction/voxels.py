@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from backbones.voxels.base import StagedVoxelEncoder, VoxelEncoder
-from data_pipelines.decode import decode_array, decode_arrays
+from data_pipelines.decode import array_names, decode_array
+from data_pipelines.field_kinds import input_array
 from data_pipelines.views.kinds.volumes import as_volume
 from evaluation.data import IGNORED
 from evaluation.extraction.recipe import Extraction, Size
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["VOXELS", "brought_to"]
 
-IMAGE = "image"  # the array of an npz that has several
 HIDDEN = 0.75  # of all blocks
 BLOCKS = {96: 16, 32: 8, 1: 4}  # voxels along the longest side from which on -> along the edge of a block
 
@@ -81,7 +81,7 @@ def _prepare(content: Any, recipe: Mapping[str, Any]) -> dict[str, Tensor]:
     """ "volume" (C, X, Y, Z) of the recipe's size, bytes as bytes, other numbers as float32; "size" (3,) without zeros
     behind.
     """
-    volume = as_volume(_array(content))
+    volume = as_volume(_array(content, recipe))
     if len(volume) != recipe["in_chans"]:
         raise EvaluationError(
             f"volume of shape {volume.shape} has {len(volume)} channels; the backbone takes {recipe['in_chans']}"
@@ -104,22 +104,26 @@ def _maps(encoder: Encoder, batch: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def _lay(labels: npt.NDArray[np.int64], content: Any, recipe: Mapping[str, Any]) -> npt.NDArray[np.int64]:
-    shape = as_volume(_array(content)).shape[1:]
+    shape = as_volume(_array(content, recipe)).shape[1:]
     if labels.shape != shape:
         raise EvaluationError(f"labels of shape {labels.shape} do not lie on the volume of shape {shape}")
     return brought_to(recipe["voxels"], labels, IGNORED)
 
 
-def _array(content: Any) -> npt.NDArray[Any]:
-    """The array that is called "image", or the only one.
+def _array(content: Any, recipe: Mapping[str, Any]) -> npt.NDArray[Any]:
+    """The array that the backbone was trained on, where that is not known "image", or the only one beside labels.
 
     Raises:
-        DataError: an npz of several arrays has none of that name, or it cannot be decoded.
+        EvaluationError: an npz has several others.
+        DataError: it cannot be decoded.
     """
-    arrays = decode_arrays(content)
-    if IMAGE in arrays:
-        return arrays[IMAGE]
-    return next(iter(arrays.values())) if len(arrays) == 1 else decode_array(content, IMAGE)
+    names, trained = array_names(content), recipe.get("array")
+    if (name := input_array(names, trained)) is not None:
+        return decode_array(content, name or None)
+    wanted = f"{trained!r}, which the backbone was trained on" if trained else "'image'"
+    raise EvaluationError(
+        f"npz has no array {wanted}, and several others: {', '.join(names)}; give the one to be read that name"
+    )
 
 
 VOXELS = Extraction(

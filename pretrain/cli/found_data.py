@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipelines.decode import decode_arrays
+from data_pipelines.decode import array_names, decode_array
 from data_pipelines.errors import DataError
-from data_pipelines.field_kinds import LABEL_ARRAYS
+from data_pipelines.field_kinds import LABEL_ARRAYS, input_array
 from data_pipelines.shards.dataset import Dataset
 from pretrain.errors import RequestError
 
@@ -124,27 +124,27 @@ def _volumes(volumes: Sequence[tuple[str, npt.NDArray[Any]]], has_test: bool, ha
 
 
 def _arrays(samples: Sequence[Mapping[str, Any]], field: str) -> list[tuple[str, npt.NDArray[Any]]]:
-    """Of each sample that can be read the array, with its name in an npz: "image" where there are several."""
+    """Of each sample that can be read the array, with its name in an npz, as evaluation chooses it where there are
+    several.
+    """
     found = []
     for sample in samples:
         try:
-            arrays = decode_arrays(sample[field])
+            if (name := input_array(array_names(sample[field]))) is not None:
+                found.append((name, decode_array(sample[field], name or None)))
         except DataError:
             continue
-        name = "image" if "image" in arrays else next(iter(arrays))
-        if len(arrays) == 1 or name == "image":
-            found.append((name, arrays[name]))
     if not found:
         raise RequestError(
             f"DATA: field {field} of the first samples cannot be read as one array; `pretrain data verify` names the "
-            "damage; of several arrays of an npz 'image' is read"
+            "damage; of several arrays of an npz that are no labels 'image' is read"
         )
     return found
 
 
 def _has_label_array(samples: Sequence[Mapping[str, Any]], field: str) -> bool:
     try:
-        return field == "npz" and not decode_arrays(samples[0][field]).keys().isdisjoint(LABEL_ARRAYS)
+        return field == "npz" and not set(LABEL_ARRAYS).isdisjoint(array_names(samples[0][field]))
     except DataError:
         return False
 

@@ -104,15 +104,17 @@ def embed(
     from evaluation.extraction.recipe import extraction_of, feature_recipe
     from evaluation.registry import protocol
     from evaluation.runner import architecture_of
+    from pretrain.checkpoints.reads import trained_on
     from pretrain.embeddings.rows import Rows
     from pretrain.embeddings.sources import open_source, part_rows
 
     on_device = _device(device)
     weights = weights_digest(directory)  # first, for it refuses files of other kinds
     architecture = architecture_of(directory)
-    extraction = extraction_of(architecture.get("kind", "image"))
+    reads = trained_on(directory)
+    extraction = extraction_of(architecture.get("kind", "image")).reading(reads)
     # The pooled features of all protocols are the same, and this one takes both sorts.
-    recipe = feature_recipe(extraction, protocol("knn"), architecture, None)
+    recipe = feature_recipe(extraction, protocol("knn"), architecture, None, reads)
     source = open_source(os.fspath(data), directory, storage)
     source.samples.require_field(*extraction.inputs)
     request = {

@@ -29,10 +29,11 @@ from data_pipelines.views.maker import ViewMaker
 from data_pipelines.views.specs import views_from
 from evaluation.data import require_classes, require_labels
 from evaluation.extraction.decoding import require_decoder
-from evaluation.extraction.recipe import extraction_of, feature_recipe
+from evaluation.extraction.recipe import Extraction, extraction_of, feature_recipe
 from evaluation.registry import EvaluationError, protocol
 from objectives.base import Objective
 from objectives.errors import ObjectiveError
+from pretrain.checkpoints.reads import reads_of
 from pretrain.config.pairing import fitting_recipes
 from pretrain.config.schema import Recipe
 from pretrain.config.stage_list import backbones_unlike
@@ -87,7 +88,7 @@ def look_ahead(plan: Plan, *, with_data: bool = True) -> list[Outlook | None]:
         except (BackboneError, DataError, ObjectiveError) as error:
             mistakes.append(f"{where}{error}")
     if with_data:
-        mistakes += _evaluation_data(plan.recipe)
+        mistakes += _evaluation_data(plan.recipe, outlined.get(len(plan.stages) - 1))
     if mistakes:
         raise RequestError(*dict.fromkeys(mistakes))
     return found
@@ -234,23 +235,43 @@ def _decoders(recipe: Recipe, objective: Objective) -> Iterator[str]:
                 yield f"evaluation.tasks[{index}].protocol={task.protocol}: {error}"
 
 
-def _evaluation_data(recipe: Recipe) -> Iterator[str]:
-    """What evaluations need of their samples, input of the backbone and labels, and data have not."""
+def _evaluation_data(recipe: Recipe, objective: Objective | None) -> Iterator[str]:
+    """What evaluations need of their samples, input of the backbone and labels, and data have not.
+
+    The first sample of each split is made what the backbone is given, where that one is known.
+    """
     if not recipe.evaluation.enabled:
         return
     for task in recipe.evaluation.tasks:
-        directory = recipe.evaluation.data[task.data]
+        directory, spec = recipe.evaluation.data[task.data], protocol(task.protocol)
+        reads = reads_of(vars(recipe.objective))
+        extraction = extraction_of(recipe.backbone.kind).reading(reads)
         for split in ("train", "test"):  # what one of them has not, the other one has not either
             try:
                 first = next(iter(sorted(Path(directory).glob(f"{split}-*.tar"))), None)
                 if first is not None:
                     dataset = open_dataset(str(first))
-                    require_labels(dataset, protocol(task.protocol).target_label)
-                    dataset.require_field(*extraction_of(recipe.backbone.kind).inputs)
-                    require_classes(dataset, protocol(task.protocol).target_label)
+                    require_labels(dataset, spec.target_label)
+                    field = dataset.require_field(*extraction.inputs)
+                    require_classes(dataset, spec.target_label)
+                    if objective is not None:
+                        facts = feature_recipe(extraction, spec, objective.exported.spec, task.image_size, reads)
+                        _require_prepared(dataset, field, extraction, facts)
             except (DataError, EvaluationError) as error:
                 yield f"evaluation.data.{task.data}={directory}: protocol {task.protocol}: {error}"
                 break
+
+
+def _require_prepared(dataset: Dataset, field: str, extraction: Extraction, facts: Mapping[str, Any]) -> None:
+    """Refuse samples of which the input of the backbone cannot be made, as the first one shows.
+
+    Raises:
+        DataError, EvaluationError: says why, and names the sample.
+    """
+    try:
+        extraction.prepare(dataset.read(0)[field], facts)
+    except (DataError, EvaluationError) as error:
+        raise type(error)(f"{dataset.where(0)}, field {field}: {error}") from None
 
 
 def _first_shard(source: str, *, allow_pipe: bool) -> Dataset | None:

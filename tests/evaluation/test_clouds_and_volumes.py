@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +26,7 @@ from data_pipelines.shards.dataset import open_dataset
 from evaluation import EvaluationData, EvaluationError, evaluate
 from evaluation.protocols.voxel_segmentation import score as voxel_segmentation
 from evaluation.registry import PROTOCOLS
+from pretrain.embeddings.embed import embed
 from pretrain.evaluations import evaluate as evaluate_by_hand
 from pretrain.evaluations import leaderboard
 
@@ -45,7 +47,8 @@ def quick_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of weights serves as a checkpoint, which a run would have published with a manifest."""
-    monkeypatch.setattr("pretrain.checkpoints.references.resolve", lambda reference, storage: Path(reference))
+    for place in ("pretrain.checkpoints.references.resolve", "pretrain.embeddings.embed.resolve"):
+        monkeypatch.setattr(place, lambda reference, storage: Path(reference))
 
 
 def _checkpoint(folder: Path, kind: str, name: str, **settings: Any) -> Path:
@@ -270,3 +273,38 @@ def test_voxels__bad_labels_are_one_line_that_names_the_sample(
 def test_points__a_protocol_of_maps_is_refused_before_anything_is_read(tmp_path: Path, points: Path) -> None:
     with pytest.raises(EvaluationError, match="'segmentation' needs 'patches' features; backbone 'point_transformer'"):
         evaluate(points, "segmentation", EvaluationData("nowhere", tmp_path / "nowhere"), store=tmp_path)
+
+
+def test_by_hand__the_recipe_beside_a_checkpoint_says_which_array_of_an_npz(
+    tmp_path: Path, write_shards: Callable[..., None]
+) -> None:
+    """Features of {image, ct} by a checkpoint trained on ct are those of what has ct alone; so are embeddings."""
+    backbone = _checkpoint(tmp_path / "voxels", "voxels", "voxel_vit", **VOXELS | {"size": [16, 16, 16]})
+    trained = shutil.copytree(backbone, tmp_path / "trained")
+    (trained / "recipe.yaml").write_text("objective: {name: volume_mae, volume_array: ct}\n")
+    for name, others in (("both", {"image": np.zeros((16, 16, 16))}), ("alone", {})):
+        rng = np.random.default_rng(0)
+        for split in ("train", "test"):
+            scans = [{"ct": rng.random((16, 16, 16), np.float32)} for _ in range(12)]
+            samples = [{"npz": _npz(**scan, **others), "cls": b"%d" % (idx % 2)} for idx, scan in enumerate(scans)]
+            write_shards(tmp_path / name, split, samples)
+
+    def features(checkpoint: Path, data: str) -> npt.NDArray[Any]:
+        store = tmp_path / f"{checkpoint.name} {data}"
+        evaluate_by_hand(checkpoint, ["knn"], {"x": tmp_path / data}, storage=store)
+        return _stored(store)["test.patch_mean"]
+
+    assert np.array_equal(features(trained, "both"), features(backbone, "alone"))
+    assert np.ptp(features(backbone, "both"), axis=0).max() == 0
+    store = tmp_path / "trained both"
+    embedded = embed(trained, tmp_path / "both", tmp_path / "vectors", form="npy", storage=store)
+    assert embedded.num_known == embedded.num_samples == 24
+    (tmp_path / "voxels" / "recipe.yaml").write_text("objective: {name: volume_mae, volume_field: scan.npz}\n")
+    with pytest.raises(DataError, match=r"no field scan\.npz"):
+        features(backbone, "both")
+
+
+def _npz(**arrays: npt.NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()

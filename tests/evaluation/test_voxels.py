@@ -12,7 +12,7 @@ import torch
 
 from data_pipelines.errors import DataError
 from evaluation.data import LabelMaps
-from evaluation.extraction.recipe import feature_recipe
+from evaluation.extraction.recipe import Reads, feature_recipe
 from evaluation.extraction.voxels import VOXELS
 from evaluation.protocol import LABELS, EvaluationError
 from evaluation.registry import PROTOCOLS
@@ -62,12 +62,36 @@ def test_prepare__channels_and_types() -> None:
         (_npy(np.zeros((3, 3))), r"array of shape \(3, 3\) is no volume"),
         (_npy(np.zeros((2, 3, 3, 3))), "has 2 channels; the backbone takes 1"),
         (_npy(np.full((3, 3, 3), np.inf)), "values that are not finite"),
-        (_npz(a=np.zeros((3, 3, 3)), b=np.zeros((3, 3, 3))), "npz has no array 'image'; it has a, b"),
+        (_npz(a=np.zeros((3, 3, 3)), b=np.zeros((3, 3, 3))), "npz has no array 'image', and several others: a, b; giv"),
     ],
 )
 def test_prepare__what_is_no_volume_is_refused(content: bytes, message: str) -> None:
     with pytest.raises((EvaluationError, DataError), match=message):
         VOXELS.prepare(content, _recipe())
+
+
+def test_prepare__reads_the_array_that_the_backbone_was_trained_on() -> None:
+    """Where that is not known, "image", or what is no label; arrays that are not read may hold anything."""
+    ct, image = np.full((2, 6, 4, 5), [[[[3]]], [[[7]]]], np.uint8)
+    trained = _recipe() | {"array": "ct"}
+
+    def first(content: bytes, recipe: dict[str, Any]) -> int:
+        return int(VOXELS.prepare(content, recipe)["volume"][0, 0, 0, 0])  # type: ignore[call-overload]
+
+    assert feature_recipe(VOXELS, PROTOCOLS["knn"], ARCHITECTURE, None, Reads(array="ct")) == trained
+    assert first(_npz(image=image, ct=ct, patient=np.array(["x"])), trained) == 3
+    assert first(_npz(image=image, ct=ct), _recipe()) == 7
+    assert first(_npz(label=image, ct=ct), _recipe()) == first(_npz(only=ct), trained) == first(_npy(ct), trained) == 3
+    with pytest.raises(EvaluationError, match=r"no array 'ct', which the backbone was trained on, .* image, pet; give"):
+        first(_npz(image=image, pet=ct), trained)
+    labels = np.zeros((6, 4, 5), np.int64)
+    assert VOXELS.lay is not None
+    assert VOXELS.lay(labels, _npz(image=np.zeros((1, 1, 1)), ct=ct), trained).shape == (6, 4, 5)
+
+
+def test_reading__the_field_that_the_backbone_was_trained_on_alone() -> None:
+    assert VOXELS.reading(Reads(field="t1.npy")).inputs == ("t1.npy",)
+    assert VOXELS.reading(Reads(array="ct")) is VOXELS
 
 
 def test_recipe__refuses_a_size_and_maps_of_images() -> None:

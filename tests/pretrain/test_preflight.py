@@ -187,6 +187,28 @@ def test_look_ahead__arrays_whose_field_says_nothing_are_looked_into(
     assert "field npz" in line and "; recipes of " in line and fitting in line.partition("; recipes of ")[2]
 
 
+def test_look_ahead__evaluation_data_without_the_array_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the run would train, and each of its evaluations fail."""
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    root = _npz_shards(tmp_path / "shards", ct=SCAN, label=SCAN)
+    (root / "dataset.json").write_text('{"classes": ["ground", "organ"]}')
+    other = _npz_shards(tmp_path / "others", image=SCAN, pet=SCAN, label=SCAN)
+    (other / "dataset.json").write_text('{"classes": ["ground", "organ"]}')
+    small = ["backbone.depth=1", "objective.decoder_depth=1", "train.global_batch_size=2"]
+    settings = [f"data.root={root}", "objective.volume_array=ct", *small]
+    look_ahead(load_plan("volume_mae_hippocampus", settings))
+    with pytest.raises(RequestError) as refused:
+        look_ahead(load_plan("volume_mae_hippocampus", [*settings, f"evaluation.data.volumes={other}"]))
+    said = [line for line in str(refused.value).splitlines() if "protocol voxel_segmentation: " in line]
+    assert len(said) == 1 and said[0].startswith(f"evaluation.data.volumes={other}: protocol voxel_segmentation: ")
+    assert said[0].endswith(
+        "field npz: npz has no array 'ct', which the backbone was trained on, and several others: image, pet, label; "
+        "give the one to be read that name"
+    )
+
+
 def test_look_ahead__a_damaged_first_sample_counts_like_any_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
