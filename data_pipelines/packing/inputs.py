@@ -77,6 +77,7 @@ class Entry(NamedTuple):
     path: str  # relative, with slashes
     size: int
     modified_ns: int
+    real: str = ""  # where it lies, if a link led to it
 
 
 @dataclass
@@ -122,8 +123,8 @@ def list_folder(source: Path, *, kind: str, masks: Path | None = None, classes: 
         classes: names in index order; the folders are looked up in it.
 
     Raises:
-        DataError: nothing of that kind is there, a file has no mask, a folder is none of the classes, or it cannot be
-            told whether the folders are splits.
+        DataError: nothing of that kind is there, a file has no mask, a folder is none of the classes, it cannot be told
+            whether the folders are splits, or links put one file into two splits or classes.
     """
     if masks is not None and not masks.is_dir():
         raise DataError(f"no such folder of masks: {masks}")
@@ -142,6 +143,7 @@ def list_folder(source: Path, *, kind: str, masks: Path | None = None, classes: 
         _list_sequences(listing, chosen, field_name)
     else:
         _list_classes(listing, chosen, field_name, classes)
+    _keep_files_once(listing, {entry.path: entry.real for entry in chosen if entry.real})
     return listing
 
 
@@ -187,11 +189,14 @@ def natural_order(path: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in _DIGITS.split(path)]
 
 
-def walk(folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Entry]:
+def walk(
+    folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset(), real: str = ""
+) -> Iterator[Entry]:
     """Every file below `folder` in sorted order, hidden ones left out, symbolic links followed.
 
     Args:
         prefix, above: of the folders that were walked through on the way here.
+        real: where `folder` lies, if a link led to it.
 
     Raises:
         DataError: a link that leads in a circle or to nothing, or what cannot be read.
@@ -211,11 +216,12 @@ def walk(folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = fro
             is_folder, is_file = entry.is_dir(), entry.is_file()
         except OSError as error:  # of a link to itself, or in a folder that may only be listed
             raise DataError(f"{folder / entry.name} cannot be read: {error.strerror}; remove it") from None
+        lies = os.path.realpath(entry.path) if entry.is_symlink() else real and os.path.join(real, entry.name)
         if is_folder:
-            yield from walk(folder / entry.name, f"{prefix}{entry.name}/", above | {here})
+            yield from walk(folder / entry.name, f"{prefix}{entry.name}/", above | {here}, lies)
         elif is_file:
             status = entry.stat()
-            yield Entry(prefix + entry.name, status.st_size, status.st_mtime_ns)
+            yield Entry(prefix + entry.name, status.st_size, status.st_mtime_ns, lies)
         else:
             raise DataError(f"{folder / entry.name} is neither a file nor a folder (a broken link?); remove it")
 
@@ -272,6 +278,37 @@ def _instead(found: Counter[str]) -> str:
     if not found:
         return ": there is no file in it"
     return "; it has " + ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in found.most_common(5))
+
+
+def _keep_files_once(listing: Listing, linked: dict[str, str]) -> None:
+    """Leave one sample of each file: where it lies if that is in the listing, else by the first of the links to it.
+
+    Args:
+        linked: names of samples that links lead to -> where their files lie.
+
+    Raises:
+        DataError: links put a file into two splits or classes.
+    """
+    if not linked:
+        return
+    root = os.path.realpath(listing.root)
+    first = {os.path.join(root, item.name): item for item in listing.items if item.name not in linked}
+    for item in listing.items:
+        if item.name in linked:
+            first.setdefault(linked[item.name], item)
+    kept = []
+    for item in listing.items:
+        other = first[linked.get(item.name) or os.path.join(root, item.name)]
+        if (item.split, item.label) != (other.split, other.label):
+            what = "splits" if item.split != other.split else "classes"
+            raise DataError(
+                f"{listing.root}: {other.name!r} and {item.name!r} are one file by a link, in two {what}; keep one"
+            )
+        if item is other:
+            kept.append(item)
+    if len(kept) < len(listing.items):
+        listing.skipped["(links to files that are packed already)"] = len(listing.items) - len(kept)
+        listing.items = kept
 
 
 def _list_classes(listing: Listing, entries: list[Entry], field_name: str, classes: Sequence[str] | None) -> None:

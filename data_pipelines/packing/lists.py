@@ -41,7 +41,7 @@ def list_rows(source: Path, classes: Sequence[str] | None = None) -> Listing:
         classes: names in index order, for labels that are names.
 
     Raises:
-        DataError: no path in it, a path named twice, rows of several kinds of file, labels for some rows only, or a
+        DataError: no path in it, a file named twice, rows of several kinds of file, labels for some rows only, or a
             label that is none of the classes.
     """
     rows = list(_rows(source))
@@ -57,9 +57,14 @@ def list_rows(source: Path, classes: Sequence[str] | None = None) -> Listing:
     listing = Listing(source.name.partition(".")[0], family, str(source.parent))
     field_name = field_of(family, (path for path, _ in rows))
     labels, listing.classes = _labels(source, [label for _, label in rows], classes)
+    files: dict[tuple[int, int], str] = {}  # device and number on it
     for (path, _), label in zip(rows, labels, strict=True):
-        found, size = _on_disk(listing, path)
-        listing.items.append(Item(path, (Piece(field_name, found, 0, size),), label))
+        found, status = _on_disk(listing, path)
+        if status is not None:
+            other = files.setdefault((status.st_dev, status.st_ino), found)
+            if other != found and _is_one_file(listing.root, other, found):
+                raise DataError(f"{source} names one file as {other!r} and as {path!r}; name each file once")
+        listing.items.append(Item(path, (Piece(field_name, found, 0, 0 if status is None else status.st_size),), label))
     listing.items.sort(key=lambda item: item.name)
     _reject_repeats(source, listing.items)
     return listing
@@ -148,16 +153,21 @@ def _labels(
     return [index[name] for name in names], ordered
 
 
-def _on_disk(listing: Listing, path: str) -> tuple[str, int]:
-    """The path as the disk writes its accents, and its size; as listed and 0 when there is no such file."""
+def _on_disk(listing: Listing, path: str) -> tuple[str, os.stat_result | None]:
+    """The path as the disk writes its accents, and what the disk says of it; as listed and None where it is not."""
     for written in dict.fromkeys((path, normalize("NFC", path), normalize("NFD", path))):
         try:
             status = os.stat(os.path.join(listing.root, written))
         except (OSError, ValueError):  # a null in the name
             continue
         listing.saw(written, status.st_mtime_ns)
-        return written, status.st_size
-    return path, 0
+        return written, status
+    return path, None
+
+
+def _is_one_file(root: str, *paths: str) -> bool:
+    """Whether paths lead to one place; hard links, of which none is the original, are files of their own."""
+    return len({os.path.realpath(os.path.join(root, path)) for path in paths}) == 1
 
 
 def _reject_repeats(source: Path, items: list[Item]) -> None:

@@ -77,6 +77,38 @@ def test_list_folder__follows_links_but_not_in_circles(touch: Touch) -> None:
         listed(source)
 
 
+def test_list_folder__a_file_that_links_lead_to_is_one_sample(touch: Touch) -> None:
+    """By the name that it has without a link, else by the first; whether a link leads to it or to its folder."""
+    source = touch("a/x.jpg", "b/y.jpg", "b/.blobs/z")
+    outside = touch("o.jpg", folder="elsewhere")
+    (source / "a" / "again.jpg").symlink_to(source / "a" / "x.jpg")
+    (source / "a" / "z.jpg").symlink_to(source / "b" / ".blobs" / "z")
+    for name in ("far", "farther"):
+        (source / "a" / name).symlink_to(outside, target_is_directory=True)
+    (source / "a" / "near").symlink_to(source / "a" / "far", target_is_directory=True)
+    listing = listed(source)
+    assert names(listing) == ["a/far/o.jpg", "a/x.jpg", "a/z.jpg", "b/y.jpg"]
+    assert listing.skipped == {"(links to files that are packed already)": 3}
+    (source / "b" / "x.jpg").symlink_to(source / "a" / "x.jpg")
+    with pytest.raises(DataError, match=r"'a/x\.jpg' and 'b/x\.jpg' are one file by a link, in two classes; keep one"):
+        listed(source)
+
+
+def test_list_folder__links_put_no_file_into_two_splits(touch: Touch) -> None:
+    source = touch("train/x.jpg", "test/y.jpg")
+    (source / "test" / "x.jpg").symlink_to(source / "train" / "x.jpg")
+    with pytest.raises(
+        DataError, match=r"'train/x\.jpg' and 'test/x\.jpg' are one file by a link, in two splits; keep"
+    ):
+        listed(source)
+
+
+def test_list_folder__pictures_may_share_a_mask_by_links(touch: Touch) -> None:
+    source, masks = touch("x.jpg", "y.jpg"), touch("x.png", folder="masks")
+    (masks / "y.png").symlink_to(masks / "x.png")
+    assert names(listed(source, masks=masks)) == ["x.jpg", "y.jpg"]
+
+
 def test_list_folder__names_the_link_that_leads_above_the_source_or_to_itself(touch: Touch) -> None:
     source = touch("a.jpg")
     (source / "up").symlink_to(source.parent, target_is_directory=True)

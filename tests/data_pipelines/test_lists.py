@@ -121,3 +121,14 @@ def test_list_rows__finds_files_however_accents_are_written(tmp_path: Path) -> N
     write(tmp_path, normalize("NFD", "café.jpg"), "12345")
     (item,) = list_rows(write(tmp_path, "list.txt", normalize("NFC", "café.jpg"))).items
     assert (item.pieces[0].path, item.pieces[0].size) == (normalize("NFD", "café.jpg"), 5)
+
+
+def test_list_rows__a_file_is_named_once_however_its_path_is_written(tmp_path: Path) -> None:
+    """Hard links are files of their own: nothing says which of them is the original."""
+    (tmp_path / "a.jpg").write_text("a")
+    (tmp_path / "b.jpg").hardlink_to(tmp_path / "a.jpg")
+    assert rows(write(tmp_path, "list.txt", "a.jpg\nb.jpg\n")) == [("a.jpg", None), ("b.jpg", None)]
+    (tmp_path / "c.jpg").symlink_to("a.jpg")
+    for other in ("c.jpg", "./a.jpg"):
+        with pytest.raises(DataError, match=rf"list\.txt names one file as 'a\.jpg' and as '{other}'; name each file"):
+            list_rows(write(tmp_path, "list.txt", f"a.jpg\n{other}\n"))
