@@ -49,6 +49,7 @@ HABITS = {
     **dict.fromkeys(("output_dir", "save_dir", "log_dir"), "storage"),
     **dict.fromkeys(("fp16", "bf16", "amp", "dtype"), "train.precision"),
     "allow_tf32": "train.tf32",
+    "objective.window": "backbone.voxel_window",  # `data.window` is something else
 }
 # What may be counted in passes over the data, and what it is in steps.
 IN_EPOCHS = {
@@ -237,8 +238,9 @@ class _Layers:
 
     def _meant(self, key: str) -> str:
         """The hint for a setting that there is not: what other tools call it, or the closest name of its section."""
-        section, _, name = template(key).rpartition(".")
-        if (meant := HABITS.get(name)) in self._settings and meant != template(key):
+        declared = template(key)
+        section, _, name = declared.rpartition(".")
+        if (meant := HABITS.get(declared) or HABITS.get(name)) in self._settings and meant != declared:
             return f"; did you mean '{meant}'?"
         if section == "objective" and (others := _objectives_with(name)):
             *first, last = others

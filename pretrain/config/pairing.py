@@ -67,8 +67,13 @@ def _reads(kind: str) -> str:
 
 
 def fitting_recipes(kind: str, channels: int | None = None) -> str:
-    """The recipes for data of this kind of backbone, of volumes those for so many channels; empty: there are none."""
-    backbones = {name: recipe_content(name).get("backbone") or {} for name in recipe_names()}
+    """The recipes for data of this kind of backbone, of volumes those for so many channels; empty: there are none.
+
+    Recipes of several kinds of data side by side are for none of them alone.
+    """
+    recipes = {name: recipe_content(name) for name in recipe_names()}
+    alone = {name: recipe for name, recipe in recipes.items() if (recipe.get("data") or {}).get("mixture_by") != "join"}
+    backbones = {name: recipe.get("backbone") or {} for name, recipe in alone.items()}
     names = [name for name, backbone in backbones.items() if backbone.get("kind", IMAGE) == kind]
     if kind == "voxels" and channels is not None:
         names = [name for name in names if _channels(backbones[name]) == channels]

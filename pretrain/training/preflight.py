@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from backbones.errors import BackboneError
-from data_pipelines.decode import decode_arrays
+from data_pipelines.decode import IMAGE_FIELDS, decode_arrays
 from data_pipelines.errors import CorruptSampleError, DataError
 from data_pipelines.field_kinds import has_channels
 from data_pipelines.shards.dataset import Dataset, open_dataset
@@ -195,7 +195,9 @@ def _require_suitable(objective: Objective, maker: ViewMaker, sample: Mapping[st
 
 
 def _others(objective: Objective, sample: Mapping[str, Any]) -> str:
-    """Recipes for what a sample of arrays seems to hold, where that is something else than its backbone encodes."""
+    """Recipes for what a sample of arrays seems to hold, where that is something else than its backbone encodes, or
+    half of what an objective of images and volumes reads.
+    """
     for name in sorted(sample):
         try:
             arrays = list(decode_arrays(sample[name]).values()) if name.endswith(("npy", "npz")) else []
@@ -205,7 +207,10 @@ def _others(objective: Objective, sample: Mapping[str, Any]) -> str:
         if seeming:
             kind, channels = seeming[0]
             is_other = kind != objective.backbone.kind or channels != getattr(objective.backbone, "in_chans", channels)
-            return f"; {fitting}" if is_other and (fitting := fitting_recipes(kind, channels)) else ""
+            reads_images = any(view.kind == "image" for view in views_from(objective.views()))
+            lacks_images = kind != "image" and reads_images and sample.keys().isdisjoint(IMAGE_FIELDS)
+            fitting = fitting_recipes(kind, channels) if is_other or lacks_images else ""
+            return f"; {fitting}" if fitting else ""
     return ""
 
 
