@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,10 @@ def _evaluation_data(recipe: Recipe, objective: Objective | None) -> Iterator[st
     for task in recipe.evaluation.tasks:
         directory, spec = recipe.evaluation.data[task.data], protocol(task.protocol)
         reads = reads_of(vars(recipe.objective))
-        extraction = extraction_of(recipe.backbone.kind).reading(reads)
+        extraction, facts = extraction_of(recipe.backbone.kind).reading(reads), None
+        if objective is not None:
+            with suppress(EvaluationError):  # a task that does not fit the backbone is told of without its data
+                facts = feature_recipe(extraction, spec, objective.exported.spec, task.image_size, reads)
         for split in ("train", "test"):  # what one of them has not, the other one has not either
             try:
                 first = next(iter(sorted(Path(directory).glob(f"{split}-*.tar"))), None)
@@ -259,8 +263,7 @@ def _evaluation_data(recipe: Recipe, objective: Objective | None) -> Iterator[st
                     require_labels(dataset, spec.target_label)
                     field = dataset.require_field(*extraction.inputs)
                     require_classes(dataset, spec.target_label)
-                    if objective is not None:
-                        facts = feature_recipe(extraction, spec, objective.exported.spec, task.image_size, reads)
+                    if facts is not None:
                         _require_prepared(dataset, field, extraction, facts)
             except (DataError, EvaluationError) as error:
                 yield f"evaluation.data.{task.data}={directory}: protocol {task.protocol}: {error}"
