@@ -18,7 +18,7 @@ from pretrain.cli.storage import storage_option
 from pretrain.cli.tables import print_table
 from pretrain.errors import RequestError
 from pretrain.jobs.listing import Row, find_job, job_rows, row_of_job, row_of_run, run_jobs, run_rows
-from pretrain.record.remote_runs import brought, drives_elsewhere
+from pretrain.record.remote_runs import bring, brought, drives_elsewhere
 from pretrain.record.run_dir import RunDir, find_run, shown_run
 from pretrain.record.standing import standing_of
 from pretrain.remote.places import is_uri, shown_storage
@@ -31,6 +31,7 @@ __all__ = ["address_option", "jobs", "logs", "require_fitting_options", "status"
 
 SHOWN = 20  # of the newest, unless all are asked for
 POLL_S, LONGEST_POLL_S = 1.0, 30.0
+STORE_POLL_S = 5.0  # to a remote storage the driver of a run sends what is new every ten seconds
 BYTES_PER_POLL_S = 1_000_000  # the whole log comes with each answer: a long one is asked for less often
 STOP_NOW_S = 30.0  # for the cluster to pass on the request
 
@@ -163,8 +164,6 @@ def _print_status(row: Row, more: dict[str, str]) -> None:
 @_storage
 def logs(name: str, follow: bool, address: str | None, storage: str | None) -> None:
     """Print what a job has written, or what has happened in a run."""
-    if follow and storage is not None and is_uri(storage):
-        raise RequestError(f"--storage {storage}: what happens there is not followed; leave out --follow")
     place = _place(address, storage, name)
     if isinstance(place, Path):
         _show_events(find_run(name, place), follow)
@@ -194,7 +193,7 @@ def _log_lines(server: JobServer, job: Job, follow: bool, wait: Callable[[float]
 
 
 def _show_events(run_dir: RunDir, follow: bool) -> None:
-    """The event log of a local run as its terminal showed it; with `follow` as it grows, until nothing drives it."""
+    """The event log of a run as its terminal showed it; with `follow` as it grows, until nothing drives it."""
     from pretrain.config.load import load_plan
     from pretrain.record.journal import read_events
     from pretrain.reporting.terminal import Terminal
@@ -203,6 +202,7 @@ def _show_events(run_dir: RunDir, follow: bool) -> None:
     console = escaping_console(sys.stdout, soft_wrap=True, force_terminal=False)
     terminal = Terminal(load_plan(run_dir.recipe, check_files=False), console, run_dir.path)
     offsets = {run_dir.journal: 0, run_dir.evaluations: 0}
+    looked = time.monotonic()
     while True:
         is_live = follow and standing_of(run_dir).state in ("running", "stopping")
         new = []
@@ -214,6 +214,9 @@ def _show_events(run_dir: RunDir, follow: bool) -> None:
         if not is_live:
             break
         time.sleep(POLL_S)
+        if time.monotonic() - looked > STORE_POLL_S:
+            bring(run_dir.path.parent, run_dir.run_id)
+            looked = time.monotonic()
     now = standing_of(run_dir)
     if follow:
         say(f"run {run_dir.run_id}: {now.state}{f' ({now.note})' if now.note else ''}", err=True)

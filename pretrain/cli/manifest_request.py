@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +19,11 @@ import yaml
 from cluster.manifests import kuberay, kuberay_rules, ray_up, slurm
 from cluster.manifests.workload import SecretKey, Workload
 from cluster.secret_names import holds_secret
+from data_pipelines.storage.locations import redact
+from pretrain.config.recipe_files import recipe_content
 from pretrain.deployment import Machines, Sized, paths_outside, portable_yaml, secret_in, sized
 from pretrain.errors import EXIT_STOPPED, RequestError, nearest_file
+from pretrain.remote.places import is_uri
 
 __all__ = ["Options", "requested", "written"]
 
@@ -95,7 +99,7 @@ def requested(
     checks.only_where_they_count(options)
     name = options.name or re.sub(r"[^a-z0-9]+", "-", Path(recipe).stem.lower()).strip("-")
     mounts = checks.claims(options.claims)
-    place = checks.storage(options.storage, settings, mounts)
+    place = checks.storage(options.storage, recipe, settings, mounts)
     checks.name("--name", name, _LABEL, "lower-case letters, digits and '-', at most 63")
     checks.name("--namespace", options.namespace, _LABEL, "lower-case letters, digits and '-', at most 63")
     checks.name("--queue", options.queue, _KEY, "the name of a queue")
@@ -192,6 +196,13 @@ def _require_visible(found: Sized, kind: str, mounts: Mapping[str, str]) -> None
         )
 
 
+def _storage_in(recipe: str) -> str:
+    """What a recipe says of it; of one that cannot be read nothing, which is told later."""
+    with suppress(RequestError):
+        return str(recipe_content(recipe).get("storage") or "")
+    return ""
+
+
 class _Checks:
     """The options of a request, checked one by one; all mistakes are told at once. No value of a secret is quoted."""
 
@@ -251,10 +262,16 @@ class _Checks:
             self.add("--pvc", "needed: the pods write runs to a ReadWriteMany claim that they share")
         return found
 
-    def storage(self, storage: str | None, settings: Sequence[str], mounts: Mapping[str, str]) -> str | None:
-        """The directory of the runs; one in the settings counts as well."""
+    def storage(
+        self, storage: str | None, recipe: str, settings: Sequence[str], mounts: Mapping[str, str]
+    ) -> str | None:
+        """The directory of the runs; one in the settings counts as well, but none in the recipe, which is of here."""
         typed = [text.partition("=")[2] for text in settings if text.startswith("storage=")]
         place = storage or (typed[-1] if typed else None)
+        if is_uri(uri := place or _storage_in(recipe)):
+            remedy = "the nodes share a directory; give that, and the checkpoints alone a store: checkpoints.storage="
+            self.add(f"storage={redact(uri)}", f"a remote store; {remedy}{redact(uri)}")
+            return None
         if place is None and mounts:
             place = f"{next(iter(mounts))}/runs"
         if place is None:

@@ -16,11 +16,13 @@ from zoneinfo import ZoneInfo
 
 import click
 
+from data_pipelines.storage.locations import redact
 from pretrain.cli.filled import Commands
 from pretrain.cli.jobs import address_option, tell_submitted
 from pretrain.cli.storage import storage_option
 from pretrain.errors import RequestError, RunFailed, RunStopped, nearest
 from pretrain.record.destinations import require_local
+from pretrain.remote.places import is_uri
 from pretrain.screen import say
 
 if TYPE_CHECKING:
@@ -256,7 +258,10 @@ def _checked(
     _tried(mistakes, _require_protocols, protocols)
     directories = _directories(mistakes, data, protocols)
     runs = None if on_checkpoint is None else Path(on_checkpoint).absolute()
-    if runs is not None and not runs.is_dir():
+    if on_checkpoint is not None and is_uri(on_checkpoint):
+        remedy = "a schedule follows runs in a directory; those there evaluate their checkpoints by evaluation.tasks"
+        mistakes.append(f"--on-checkpoint {redact(on_checkpoint)}: a remote store; {remedy}")
+    elif runs is not None and not runs.is_dir():
         mistakes.append(f"--on-checkpoint {on_checkpoint}: no such directory; give the one that holds the runs")
     for option, variable in (("--webhook-url-env", webhook_url_env), ("--webhook-secret-env", webhook_secret_env)):
         if variable is not None and not _VARIABLE.fullmatch(variable):  # not shown: it may be the secret itself

@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from data_pipelines.storage.locations import redact
 from pretrain.config.layers import resolved
 from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
 from pretrain.config.optimizer_facts import RESHARDABLE, is_reshardable
@@ -44,6 +45,7 @@ from pretrain.config.stages import Plan, in_order, settings_of, stage_and_step
 from pretrain.config.teachers import check_teacher
 from pretrain.config.values import Typed, typed
 from pretrain.errors import RequestError, nearest
+from pretrain.remote.places import is_uri, uri_of
 
 __all__ = [
     "ClusterConfig",
@@ -226,8 +228,8 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
     """The plan of a run that goes on, with what may change about it changed.
 
     With another number of workers the global batch stays; unless the overrides say how it is divided, the micro-batch
-    stays too where that works out, else one micro-batch per worker is taken. The storage is the directory that the run
-    lies in now, wherever it was when the run began.
+    stays too where that works out, else one micro-batch per worker is taken. The storage is the directory or the store
+    that the run lies in now, wherever it was when the run began.
 
     Args:
         path: The recipe in the directory of the run.
@@ -270,9 +272,18 @@ def load_for_resume(path: Path, overrides: Sequence[str]) -> Plan:
             are_whole = are_whole and share > 0 and isinstance(total, int) and total % share == 0
         if len(open_keys) == 2:
             derived = ["train.accumulation=null", *([] if are_whole else ["train.micro_batch_size=null"])]
-    recorded, content["storage"] = content.get("storage"), str(path.absolute().parents[1])
+    recorded, storage = str(content["storage"]), path.absolute().parents[1]
+    content["storage"] = str(storage)
+    if is_uri(recorded) and (uri := uri_of(storage)) != recorded:
+        if uri is None:
+            run_id, place = path.parent.name, redact(recorded)
+            remedy = f"go on with it there: pretrain resume {run_id} --storage {place}"
+            raise RequestError(f"run {run_id}: {storage} has a copy of what is kept in {place}; {remedy}")
+        checkpoints = content.get("checkpoints")
+        if isinstance(checkpoints, dict) and checkpoints.get("storage") == recorded:
+            checkpoints["storage"] = uri  # they were copied, or renamed, with the rest of the storage
     for section in {"data", "evaluation", "stages"} & content.keys():
-        content[section] = _following(content[section], str(recorded), content["storage"])
+        content[section] = _following(content[section], recorded, content["storage"])
     return _plan(path, content, (*derived, *overrides), f"pretrain resume {path.parent.name}", check_files=True)
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from data_pipelines.files import write_atomically
 from pretrain.record.lock import is_held
 from pretrain.record.run_dir import LISTED_FOLDERS, RECORD_FOLDERS, RunDir, is_run_id
 from pretrain.remote.folder import RemoteFolder, answering
@@ -134,7 +135,7 @@ def fetch_record(run: RunDir) -> None:
         Exception: Whatever the library of the store raises.
     """
     if (uri := uri_of(run.path.parent)) is not None:
-        Mirror(run.path, RemoteFolder(uri).inside(run.run_id)).fetch(RECORD_FOLDERS, run.is_record)
+        _fetch(run, RemoteFolder(uri).inside(run.run_id), RECORD_FOLDERS, run.is_record)
 
 
 def _is_of_run(run: RunDir, name: str) -> bool:
@@ -150,5 +151,25 @@ def _bring_run(
         return False
     if is_held(run.driver_lock) or Lease(there, run.driver_lease.name, run.lease_token).is_mine():
         return True
-    Mirror(run.path, there).fetch(folders, lambda name: is_wanted(run, name))
+    _fetch(run, there, folders, lambda name: is_wanted(run, name))
     return True
+
+
+def _fetch(run: RunDir, there: RemoteFolder, folders: Sequence[str], is_wanted: Callable[[str], bool]) -> None:
+    """Copy files of a run to this machine. Of a storage that was copied or renamed the checkpoints are those in it.
+
+    Its files still name the storage in which they were written. Checkpoints that the run keeps somewhere else
+    (`checkpoints.storage`) stay there.
+    """
+    Mirror(run.path, there).fetch(folders, is_wanted)
+    if not (run.recipe.is_file() and run.stored_at.is_file()):
+        return
+    recorded = _recorded_storage(run)
+    if there.uri != f"{recorded}/{run.run_id}" == run.stored_at.read_text().strip():
+        write_atomically(run.stored_at, f"{there.uri}\n".encode())
+
+
+def _recorded_storage(run: RunDir) -> str:
+    """The storage that the recipe of a run names, in its last line; another one since the run was moved or copied."""
+    last = run.recipe.read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
+    return last.removeprefix("storage:").strip().strip("'\"").rstrip("/")

@@ -292,8 +292,18 @@ def test_main__a_remote_storage_that_cannot_be(
             "a sweep is kept in a directory; checkpoints.storage=s3://b/runs",
         ),
         (["submit", "demo", "--address", "http://127.0.0.1:1"], "a job needs a directory that all its nodes see"),
+        (
+            ["submit", "demo", "--address", "http://127.0.0.1:1", "--sweep", "train.seed=1,2"],
+            "a job needs a directory that all its nodes see",
+        ),
+        (
+            ["manifest", "demo", "--kind", "slurm"],
+            "a remote store; the nodes share a directory; give that, and the checkpoints alone a store: "
+            "checkpoints.storage=s3://b/runs",
+        ),
+        (["manifest", "demo", "--kind", "rayjob", "--image", "a/b:1", "--pvc", "x"], "a remote store; the nodes share"),
     ],
-    ids=["sweep", "submit"],
+    ids=["sweep", "submit", "submit a sweep", "slurm", "rayjob"],
 )
 def test_main__runs_that_need_a_directory(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -301,7 +311,8 @@ def test_main__runs_that_need_a_directory(
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     assert main([*arguments, "storage=s3://b/runs"]) == 2
-    assert capsys.readouterr().err.startswith(f"error: storage=s3://b/runs: {said}")
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: storage=s3://b/runs: {said}") and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

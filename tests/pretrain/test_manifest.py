@@ -25,7 +25,7 @@ import yaml
 from cluster.manifests import kuberay, ray_up, slurm
 from cluster.manifests.workload import Node, SecretKey, Workload
 from pretrain.cli.main import main
-from pretrain.config.load import load_plan, recipe_content, recipe_names
+from pretrain.config.load import load_plan, recipe_content, recipe_names, recipe_path
 from pretrain.config.stages import plan_yaml
 from pretrain.deployment import Machines, Sized, portable_yaml, secret_in, sized
 
@@ -301,6 +301,7 @@ SLURM = ["--kind", "slurm", "--storage", "/shared/runs"]
         (["--kind", "slurm"], "--storage: needed"),
         (["--kind", "ray-up", "--storage", "/x"], "--host: needed by ray-up"),
         ([*JOB, "--memory", "lots"], "--memory 'lots': expected a number with Gi"),
+        ([*JOB, "--storage", f"s3://me:{TOKEN}@b/runs"], "storage=s3://b/runs: a remote store; the nodes share a dir"),
         ([*JOB, "--storage", "/elsewhere/runs"], "--storage /elsewhere/runs: pods see nothing there"),
         (
             [*JOB, "data.train=/home/me/photos"],
@@ -336,6 +337,17 @@ def test_manifest__bad_request_is_one_line_that_repeats_no_secret(
     (line,) = captured.err.splitlines()
     assert said in line and captured.out == ""
     assert TOKEN not in line and "wJalr" not in line and list(tmp_path.iterdir()) == []
+
+
+def test_manifest__a_recipe_of_a_remote_store_needs_a_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else its runs would go to the first claim without a word."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(recipe_path("demo").read_text() + "\nstorage: s3://b/runs\n")
+    assert main(["manifest", str(recipe), *JOB]) == 2
+    assert capsys.readouterr().err.startswith("error: storage=s3://b/runs: a remote store; ")
+    assert main(["manifest", str(recipe), *JOB, "--storage", "/mnt/pretrain/runs"]) == 0
 
 
 @pytest.mark.parametrize(

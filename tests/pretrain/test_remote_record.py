@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
+from pretrain.checkpoints import store
+from pretrain.cli import jobs
+from pretrain.cli.main import main
+from pretrain.config.load import load_for_resume, load_plan
+from pretrain.config.stages import plan_yaml
 from pretrain.driver import remote_record
 from pretrain.driver.placement import only_driver
 from pretrain.driver.remote_record import RemoteRecord
 from pretrain.errors import RequestError, RunFailed
+from pretrain.record.events import CheckpointPublished, Event, Finished, Start
+from pretrain.record.journal import Journal
 from pretrain.record.remote_runs import bring, drives_elsewhere, drives_no_more, is_elsewhere, push_record, push_results
 from pretrain.record.run_dir import RunDir, find_run, resume_command, shown_run
 from pretrain.record.standing import standing_of
@@ -22,6 +31,7 @@ from pretrain.remote import lease
 from pretrain.remote.folder import RemoteFolder
 
 RUN = "mae-1"
+NEW = "s3://new/copy"
 Machine = Callable[[str], RunDir]
 
 
@@ -128,6 +138,90 @@ def test_bring__all_runs_are_listed_by_what_tells_of_their_checkpoints_and_score
     with pytest.raises(RequestError, match=r"^run mae-2: not in memory://store; did you mean 'mae-1'"):
         bring(other.path.parent, "mae-2")
         find_run("mae-2", other.path.parent)
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that stands for the store at `NEW`."""
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    place, filesystem = tmp_path / "store", fsspec.filesystem("file", auto_mkdir=True)
+    opened = property(lambda folder: (filesystem, f"{place}{folder.uri.removeprefix(NEW)}"))
+    monkeypatch.setattr(RemoteFolder, "_opened", opened)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("settings", "place"),
+    [
+        ((), "s3://new/copy/mae-1"),
+        (("checkpoints.storage=s3://elsewhere/x",), "s3://elsewhere/x/mae-1"),
+    ],
+    ids=["with its checkpoints", "checkpoints elsewhere"],
+)
+def test_bring__a_storage_that_was_copied_has_its_own_checkpoints(
+    settings: tuple[str, ...], place: str, copied: Path, tmp_path: Path
+) -> None:
+    """Who goes on with the copy writes nothing to where it was copied from."""
+    plan = load_plan("demo", ["storage=s3://old/runs", *settings], check_files=False)
+    run = RunDir(tmp_path / "cache/runs/s3/new/copy/mae-1")
+    (copied / RUN / "checkpoints").mkdir(parents=True)
+    (copied / RUN / "recipe.yaml").write_text(plan_yaml(plan))
+    (copied / RUN / "checkpoints/stored_at.txt").write_text(f"{plan.recipe.checkpoints.storage}/mae-1\n")
+
+    for _ in range(2):  # the second time nothing is new
+        bring(run.path.parent, RUN)
+        assert store.storage_of(run.path).location() == place
+    resumed = load_for_resume(run.recipe, ()).recipe
+    assert (resumed.storage, f"{resumed.checkpoints.storage}/mae-1") == (str(run.path.parent), place)
+    store.place(run.path, resumed.checkpoints.storage)  # as a worker does
+    push_record(run)
+    assert (copied / RUN / "checkpoints/stored_at.txt").read_text().strip() == place
+
+
+def test_logs__follow_a_run_that_another_machine_drives(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = RunDir(copied / RUN)
+    there.path.mkdir(parents=True)
+    there.recipe.write_text(plan_yaml(load_plan("demo", [f"storage={NEW}"], check_files=False)))
+    holder = lease.Holder("b", "host", 7, 1, time.time())
+    there.driver_lease.write_text(json.dumps(asdict(holder)))
+
+    def tell(*events: Event) -> None:
+        with Journal(there.journal) as journal:
+            for event in events:
+                journal.write(event)
+
+    tell(Start(step=0, total_steps=200, world_size=2, device="cpu"), CheckpointPublished(step=11, path="a"))
+    waits = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            tell(CheckpointPublished(step=22, path="b"), Finished(step=200))
+            there.driver_lease.write_text(json.dumps(asdict(replace(holder, ended=True))))
+
+    monkeypatch.setattr(jobs, "STORE_POLL_S", 0.0)
+    monkeypatch.setattr(time, "sleep", wait)
+    assert main(["logs", "-f", RUN, "--storage", NEW]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("step 11") == out.count("step 22") == 1 and out.index("step 11") < out.index("step 22")
+    assert err == "run mae-1: finished\n" and len(waits) == 2
+
+
+def test_load_for_resume__a_copy_on_a_disk_of_a_run_in_a_store_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two would publish to one place, of whom neither knows of the other."""
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    recipe = tmp_path / "runs" / RUN / "recipe.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text(plan_yaml(load_plan("demo", ["storage=s3://old/runs"], check_files=False)))
+    with pytest.raises(RequestError) as refused:
+        load_for_resume(recipe, ())
+    (line,) = refused.value.mistakes
+    assert line.startswith(f"run mae-1: {tmp_path}/runs has a copy of what is kept in s3://old/runs; go on with it ")
+    assert line.endswith("there: pretrain resume mae-1 --storage s3://old/runs")
 
 
 def test_remote_record__a_second_driver_is_refused_while_the_first_lives(machine: Machine) -> None:

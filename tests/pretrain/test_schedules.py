@@ -701,6 +701,10 @@ DATA = ["--data", f"grocery={GROCERY}"]
             ["schedule", "add", "n", "--on-checkpoint", "nowhere", "--tasks", "knn", *DATA],
             "--on-checkpoint nowhere: no",
         ),
+        (
+            ["schedule", "add", "n", "--on-checkpoint", "s3://me:hooks.example@b/runs", "--tasks", "knn", *DATA],
+            "--on-checkpoint s3://b/runs: a remote store; a schedule follows runs in a directory; those there evaluate",
+        ),
         (["schedule", "add", "n", "--on-checkpoint", "runs", "--tz", "UTC", "--tasks", "knn", *DATA], "--tz UTC: goes"),
         ([*ADD, *DATA, "--storage", "rusn"], "rusn: no such directory; give the one that holds the runs"),
         (["schedule", "remove", "nightly"], "--storage runs: no schedule in it"),
