@@ -56,6 +56,7 @@ class KnownCheckpoints:
         self._resumable: set[int] = set()  # those that still have a training state
         self._at_work: Counter[int] = Counter()  # step -> its evaluations that were taken and have not ended
         self._idle: set[int] = set()  # resumable steps without any: `prune` looks at no others
+        self._half_removed: set[int] = set()  # of a process that died while it removed their training states
 
     @property
     def newest_step(self) -> int:
@@ -65,11 +66,12 @@ class KnownCheckpoints:
     def look(self) -> None:
         """List the storage and take in what has appeared or vanished."""
         listed = store.survey(self._run_dir)
-        for step in self._found.keys() - {found.step for found, _ in listed}:
+        for step in self._found.keys() - {each.found.step for each in listed}:
             self._forget(step)
-        for found, has_training_state in listed:
-            if found.step not in self._found:
-                self._add(found, has_training_state=has_training_state)
+        for each in listed:
+            if each.found.step not in self._found:
+                self._add(each.found, has_training_state=each.has_training_state)
+        self._half_removed = {each.found.step for each in listed if each.is_half_removed}
 
     def see(self, event: Event) -> None:
         """Take in what an event tells; most tell nothing about checkpoints."""
@@ -98,7 +100,13 @@ class KnownCheckpoints:
         return taken
 
     def prune(self) -> None:
-        """Remove the training states that nobody resumes from; those with evaluations at work wait for their end."""
+        """Remove the training states that nobody resumes from; those with evaluations at work wait for their end.
+
+        What is left of those whose removal was cut short goes, too.
+        """
+        for step in sorted(self._half_removed):
+            store.remove_training_state(self._found[step])
+        self._half_removed.clear()
         train = self._plan.recipe.train
         best = (step for step in self._ranking.best() if step in self._found)
         kept = retention(train, self._trained, best)
@@ -130,6 +138,7 @@ class KnownCheckpoints:
             for _, task in due(self._plan, [step], self._scored):
                 self.due[step, task.protocol, task.data] = (found, task)
         if has_training_state:
+            self._half_removed.discard(step)  # it was written anew
             self._resumable.add(step)
             if step not in self._at_work:
                 self._idle.add(step)
@@ -148,4 +157,5 @@ class KnownCheckpoints:
             self._trained.remove(step)
         self._resumable.discard(step)
         self._idle.discard(step)
+        self._half_removed.discard(step)
         self.due = {label: asked for label, asked in self.due.items() if label[0] != step}

@@ -210,7 +210,7 @@ class LocalStorage(CheckpointStorage):
 
     def remove(self, name: str) -> None:
         """Renamed away first, so that nobody ever sees half of it under its name."""
-        doomed = self.root / f".{name.replace('/', '.')}.removed"
+        doomed = (self.root / name).parent / f".{Path(name).name}.removed"
         shutil.rmtree(doomed, ignore_errors=True)  # of a removal that was interrupted
         if (self.root / name).is_dir():
             (self.root / name).rename(doomed)

@@ -10,7 +10,7 @@ a group of workers begins or the step is written again.
 
 Retention removes training states, which are large and of no use but to resume; backbones stay. A removed state leaves
 the mark `training_state.removed`, written first: from then on nobody resumes from that checkpoint, however much of the
-state is still being deleted.
+state is still being deleted. What a process that died on the way has left of it, the next driver of the run removes.
 
 Trust. `verify` is the only verifier; it refuses a checkpoint whose manifest does not list what would be loaded. Using a
 backbone reads safetensors, JSON and YAML, and so does resuming. Only ZeRO stage 3 and format 1 have files of DeepSpeed
@@ -29,11 +29,11 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipelines.files import sha256, write_atomically
 from data_pipelines.parsing import parse_json
@@ -47,6 +47,7 @@ __all__ = [
     "TRAINING_STATE",
     "CheckpointError",
     "Published",
+    "Surveyed",
     "begin",
     "checkpoint_path",
     "discard",
@@ -79,6 +80,7 @@ REMOVED = "training_state.removed"
 REFERENCES = "companions.json"  # in a training state: where weights that it has not come from, with their sha256
 REMEDY = "delete this checkpoint to resume from the one before"
 _NAME = re.compile(r"step-(\d{8})")
+_STATE_FILE = re.compile(rf"{TRAINING_STATE}/|\.{TRAINING_STATE}\.removed/")  # the latter while a local one is deleted
 
 
 @dataclass(frozen=True)
@@ -159,14 +161,29 @@ def published(run_dir: Path) -> list[Published]:
     return [Published(int(match[1]), storage, name) for name in storage.published() if (match := _NAME.fullmatch(name))]
 
 
-def survey(run_dir: Path) -> list[tuple[Published, bool]]:
-    """All complete checkpoints of a run, by step, each with its `has_training_state`; a remote store is listed once."""
-    storage = storage_of(run_dir)
-    return [
-        (Published(int(match[1]), storage, name), _tells_training_state(files))
-        for name, files in storage.survey().items()
-        if (match := _NAME.fullmatch(name))
-    ]
+class Surveyed(NamedTuple):
+    """A complete checkpoint as a listing of its storage tells of it.
+
+    Attributes:
+        found: The checkpoint.
+        has_training_state: As `Published` has it.
+        is_half_removed: Whether there are files of a training state that nobody resumes from any more.
+    """
+
+    found: Published
+    has_training_state: bool
+    is_half_removed: bool
+
+
+def survey(run_dir: Path) -> list[Surveyed]:
+    """All complete checkpoints of a run, by step; a remote store is listed once."""
+    storage, found = storage_of(run_dir), []
+    for name, files in storage.survey().items():
+        if match := _NAME.fullmatch(name):
+            has_files, is_removed = any(_STATE_FILE.match(file) for file in files), REMOVED in files
+            state = (has_files and not is_removed, has_files and is_removed)
+            found.append(Surveyed(Published(int(match[1]), storage, name), *state))
+    return found
 
 
 def published_by_event(run_dir: Path, step: int) -> Published:
@@ -263,7 +280,7 @@ def discard(storage: CheckpointStorage, step: int, attempt: str) -> None:
 
 def discard_unpublished(run_dir: Path) -> None:
     """Remove what ranks that have ended had written of a checkpoint; a local storage keeps it beside the others."""
-    for pattern in (".step-*.partial", ".step-*.rank-*"):  # not what retention is removing
+    for pattern in (".step-*.partial", ".step-*.rank-*", ".step-*.removed"):
         for path in (run_dir / "checkpoints").glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -421,12 +438,6 @@ def _state_files(checkpoint: Path) -> set[str]:
     """Names of all files of the training state; a link counts as one, so that no folder behind it goes unseen."""
     paths = (checkpoint / TRAINING_STATE).rglob("*")
     return {path.relative_to(checkpoint).as_posix() for path in paths if path.is_symlink() or not path.is_dir()}
-
-
-def _tells_training_state(files: Iterable[str]) -> bool:
-    """`Published.has_training_state` by the names of the files of a checkpoint."""
-    names = set(files)
-    return REMOVED not in names and any(name.startswith(f"{TRAINING_STATE}/") for name in names)
 
 
 def _name(step: int) -> str:

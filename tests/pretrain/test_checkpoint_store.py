@@ -310,7 +310,8 @@ def test_remove_training_state__keeps_the_backbone(run_dir: Path) -> None:
         checkpoint.remove_training_state(found)
     assert _steps(run_dir) == [0, 1, 2, 3, 4, 5]
     assert _resumable(run_dir) == [1, 4, 5]
-    assert checkpoint.survey(run_dir) == [(found, found.has_training_state) for found in checkpoint.published(run_dir)]
+    there = checkpoint.published(run_dir)
+    assert checkpoint.survey(run_dir) == [(found, found.has_training_state, False) for found in there]
     for found in checkpoint.published(run_dir):
         using = copies.local(found)
         assert (using / "backbone.safetensors").read_bytes() == b"weights of step %d" % found.step
@@ -340,6 +341,30 @@ def test_remove_training_state__killed_half_way_leaves_a_checkpoint_without_one(
     if (directory := first.storage.directory(first.name)) is not None:
         checkpoint.verify(directory)
         assert not checkpoint.has_training_state(directory)
+    assert [each.is_half_removed for each in checkpoint.survey(run_dir)] == [True, False]
+
+
+@pytest.mark.parametrize("run_dir", ["local"], indirect=True)
+def test_remove_training_state__what_a_disk_keeps_of_one_is_seen_and_can_be_removed(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the training state was renamed away, while its files are deleted."""
+    _publish(run_dir, 1, 2)
+    first = checkpoint.published(run_dir)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *arguments, **options: None)
+        checkpoint.remove_training_state(first)
+    size = sum(path.stat().st_size for path in run_dir.rglob("state-*.pt"))
+    assert size == 400 and [each.is_half_removed for each in checkpoint.survey(run_dir)] == [True, False]
+    checkpoint.remove_training_state(first)
+    assert sum(path.stat().st_size for path in run_dir.rglob("state-*.pt")) == 200
+    assert [each.is_half_removed for each in checkpoint.survey(run_dir)] == [False, False]
+    assert sorted(path.name for path in (run_dir / "checkpoints/step-00000001").iterdir()) == [
+        "backbone.safetensors",
+        "checkpoint.json",
+        "recipe.yaml",
+        checkpoint.REMOVED,
+    ]
 
 
 def test_place__is_said_once(tmp_path: Path) -> None:

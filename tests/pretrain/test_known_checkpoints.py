@@ -146,6 +146,20 @@ def test_prune__the_newest_that_are_there_are_kept_when_newer_ones_were_deleted_
     assert resumable(run_dir) == [30, 40]
 
 
+def test_prune__ends_the_removals_of_a_driver_that_died(run_dir: Path) -> None:
+    for step in (10, 20):
+        publish(run_dir, step)
+    first, second = store.published(run_dir)
+    for found in (first, second):
+        first.storage.mark(f"{found.name}/{store.REMOVED}", b"and no more")
+    known = KnownCheckpoints(plan(), run_dir)
+    known.look()
+    known.see(publish(run_dir, 20))  # by workers that began before them
+    known.prune()
+    assert first.storage.list(f"{first.name}/training_state") == []
+    assert resumable(run_dir) == [20]
+
+
 def count_requests(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often a storage, or the disk below one, is asked for anything, by what is asked."""
     counts: Counter[str] = Counter()
