@@ -165,3 +165,24 @@ def test_parent__asked_to_stop_before_a_run_began() -> None:
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (75, "stopped before anything began; the same command begins again\n")
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_parent__a_signal_while_it_forks_is_passed_on(moment: str) -> None:
+    """Then the parent has a child and no handlers yet: it would end without a word, and its child be killed."""
+    script = (
+        "import os, signal, time\n"
+        "from pretrain.cli.parent import Parent\n"
+        "parent, fork = os.getpid(), os.fork\n"
+        "def struck():\n"
+        "    if MOMENT == 'before': os.kill(parent, signal.SIGTERM)\n"
+        "    child = fork()\n"
+        "    if MOMENT == 'after' and child: os.kill(parent, signal.SIGTERM)\n"
+        "    return child\n"
+        "os.fork = struck\n"
+        "Parent(wanted=True).watch()\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", script.replace("MOMENT", repr(moment))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (75, "stopped before anything began; the same command begins again\n")
