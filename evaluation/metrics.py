@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evaluation.comparison import Z_95
+
 __all__ = [
     "Outcome",
-    "bootstrap_miou",
     "confusion_matrix",
     "dice_per_class",
     "foreground_dice",
@@ -27,12 +28,11 @@ __all__ = [
     "mean_class_accuracy",
     "mean_iou",
     "pixel_accuracy",
+    "tallies",
     "top1_metrics",
     "top_k_accuracy",
     "wilson_interval",
 ]
-
-Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,18 @@ class Outcome:
     """What a head reports: `metrics` are the protocol's named fractions, `details` anything JSON can hold.
 
     Where the headline is of fewer than all `num_test` test samples, `details["num_scored"]` says of how many.
+
+    Attributes:
+        per_sample: What the headline is made of, one row per test sample in their order, for comparisons of two
+            backbones on the same samples: (n,) of which it is the mean, bool where each is right or wrong; or
+            `tallies` (n, 3, C), see `evaluation.comparison`. None: the protocol does not say.
+        groups: (n,) int64, which of them belong together; None: each is its own.
     """
 
     metrics: Mapping[str, float]
     details: Mapping[str, Any]
+    per_sample: Tensor | None = field(default=None, compare=False)
+    groups: Tensor | None = field(default=None, compare=False)
 
 
 def wilson_interval(correct: float, total: int) -> tuple[float, float]:
@@ -103,6 +111,11 @@ def mean_iou(confusion: Tensor) -> float:
     return float(iou_per_class(confusion).nanmean())
 
 
+def tallies(confusion: Tensor) -> Tensor:
+    """Intersection, predicted and true (..., 3, C) int64 of confusion matrices (..., C, C): what IoU and Dice need."""
+    return torch.stack((confusion.diagonal(dim1=-2, dim2=-1), confusion.sum(-2), confusion.sum(-1)), dim=-2)
+
+
 def dice_per_class(confusion: Tensor) -> Tensor:
     """Dice, the F1 score, 2 I / (P + G) (..., C) float64 of confusion matrices (..., C, C); NaN where both are 0."""
     hit = confusion.diagonal(dim1=-2, dim2=-1).double()
@@ -114,18 +127,25 @@ def foreground_dice(confusion: Tensor) -> Tensor:
     return dice_per_class(confusion)[..., 1:].nanmean(dim=-1)
 
 
-def jackknife(per_sample: Tensor, score: Callable[[Tensor], Tensor]) -> tuple[float, float] | None:
+def jackknife(
+    per_sample: Tensor, score: Callable[[Tensor], Tensor], groups: Tensor | None = None
+) -> tuple[float, float] | None:
     """A score of summed counts, and half the width of its 95 % interval over samples, by Student's t.
 
     Args:
         per_sample: counts (n, ...).
         score: of counts (..., as of a sample) the scores (...); scores that are not finite are left out.
+        groups: (n,) which samples belong together, and are left out together; None: each is its own.
 
     Returns:
-        None of one sample, of which nothing is known.
+        None of one sample, or group, of which nothing is known.
     """
     from scipy.special import stdtrit  # here, since cached scores need none
 
+    if groups is not None:
+        number = groups.unique(return_inverse=True)[1]
+        sums = per_sample.new_zeros(int(number.max()) + 1, *per_sample.shape[1:])
+        per_sample = sums.index_add_(0, number, per_sample)
     total, num_samples = per_sample.sum(dim=0), len(per_sample)
     without = score(total - per_sample)  # (n,)
     without = without[without.isfinite()]
@@ -135,7 +155,9 @@ def jackknife(per_sample: Tensor, score: Callable[[Tensor], Tensor]) -> tuple[fl
     return float(score(total)), float(stdtrit(num_samples - 1, 0.975)) * math.sqrt(spread)
 
 
-def jackknife_interval(per_sample: Tensor, score: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+def jackknife_interval(
+    per_sample: Tensor, score: Callable[[Tensor], Tensor], groups: Tensor | None = None
+) -> tuple[float, float]:
     """95 % interval over samples of a score in [0, 1] of summed counts: jackknife, Student's t, on the logit scale.
 
     Of few samples it is wider than percentiles of a bootstrap, which resamples no more than the few are, and covers
@@ -144,8 +166,9 @@ def jackknife_interval(per_sample: Tensor, score: Callable[[Tensor], Tensor]) ->
     Args:
         per_sample: counts (n, ...), such as confusion matrices. Of one sample nothing is known: (0, 1).
         score: of counts (..., as of a sample) the scores (...).
+        groups: as for `jackknife`.
     """
-    found = jackknife(per_sample, score)
+    found = jackknife(per_sample, score, groups)
     if found is None:
         return 0.0, 1.0
     value, margin = found
@@ -158,24 +181,3 @@ def jackknife_interval(per_sample: Tensor, score: Callable[[Tensor], Tensor]) ->
 
 def pixel_accuracy(confusion: Tensor) -> float:
     return float(confusion.diagonal().sum() / confusion.sum())
-
-
-def bootstrap_miou(per_image: Tensor, *, seed: int, resamples: int = 1000) -> tuple[float, float]:
-    """95 % percentile interval of mIoU over images.
-
-    Args:
-        per_image: confusion counts (n, C, C); images are drawn with replacement and their counts summed.
-    """
-    num_images = len(per_image)
-    counts = torch.stack(
-        (per_image.diagonal(dim1=1, dim2=2), per_image.sum(1), per_image.sum(2)), dim=1
-    ).double()  # (n, 3, C): intersection, predicted, true
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(num_images, (resamples, num_images), generator=generator)
-    weights = torch.zeros(resamples, num_images, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(resamples, num_images, dtype=torch.float64)
-    )
-    hit, predicted, true = (weights @ counts.flatten(1)).unflatten(1, (3, -1)).unbind(1)  # each (resamples, C)
-    scores = (hit / (predicted + true - hit)).nanmean(dim=1)
-    low, high = torch.quantile(scores[scores.isfinite()], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high

@@ -1,20 +1,27 @@
 """Evaluation results by key, one JSON file each in `evaluations/` of a root: computed once and published whole.
 
+Beside it is `KEY.npz`, what the headline is made of sample by sample, for comparisons.
+
 Not here: frozen features (`evaluation.features`), who computes (`evaluation.lease`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_pipelines.files import write_atomically
 from data_pipelines.parsing import parse_json
+from evaluation.comparison import PerSample
 from evaluation.lease import compute_once
 from evaluation.protocol import EvaluationError, Metric
 
@@ -85,6 +92,28 @@ class ResultStore:
         except (FileNotFoundError, ValueError):
             return None
         return dataclasses.replace(result, cached=True) if result.key == key else None
+
+    def per_sample(self, key: str) -> PerSample | None:
+        """What the headline of a result is made of; None where nothing was kept, or where it is damaged."""
+        try:
+            with np.load(self._root / f"{key}.npz", allow_pickle=False) as arrays:
+                return PerSample(arrays["values"], arrays.get("groups"))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
+
+    def keep(self, key: str, of_samples: PerSample) -> None:
+        """Store what the headline of a result is made of, before the result itself is published."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        groups = {} if of_samples.groups is None else {"groups": of_samples.groups}
+        np.savez_compressed(content, allow_pickle=False, values=of_samples.values, **groups)
+        write_atomically(self._root / f"{key}.npz", content.getvalue())
+
+    def all(self) -> Iterator[EvaluationResult]:
+        """Every result that there is, in the order of their keys; files that are none are passed over."""
+        for path in sorted(self._root.glob("*.json")):
+            if (result := self.find(path.stem)) is not None:
+                yield result
 
     def publish(self, result: EvaluationResult) -> EvaluationResult:
         self._root.mkdir(parents=True, exist_ok=True)

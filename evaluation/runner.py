@@ -21,6 +21,7 @@ from safetensors import safe_open
 from backbones.io import BACKBONE_FILE, heads_digest, heads_spec, load_backbone, weights_digest
 from data_pipelines.parsing import parse_json
 from evaluation import registry
+from evaluation.comparison import PerSample
 from evaluation.data import EvaluationData
 from evaluation.extraction.decoding import Decoded, load_reconstruction, require_decoder
 from evaluation.extraction.forward import labels_of, num_classes_of, num_test_in_train, splits_of, write_features
@@ -96,9 +97,13 @@ def evaluate(
     data_digest, inputs, compute = computation(asked, weights)
     facts = {"protocol": spec.name, "version": spec.version, "params": dict(spec.params), "seed": seed}
     key = digest_of({**inputs, **facts})
+    results = ResultStore(store)
 
     def make() -> EvaluationResult:
         outcome, details = compute()
+        if outcome.per_sample is not None:
+            groups = None if outcome.groups is None else outcome.groups.cpu().numpy()
+            results.keep(key, PerSample(outcome.per_sample.cpu().numpy(), groups))
         if not {spec.headline.name} <= set(outcome.metrics) <= set(reported):  # some need what not all backbones have
             raise EvaluationError(
                 f"protocol {spec.name!r} reported {sorted(outcome.metrics)}, but registers {sorted(reported)}"
@@ -121,7 +126,7 @@ def evaluate(
             described=spec.metrics,
         )
 
-    result = ResultStore(store).once(key, make, data=data.name, force=force)
+    result = results.once(key, make, data=data.name, force=force)
     # A stored result has its numbers in another order, and one of an older version does not say what they mean.
     known = tuple(metric for metric in spec.metrics if metric.name in result.metrics)
     return replace(result, metrics={metric.name: result.metrics[metric.name] for metric in known}, described=known)

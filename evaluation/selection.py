@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "LEAST_BLOCKS",
     "NEVER_HELD_OUT",
+    "blocks_of",
     "by_setting",
     "choose_cell",
     "hold_out",
@@ -22,6 +24,7 @@ __all__ = [
     "stratified_folds",
 ]
 
+LEAST_BLOCKS = 10  # from fewer an interval is wider than what it tells
 NEVER_HELD_OUT = -1  # fold of rows that every head may be fitted on
 
 
@@ -52,6 +55,28 @@ def sequence_folds(sequences: Sequence[str], *, num_folds: int) -> Tensor:
         home[name] = sizes.index(min(sizes))
         sizes[home[name]] += length
     return torch.tensor([home[name] for name in sequences])
+
+
+def blocks_of(sequences: Sequence[str | None]) -> Tensor | None:
+    """Which samples are left out together where an interval is estimated: (n,) int64; None: each is its own.
+
+    Frames of a sequence resemble each other, so that an interval over frames is too narrow. Of `LEAST_BLOCKS` sequences
+    or more each is one block; fewer are cut into as many blocks of frames that follow each other.
+
+    Args:
+        sequences: of each sample in their order; samples without one stand alone.
+    """
+    if not any(sequences):
+        return None
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(sequences):
+        places.setdefault(f"alone {place}" if name is None else f"sequence {name}", []).append(place)
+    per_sequence = -(-LEAST_BLOCKS // len(places))
+    block, number = torch.empty(len(sequences), dtype=torch.int64), 0
+    for members in places.values():
+        for part in torch.tensor(members).tensor_split(min(per_sequence, len(members))):
+            block[part], number = number, number + 1
+    return block
 
 
 def hold_out(fold: Tensor, *, holdout_from: int) -> tuple[Tensor, int]:

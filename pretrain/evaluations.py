@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
@@ -100,6 +100,8 @@ def evaluate(
     *,
     storage: str | os.PathLike[str] = "runs",
     batch_size: int | None = None,
+    device: str | None = None,
+    said: Callable[[str], None] = lambda _: None,
 ) -> list[EvaluationResult]:
     """Evaluate a checkpoint.
 
@@ -110,12 +112,14 @@ def evaluate(
         data: Name -> directory with train-*.tar and test-*.tar; default: the data of the checkpoint's recipe.
         storage: Root of runs and evaluations, a directory or URI.
         batch_size: Samples at a time; decides speed and memory, no score. None: as suits the device.
+        device: As torch names it; None: CUDA if this process sees a device, else the CPU.
+        said: Is told what is under way.
 
     Returns:
         One result per protocol and data set, in the order asked for. Known results are not computed again.
 
     Raises:
-        RequestError: An unknown checkpoint, protocol or data set, or data that a protocol cannot use.
+        RequestError: An unknown checkpoint, protocol, data set or device, or data that a protocol cannot use.
     """
     from evaluation.registry import names
     from pretrain.checkpoints.references import resolve
@@ -141,7 +145,13 @@ def evaluate(
         raise RequestError(f"{path}: no protocol is usual for this backbone and the labels of the data; name one")
     if not asked:
         raise RequestError(f"{path}: its recipe has no such evaluation task; give --data NAME=DIRECTORY")
-    results = [_evaluate(path, task, directory, root, batch_size=batch_size) for task, directory in asked]
+    if device is not None:
+        _require_device(device)
+    results = []
+    for number, (task, directory) in enumerate(asked, start=1):
+        if len(asked) > 1:
+            said(f"{number}/{len(asked)}: {task.protocol} on {task.data}")
+        results.append(_evaluate(path, task, directory, root, batch_size=batch_size, device=device))
     with answering(shown_storage(root)):
         push_results(root)
     return results
@@ -303,6 +313,15 @@ def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path, 
     return run_protocol(
         path, task.protocol, data, store=storage, image_size=task.image_size, reads=trained_on(path), **options
     )
+
+
+def _require_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such name, no such number, or torch without CUDA
+        raise RequestError(f"--device {device}: {last_line(error)}; cpu is always there") from None
 
 
 def _event(step: int, result: EvaluationResult) -> Evaluated:

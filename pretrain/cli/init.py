@@ -369,7 +369,7 @@ def _evaluation(found: Found) -> list[str]:
         without = "no held-out samples, or no labels, to score with" if found.arrays else "no labels to score with"
         return ["evaluation:", f"  enabled: false  # {without}"]
     arrays = found.arrays
-    name, select = (arrays.name, arrays.select) if arrays else ("photos", "linear/photos/top1")
+    name, select = (arrays.name, arrays.select) if arrays else ("photos", "linear/photos/val_top1")
     protocols = arrays.protocols if arrays else ("linear", "knn")
     return [
         f"evaluation:  # beside training, on the {name if name != 'scenes' else 'grids'} that are held out",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from evaluation.protocol import format_value
+from evaluation.protocol import CI_SUFFIXES, format_interval, format_value
 from pretrain.cli.data import data, plain_warnings
 from pretrain.cli.doctor import doctor
 from pretrain.cli.export import embed, export
@@ -154,9 +154,15 @@ def resume(parent: Parent, run_id: str, settings: tuple[str, ...], storage: str)
 @click.option("--protocol", "protocols", metavar="NAME", multiple=True, help="Repeatable; default: as its recipe.")
 @click.option("--data", metavar="NAME=DIRECTORY", multiple=True, help="Repeatable; default: the data of its recipe.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples at a time; decides speed and memory, no score.")
+@click.option("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")
 @_storage
 def evaluate(
-    checkpoint: str, protocols: tuple[str, ...], data: tuple[str, ...], batch_size: int | None, storage: str
+    checkpoint: str,
+    protocols: tuple[str, ...],
+    data: tuple[str, ...],
+    batch_size: int | None,
+    device: str | None,
+    storage: str,
 ) -> None:
     """Evaluate CHECKPOINT: a directory, runs:/ID[/step] or models:/NAME@ALIAS. Known results are not computed again.
 
@@ -173,14 +179,29 @@ def evaluate(
             directories[name] = str(packed(Path(directories[name]), root, listing))
     from pretrain.evaluations import evaluate
 
-    results = evaluate(checkpoint, protocols or None, directories or None, storage=root, batch_size=batch_size)
+    results = evaluate(
+        checkpoint,
+        protocols or None,
+        directories or None,
+        storage=root,
+        batch_size=batch_size,
+        device=device,
+        said=lambda text: say(text, err=True),
+    )
     rows = []
     for result in results:
         metric = next(metric for metric in result.described if metric.headline)
         score = format_value(result.metrics[metric.name], metric.unit)
+        low, high = (result.metrics.get(metric.name + suffix) for suffix in CI_SUFFIXES)
+        interval = "" if low is None or high is None else format_interval(low, high, metric.unit)
+        num_test = str(result.details.get("num_scored", result.details.get("num_test", "")))
         time = "known" if result.cached else f"{result.seconds:.1f} s"
-        rows.append([result.protocol, result.data, metric.name, score, time])
-    print_table(("protocol", "data", "metric", "score", "time"), rows)
+        rows.append([result.protocol, result.data, metric.name, score, interval, num_test, time])
+    print_table(("protocol", "data", "metric", "score", "95 % CI", "n", "time"), rows)
+    for result in results:
+        if result.details.get("at_grid_edge"):
+            edge = "the best setting is the first or last of its grid, so that a wider one might do better"
+            say(f"note: {result.protocol}/{result.data}: {edge}", err=True)
     copies = {result.data: result.details for result in results if result.details.get("num_test_in_train")}
     for name, known in copies.items():
         said = f"{known['num_test_in_train']} of {known['num_test']} test samples of {name} are in its train split, too"
@@ -220,6 +241,21 @@ def leaderboard(protocol: str | None, data: str | None, everything: bool, storag
         print_table(("score", "95 % CI", "n", "step", "run"), rows)
         if len(shown) < len(places):
             say(f"and {len(places) - len(shown)} more; --all shows them")
+
+
+@cli.command()
+@click.argument("first")
+@click.argument("second")
+@_storage
+def compare(first: str, second: str, storage: str) -> None:
+    """Say whether checkpoint SECOND is better than FIRST, by the evaluations that both have.
+
+    Scores are paired by test sample: a difference that is small beside the intervals of both may be certain.
+    """
+    from pretrain.comparisons import compare, scores_of
+
+    header = ("task", "first", "second", "difference [95 % CI]", "n", "second is")
+    print_table(header, scores_of(compare(first, second, storage=storage)))
 
 
 @cli.command()

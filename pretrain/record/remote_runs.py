@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _RESULTS = "evaluations"  # of a storage (`evaluation.results`)
-_RESULT = re.compile(r"[A-Za-z0-9_-]+\.json")
+_RESULT = re.compile(r"[A-Za-z0-9_-]+\.(json|npz)")
 
 
 def brought(storage: str | os.PathLike[str], run_id: str | None = None, *, progress: bool = False) -> Path:
@@ -124,7 +124,8 @@ def push_results(storage: Path) -> None:
     """
     if (uri := uri_of(storage)) is not None:
         Mirror(storage, RemoteFolder(uri)).push(
-            [f"{_RESULTS}/{path.name}" for path in (storage / _RESULTS).glob("*.json")]
+            # What results are made of goes first, so that a result that is there can be compared.
+            [f"{_RESULTS}/{path.name}" for form in ("npz", "json") for path in (storage / _RESULTS).glob(f"*.{form}")]
         )
 
 

@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipelines.storage.locations import redact
+from evaluation.comparison import Difference
 from evaluation.protocol import format_value
-from pretrain.config.schema import Recipe
+from pretrain.comparisons import format_difference, over
+from pretrain.config.schema import EvaluationTask, Recipe
 from pretrain.record.events import Evaluated, EvaluationFailed, Event, Metrics, Start
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RunDir, shown_run
@@ -82,12 +84,20 @@ def print_summary(
             f"{first.values['loss']:.4f} (step {first.step})",
             f"{last.values['loss']:.4f} (step {last.step})",
         )
+    gains = _gains(recipe, evaluations, Path(recipe.storage))
     failed = {e.task for e in read_events(RunDir(run_dir).evaluations)[0] if isinstance(e, EvaluationFailed)}
     for task in recipe.evaluation.tasks if recipe.evaluation.enabled else ():
-        table.add_row(*_score_row(task.protocol, task.data, evaluations, failed))
+        table.add_row(*_score_row(task.protocol, task.data, evaluations, failed, gains.get(_name(task))))
     if training.rates:
         table.add_row("samples/s", "", "", f"{median(training.rates):.0f}")
     console.print(table, soft_wrap=False)
+    for task_name, (event, gain) in gains.items():
+        if not gain.is_better(event.headline):
+            how = "worse than" if gain.is_beyond_noise else "not better, beyond noise, than"
+            what = f"{format_difference(gain, event.headline.unit)} over step 0"
+            console.print(
+                f"WARNING     {task_name}: step {event.step} is {how} the {start} encoder: {what}", markup=False
+            )
     name = recipe.tracking.model_name or recipe.name
     storage = Path(recipe.storage)
     is_evaluated = recipe.evaluation.enabled and bool(recipe.evaluation.tasks)
@@ -101,10 +111,31 @@ def print_summary(
     console.print(f"            mlflow ui --backend-store-uri {_uri(storage)}", markup=False)
 
 
+def _name(task: EvaluationTask) -> str:
+    return f"{task.protocol}/{task.data}"
+
+
+def _gains(recipe: Recipe, evaluations: Sequence[Evaluated], storage: Path) -> dict[str, tuple[Evaluated, Difference]]:
+    """Of each task the last score, and how much higher it is than what the run began with, where that is known."""
+    gains = {}
+    for name in map(_name, recipe.evaluation.tasks if recipe.evaluation.enabled else ()):
+        found = sorted((event for event in evaluations if event.task == name), key=lambda event: event.step)
+        if found and found[0].step == 0 < found[-1].step and (gain := over(found[0], found[-1], storage)) is not None:
+            gains[name] = (found[-1], gain)
+    return gains
+
+
 def _score_row(
-    protocol: str, data: str, evaluations: Sequence[Evaluated], failed: Set[str]
+    protocol: str,
+    data: str,
+    evaluations: Sequence[Evaluated],
+    failed: Set[str],
+    gained: tuple[Evaluated, Difference] | None = None,
 ) -> tuple[str, str, str, str]:
-    """Headline metric of the random backbone, the first and the last evaluated checkpoint, with its intervals."""
+    """Headline metric of the random backbone, the first and the last evaluated checkpoint, with its intervals.
+
+    Below stands how much higher the last one is than the first of all, `gained`, where that is known.
+    """
     task = f"{protocol}/{data}"
     found = sorted((event for event in evaluations if event.task == task), key=lambda event: event.step)
     trained = [event for event in found if event.step > 0]
@@ -120,7 +151,11 @@ def _score_row(
     ends = (cell(trained[0], with_step=True), cell(trained[-1], with_step=True)) if trained else ("", "")
     counted = [f"n = {found[-1].num_test}"] if found[-1].num_test else []
     remarks = ["95 % CI"] * any(event.interval for event in found) + counted
-    return "\n".join([f"{task} {headline.name}", *([", ".join(remarks)] if remarks else [])]), random, *ends
+    rows = ["\n".join([f"{task} {headline.name}", *([", ".join(remarks)] if remarks else [])]), random, *ends]
+    if gained is not None:
+        rows[0] += "\n" * (2 - rows[0].count("\n")) + "over the first column"
+        rows[3] += "\n" * (2 - rows[3].count("\n")) + format_difference(gained[1], headline.unit)
+    return rows[0], rows[1], rows[2], rows[3]
 
 
 def _uri(storage: Path) -> str:

@@ -194,7 +194,7 @@ class Terminal:
         score = format_value(event.metrics[headline.name], headline.unit)
         known = " (known)" if event.cached else ""
         self.say(f"evaluation of step {event.step}: {event.task}/{headline.name} {score}{known}")
-        if self._select in (None, f"{event.task}/{headline.name}"):
+        if self._select is None or self._select.rpartition("/")[0] == event.task:
             self._newest_score = f"{event.task} {score} (step {event.step})"
 
 

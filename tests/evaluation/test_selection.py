@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from evaluation.selection import choose_cell, random_folds, sequence_folds, stratified_folds
+from evaluation.selection import blocks_of, choose_cell, random_folds, sequence_folds, stratified_folds
 
 
 def test_stratified_folds__spread_every_class_evenly() -> None:
@@ -37,3 +37,14 @@ def test_choose_cell__says_when_the_grid_ends_too_early() -> None:
     assert choose_cell(torch.tensor([3, 2, 1]), torch.ones(3)) == (0, True)
     assert choose_cell(torch.tensor([1, 3, 2]), torch.ones(3)) == (1, False)
     assert choose_cell(torch.tensor([1]), torch.ones(1)) == (0, False)
+
+
+def test_blocks_of__sequences_or_runs_of_frames_that_follow_each_other() -> None:
+    assert blocks_of([None, None]) is None
+    many = [f"drive {number}" for number in range(12) for _ in range(3)]
+    assert blocks_of(many).tolist() == [number for number in range(12) for _ in range(3)]  # type: ignore[union-attr]
+    few = blocks_of(["a", "b"] * 20)  # frames of two drives, stored in turn
+    assert few is not None and few.unique().tolist() == list(range(10))
+    assert few[::2].tolist() == [block for block in range(5) for _ in range(4)]
+    assert set(few[::2].tolist()).isdisjoint(few[1::2].tolist())
+    assert len(blocks_of(["a", None, "a", None]).unique()) == 4  # type: ignore[union-attr]

@@ -45,7 +45,8 @@ def test_cli__surface_is_frozen() -> None:
     assert surface == {
         "run": ["RECIPE", "[KEY=VALUE]...", "--address", "--run-id", "--sweep", "--parallel", "--dry-run"],
         "resume": ["RUN_ID", "[KEY=VALUE]...", "--storage"],
-        "evaluate": ["CHECKPOINT", "--protocol", "--data", "--batch-size", "--storage"],
+        "evaluate": ["CHECKPOINT", "--protocol", "--data", "--batch-size", "--device", "--storage"],
+        "compare": ["FIRST", "SECOND", "--storage"],
         "leaderboard": ["--protocol", "--data", "--all", "--storage"],
         "pull": ["NAME[@ALIAS]", "DEST", "--full", "--storage"],
         "report": ["RUN_ID", "--storage"],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbones.io import save_backbone
+from backbones.io import load_backbone, save_backbone
 from backbones.registry import create_backbone
 from data_pipelines.packing.pack import pack
 from evaluation import runner
@@ -49,11 +49,8 @@ def test_evaluate__a_folder_of_photos_is_packed_once(
     assert main([*arguments, "--protocol", "knn"]) == 0
     packing, packed, header, row = capsys.readouterr().out.splitlines()
     assert packing.startswith("data: packing 60 photos") and "2 classes" in packed
-    assert header.split() == ["protocol", "data", "metric", "score", "time"] and row.split()[:3] == [
-        "knn",
-        "mine",
-        "top1",
-    ]
+    assert header.split() == ["protocol", "data", "metric", "score", "95", "%", "CI", "n", "time"]
+    assert row.split()[:3] == ["knn", "mine", "top1"]
     assert main([*arguments, "--protocol", "knn"]) == 0
     found, _, row = capsys.readouterr().out.splitlines()
     assert found.startswith("data: the shards of ") and row.endswith("known")
@@ -136,3 +133,48 @@ def test_evaluate_tasks__of_a_checkpoint_that_was_deleted_meanwhile_say_so(tmp_p
     assert [event.error for event in found if isinstance(event, EvaluationFailed)] == [
         f"its checkpoint {gone} is gone"
     ] * 2
+
+
+def test_compare__says_which_of_two_checkpoints_is_better(
+    checkpoint: Path,
+    make_checkpoint: Callable[[Path, int], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A backbone that sees nothing beside one that does, on photos of two colors; and what cannot be compared."""
+    storage = tmp_path / "runs"
+    blind = make_checkpoint(storage / "run-2", 7)
+    backbone = load_backbone(checkpoint)
+    tensors = {name: tensor.clone() for name, tensor in backbone.weights().items()}
+    tensors["patch_embed.proj.weight"].zero_()
+    save_backbone(blind / "backbone.safetensors", tensors, backbone.spec)
+    write_manifest(blind, 7, "run-2")
+    for number, name in enumerate(("ant", "bee")):
+        write_photos(tmp_path / "photos" / name, 60)
+        for path in (tmp_path / "photos" / name).iterdir():
+            pixels = np.array(Image.open(path)) // 2
+            pixels[..., number] += 120
+            Image.fromarray(pixels).save(path)
+    place = ["--storage", str(storage)]
+    assert main(["compare", str(blind), "run-1", *place]) == 2
+    assert "no evaluation of" in capsys.readouterr().err
+    for reference in (str(blind), "run-1"):
+        data = ["--data", f"mine={tmp_path / 'photos'}", "--protocol", "knn"]
+        assert main(["evaluate", reference, *data, *place]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(blind), "run-1", *place]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["task", "first", "second"]
+    assert row.startswith("knn/mine top1") and row.rstrip().endswith("better") and "points [" in row
+    assert main(["compare", "run-1", "run-1", *place]) == 0
+    assert capsys.readouterr().out.splitlines()[1].rstrip().endswith("within noise")
+
+
+def test_evaluate__a_device_that_is_not_there_is_refused_in_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("ant", "bee"):
+        write_photos(tmp_path / "photos" / name, 30)
+    arguments = ["evaluate", "run-1", "--data", f"mine={tmp_path / 'photos'}", "--storage", str(tmp_path / "runs")]
+    assert main([*arguments, "--protocol", "knn", "--device", "gpu7"]) == 2
+    assert "--device gpu7: " in capsys.readouterr().err

@@ -8,11 +8,15 @@ import pty
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from evaluation.comparison import PerSample
+from evaluation.results import ResultStore
 from pretrain.checkpoints import store
 from pretrain.config.load import load_plan
 from pretrain.record.events import (
@@ -271,3 +275,34 @@ def test_summary__intervals_fit_80_columns_and_only_what_failed_is_called_so(
     assert "31.2% (step 100000)" in said and "22.1-42.1%" in said and "95 % CI, n = 80" in said
     assert re.search(r"knn/grocery +│ +failed", said) and re.search(r"segmentation/chair +│ +not run", said)
     assert not re.search("failed|not run|linear", "\n".join(closing("evaluation.enabled=false")))
+
+
+@pytest.mark.parametrize(
+    ("gained", "said"),
+    [
+        (20, r"over the first column │ +│ +│ +\+25\.0 points \[\+1\d\.\d, \+3\d\.\d\]"),
+        (1, r"WARNING +linear/grocery: step 8 is not better, beyond noise, than the random encoder: \+1\.2 points"),
+        (
+            -20,
+            r"WARNING +linear/grocery: step 8 is worse than the random encoder: -25\.0 points \[-3\d\.\d, -1\d\.\d\]",
+        ),
+    ],
+)
+def test_summary__says_whether_the_run_has_learned_anything(
+    tmp_path: Path, shown: Callable[..., list[str]], gained: int, said: str
+) -> None:
+    """Scores of the same 80 samples before and after: 40 are right before, `gained` more afterwards."""
+    store = ResultStore(tmp_path)
+    scores = []
+    for step, right in ((0, 40), (8, 40 + gained)):
+        store.keep(f"of-{step}", PerSample(np.arange(80) < right))
+        scores.append(replace(scored(step, top1=right / 80), key=f"of-{step}"))
+    run_dir = tmp_path / "demo-20260101-000000-abcd"
+    run_dir.mkdir()
+    recipe = load_plan("demo", [f"storage={tmp_path}"]).recipe
+    lines = shown(
+        120, lambda console: print_summary(console, recipe, run_dir, TrainingSoFar(), scores, run_dir / "report.html")
+    )
+    text = "\n".join(lines)
+    assert re.search(said, text)
+    assert ("WARNING" in text) == (gained < 20)

@@ -44,9 +44,10 @@ def score(
         for name, by_k in votes.items()
     }
     headline = votes["joined"][params["k"]]
+    predicted = headline.argmax(dim=1)
     return Outcome(
         metrics={
-            **top1_metrics(headline.argmax(dim=1), labels, num_classes),
+            **top1_metrics(predicted, labels, num_classes),
             **{f"top1_{name}": by_k[params["k"]] for name, by_k in accuracy.items() if name != "joined"},
         },
         details={
@@ -54,6 +55,7 @@ def score(
             "top1_by_k": {name: {str(k): value for k, value in by_k.items()} for name, by_k in accuracy.items()},
             **({"top5": top_k_accuracy(headline, labels, 5)} if num_classes > 5 else {}),
         },
+        per_sample=predicted == labels,
     )
 
 

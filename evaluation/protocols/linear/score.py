@@ -73,6 +73,7 @@ def score(
             "majority_top1": float((y_test == torch.bincount(y_train).argmax()).double().mean()),
             **({"top5": top_k_accuracy(logits[cell], y_test, 5)} if num_classes > 5 else {}),
         },
+        per_sample=predicted == y_test,
     )
 
 

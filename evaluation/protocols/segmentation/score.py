@@ -21,10 +21,18 @@ import torch
 
 from evaluation.data import LabelMaps
 from evaluation.extraction.forward import Dense
-from evaluation.metrics import Outcome, bootstrap_miou, confusion_matrix, iou_per_class, mean_iou, pixel_accuracy
+from evaluation.metrics import (
+    Outcome,
+    confusion_matrix,
+    iou_per_class,
+    jackknife_interval,
+    mean_iou,
+    pixel_accuracy,
+    tallies,
+)
 from evaluation.protocol import EvaluationError
 from evaluation.protocols.linear_maps import Fit, Standardiser, draw_places, folds_of, nearest
-from evaluation.selection import by_setting, choose_cell
+from evaluation.selection import blocks_of, by_setting, choose_cell
 
 __all__ = ["score"]
 
@@ -71,7 +79,8 @@ def score(
         sequences.append(sequence)
     counts = torch.stack(per_image)  # (n, C, C)
     confusion = counts.sum(dim=0)
-    low, high = bootstrap_miou(counts, seed=seed)
+    groups = blocks_of(sequences)
+    low, high = jackknife_interval(counts, lambda confusion: iou_per_class(confusion).nanmean(dim=-1), groups)
     return Outcome(
         metrics={
             "miou": mean_iou(confusion),
@@ -92,5 +101,8 @@ def score(
                 for name in sorted({s for s in sequences if s is not None})
             },
             "patch_grid": list(train.patches.shape[1:3]),
+            "interval_over": "images" if groups is None else f"{int(groups.max()) + 1} blocks of frames",
         },
+        per_sample=tallies(counts),
+        groups=groups,
     )

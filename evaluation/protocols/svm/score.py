@@ -66,6 +66,7 @@ def score(
             "val_top1_by_C": by_setting(cs, hits, num_val),
             "selection": f"{num_folds}-fold" if num_folds > 1 else f"held-out {num_val} of {len(fold)}",
         },
+        per_sample=predicted == test.labels,
     )
 
 

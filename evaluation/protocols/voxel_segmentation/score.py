@@ -32,6 +32,7 @@ from evaluation.metrics import (
     iou_per_class,
     jackknife_interval,
     mean_iou,
+    tallies,
 )
 from evaluation.protocol import EvaluationError
 from evaluation.protocols.linear_maps import Fit, Standardiser, draw_places, folds_of, nearest
@@ -106,4 +107,5 @@ def score(
             "iou_per_class": [None if value != value else value for value in iou_per_class(confusion).tolist()],
             "patch_grids": [list(tokens.shape[1:-1]) for tokens in train.maps],
         },
+        per_sample=tallies(counts),
     )

@@ -1,0 +1,130 @@
+"""Is one checkpoint better than another, by what their evaluations say sample by sample?
+
+Not here: the statistics (`evaluation.comparison`), evaluating (`pretrain.evaluations`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evaluation.comparison import Difference, are_comparable, difference
+from evaluation.protocol import FRACTION, EvaluationError, Metric, format_value
+from evaluation.results import EvaluationResult, ResultStore
+from pretrain.errors import RequestError, listed
+from pretrain.record.remote_runs import brought
+
+if TYPE_CHECKING:
+    from pretrain.record.events import Evaluated
+
+__all__ = ["Compared", "compare", "format_difference", "over"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One task that both checkpoints were evaluated by.
+
+    Attributes:
+        protocol, data: Of the task; `data` as the evaluation of the second one was given it.
+        metric: Its headline.
+        first, second: The scores.
+        difference: Of the second to the first; None where a result keeps nothing of single samples.
+        num_test: Test samples that the scores are of; 0: not recorded.
+    """
+
+    protocol: str
+    data: str
+    metric: Metric
+    first: float
+    second: float
+    difference: Difference | None
+    num_test: int
+
+    @property
+    def verdict(self) -> str:
+        """In words, which of them is better."""
+        if self.difference is None:
+            return "not known: evaluated before single samples were kept"
+        if not self.difference.is_beyond_noise:
+            return "within noise"
+        return "better" if self.difference.is_better(self.metric) else "worse"
+
+
+def compare(first: str, second: str, *, storage: str | os.PathLike[str] = "runs") -> list[Compared]:
+    """Compare two checkpoints by all tasks that both were evaluated by, on the same test samples.
+
+    Args:
+        first, second: As for `pretrain.evaluations.evaluate`.
+        storage: Root of runs and evaluations, a directory or URI.
+
+    Returns:
+        In the order of protocols and data.
+
+    Raises:
+        RequestError: An unknown checkpoint, or no evaluation that both of them have.
+    """
+    from backbones.io import weights_digest
+    from pretrain.checkpoints.references import resolve
+
+    root = brought(storage)
+    store = ResultStore(root)
+    digests = [weights_digest(resolve(reference, root)) for reference in (first, second)]
+    of_both: tuple[list[EvaluationResult], list[EvaluationResult]] = ([], [])
+    for result in store.all():
+        for results, digest in zip(of_both, digests, strict=True):
+            if result.weights_digest == digest and result.described:
+                results.append(result)
+    found = [_compared(store, one, other) for one in of_both[0] for other in of_both[1] if are_comparable(one, other)]
+    if not found:
+        missing = [name for name, results in zip((first, second), of_both, strict=True) if not results]
+        what = f"no evaluation of {listed(missing)}" if missing else "no evaluation that both have, on the same samples"
+        raise RequestError(f"{what} in {root}; `pretrain evaluate CHECKPOINT --data NAME=DIRECTORY` makes one")
+    return sorted(found, key=lambda one: (one.protocol, one.data))
+
+
+def over(first: Evaluated, last: Evaluated, storage: Path) -> Difference | None:
+    """How much higher the headline of `last` is than that of `first`, of the same task; None where it is not known."""
+    store, metric = ResultStore(storage), last.headline.name
+    before, after = store.per_sample(first.key), store.per_sample(last.key)
+    if before is None or after is None:
+        return None
+    try:
+        return difference(metric, before, after)
+    except EvaluationError:  # the data were others by then
+        return None
+
+
+def format_difference(found: Difference, unit: str) -> str:
+    """A difference for people: "+2.5 points [0.4, 4.6]" of fractions, "+0.12 dB [-0.1, 0.3]" of others."""
+    value, low, high = (100 * number if unit == FRACTION else number for number in found)
+    what = "points" if unit == FRACTION else unit
+    form = "{:+.1f}" if unit == FRACTION else "{:+.3g}"
+    return f"{form.format(value)} {what}".rstrip() + f" [{form.format(low)}, {form.format(high)}]"
+
+
+def _compared(store: ResultStore, one: EvaluationResult, other: EvaluationResult) -> Compared:
+    metric = next(metric for metric in other.described if metric.headline)
+    rows = [store.per_sample(result.key) for result in (one, other)]
+    known = None if rows[0] is None or rows[1] is None else difference(metric.name, rows[0], rows[1])
+    num_test = int(other.details.get("num_scored", other.details.get("num_test", 0)))
+    return Compared(
+        other.protocol, other.data, metric, one.metrics[metric.name], other.metrics[metric.name], known, num_test
+    )
+
+
+def scores_of(compared: Sequence[Compared]) -> list[list[str]]:
+    """Rows of a table: task, both scores, difference with its interval, n, verdict."""
+    return [
+        [
+            f"{one.protocol}/{one.data} {one.metric.name}",
+            format_value(one.first, one.metric.unit),
+            format_value(one.second, one.metric.unit),
+            "" if one.difference is None else format_difference(one.difference, one.metric.unit),
+            str(one.num_test or ""),
+            one.verdict,
+        ]
+        for one in compared
+    ]
