@@ -12,17 +12,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from evaluation.protocol import EvaluationError, Metric
 
-if TYPE_CHECKING:
-    from evaluation.results import EvaluationResult
-
-__all__ = ["SUMMED", "Z_95", "Difference", "PerSample", "are_comparable", "difference"]
+__all__ = ["SUMMED", "Z_95", "Difference", "PerSample", "difference"]
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 Rows = npt.NDArray[np.float64]
@@ -78,18 +75,6 @@ class Difference(NamedTuple):
     def is_better(self, metric: Metric) -> bool:
         """Whether the second one is better, beyond noise."""
         return self.low > 0 if metric.better == "higher" else self.high < 0
-
-
-def are_comparable(one: EvaluationResult, other: EvaluationResult) -> bool:
-    """Whether two results are of the same protocol on the same samples, seen and scored alike."""
-    return all(
-        _what_decides(one, name) == _what_decides(other, name)
-        for name in ("protocol", "version", "data_digest", "image_size", "seed", "num_test", "num_scored")
-    )
-
-
-def _what_decides(result: EvaluationResult, name: str) -> object:
-    return getattr(result, name) if hasattr(result, name) else result.details.get(name)
 
 
 def difference(metric: str, first: PerSample, second: PerSample) -> Difference:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluation.comparison import Difference, are_comparable, difference
+from evaluation.comparison import Difference, difference
 from evaluation.protocol import FRACTION, EvaluationError, Metric, format_value
 from evaluation.results import EvaluationResult, ResultStore
 from pretrain.errors import RequestError, listed
@@ -77,7 +77,7 @@ def compare(first: str, second: str, *, storage: str | os.PathLike[str] = "runs"
         for results, digest in zip(of_both, digests, strict=True):
             if result.weights_digest == digest and result.described:
                 results.append(result)
-    found = [_compared(store, one, other) for one in of_both[0] for other in of_both[1] if are_comparable(one, other)]
+    found = [_compared(store, one, other) for one in of_both[0] for other in of_both[1] if _are_comparable(one, other)]
     if not found:
         missing = [name for name, results in zip((first, second), of_both, strict=True) if not results]
         what = f"no evaluation of {listed(missing)}" if missing else "no evaluation that both have, on the same samples"
@@ -103,6 +103,18 @@ def format_difference(found: Difference, unit: str) -> str:
     what = "points" if unit == FRACTION else unit
     form = "{:+.1f}" if unit == FRACTION else "{:+.3g}"
     return f"{form.format(value)} {what}".rstrip() + f" [{form.format(low)}, {form.format(high)}]"
+
+
+def _are_comparable(one: EvaluationResult, other: EvaluationResult) -> bool:
+    """Whether two results are of the same protocol on the same samples, seen and scored alike."""
+    return all(
+        _what_decides(one, name) == _what_decides(other, name)
+        for name in ("protocol", "version", "data_digest", "image_size", "seed", "num_test", "num_scored")
+    )
+
+
+def _what_decides(result: EvaluationResult, name: str) -> object:
+    return getattr(result, name) if hasattr(result, name) else result.details.get(name)
 
 
 def _compared(store: ResultStore, one: EvaluationResult, other: EvaluationResult) -> Compared:
