@@ -19,6 +19,7 @@ __all__ = [
     "by_setting",
     "choose_cell",
     "hold_out",
+    "how_held_out",
     "random_folds",
     "sequence_folds",
     "stratified_folds",
@@ -92,6 +93,11 @@ def hold_out(fold: Tensor, *, holdout_from: int) -> tuple[Tensor, int]:
     if len(fold) >= holdout_from:
         fold = fold.where(fold <= 0, NEVER_HELD_OUT)
     return fold, int(fold.max()) + 1
+
+
+def how_held_out(fold: Tensor, num_folds: int) -> str:
+    """What `hold_out` returned, for people: "5-fold", or "held-out 400 of 2000"."""
+    return f"{num_folds}-fold" if num_folds > 1 else f"held-out {int((fold != NEVER_HELD_OUT).sum())} of {len(fold)}"
 
 
 def by_setting(grid: Sequence[float], values: Tensor, total: float = 1.0) -> dict[str, float]:

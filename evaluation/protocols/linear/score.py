@@ -22,7 +22,7 @@ from evaluation.extraction.forward import Pooled
 from evaluation.metrics import Outcome, top1_metrics, top_k_accuracy
 from evaluation.pooling import joined, standardised
 from evaluation.protocol import EvaluationError
-from evaluation.selection import NEVER_HELD_OUT, by_setting, choose_cell, hold_out, stratified_folds
+from evaluation.selection import NEVER_HELD_OUT, by_setting, choose_cell, hold_out, how_held_out, stratified_folds
 
 __all__ = ["Heads", "fit_heads", "score"]
 
@@ -69,7 +69,7 @@ def score(
             "at_grid_edge": at_edge,
             "val_top1_by_lr": by_setting(params["lrs"], val_hits, num_val),
             "test_top1_by_lr": by_setting(params["lrs"], hits, len(y_test)),
-            "selection": f"{num_folds}-fold" if num_folds > 1 else f"held-out {num_val} of {len(fold)}",
+            "selection": how_held_out(fold, num_folds),
             "majority_top1": float((y_test == torch.bincount(y_train).argmax()).double().mean()),
             **({"top5": top_k_accuracy(logits[cell], y_test, 5)} if num_classes > 5 else {}),
         },

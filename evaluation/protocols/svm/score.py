@@ -24,7 +24,7 @@ from evaluation.extraction.forward import Pooled
 from evaluation.metrics import Outcome, top1_metrics
 from evaluation.pooling import joined, standardised
 from evaluation.protocol import EvaluationError
-from evaluation.selection import NEVER_HELD_OUT, by_setting, choose_cell, hold_out, stratified_folds
+from evaluation.selection import NEVER_HELD_OUT, by_setting, choose_cell, hold_out, how_held_out, stratified_folds
 
 __all__ = ["score", "svm_predictions"]
 
@@ -64,7 +64,7 @@ def score(
             "C": cs[cell],
             "at_grid_edge": at_edge,
             "val_top1_by_C": by_setting(cs, hits, num_val),
-            "selection": f"{num_folds}-fold" if num_folds > 1 else f"held-out {num_val} of {len(fold)}",
+            "selection": how_held_out(fold, num_folds),
         },
         per_sample=predicted == test.labels,
     )

@@ -1,0 +1,1 @@
+"""Closed-form linear classifier on frozen features."""
