@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module
 from itertools import islice
@@ -204,9 +205,11 @@ class Place:
         score: The headline's value.
         interval: Its 95 % interval, for people; empty where none was recorded.
         num_test: Test samples that the score is of; 0: not recorded.
-        run: "(by hand)" for a checkpoint evaluated outside a run.
-        step: None for such a checkpoint.
+        run: Whose checkpoint it is; "(by hand)" of weights that no run has evaluated.
+        step: None for such weights.
         recipe: Of the run.
+        by_hand: Evaluated outside the run.
+        data_digest: What the data were; empty: not recorded.
     """
 
     protocol: str
@@ -218,6 +221,8 @@ class Place:
     run: str
     step: int | None
     recipe: Path | None = None
+    by_hand: bool = False
+    data_digest: str = ""
 
     @property
     def start(self) -> str:
@@ -231,10 +236,12 @@ class Place:
 def leaderboard(storage: str | os.PathLike[str] = "runs") -> list[Place]:
     """All headline scores under `storage`, of runs and by hand: by protocol and data, the best first.
 
-    Of equal scores that of the newest run comes first. Scores in different units are listed apart.
+    Of equal scores that of the newest run comes first. Scores in different units are listed apart, and so are scores on
+    other samples, whatever the data were called: data have the name by which the newest run knows them, and the
+    beginning of their digest where that name is of other data as well.
     """
     groups: dict[tuple[str, str, Metric], list[Place]] = {}
-    for place in _places(brought(storage)):
+    for place in _with_one_name(list(_places(brought(storage)))):
         groups.setdefault((place.protocol, place.data, place.metric), []).append(place)
     order = sorted(groups, key=lambda group: (group[0], group[1], group[2].name, group[2].unit))
     return [
@@ -260,6 +267,7 @@ def _places(storage: Path) -> list[Place]:
     """Newest runs first, then what was evaluated by hand."""
     found: list[Place] = []
     of_runs: set[str] = set()
+    owners: dict[str, Place] = {}  # of weights
     for run in reversed(runs_in(storage)):
         try:
             events, _ = read_events(run.evaluations)
@@ -269,7 +277,12 @@ def _places(storage: Path) -> list[Place]:
         scores = [event for event in events if isinstance(event, Evaluated)]
         of_runs.update(event.key for event in scores)
         newest = {(event.step, event.task): event for event in scores}  # a run and a schedule may both tell of one
-        found += [_place(event, run.run_id, event.step, run.recipe) for event in newest.values()]
+        for event in newest.values():
+            known = event if event.data_digest else _with_digests(event, storage)
+            place = _place(known, run.run_id, event.step, run.recipe)
+            found.append(place)
+            owners.setdefault(known.weights_digest, place)
+    owners.pop("", None)
     for path in sorted((storage / "evaluations").glob("*.json")):
         if path.stem in of_runs:
             continue
@@ -283,14 +296,53 @@ def _places(storage: Path) -> list[Place]:
         except (ValueError, TypeError, AttributeError, OSError) as error:
             log.warning("%s: not an evaluation, passed over (%s: %s)", path, type(error).__name__, error)
             continue
-        found.append(_place(scored, "(by hand)", None))
+        owner = owners.get(scored.weights_digest)
+        if owner is None:
+            found.append(_place(scored, "(by hand)", None, by_hand=True))
+        else:
+            found.append(_place(scored, owner.run, owner.step, owner.recipe, by_hand=True))
     return found
 
 
-def _place(event: Evaluated, run: str, step: int | None, recipe: Path | None = None) -> Place:
+def _with_digests(event: Evaluated, storage: Path) -> Evaluated:
+    """With those of data and weights, as the store of results has them: records of older runs do not say."""
+    try:
+        record = parse_json((storage / "evaluations" / f"{event.key}.json").read_text())
+        data, weights = str(record.get("data_digest", "")), str(record.get("weights_digest", ""))
+    except (OSError, ValueError, AttributeError):
+        return event
+    return replace(event, data_digest=data, weights_digest=weights)
+
+
+def _with_one_name(places: Sequence[Place]) -> list[Place]:
+    """The same places, each data set by one name, and no two by the same."""
+    name_of: dict[str, str] = {}
+    for place in places:
+        name_of.setdefault(place.data_digest or f"named {place.data}", place.data)
+    shared = {name for name, count in Counter(name_of.values()).items() if count > 1}
+
+    def named(place: Place) -> str:
+        name = name_of[place.data_digest or f"named {place.data}"]
+        return f"{name}:{place.data_digest[:8]}" if name in shared and place.data_digest else name
+
+    return [replace(place, data=named(place)) for place in places]
+
+
+def _place(event: Evaluated, run: str, step: int | None, recipe: Path | None = None, *, by_hand: bool = False) -> Place:
     headline = event.headline
-    score, interval = event.metrics[headline.name], event.interval
-    return Place(event.protocol, event.data, headline, score, interval, event.num_test, run, step, recipe)
+    return Place(
+        event.protocol,
+        event.data,
+        headline,
+        event.metrics[headline.name],
+        event.interval,
+        event.num_test,
+        run,
+        step,
+        recipe,
+        by_hand,
+        event.data_digest,
+    )
 
 
 @cache  # by protocol and data, the leaderboard asks several times
@@ -335,6 +387,8 @@ def _event(step: int, result: EvaluationResult) -> Evaluated:
         cached=result.cached,
         described=tuple(asdict(metric) for metric in result.described),
         num_test=_num_scored(result.details),
+        data_digest=result.data_digest,
+        weights_digest=result.weights_digest,
     )
 
 

@@ -237,7 +237,8 @@ def leaderboard(protocol: str | None, data: str | None, everything: bool, storag
         for place in shown:
             step = "" if place.step is None else f"{place.step} {place.start}".rstrip()
             score = format_value(place.score, metric.unit)
-            rows.append([score, place.interval, str(place.num_test or ""), step, place.run])
+            run = f"{place.run} (by hand)" if place.by_hand and place.step is not None else place.run
+            rows.append([score, place.interval, str(place.num_test or ""), step, run])
         print_table(("score", "95 % CI", "n", "step", "run"), rows)
         if len(shown) < len(places):
             say(f"and {len(places) - len(shown)} more; --all shows them")

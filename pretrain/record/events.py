@@ -302,6 +302,8 @@ class Evaluated(Event):
         seconds: Wall time of the computation.
         cached: Whether the result was known before.
         num_test: Test samples that the headline is of; 0 in records of older versions.
+        data_digest, weights_digest: What the data and the weights were, whatever they are called; empty in records of
+            older versions.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -314,6 +316,8 @@ class Evaluated(Event):
     cached: bool
     described: tuple[Mapping[str, Any], ...] = ()
     num_test: int = 0
+    data_digest: str = ""
+    weights_digest: str = ""
 
     @cached_property
     def reported(self) -> tuple[Metric, ...]:

@@ -134,6 +134,35 @@ def test_ranking__is_the_order_of_all_scores_after_each(better: str) -> None:
     assert list(ranking.best())
 
 
+def test_leaderboard__joins_by_data_and_weights_and_not_by_what_they_are_called(tmp_path: Path) -> None:
+    """Two names of one data set are one task, one name of two data sets is two, and weights belong to their run."""
+
+    def result(key: str, data: str, digest: str, weights: str, top1: float) -> None:
+        fields = {"key": key, "protocol": "knn", "version": 1, "data": data, "data_digest": digest}
+        numbers = {"weights_digest": weights, "metrics": {"top1": top1}, "details": {}, "seconds": 1.0}
+        (tmp_path / "evaluations").mkdir(exist_ok=True)
+        (tmp_path / "evaluations" / f"{key}.json").write_text(json.dumps({**fields, **numbers}))
+
+    run = RunDir(tmp_path / "a")
+    run.path.mkdir()
+    run.recipe.touch()
+    of_run = replace(score(10, 0.5), key="of-run", data_digest="1234567890", weights_digest="w10")
+    older = replace(score(20, 0.7), key="older")  # whose record does not say what the data were: the store does
+    run.evaluations.write_text("".join(f"{json.dumps(event.to_json())}\n" for event in (of_run, older)))
+    result("older", "photos", "1234567890", "w20", 0.7)
+    result("same-data", "pictures", "1234567890", "w10", 0.6)
+    result("other-data", "photos", "fedcba9876", "w20", 0.9)
+    result("other-weights", "photos", "fedcba9876", "elsewhere", 0.8)
+    found = [(place.data, place.score, place.run, place.step, place.by_hand) for place in leaderboard(tmp_path)]
+    assert found == [
+        ("photos:12345678", 0.7, "a", 20, False),
+        ("photos:12345678", 0.6, "a", 10, True),
+        ("photos:12345678", 0.5, "a", 10, False),
+        ("photos:fedcba98", 0.9, "a", 20, True),
+        ("photos:fedcba98", 0.8, "(by hand)", None, True),
+    ]
+
+
 def test_leaderboard__what_is_damaged_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = RunDir(tmp_path / "a")
     run.path.mkdir()
