@@ -113,6 +113,7 @@ class Protocol:
             headline is the one that says so, else the first that has a direction.
         params: Every number the head depends on.
         usual_for: Kinds of backbones that are evaluated so unless protocols are named; None: all that it fits.
+        kinds: Kinds of backbones that it is for; None: all that give its `tokens`.
         num_layers: With tokens="pooled", of how many of the last layers there are features, see `Pooled.inner`.
 
     Raises:
@@ -129,6 +130,7 @@ class Protocol:
     params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     usual_for: tuple[str, ...] | None = None
     num_layers: int = 1
+    kinds: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.label not in ([None] if self.tokens == "decoded" else [*LABELS, None]):

@@ -87,7 +87,7 @@ def fitting(kind: str, among: Iterable[str] = PROTOCOLS) -> tuple[str, ...]:
         EvaluationError: as `protocol`, for names in `among`.
     """
     known = EXTRACTIONS.get(kind)
-    return tuple(name for name in among if known is None or fits(protocol(name), known.tokens, known.axes))
+    return tuple(name for name in among if known is None or fits(protocol(name), kind, known.tokens, known.axes))
 
 
 def describe(name: str, reported: Iterable[str], facts: Iterable[Mapping[str, Any]] = ()) -> tuple[Metric, ...]:

@@ -416,7 +416,7 @@ def _suitable_protocols(checkpoint: Path, directory: Path) -> list[str]:
         name
         for name, spec in ((name, protocol(name)) for name in names())
         if (spec.usual_for is None or kind in spec.usual_for)
-        and fits(spec, extraction.tokens, extraction.axes)
+        and fits(spec, kind, extraction.tokens, extraction.axes)
         and has_labels(dataset, spec.target_label)
         and (spec.tokens != "decoded" or "decoder" in (heads_spec(checkpoint) or {}))
     ]

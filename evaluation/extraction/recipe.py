@@ -130,10 +130,11 @@ def _all() -> dict[str, EntryPoint]:
     return built_in | by_name(entry_points(group=ENTRY_POINT_GROUP), "extraction", places, EvaluationError)
 
 
-def fits(spec: Protocol, tokens: tuple[str, ...], axes: int) -> bool:
+def fits(spec: Protocol, kind: str, tokens: tuple[str, ...], axes: int) -> bool:
     """Whether a protocol can use what a kind of backbone gives: these sorts of features, maps of so many axes."""
     label = spec.target_label
-    return spec.tokens in tokens and (label is None or label.axes in (0, axes))
+    is_for = spec.kinds is None or kind in spec.kinds
+    return is_for and spec.tokens in tokens and (label is None or label.axes in (0, axes))
 
 
 def feature_recipe(
@@ -150,7 +151,13 @@ def feature_recipe(
     Raises:
         EvaluationError: The protocol, the backbone and the size do not go together.
     """
-    if not fits(spec, extraction.tokens, extraction.axes):
+    kind = architecture.get("kind", "image")
+    if spec.kinds is not None and kind not in spec.kinds:
+        raise EvaluationError(
+            f"protocol {spec.name!r} is for backbones of kind {' and '.join(spec.kinds)}; "
+            f"backbone {architecture.get('name')!r} is of kind {kind}"
+        )
+    if not fits(spec, kind, extraction.tokens, extraction.axes):
         maps, label = spec.tokens in extraction.tokens, spec.target_label
         needs = f"maps of {label.axes} axes" if maps and label else f"{spec.tokens!r} features"
         gives = f"{extraction.axes}" if maps else " and ".join(map(repr, extraction.tokens))

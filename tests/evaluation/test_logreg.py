@@ -92,6 +92,7 @@ def test_score__test_labels_choose_nothing() -> None:
     wrong = _score(train, dataclasses.replace(test, labels=test.labels.roll(1)))
     for name in ("C", "val_top1_by_C"):
         assert wrong.details[name] == honest.details[name]
+    assert honest.per_sample.double().mean() == pytest.approx(honest.metrics["top1"])
     assert wrong.metrics["top1"] < honest.metrics["top1"] - 0.1
 
 

@@ -56,8 +56,9 @@ def score(
     cell, at_edge = choose_cell(hits, loss)
     (classifier,) = fitted(x_train, y_train, [cs[cell]], **stop)
     logits = classifier.logits(x_test, num_classes).cpu()
+    predicted = logits.argmax(1)
     return Outcome(
-        metrics={**top1_metrics(logits.argmax(1), test.labels, num_classes), "val_top1": float(hits[cell]) / num_val},
+        metrics={**top1_metrics(predicted, test.labels, num_classes), "val_top1": float(hits[cell]) / num_val},
         details={
             "C": cs[cell],
             "at_grid_edge": at_edge,
@@ -66,6 +67,7 @@ def score(
             "converged": classifier.converged,
             **({"top5": top_k_accuracy(logits, test.labels, 5)} if num_classes > 5 else {}),
         },
+        per_sample=predicted == test.labels,
     )
 
 

@@ -70,6 +70,7 @@ def score(
             "selection": how_held_out(fold, num_folds),
             "majority_top1": float((test.labels == torch.bincount(train.labels).argmax()).double().mean()),
         },
+        per_sample=predicted == test.labels,
     )
 
 

@@ -1,0 +1,1 @@
+"""How many directions pooled features use, without labels."""
