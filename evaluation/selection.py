@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "LEAST_BLOCKS",
     "NEVER_HELD_OUT",
+    "blocks_named",
     "blocks_of",
     "by_setting",
     "choose_cell",
@@ -78,6 +79,11 @@ def blocks_of(sequences: Sequence[str | None]) -> Tensor | None:
         for part in torch.tensor(members).tensor_split(min(per_sequence, len(members))):
             block[part], number = number, number + 1
     return block
+
+
+def blocks_named(groups: Tensor | None) -> str:
+    """What an interval over `blocks_of` images is over, for people."""
+    return "images" if groups is None else f"{int(groups.max()) + 1} blocks of frames"
 
 
 def hold_out(fold: Tensor, *, holdout_from: int) -> tuple[Tensor, int]:

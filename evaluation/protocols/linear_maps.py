@@ -31,9 +31,20 @@ from torch import Tensor
 from evaluation.data import IGNORED, LabelMaps
 from evaluation.metrics import confusion_matrix
 from evaluation.protocol import EvaluationError
+from evaluation.protocols.label_maps import MajorityMap
 from evaluation.selection import hold_out, random_folds, sequence_folds
 
-__all__ = ["Fit", "Places", "Standardiser", "draw_places", "folds_of", "logits_at", "nearest", "upsampled"]
+__all__ = [
+    "Fit",
+    "Places",
+    "Standardiser",
+    "draw_places",
+    "folds_of",
+    "logits_at",
+    "shuffled",
+    "upsampled",
+    "warm_cosine",
+]
 
 EPS = 1e-5  # BatchNorm's
 
@@ -85,7 +96,7 @@ class Places:
 
     points: Tensor  # (n, P, A) float32 in [-1, 1]
     labels: Tensor  # (n, P) int16, IGNORED where ignored
-    majority: npt.NDArray[np.int64]  # (S...) most frequent class per position
+    majority: MajorityMap
     sequences: list[str | None]
 
 
@@ -98,7 +109,7 @@ def draw_places(maps: LabelMaps, num_classes: int, per_sample: int, seed: int) -
     points = torch.empty(len(maps), per_sample, maps.axes)
     drawn = torch.empty(len(maps), per_sample, dtype=torch.int16)
     sequences: list[str | None] = []
-    counts: npt.NDArray[np.int32] | None = None
+    majority = MajorityMap(num_classes)
     generator = torch.Generator().manual_seed(seed)
     for sample_idx in range(len(maps)):
         labels, sequence = maps.read(sample_idx)
@@ -107,21 +118,11 @@ def draw_places(maps: LabelMaps, num_classes: int, per_sample: int, seed: int) -
         points[sample_idx] = torch.stack(centers[::-1], dim=1)
         drawn[sample_idx] = torch.from_numpy(labels)[tuple(place)].to(torch.int16)
         sequences.append(sequence)
-        if counts is None:  # maps of other sizes are brought to the size of the first
-            counts = np.zeros((num_classes, *labels.shape), np.int32)
-        at_size = nearest(labels, counts.shape[1:])
-        where = np.nonzero(at_size != IGNORED)
-        counts[(at_size[where], *where)] += 1
-    if counts is None or (drawn == IGNORED).all():
+        majority.add(labels)
+    if (drawn == IGNORED).all():
         noun = "voxel in the training volumes" if maps.axes == 3 else "pixel in the training images"
         raise EvaluationError(f"no labelled {noun}: every label is ignore_index")
-    return Places(points, drawn, counts.argmax(axis=0), sequences)
-
-
-def nearest(labels: npt.NDArray[np.int64], size: Sequence[int]) -> npt.NDArray[np.int64]:
-    """A label map at another size by nearest pixel or voxel; the same map when the size fits."""
-    places = [(np.arange(target) * source) // target for target, source in zip(size, labels.shape, strict=True)]
-    return labels[np.ix_(*places)]
+    return Places(points, drawn, majority, sequences)
 
 
 def folds_of(sequences: list[str | None], params: Mapping[str, Any], seed: int, noun: str) -> tuple[Tensor, str]:
@@ -182,9 +183,9 @@ class Fit:
             for lr, weight, bias in zip(lrs, weights, biases, strict=True)
         ]
         optimizer = torch.optim.AdamW(cells, betas=params["betas"], weight_decay=params["weight_decay"])
-        warm_cosine = partial(_warm_cosine, steps=steps, warmup=params["warmup"])
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine)
-        for rows in _shuffled(sample_idx, batch_size, steps, generator):
+        schedule_of = partial(warm_cosine, steps=steps, warmup=params["warmup"])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_of)
+        for rows in shuffled(sample_idx, batch_size, steps, generator):
             drawn = torch.randint(self.places.labels.shape[1], (self.per_step,), generator=generator)
             logits = self._logits(self._rows(rows), torch.cat(weights), torch.cat(biases))
             loss = self._loss(logits, self.places.points[rows][:, drawn], self.places.labels[rows][:, drawn])
@@ -265,7 +266,7 @@ def _soft_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return ((1 - dice) * occurs).sum(dim=1) / occurs.sum(dim=1).clamp(min=1)
 
 
-def _shuffled(sample_idx: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+def shuffled(sample_idx: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
     """`steps` batches of samples: epochs of fresh permutations, the short last batch of an epoch dropped."""
     done = 0
     while True:
@@ -277,7 +278,7 @@ def _shuffled(sample_idx: Tensor, batch_size: int, steps: int, generator: torch.
             done += 1
 
 
-def _warm_cosine(step: int, steps: int, warmup: float) -> float:
+def warm_cosine(step: int, steps: int, warmup: float) -> float:
     """Share of the learning rate at `step`: linear over the first `warmup` of the steps, then cosine to zero."""
     warm = max(1, round(warmup * steps))
     if step < warm:

@@ -19,8 +19,11 @@ from torch import Tensor
 
 from backbones.io import save_backbone
 from backbones.registry import create_backbone
-from evaluation.data import EvaluationData, LabelMaps
+from data_pipelines.decode import decode_image
+from data_pipelines.shards.dataset import Dataset, open_dataset
+from evaluation.data import DepthMaps, EvaluationData, LabelMaps
 from evaluation.extraction.images import Dense, Pooled
+from evaluation.protocol import LABELS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE_PX = 16  # of the tiny images
@@ -174,5 +177,45 @@ def dense(png: Callable[[npt.NDArray[Any]], bytes]) -> Callable[..., Dense]:
         stored: Any = StoredMaps(masks, png)
         maps = LabelMaps(stored, num_classes=num_classes, ignore_index=ignore_index, sequences=sequences or {})
         return Dense(patches.astype(np.float16), maps)
+
+    return make
+
+
+class PickedSamples:
+    """Some samples of a `Dataset`, for tests that have no time for all of them."""
+
+    def __init__(self, dataset: Dataset, numbers: Sequence[int]) -> None:
+        self._dataset, self._numbers = dataset, numbers
+        self.num_samples = len(numbers)
+
+    def read(self, sample_idx: int) -> dict[str, Any]:
+        return self._dataset.read(self._numbers[sample_idx])
+
+    def where(self, sample_idx: int) -> str:
+        return self._dataset.where(self._numbers[sample_idx])
+
+
+@pytest.fixture
+def pixel_patches(shared_data: Path) -> Callable[..., Dense[Any]]:
+    """`pixel_patches(set, split, numbers, grid)`: real images, whose tokens are 4 x 4 colors, and their labels."""
+
+    def make(name: str, split: str, numbers: Sequence[int], grid: tuple[int, int]) -> Dense[Any]:
+        description = json.loads((shared_data / name / "dataset.json").read_text())
+        samples: Any = PickedSamples(open_dataset(str(shared_data / name / f"{split}-*.tar")), numbers)
+        sequences = description["splits"][split].get("sequences", {})
+        of_key = {key: sequence for sequence, keys in sequences.items() for key in keys}
+        labels: LabelMaps | DepthMaps
+        if "classes" in description:
+            num_classes = len(description["classes"])
+            ignored = description["ignore_index"]
+            labels = LabelMaps(samples, num_classes=num_classes, ignore_index=ignored, sequences=of_key)
+        else:
+            labels = DepthMaps(samples, label=LABELS["depth.png"], scale=0.001, sequences=of_key)
+        tokens = []
+        for number in range(len(numbers)):
+            image = Image.fromarray(decode_image(samples.read(number)["jpg"]))
+            pixels = np.asarray(image.resize((4 * grid[1], 4 * grid[0]), Image.Resampling.BICUBIC)) / 255 - 0.5
+            tokens.append(pixels.reshape(grid[0], 4, grid[1], 4, 3).swapaxes(1, 2).reshape(*grid, 48))
+        return Dense(np.stack(tokens).astype(np.float16), labels)
 
     return make

@@ -31,8 +31,8 @@ from evaluation.metrics import (
     tallies,
 )
 from evaluation.protocol import EvaluationError
-from evaluation.protocols.linear_maps import Fit, Standardiser, draw_places, folds_of, nearest
-from evaluation.selection import blocks_of, by_setting, choose_cell
+from evaluation.protocols.linear_maps import Fit, Standardiser, draw_places, folds_of
+from evaluation.selection import blocks_named, blocks_of, by_setting, choose_cell
 
 __all__ = ["score"]
 
@@ -74,7 +74,7 @@ def score(
         maps = [tokens[sample_idx : sample_idx + 1] for tokens in test.maps]
         predicted = fit.predict(maps, weight, bias, labels.shape)[0].cpu()  # (H, W)
         per_image.append(confusion_matrix(predicted.flatten(), truth.flatten(), num_classes))
-        prior = nearest(pixels.majority, labels.shape)
+        prior = pixels.majority.at(labels.shape)
         prior_per_image.append(confusion_matrix(torch.from_numpy(prior).flatten(), truth.flatten(), num_classes))
         sequences.append(sequence)
     counts = torch.stack(per_image)  # (n, C, C)
@@ -101,7 +101,7 @@ def score(
                 for name in sorted({s for s in sequences if s is not None})
             },
             "patch_grid": list(train.patches.shape[1:3]),
-            "interval_over": "images" if groups is None else f"{int(groups.max()) + 1} blocks of frames",
+            "interval_over": blocks_named(groups),
         },
         per_sample=tallies(counts),
         groups=groups,

@@ -35,7 +35,7 @@ from evaluation.metrics import (
     tallies,
 )
 from evaluation.protocol import EvaluationError
-from evaluation.protocols.linear_maps import Fit, Standardiser, draw_places, folds_of, nearest
+from evaluation.protocols.linear_maps import Fit, Standardiser, draw_places, folds_of
 from evaluation.selection import by_setting, choose_cell
 
 __all__ = ["score"]
@@ -81,7 +81,7 @@ def score(
         maps = [tokens[sample_idx : sample_idx + 1] for tokens in test.maps]
         predicted = fit.predict(maps, weight, bias, labels.shape)[0].cpu()  # (X, Y, Z)
         per_volume.append(confusion_matrix(predicted.flatten(), truth, num_classes))
-        prior = torch.from_numpy(nearest(voxels.majority, labels.shape))
+        prior = torch.from_numpy(voxels.majority.at(labels.shape))
         prior_per_volume.append(confusion_matrix(prior.flatten(), truth, num_classes))
     counts = torch.stack(per_volume)  # (n, C, C)
     confusion = counts.sum(dim=0)

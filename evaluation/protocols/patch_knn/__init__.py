@@ -1,0 +1,1 @@
+"""Segmentation by the labels of the nearest training patches."""
