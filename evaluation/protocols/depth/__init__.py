@@ -1,0 +1,1 @@
+"""Distances from the camera, by a linear layer on frozen patch tokens."""
