@@ -47,7 +47,7 @@ _storage = storage_option(None, "Directory or URI of the runs; default: runs, wi
 @address_option
 @click.option("--run-id", metavar="ID", help="Begin the run of this name, or go on with it; default: a new one.")
 @click.option("--env", metavar="NAME[=VALUE|=@FILE]", multiple=True, help="Of the job; repeatable. Secrets by name.")
-@click.option("--retries", type=click.IntRange(min=0), default=0, help="Restarts without a new checkpoint between.")
+@click.option("--retries", type=click.IntRange(min=0), default=0, help="Of each run, without a new checkpoint between.")
 @click.option("--sweep", is_flag=True, help="A run for each combination of values, in one job: KEY=VALUE,VALUE ...")
 @click.option("--parallel", type=click.IntRange(1), metavar="N", help="Runs of a sweep at a time; default: 1.")
 def submit(

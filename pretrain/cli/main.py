@@ -82,6 +82,7 @@ def cli() -> None:
 @click.option("--run-id", metavar="ID", help="Begin the run of this name, or go on with it; default: a new one.")
 @click.option("--sweep", is_flag=True, help="A run for each combination of values: KEY=VALUE,VALUE ...")
 @click.option("--parallel", type=click.IntRange(1), metavar="N", help="Runs of a sweep at a time; default: 1.")
+@click.option("--retries", type=click.IntRange(min=0), help="Of each run of a sweep, without a new checkpoint between.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen; start nothing, leave nothing.")
 @click.pass_obj
 def run(
@@ -92,6 +93,7 @@ def run(
     run_id: str | None,
     sweep: bool,
     parallel: int | None,
+    retries: int | None,
     dry_run: bool,
 ) -> None:
     """Train RECIPE (a name or a YAML file), evaluate its checkpoints, record everything, print a summary.
@@ -101,10 +103,13 @@ def run(
     finished.
     """
     require_fitting_options(run_id, parallel, sweep=sweep)
+    if retries is not None and not sweep:
+        remedy = "a run begins its workers again by itself (train.max_failures)"
+        raise RequestError(f"--retries {retries}: is of the runs of a sweep; add --sweep, or leave it out: {remedy}")
     if sweep:
         from pretrain.cli.sweep import run_sweep
 
-        run_sweep(recipe, settings, address, parallel or 1, dry_run=dry_run)
+        run_sweep(recipe, settings, address, parallel or 1, retries or 0, dry_run=dry_run)
         return
     from pretrain.config.load import load_plan, replaced_objective
     from pretrain.photos import packed_plan, photo_folder

@@ -31,7 +31,9 @@ __all__ = ["gpus_of_places", "run_sweep"]
 ECHO_S = 1.0  # between two signals that one Ctrl-C sends
 
 
-def run_sweep(recipe: str, settings: Sequence[str], address: str | None, parallel: int, *, dry_run: bool) -> None:
+def run_sweep(
+    recipe: str, settings: Sequence[str], address: str | None, parallel: int, retries: int, *, dry_run: bool
+) -> None:
     """Run all points of a grid that are not done yet, and print the comparison.
 
     Args:
@@ -39,6 +41,7 @@ def run_sweep(recipe: str, settings: Sequence[str], address: str | None, paralle
         settings: `key=value` or `key=value,value,...`.
         address: Of a Ray cluster.
         parallel: Runs at a time.
+        retries: Restarts of each run without a new checkpoint between them.
         dry_run: Only say what would be run.
 
     Raises:
@@ -62,7 +65,7 @@ def run_sweep(recipe: str, settings: Sequence[str], address: str | None, paralle
     from pretrain.config.recipe_files import read_yaml, recipe_path
     from pretrain.sweeps.launcher import LocalRuns
     from pretrain.sweeps.parent import Parent
-    from pretrain.sweeps.queue import Queue
+    from pretrain.sweeps.queue import QUEUE, Queue
     from pretrain.sweeps.sweep import Sweep
 
     name = sweep_id(first.name, recipe, read_yaml(recipe_path(recipe)), settings)
@@ -72,7 +75,7 @@ def run_sweep(recipe: str, settings: Sequence[str], address: str | None, paralle
     if (lock := hold(folder / ".lock")) is None:
         raise RequestError(f"sweep {name}: process {holder(folder / '.lock')} runs it; wait for its end, or stop it")
     with lock:
-        queue = Queue(folder / "queue.jsonl", points)
+        queue = Queue(folder / QUEUE, points)
         write_atomically(folder / "request.json", json.dumps({"recipe": recipe, "settings": [*settings]}).encode())
         left = sum(job.state != "done" for job in queue.jobs)
         say(
@@ -80,7 +83,7 @@ def run_sweep(recipe: str, settings: Sequence[str], address: str | None, paralle
         )
         parent = Parent(name, storage, first.tracking.experiment, " ".join(map(str, _swept(points))))
         launcher = LocalRuns(recipe, address, environments, folder / "logs")
-        sweep = Sweep(first.name, storage, queue, launcher, parallel, say, parent.adopt)
+        sweep = Sweep(first.name, storage, queue, launcher, parallel, say, parent.adopt, retries)
         stop_now = RunDir(folder).stop_now_request
         stop_now.unlink(missing_ok=True)  # it was for a sweep that has ended
         signals: list[float] = []

@@ -143,7 +143,7 @@ def submit_sweep(
         server, recipe, environment: As in `submit`.
         settings: `key=value` or `key=value,value,...`.
         parallel: Runs at a time.
-        retries: Restarts of the sweep, in all.
+        retries: Restarts of each run without a new checkpoint between them.
 
     Raises:
         RequestError, JobServerError: As in `submit`; one line for each mistake of any point.
@@ -169,7 +169,7 @@ def submit_sweep(
         kind="sweep",
         name=sweep,
         directory=Path(first.recipe.storage) / "sweeps" / sweep,
-        command=["run", name, "--sweep", *there, "--parallel", str(parallel)],
+        command=["run", name, "--sweep", *there, "--parallel", str(parallel), *_retries(retries)],
         digest=_digest(*map(plan_yaml, plans), str(parallel)),
         files=files,
         other="job {} runs that sweep with another --parallel or another version of the package; stop it first",
@@ -269,10 +269,15 @@ def _live(attempts: Sequence[Job], work: _Work) -> Job | None:
 
 def _entrypoint(work: _Work, variables: Environment, retries: int) -> list[str]:
     words = ["python", "-m", "pretrain.jobs.supervisor", "--run-dir", str(work.directory)]
-    words += ["--retries", str(retries)] if retries else []
+    words += _retries(retries)
+    words += ["--sweep"] if retries and work.kind == "sweep" else []
     words += [word for name in variables.needed for word in ("--need", name)]
     words += [word for name, path in variables.files.items() for word in ("--file", f"{name}={path}")]
     return [*words, "--", "-m", "pretrain", *work.command]
+
+
+def _retries(number: int) -> list[str]:
+    return ["--retries", str(number)] if number else []
 
 
 def _env_vars(variables: Environment) -> dict[str, str]:

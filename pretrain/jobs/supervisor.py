@@ -1,11 +1,15 @@
 """What runs inside a job: checks its environment, then runs `pretrain run`, and with retries runs it again.
 
-    python -m pretrain.jobs.supervisor --run-dir DIR [--retries N] [--need NAME]... [--file NAME=PATH]... -- COMMAND...
+    python -m pretrain.jobs.supervisor --run-dir DIR [--retries N] [--sweep] [--need NAME]... [--file NAME=PATH]...
+        -- COMMAND...
 
 Ray never restarts a job. Here COMMAND, which goes on where its run is, is run again when it was killed, crashed or
 failed, and when it stopped because a machine is taken away; not when a person asked it to stop, when it is done, or
 when the request is wrong. `N` counts the restarts without a new checkpoint between them. Without retries the command
 takes the place of this process.
+
+A sweep begins its runs again by itself (`pretrain.sweeps.sweep`), each up to `N` times; what it ends with is the end.
+Here it is begun again only when its own process was killed, and a checkpoint of any of its runs is progress.
 
 A stop reaches this process and the command at once (Ray sends SIGTERM to all of a job); a signal that comes to this
 process alone is passed on. Not one that the command has heard as well: a second signal would tell it to end at once.
@@ -24,42 +28,49 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.errors import EXIT_STOPPED
+from pretrain.record import lines
+from pretrain.record.restarts import Restarts
 from pretrain.record.run_dir import RunDir
 from pretrain.record.standing import newest_checkpoint
 from pretrain.screen import say
+from pretrain.sweeps.queue import QUEUE
 
 __all__ = ["main", "supervise"]
 
 PASS_ON_S = 3.0  # how long a signal may take to reach the command by itself
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 POLL_S = 0.2
 
 
-def supervise(command: Sequence[str], run_dir: RunDir, retries: int) -> int:
+def supervise(command: Sequence[str], run_dir: RunDir, retries: int, *, is_sweep: bool = False) -> int:
     """Run a command until it is done, was asked to stop, or has failed too often; its last exit code.
 
     Args:
         command: Word by word; exit codes are those of `pretrain run`.
-        run_dir: Of the run that it goes on with.
+        run_dir: Of the run, or the sweep, that it goes on with.
         retries: Restarts without a new checkpoint between them.
+        is_sweep: Whether it runs a sweep.
     """
     signals: list[float] = []
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda number, frame: signals.append(time.monotonic()))
-    failures, reached = 0, newest_checkpoint(run_dir)
+    final = (0, 1, 2, EXIT_STOPPED) if is_sweep else (0, 2)
+    restarts = Restarts(retries, lambda: _reached(run_dir) if is_sweep else newest_checkpoint(run_dir))
     while True:
         code = _run(command, run_dir, signals)
-        if code in (0, 2) or signals or (code == EXIT_STOPPED and run_dir.is_stop_wanted):
+        if code in final or signals or (code == EXIT_STOPPED and run_dir.is_stop_wanted):
             return code
-        if (now := newest_checkpoint(run_dir)) != reached:
-            failures, reached = 0, now
-        failures += 1
-        if failures > retries:
+        if (seconds := restarts.pause()) is None:
             return code
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        seconds = min(FIRST_PAUSE_S * 2.0 ** (failures - 1), LONGEST_PAUSE_S)
-        say(f"the run {how}; it goes on in {seconds:.0f} s (restart {failures} of {retries} without a checkpoint)")
+        say(f"the {'sweep' if is_sweep else 'run'} {how}; it goes on in {seconds:.0f} s ({restarts})")
         _wait(seconds, signals)
+
+
+def _reached(sweep: RunDir) -> str:
+    """The newest checkpoint of every run that a sweep has begun."""
+    begun = {record["run_id"] for record in lines.records(sweep.path / QUEUE)[0] if "run_id" in record}
+    storage = sweep.path.parents[1]
+    return ", ".join(f"{run_id} {newest_checkpoint(RunDir(storage / run_id))}" for run_id in sorted(begun))
 
 
 def _wait(seconds: float, signals: list[float]) -> None:
@@ -89,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pretrain.jobs.supervisor")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--retries", type=int, default=0)
+    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--need", action="append", default=[], metavar="NAME")
     parser.add_argument("--file", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("command", nargs="+")
@@ -101,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = [sys.executable, *given.command]
     if given.retries == 0:
         os.execv(sys.executable, command)
-    return supervise(command, RunDir(given.run_dir), given.retries)
+    return supervise(command, RunDir(given.run_dir), given.retries, is_sweep=given.sweep)
 
 
 def _prepare_environment(needed: Sequence[str], files: Sequence[str]) -> list[str]:

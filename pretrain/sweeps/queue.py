@@ -16,7 +16,9 @@ from pretrain.errors import EXIT_STOPPED
 from pretrain.record import lines
 from pretrain.sweeps.grid import Point
 
-__all__ = ["Job", "Queue", "State"]
+__all__ = ["QUEUE", "Job", "Queue", "State"]
+
+QUEUE = "queue.jsonl"  # in the folder of a sweep
 
 State = Literal["waiting", "running", "done", "failed", "stopped"]
 

@@ -1,11 +1,12 @@
 """Runs the points of a sweep, at most so many at a time, each as an ordinary run.
 
-What fails stops nothing else. Where the runs are started is the launcher's affair (`pretrain.sweeps.launcher`).
+What fails stops nothing else, and is begun again as often as it may. Where the runs are started is the launcher's affair (`pretrain.sweeps.launcher`).
 """
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any, Generic
 from pretrain.errors import EXIT_STOPPED
 from pretrain.processes import Handle
 from pretrain.record.lock import is_held
+from pretrain.record.restarts import Restarts
 from pretrain.record.run_dir import RunDir, new_run_id
+from pretrain.record.standing import newest_checkpoint
 from pretrain.sweeps.launcher import Launcher
 from pretrain.sweeps.queue import Job, Queue
 
@@ -43,6 +46,9 @@ class Sweep(Generic[Handle]):
         parallel: How many there are at a time.
         say: Gets a line for people about each beginning and end.
         look: Called with the jobs at every look, to follow their runs.
+        retries: Restarts of each run without a new checkpoint between them, when it was killed, crashed, failed, or
+            stopped though nobody asked it to.
+        clock: Seconds, for tests.
     """
 
     def __init__(
@@ -54,12 +60,17 @@ class Sweep(Generic[Handle]):
         parallel: int,
         say: Callable[[str], None],
         look: Callable[[Sequence[Job]], None],
+        retries: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name, self._storage, self._queue, self._launcher = name, storage, queue, launcher
         self._say, self._look = say, look
         self._waiting = [job for job in queue.jobs if job.state == "waiting"]
         self._places: list[_AtWork[Handle] | None] = [None] * parallel
         self._asked, self._at_once = 0, False
+        self._retries, self._clock = retries, clock
+        self._restarts: dict[int, Restarts] = {}  # by number of a point
+        self._not_before: dict[int, float] = {}
 
     def run(self, wait: Callable[[float], Any]) -> None:
         """Until no point waits or runs; `stop` makes that soon."""
@@ -115,15 +126,33 @@ class Sweep(Generic[Handle]):
         self._places[place] = None
         self._queue.ended(at_work.job, code)
         what = at_work.job.state if code >= 0 else f"failed, ended by signal {-code}"
-        self._tell(at_work.job, what if code == 0 else f"{what}: {self._launcher.told(at_work.job)}")
+        what = what if code == 0 else f"{what}: {self._launcher.told(at_work.job)}"
+        self._tell(at_work.job, f"{what}{self._restart(at_work.job, code)}")
+
+    def _restart(self, job: Job, code: int) -> str:
+        """Have a run that ended before its time begin again, if it may; what to say of it."""
+        assert job.run_id is not None
+        run = RunDir(self._storage / job.run_id)
+        if code in (0, 2) or self._asked or (code == EXIT_STOPPED and run.is_stop_wanted):
+            return ""
+        restarts = self._restarts[job.point.number]
+        if (pause := restarts.pause()) is None:
+            return ""
+        self._not_before[job.point.number] = self._clock() + pause
+        self._waiting.insert(0, job)
+        return f"; it goes on in {pause:.0f} s ({restarts})"
 
     def _next(self, place: int) -> _AtWork[Handle] | None:
-        """Start the first point that waits, but for those that a sweep which was killed has left running."""
-        job = next((job for job in self._waiting if not self._is_driven(job)), None)
+        """Start the first point that waits, but for those that pause, or that a killed sweep has left running."""
+        now = self._clock()
+        ready = (job for job in self._waiting if self._not_before.get(job.point.number, now) <= now)
+        job = next((job for job in ready if not self._is_driven(job)), None)
         if job is None:
             return None
         self._waiting.remove(job)
         run_id = job.run_id or new_run_id(self._name)
+        run = RunDir(self._storage / run_id)
+        self._restarts.setdefault(job.point.number, Restarts(self._retries, lambda: newest_checkpoint(run)))
         self._queue.began(job, run_id)
         self._tell(job, f"run {run_id}")
         return _AtWork(job, self._launcher.start(job, run_id, place))

@@ -43,7 +43,9 @@ def test_cli__surface_is_frozen() -> None:
         for name, command in cli.commands.items()
     }
     assert surface == {
-        "run": ["RECIPE", "[KEY=VALUE]...", "--address", "--run-id", "--sweep", "--parallel", "--dry-run"],
+        "run": [
+            *("RECIPE", "[KEY=VALUE]...", "--address", "--run-id", "--sweep", "--parallel", "--retries", "--dry-run"),
+        ],
         "resume": ["RUN_ID", "[KEY=VALUE]...", "--storage"],
         "evaluate": ["CHECKPOINT", "--protocol", "--data", "--batch-size", "--device", "--storage"],
         "compare": ["FIRST", "SECOND", "--storage"],

@@ -181,8 +181,8 @@ def test_submit_sweep__is_one_job_which_runs_it_there(
     settings = ["storage=/shared/runs", "optimizer.base_lr=1e-3,2e-3", "train.seed=1,2"]
     there = [*settings, "storage=/shared/runs", "cluster.address=null"]
     assert job["entrypoint"] == (
-        f"exec python -m pretrain.jobs.supervisor --run-dir /shared/runs/sweeps/{job_id} --retries 3 -- "
-        f"-m pretrain run mine.yaml --sweep {' '.join(there)} --parallel 2"
+        f"exec python -m pretrain.jobs.supervisor --run-dir /shared/runs/sweeps/{job_id} --retries 3 --sweep "
+        f"-- -m pretrain run mine.yaml --sweep {' '.join(there)} --parallel 2 --retries 3"
     )
     # The folder is that which the command makes there.
     assert job_id == sweep_id("mine", "mine.yaml", recipe_content(recipe), there)

@@ -17,7 +17,8 @@ from pretrain.record.run_dir import RunDir
 SUPERVISOR = """
 import sys
 import pretrain.jobs.supervisor as supervisor
-supervisor.FIRST_PAUSE_S = float(sys.argv.pop(1))
+import pretrain.record.restarts as restarts
+restarts.FIRST_PAUSE_S = float(sys.argv.pop(1))
 supervisor.PASS_ON_S = 1.0
 sys.exit(supervisor.main())
 """
@@ -30,9 +31,10 @@ with (here / "starts").open("a") as file:
     file.write("x\\n")
 ends = json.loads((here / "ends").read_text())
 end = ends[min(len((here / "starts").read_text().split()), len(ends)) - 1]
-if "publishes" in end:
-    with (here / "journal.jsonl").open("a") as file:
-        file.write(json.dumps({"time": 1.0, "kind": "checkpoint", "step": 1, "path": end["publishes"]}) + "\\n")
+for what, journal in (("publishes", here), ("run publishes", here.parents[1] / "tiny-7")):
+    if what in end:
+        with (journal / "journal.jsonl").open("a") as file:
+            file.write(json.dumps({"time": 1.0, "kind": "checkpoint", "step": 1, "path": end[what]}) + "\\n")
 if "stop" in end:
     (here / "stop").write_text(end["stop"])
 if "signal" in end:
@@ -90,6 +92,29 @@ def test_supervise__restarts_what_may_go_on(
     out, err = process.communicate(timeout=120)
     assert (process.returncode, starts(tmp_path / "run")) == (code, count), out + err
     assert out.count("it goes on in") == count - 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "count"),
+    [
+        ([{"code": 1}], 1, 1),  # its runs were begun again as often as they may
+        ([{"code": 75}], 75, 1),
+        ([KILL, {"code": 0}], 0, 2),
+        ([KILL], -signal.SIGKILL, 2),
+        ([KILL | {"run publishes": "s1"}, KILL | {"run publishes": "s2"}, {"code": 0}], 0, 3),
+    ],
+)
+def test_supervise__a_sweep_begins_again_when_it_was_killed_itself(
+    ends: list[dict[str, object]], code: int, count: int, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "runs" / "sweeps" / "tiny-1"
+    sweep.mkdir(parents=True)
+    (tmp_path / "runs" / "tiny-7").mkdir()
+    (sweep / "queue.jsonl").write_text('{"what": "began", "point": 0, "run_id": "tiny-7"}\n')
+    process = start(sweep, ends, 1, "--sweep")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, starts(sweep)) == (code % 256, count), out + err
+    assert out.count("the sweep ended by SIGKILL; it goes on in") == count - 1
 
 
 def wait_for(path: Path) -> None:

@@ -16,7 +16,7 @@ from pretrain.cli.sweep import gpus_of_places
 from pretrain.config.load import load_plan
 from pretrain.errors import RequestError
 from pretrain.machine import Machine
-from pretrain.record.events import Evaluated, Metrics
+from pretrain.record.events import CheckpointPublished, Evaluated, Metrics
 from pretrain.record.journal import Journal
 from pretrain.record.lock import hold
 from pretrain.record.run_dir import SIGNALLED, RunDir
@@ -130,10 +130,11 @@ class World:
         self.folder.mkdir(parents=True)
         self.launched, self.said = Launched(), list[str]()
 
-    def sweep(self) -> tuple[Sweep[Process], Queue]:
-        self.launched = Launched()
+    def sweep(self, retries: int = 0) -> tuple[Sweep[Process], Queue]:
+        self.launched, self.now = Launched(), 100.0
         queue = Queue(self.folder / "queue.jsonl", grid(GRID))
-        return Sweep("tiny", self.storage, queue, self.launched, 2, self.said.append, lambda jobs: None), queue
+        follow = (self.said.append, lambda jobs: None)
+        return Sweep("tiny", self.storage, queue, self.launched, 2, *follow, retries, lambda: self.now), queue
 
     def begun(self, run_id: str) -> RunDir:
         """A run that has written something."""
@@ -207,6 +208,50 @@ def test_sweep__stopped_it_begins_nothing_and_waits_for_the_ends(world: World) -
     world.launched.all[1].code = -15  # before it could hear signals
     assert not sweep.tick() and len(world.launched.all) == 2
     assert [job.state for job in queue.jobs] == ["stopped", "stopped", "waiting", "waiting"]
+
+
+def test_sweep__each_run_begins_again_as_often_as_it_may_without_a_checkpoint(world: World) -> None:
+    sweep, queue = world.sweep(retries=1)
+    sweep.tick()
+    first, second = world.launched.all
+    run = world.begun(first.run_id)
+    first.code = 1
+    assert sweep.tick() and [process.job.point.number for process in world.launched.all] == [0, 1, 2]  # it pauses
+    assert world.said[-2].endswith("memory ran out; it goes on in 1 s (restart 1 of 1 without a checkpoint)")
+    third = world.launched.all[2]
+    third.code = -9  # another one's failures are its own
+    assert sweep.tick() and world.launched.all[3].job.point.number == 3
+    world.now += 1.0
+    second.code = 0
+    assert sweep.tick() and world.launched.all[4].run_id in (first.run_id, third.run_id)
+    world.launched.all[3].code = 0
+    assert sweep.tick() and {process.run_id for process in world.launched.live} == {first.run_id, third.run_id}
+    again = {process.run_id: process for process in world.launched.live}
+    with Journal(run.journal) as journal:
+        journal.write(CheckpointPublished(step=10, path="checkpoints/step-00000010"))
+    again[first.run_id].code = again[third.run_id].code = 1
+    assert sweep.tick() and not world.launched.live  # the one without a checkpoint has failed for good
+    assert [job.state for job in queue.jobs][2] == "failed"
+    world.now += 1.0
+    assert sweep.tick()
+    (process,) = world.launched.live
+    assert process.run_id == first.run_id
+    process.code = 0
+    assert not sweep.tick() and [job.state for job in queue.jobs] == ["done", "done", "failed", "done"]
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_sweep__what_a_person_stopped_is_done_or_wrong_does_not_begin_again(code: int, world: World) -> None:
+    sweep, _ = world.sweep(retries=5)
+    sweep.tick()
+    world.begun(world.launched.all[0].run_id).stop_request.touch()
+    world.launched.all[0].code = code
+    assert sweep.tick() and "goes on" not in "".join(world.said)
+    world.launched.all[1].code = 75  # by nobody's request: its machine is taken away
+    assert sweep.tick() and "stopped: error: memory ran out; it goes on in 1 s" in world.said[-2]
+    sweep.stop()
+    world.launched.live[0].code = 1
+    assert sweep.tick() and "goes on" not in world.said[-1]
 
 
 def test_sweep__a_run_that_has_heard_the_signal_itself_is_not_told_again(world: World) -> None:
@@ -339,6 +384,8 @@ def test_run__parallel_without_a_sweep(
     monkeypatch.chdir(tmp_path)
     assert main(["run", "demo", "--parallel", "2"]) == 2
     assert capsys.readouterr().err.startswith("error: --parallel 2: is how many runs of a sweep")
+    assert main(["run", "demo", "--retries", "2"]) == 2
+    assert capsys.readouterr().err.startswith("error: --retries 2: is of the runs of a sweep; add --sweep, or leave it")
     assert list(tmp_path.iterdir()) == []
 
 
