@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,15 @@ from pretrain.record.remote_runs import bring, brought, is_elsewhere
 from pretrain.record.run_dir import EXPORTED_FILES, HEADS, MANIFEST, RunDir, runs_in
 from pretrain.record.scores import best_steps
 from pretrain.remote.places import uri_of
-from pretrain.tracking.client import MODEL_NAME, artifact_uri, connect, default_database, default_uri, verdict
+from pretrain.tracking.client import (
+    MODEL_NAME,
+    artifact_uri,
+    connect,
+    default_database,
+    default_uri,
+    require_answer,
+    verdict,
+)
 from pretrain.tracking.cursor import Cursor
 
 if TYPE_CHECKING:
@@ -412,8 +421,10 @@ def _registered_by(mlflow_run_id: str, step: str, uri: str) -> Path:
 
 @contextmanager
 def _reachable(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises for a dead server into one line."""
+    """Turn what MLflow raises for a dead server into one line; such a one is noticed before MLflow is imported."""
     try:
+        if "mlflow" not in sys.modules:
+            require_answer(uri)
         yield
     except (RequestError, CheckpointError):
         raise

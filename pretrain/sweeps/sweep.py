@@ -1,6 +1,7 @@
 """Runs the points of a sweep, at most so many at a time, each as an ordinary run.
 
-What fails stops nothing else, and is begun again as often as it may. Where the runs are started is the launcher's affair (`pretrain.sweeps.launcher`).
+What fails stops nothing else, and is begun again as often as it may. Where the runs are started is the launcher's
+affair (`pretrain.sweeps.launcher`).
 """
 
 from __future__ import annotations

@@ -9,18 +9,22 @@ Not here: when to send, what was sent already and what to do when the server is 
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import secrets
 import sqlite3
+import ssl
 import time
+import urllib.error
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit, urlunsplit
 
+from cluster.redirects import opener_without_redirects
 from data_pipelines.files import sha256
 from evaluation.protocol import Metric, best
 from pretrain.errors import RequestError
@@ -43,6 +47,7 @@ __all__ = [
     "connect",
     "default_database",
     "default_uri",
+    "require_answer",
     "verdict",
 ]
 
@@ -50,6 +55,7 @@ MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._\- ]{0,126}"  # also a good name for a dir
 RUN_ID_TAG = "pretrain.run_id"
 MAX_POINTS = 1000  # metrics per request: about 0.2 s for a server
 MAX_PARAMS = 100
+ANSWER_S = 5.0  # of a server that is asked whether it is there
 DATABASE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"  # in a storage
 MAX_WAIT_S = 300.0  # for another process that makes the database; it takes seconds
 MAX_VALUE = 500  # characters of a parameter; MLflow cuts longer ones silently, the recipe artifact has them in full
@@ -133,6 +139,29 @@ def connect(uri: str, *, create: bool = True) -> MlflowClient:
     if database and not database.exists():
         _make(database)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def require_answer(uri: str) -> None:
+    """Ask a tracking server for anything by plain HTTP, which takes no import of MLflow; a database is not asked.
+
+    Raises:
+        ConnectionError: There is no answer, of whatever kind, within seconds.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return
+    place = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], "/health", "", ""))
+    try:
+        opener_without_redirects().open(place, timeout=ANSWER_S).close()
+    except urllib.error.HTTPError:
+        return  # of a proxy or a server that wants to know who asks
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        cause = getattr(error, "reason", error)
+        if isinstance(cause, ssl.SSLError):
+            return  # it has answered; which certificates are good MLflow knows
+        said = getattr(cause, "strerror", None) or cause
+        remedy = "is it up, and MLFLOW_TRACKING_URI right? `pretrain doctor` asks it, too"
+        raise ConnectionError(f"does not answer ({said}); {remedy}") from None
 
 
 def verdict(error: Exception) -> Literal["retry", "invalid", "denied", "missing"]:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from pretrain.checkpoints.store import CheckpointError
 from pretrain.errors import RequestError, RunFailed
 from pretrain.record.events import Evaluated, EvaluationFailed
 from pretrain.record.journal import Journal
+from pretrain.tracking import client
 from pretrain.tracking.client import MlflowRun, connect
 from tests.pretrain.conftest import write_manifest
 
@@ -237,6 +242,53 @@ def test_pull__never_touches_a_destination_in_use(run_dir: Path, tmp_path: Path)
 def test_pull__a_dead_server_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"^MLflow at http://127\.0\.0\.1:9: [^\n]+$"):
         pull("tiny", tmp_path / "dest", tracking_uri="http://user:secret@127.0.0.1:9")
+
+
+def test_pull__a_server_that_does_not_answer_is_told_of_before_mlflow_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    monkeypatch.setattr(client, "ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for port, said in ((9, "Connection refused"), (silent.getsockname()[1], "timed out")):
+            place = f"127.0.0.1:{port}"
+            with pytest.raises(RunFailed) as failed:
+                pull("tiny", tmp_path / "dest", tracking_uri=f"http://user:secret@{place}")
+            remedy = "is it up, and MLFLOW_TRACKING_URI right? `pretrain doctor` asks it, too"
+            assert failed.value.message == f"MLflow at http://{place}: does not answer ({said}); {remedy}"
+    assert "mlflow" not in sys.modules and not (tmp_path / "dest").exists()
+
+
+def test_require_answer__whoever_answers_is_there() -> None:
+    def answer(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, args=[server], daemon=True)
+        thread.start()
+        client.require_answer(f"http://127.0.0.1:{server.getsockname()[1]}/behind/a/proxy")
+        thread.join(60)
+    client.require_answer("sqlite:////no/such/file.db")
+
+
+def test_pull__ctrl_c_while_a_server_is_silent(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pretrain", "pull", "tiny", str(tmp_path / "dest")],
+            env=os.environ | {"MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(Path(references.__file__).parents[2])},
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        silent.settimeout(60)
+        silent.accept()[0].recv(4096)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (1, "error: interrupted") and list(tmp_path.iterdir()) == []
 
 
 def test_resolve__directories_and_runs(run_dir: Path) -> None:
