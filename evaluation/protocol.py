@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 __all__ = [
     "CI_SUFFIXES",
+    "FLOOR",
     "FRACTION",
     "LABELS",
     "EvaluationError",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 FRACTION = "fraction"
+FLOOR = "pixels"  # of results of raw pixels in the place of a digest of weights; behind the name of their metric
 CI_SUFFIXES = ("_ci_low", "_ci_high")  # of the metrics that bound the 95 % interval of another
 
 Key = TypeVar("Key", int, tuple[float, int])

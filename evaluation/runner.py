@@ -28,9 +28,10 @@ from evaluation.extraction.forward import labels_of, num_classes_of, num_test_in
 from evaluation.extraction.frozen import Frozen
 from evaluation.extraction.recipe import Extraction, Reads, Size, extraction_of, feature_facts, feature_recipe
 from evaluation.features import ArrayWriter, FeatureCache
+from evaluation.floor import SIDE, floor_facts, has_floor, pixels_of
 from evaluation.keys import digest_of
 from evaluation.metrics import Outcome
-from evaluation.protocol import EvaluationError, Protocol
+from evaluation.protocol import FLOOR, EvaluationError, Protocol
 from evaluation.registry import load_head
 from evaluation.results import EvaluationResult, ResultStore
 from evaluation.threads import Threads
@@ -101,12 +102,11 @@ def evaluate(
 
     def make() -> EvaluationResult:
         outcome, details = compute()
-        if outcome.per_sample is not None:
-            groups = None if outcome.groups is None else outcome.groups.cpu().numpy()
-            results.keep(key, PerSample(outcome.per_sample.cpu().numpy(), groups))
-        if not {spec.headline.name} <= set(outcome.metrics) <= set(reported):  # some need what not all backbones have
+        _keep(outcome, key, results)
+        metrics = {**outcome.metrics, **_floor(asked, results)}
+        if not {spec.headline.name} <= set(metrics) <= set(reported):  # some need what not all backbones have
             raise EvaluationError(
-                f"protocol {spec.name!r} reported {sorted(outcome.metrics)}, but registers {sorted(reported)}"
+                f"protocol {spec.name!r} reported {sorted(metrics)}, but registers {sorted(reported)}"
             )
         return EvaluationResult(
             key=key,
@@ -115,7 +115,7 @@ def evaluate(
             data=data.name,
             data_digest=data_digest,
             weights_digest=weights,
-            metrics={name: float(outcome.metrics[name]) for name in reported if name in outcome.metrics},
+            metrics={name: float(metrics[name]) for name in reported if name in metrics},
             details={
                 **details,
                 **outcome.details,
@@ -130,6 +130,12 @@ def evaluate(
     # A stored result has its numbers in another order, and one of an older version does not say what they mean.
     known = tuple(metric for metric in spec.metrics if metric.name in result.metrics)
     return replace(result, metrics={metric.name: result.metrics[metric.name] for metric in known}, described=known)
+
+
+def _keep(outcome: Outcome, key: str, results: ResultStore) -> None:
+    if outcome.per_sample is not None:
+        groups = None if outcome.groups is None else outcome.groups.cpu().numpy()
+        results.keep(key, PerSample(outcome.per_sample.cpu().numpy(), groups))
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,42 @@ def _on_reconstructions(asked: _Asked, weights: str) -> _Computation:
         return outcome, {"heads_digest": heads, "num_test": held_out.num_samples}
 
     return digest, feature_facts(weights, asked.recipe, digest) | {"heads": heads}, compute
+
+
+def _floor(asked: _Asked, results: ResultStore) -> dict[str, float]:
+    """What raw pixels score, by the name of the metric that says so; empty where there is no such floor."""
+    spec, kind = asked.spec, architecture_of(asked.checkpoint).get("kind", "image")
+    if spec.tokens != "pooled" or spec.label is None:
+        return {}
+    opened = asked.data.open(spec, asked.extraction.inputs)
+    if not has_floor(spec, opened, kind):
+        return {}
+    facts = {"protocol": spec.name, "version": spec.version, "params": dict(spec.params), "seed": asked.seed}
+    key = digest_of({**floor_facts(opened), **facts})
+    started = time.perf_counter()
+
+    def make() -> EvaluationResult:
+        train, test = pixels_of(opened, asked.extraction.inputs, asked.threads)
+        num_classes = num_classes_of(opened, spec.target_label, [train.labels, test.labels])
+        settings = {"num_classes": num_classes, "params": spec.params, "seed": asked.seed}
+        outcome = asked.threads.run(load_head(spec), train, test, **settings, device=asked.device)
+        _keep(outcome, key, results)
+        known = tuple(metric for metric in spec.metrics if metric.name in outcome.metrics)
+        return EvaluationResult(
+            key=key,
+            protocol=spec.name,
+            version=spec.version,
+            data=asked.data.name,
+            data_digest=opened.digest,
+            weights_digest=FLOOR,
+            metrics={metric.name: float(outcome.metrics[metric.name]) for metric in known},
+            details={**outcome.details, "num_test": opened.test.num_samples, "seed": asked.seed, "side": SIDE},
+            seconds=round(time.perf_counter() - started, 3),
+            described=known,
+        )
+
+    floor = results.once(key, make, data=asked.data.name)
+    return {f"{spec.headline.name}_{FLOOR}": floor.metrics[spec.headline.name]}
 
 
 def available_device() -> torch.device:

@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 from data_pipelines.parsing import parse_json
 from data_pipelines.storage.locations import is_local
-from evaluation.protocol import Metric, ranked
+from evaluation.protocol import FLOOR, Metric, ranked
 from pretrain.config.schema import EvaluationTask, Recipe, TrainConfig
 from pretrain.config.stages import Plan, written_stages
 from pretrain.config.values import parse_yaml
@@ -298,7 +298,8 @@ def _places(storage: Path) -> list[Place]:
             continue
         owner = owners.get(scored.weights_digest)
         if owner is None:
-            found.append(_place(scored, "(by hand)", None, by_hand=True))
+            name = "raw pixels" if scored.weights_digest == FLOOR else "(by hand)"
+            found.append(_place(scored, name, None, by_hand=True))
         else:
             found.append(_place(scored, owner.run, owner.step, owner.recipe, by_hand=True))
     return found

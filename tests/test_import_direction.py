@@ -41,7 +41,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("extraction",),
         ("pooling",),
         ("protocols",),
-        ("registry",),
+        ("registry", "floor"),
         ("runner",),
         ("extract", ""),
     ),

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from data_pipelines.storage.locations import redact
 from evaluation.comparison import Difference
-from evaluation.protocol import format_value
+from evaluation.protocol import FLOOR, format_value
 from pretrain.comparisons import format_difference, over
 from pretrain.config.schema import EvaluationTask, Recipe
 from pretrain.record.events import Evaluated, EvaluationFailed, Event, Metrics, Start
@@ -98,6 +98,10 @@ def print_summary(
             console.print(
                 f"WARNING     {task_name}: step {event.step} is {how} the {start} encoder: {what}", markup=False
             )
+    for event in _last_scores(recipe, evaluations):
+        if _is_below_floor(event):
+            said = f"{event.task}: step {event.step} does not reach what raw pixels score"
+            console.print(f"WARNING     {said}", markup=False)
     name = recipe.tracking.model_name or recipe.name
     storage = Path(recipe.storage)
     is_evaluated = recipe.evaluation.enabled and bool(recipe.evaluation.tasks)
@@ -115,6 +119,13 @@ def _name(task: EvaluationTask) -> str:
     return f"{task.protocol}/{task.data}"
 
 
+def _last_scores(recipe: Recipe, evaluations: Sequence[Evaluated]) -> list[Evaluated]:
+    """Of each task the score of the last trained checkpoint that has one."""
+    tasks = recipe.evaluation.tasks if recipe.evaluation.enabled else ()
+    trained = [[event for event in evaluations if event.task == _name(task) and event.step > 0] for task in tasks]
+    return [max(events, key=lambda event: event.step) for events in trained if events]
+
+
 def _gains(recipe: Recipe, evaluations: Sequence[Evaluated], storage: Path) -> dict[str, tuple[Evaluated, Difference]]:
     """Of each task the last score, and how much higher it is than what the run began with, where that is known."""
     gains = {}
@@ -123,6 +134,16 @@ def _gains(recipe: Recipe, evaluations: Sequence[Evaluated], storage: Path) -> d
         if found and found[0].step == 0 < found[-1].step and (gain := over(found[0], found[-1], storage)) is not None:
             gains[name] = (found[-1], gain)
     return gains
+
+
+def _floor(event: Evaluated) -> float | None:
+    """What raw pixels score; None where that is not known."""
+    return event.metrics.get(f"{event.headline.name}_{FLOOR}")
+
+
+def _is_below_floor(event: Evaluated) -> bool:
+    floor, score = _floor(event), event.metrics[event.headline.name]
+    return floor is not None and (score <= floor if event.headline.better == "higher" else score >= floor)
 
 
 def _score_row(
@@ -155,6 +176,8 @@ def _score_row(
     if gained is not None:
         rows[0] += "\n" * (2 - rows[0].count("\n")) + "over the first column"
         rows[3] += "\n" * (2 - rows[3].count("\n")) + format_difference(gained[1], headline.unit)
+    if (floor := _floor(found[-1])) is not None:
+        rows[0] += f"\nraw pixels: {format_value(floor, headline.unit)}"
     return rows[0], rows[1], rows[2], rows[3]
 
 

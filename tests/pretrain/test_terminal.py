@@ -306,3 +306,19 @@ def test_summary__says_whether_the_run_has_learned_anything(
     text = "\n".join(lines)
     assert re.search(said, text)
     assert ("WARNING" in text) == (gained < 20)
+
+
+@pytest.mark.parametrize("pixels", [0.25, 0.5])
+def test_summary__raw_pixels_stand_beside_the_scores(
+    tmp_path: Path, shown: Callable[..., list[str]], pixels: float
+) -> None:
+    run_dir = tmp_path / "demo-20260101-000000-abcd"
+    run_dir.mkdir()
+    recipe = load_plan("demo", [f"storage={tmp_path}"]).recipe
+    scores = [scored(step, top1=0.25 + step / 100, top1_pixels=pixels) for step in (0, 8)]
+    lines = shown(
+        120, lambda console: print_summary(console, recipe, run_dir, TrainingSoFar(), scores, run_dir / "report.html")
+    )
+    text = "\n".join(lines)
+    assert f"raw pixels: {pixels:.1%}" in text
+    assert ("linear/grocery: step 8 does not reach what raw pixels score" in text) == (pixels == 0.5)

@@ -20,6 +20,7 @@ SPEC = Protocol(
         Metric("top1_ci_low", better=None),
         Metric("top1_ci_high", better=None),
         Metric("mean_class_top1"),
+        Metric("top1_pixels", better=None),  # of raw pixels by the same head, see `evaluation.floor`
         Metric("top1_cls"),  # of the CLS token as it is, where there is one
         Metric("top1_patch_mean"),  # of the mean of patch tokens as it is
     ),

@@ -20,6 +20,7 @@ SPEC = Protocol(
         Metric("top1_ci_low", better=None),
         Metric("top1_ci_high", better=None),
         Metric("mean_class_top1"),
+        Metric("top1_pixels", better=None),  # of raw pixels by the same head, see `evaluation.floor`
         Metric("val_top1"),
         Metric("top1_best_on_test", better=None),  # chosen with the test labels, so nothing may be chosen by it
     ),
