@@ -11,6 +11,7 @@ how it finds its last checkpoint after a restart (it looks for itself).
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections import Counter
@@ -33,6 +34,7 @@ PLACE_S = 10.0  # for the places of a group, before fewer workers are tried
 SETTLE_S = 1.0  # after the first rank has ended, so that the cause is seen beside what it brings about in others
 LONGEST_PAUSE_S = 60.0
 _FOREVER_S = 10.0**9
+_LOST_PEER = re.compile(r"Connection (?:closed|reset) by peer(?: \[[^]]+\]:\d+)?")  # as gloo says it
 
 
 @dataclass(frozen=True)
@@ -322,12 +324,28 @@ def classify(errors: Mapping[int, BaseException], fatal: tuple[type[BaseExceptio
     rank = next(iter([*wrong, *dead, *sorted(errors)]))
     error = errors[rank]
     if rank in raised:
-        name = type(raised[rank])
-        reason = f"{name.__module__}.{name.__qualname__}: {raised[rank]}".removeprefix("builtins.")
-        return End("fatal" if wrong else "failed", rank, _one_line(reason), str(error), raised[rank])
+        reason = _one_line(_raised_by(rank, raised[rank]))
+        return End("fatal" if wrong else "failed", rank, reason, str(error), raised[rank])
     preempted = isinstance(error, RayActorError) and error.preempted
-    detail = str(error).rpartition("Worker exit detail: ")[2]  # Ray puts ids and addresses before it
-    return End("preempted" if preempted else "failed", rank, _one_line(f"worker {rank} died: {detail}"))
+    reason = _one_line(f"worker {rank} died: {_death(str(error))}")
+    return End("preempted" if preempted else "failed", rank, reason)
+
+
+def _raised_by(rank: int, error: BaseException) -> str:
+    """What a rank has raised; of a silent machine its peers hear sooner than Ray."""
+    if isinstance(error, RuntimeError) and (lost := _LOST_PEER.search(str(error))):
+        return f"worker {rank} has lost another one, or its machine ({lost.group()})"
+    name = type(error)
+    return f"{name.__module__}.{name.__qualname__}: {error}".removeprefix("builtins.")
+
+
+def _death(text: str) -> str:
+    """Why an actor has died, of what Ray says of it: ids and addresses come first."""
+    before, is_node, how = text.rpartition("the actor's node was ")
+    if is_node:
+        address = re.search(r"\tip: (\S+)", before)
+        return f"its machine{f' {address[1]}' if address else ''} was {how}"
+    return text.rpartition("Worker exit detail: ")[2]
 
 
 def _one_line(text: str, length: int = 300) -> str:

@@ -112,7 +112,8 @@ def train(
         run_dir: Directory of the run, the same on all ranks (shared storage when they are on several nodes).
         size: What the start event says of the model's size.
         listener: Gets each event on rank 0 as well.
-        launched: Unix time at which the user asked for the run; the start-up event counts from there.
+        launched: Unix time at which the user asked for the run, or these workers were to start again; the event of the
+            start-up counts from there.
         placed: Unix time at which this process was ready to import this module.
 
     Returns:

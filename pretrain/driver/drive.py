@@ -210,8 +210,13 @@ class Driver:
             fatal=FATAL,
         )
         place = {"run_dir": str(self.run_dir.path), "cache": str(cache_root()) if self._remote.uri else None}
-        arguments = {"plan": self.plan, "launched": self.launched, **place}
+        arguments: dict[str, Any] = {"plan": self.plan, **place}
         watch = Watch(self.run_dir, self.recipe.train.hang_after_s)
+
+        def starting() -> None:
+            """The first workers count the time of their start from the command, later ones from here."""
+            watch.starting()
+            arguments["launched"] = time.time() if "launched" in arguments else self.launched
 
         def train() -> None:
             self.run_dir.training.touch()
@@ -222,7 +227,7 @@ class Driver:
                     arguments,
                     group,
                     progress=self._newest_step,
-                    starting=watch.starting,
+                    starting=starting,
                     restarting=self._say_restart,
                     watch=watch,
                 )

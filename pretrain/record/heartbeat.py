@@ -141,6 +141,7 @@ class Watchdog:
         since, path = min(silent)
         rank = self._run.rank_of(path)
         where = "; ".join(f"rank {self._run.rank_of(at)} in {' '.join(words)}" for at, (words, _) in states.items())
-        stacks = self._run.relative(self._run.worker_stacks(rank))
         silence = f"no sign of life for {now - since:.0f} s (train.hang_after_s={self._hang_after_s:g})"
+        # Those of all: silence does not tell which of the ranks keeps the others waiting.
+        stacks = f"{self._run.relative(self._run.logs)}/worker-*.stacks"
         return Silence(rank, f"{silence}: {where}; stacks in {stacks}")

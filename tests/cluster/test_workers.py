@@ -21,14 +21,17 @@ def _raised(error: Exception) -> RayTaskError:
     return RayTaskError("run", f"Traceback ...\n{error}", error)
 
 
-LOST = _raised(RuntimeError("Connection reset by peer"))  # what gloo says when another rank has died
+# What gloo says when another rank has died.
+LOST = _raised(RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.4]:493. Check the logs of the worker"))
+SAID = "has lost another one, or its machine (Connection closed by peer [127.0.0.4]:493)"
 WRONG = _raised(ValueError("width 48 in\n5 heads"))
 
 
 @pytest.mark.parametrize(
     ("errors", "kind", "rank", "reason"),
     [
-        ({0: LOST, 1: LOST}, "failed", 0, "RuntimeError: Connection reset by peer"),
+        ({0: LOST, 1: LOST}, "failed", 0, f"worker 0 {SAID}"),
+        ({1: _raised(RuntimeError("Connection"))}, "failed", 1, "RuntimeError: Connection"),
         ({0: LOST, 1: ActorDiedError()}, "failed", 1, "worker 1 died: The actor died unexpectedly before"),
         ({0: LOST, 2: WRONG, 1: ActorDiedError()}, "fatal", 2, "ValueError: width 48 in 5 heads"),
         ({0: _raised(UnicodeError("a subclass"))}, "fatal", 0, "UnicodeError: a subclass"),
@@ -48,6 +51,14 @@ def test_classify__of_what_ray_says_of_a_death_the_end_counts() -> None:
     ids = "\n\tactor_id: 5e1f\n\tpid: 7\n\tnamespace: " + "0" * 400
     error.error_msg = f"The actor died.{ids}\nWorker exit type: SYSTEM_ERROR Worker exit detail: SIGKILL.\nOOM?"
     assert classify({1: error}, ()).reason == "worker 1 died: SIGKILL. OOM?"
+
+
+def test_classify__of_a_machine_that_died_is_said_which_and_how() -> None:
+    error = ActorDiedError()
+    error.error_msg = "The actor died.\n\tactor_id: 5e1f\n\tip: 10.0.0.7\nThe actor died because its node has died."
+    error.error_msg += " Node Id: 61\n\tthe actor's node was terminated unexpectedly: health check failed"
+    said = "worker 1 died: its machine 10.0.0.7 was terminated unexpectedly: health check failed"
+    assert classify({0: LOST, 1: error}, ()).reason == said
 
 
 def test_classify__a_machine_that_was_taken_away_is_no_failure() -> None:

@@ -42,7 +42,7 @@ def test_watchdog__finds_the_rank_that_went_silent_first(run: RunDir) -> None:
         silence = watchdog.look()
         assert silence is not None and silence.rank == 1
         assert "12 s" in silence.text and "train.hang_after_s=10" in silence.text
-        assert "rank 0 in step 5; rank 1 in data 4; stacks in logs/worker-1.stacks" in silence.text
+        assert "rank 0 in step 5; rank 1 in data 4; stacks in logs/worker-*.stacks" in silence.text
         second.beat("data", 5)
         assert watchdog.look() is None
     assert run.heartbeats() == []  # what has ended is not watched
