@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import pytest
 from cluster.connect import connect
 from cluster.nodes import draining, fitting
 from cluster.workers import End, Members, WorkerGroup, run_workers
-from tests.loopback_cluster import LoopbackCluster, wait_for
+from tests.loopback_cluster import LoopbackCluster, loopback_cluster, wait_for
 
 GROUP = WorkerGroup(sizes=(2, 1), cpus_per_worker=1, gpus_per_worker=0, max_failures=1)
 
@@ -36,12 +35,8 @@ def test_fitting__counts_whole_workers(bundle: dict[str, float], resources: dict
 
 @pytest.fixture
 def nodes() -> Iterator[LoopbackCluster]:
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        cluster = LoopbackCluster(Path(folder), RAY_health_check_period_ms="1000")
-        try:
-            yield cluster
-        finally:
-            cluster.close()
+    with loopback_cluster(RAY_health_check_period_ms="1000") as cluster:
+        yield cluster
 
 
 def _work(settings: dict[str, Any]) -> bool:

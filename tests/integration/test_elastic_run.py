@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 from pretrain.record.events import CheckpointPublished, Event, Finished, Metrics, Regrouping, Start
 from pretrain.record.journal import read_events
-from tests.loopback_cluster import LoopbackCluster
+from tests.loopback_cluster import LoopbackCluster, loopback_cluster
 
 pytestmark = [pytest.mark.integration, pytest.mark.long]
 
@@ -25,14 +24,8 @@ STEPS = 20 * EPOCH
 
 @pytest.fixture
 def nodes() -> Iterator[LoopbackCluster]:
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        cluster = LoopbackCluster(Path(folder))
-        try:
-            cluster.add("a")
-            cluster.add("b")
-            yield cluster
-        finally:
-            cluster.close()
+    with loopback_cluster("a", "b") as cluster:
+        yield cluster
 
 
 def test_run__goes_on_with_fewer_workers_and_with_more_again(
