@@ -58,7 +58,7 @@ def test_score__collapse_is_seen() -> None:
 
 
 def test_score__constant_features_have_rank_one() -> None:
-    metrics = _score(torch.full((50, 8), 0.1)).metrics
+    metrics = _score(torch.linspace(0.1, 3, 8).expand(57, 8)).metrics
     for name in ("rankme_mean", "effective_rank_mean", "participation_ratio_mean"):
         assert metrics[name] == pytest.approx(1, abs=1e-3)
     assert metrics["std_mean"] == pytest.approx(0, abs=1e-6) and metrics["uniformity_mean"] == pytest.approx(

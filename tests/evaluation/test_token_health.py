@@ -29,6 +29,12 @@ def test_outlier_threshold__golden(golden: dict[str, Any]) -> None:
     assert share == pytest.approx(block["frac_above_median_plus_5_scaled_mad"], abs=1e-9)
 
 
+def test_outlier_threshold__rounding_makes_no_outliers() -> None:
+    lengths = torch.full((196,), 20.0)
+    lengths[3] += 1e-5
+    assert not (lengths > outlier_threshold(lengths, 5.0)).any()
+
+
 def test_cosines__are_those_of_all_pairs() -> None:
     tokens = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     pairs = [(a, b) for a in range(5) for b in range(5) if a != b]

@@ -24,7 +24,7 @@ from evaluation.pooling import joined, standardised
 from evaluation.protocol import EvaluationError
 from evaluation.selection import NEVER_HELD_OUT, by_setting, choose_cell, hold_out, how_held_out, stratified_folds
 
-__all__ = ["Heads", "fit_heads", "score"]
+__all__ = ["Heads", "batch_rows", "fit_heads", "score", "validated"]
 
 NEGLIGIBLE = 1e-20  # probabilities below this become 0: denormal numbers slow matrix products tenfold
 
@@ -52,7 +52,7 @@ def score(
         num_classes=num_classes,
         seed=seed,
     )
-    val_hits, val_loss = _validate(heads, x_train, y_train, fold, num_folds)  # each (learning rates,)
+    val_hits, val_loss = validated(heads, x_train, y_train, fold, num_folds)  # each (learning rates,)
     num_val = int((fold != NEVER_HELD_OUT).sum())
     cell, at_edge = choose_cell(val_hits, val_loss)
     logits = torch.stack([heads.logits(x_test, num_folds, g) for g in range(len(params["lrs"]))])  # (lrs, n, C)
@@ -120,7 +120,7 @@ def fit_heads(
     parameters = torch.zeros(x.shape[1] + 1, math.prod(shape), dtype=x.dtype, device=x.device)  # weight rows, then bias
     velocity = torch.zeros_like(parameters)
     losses = torch.empty(steps, *shape[1:], dtype=x.dtype, device=x.device)
-    for step, rows in enumerate(_batch_rows(len(x), batch_size, steps, seed)):
+    for step, rows in enumerate(batch_rows(len(x), batch_size, steps, seed)):
         rows = rows.to(x.device)
         x_batch, y_batch = x.index_select(0, rows), y[rows]
         is_used = (fold[rows, None] != left_out).to(x.dtype)  # (B, folds + 1)
@@ -141,7 +141,7 @@ def fit_heads(
     return Heads(weight=parameters[:-1].unflatten(1, shape), bias=parameters[-1].view(shape), losses=losses)
 
 
-def _batch_rows(num_rows: int, batch_size: int, steps: int, seed: int) -> list[Tensor]:
+def batch_rows(num_rows: int, batch_size: int, steps: int, seed: int) -> list[Tensor]:
     """Row indices of each step: epochs of fresh permutations, the short last batch of an epoch dropped."""
     if batch_size == num_rows:
         return [torch.arange(num_rows)] * steps
@@ -154,7 +154,7 @@ def _batch_rows(num_rows: int, batch_size: int, steps: int, seed: int) -> list[T
     return rows[:steps]
 
 
-def _validate(heads: Heads, x: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> tuple[Tensor, Tensor]:
+def validated(heads: Heads, x: Tensor, y: Tensor, fold: Tensor, num_folds: int) -> tuple[Tensor, Tensor]:
     """Number of right answers and summed loss per learning rate, each row judged by the heads that left it out."""
     num_rates = heads.bias.shape[-1]
     hits = torch.zeros(num_rates, dtype=torch.int64)

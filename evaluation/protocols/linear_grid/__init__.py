@@ -1,0 +1,1 @@
+"""Linear classifiers on frozen features of one or several layers, the best of a grid."""
