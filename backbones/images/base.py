@@ -172,6 +172,17 @@ class ImageEncoder(Encoder):
         """
         return None
 
+    def last_keys(self, x: Tensor) -> Tensor | None:
+        """What patches are compared by in the last layer: keys of its attention, the heads side by side.
+
+        Args:
+            x: as for `features`.
+
+        Returns:
+            (B, N, D); None where attention is of another kind than timm's plain one.
+        """
+        return None
+
     def reset_tokens(self, std: float) -> None:
         """Draws class token and registers anew from N(0, std^2); nothing where there are none."""
         for name in ("cls_token", "reg_token"):

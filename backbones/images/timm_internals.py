@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +37,7 @@ __all__ = [
     "has_known_branches",
     "has_movable_positions",
     "is_plain_vit",
+    "last_keys",
     "let_key_biases_follow",
     "mlp_branch",
     "model_arguments",
@@ -376,6 +378,26 @@ def final_norm(vit: Any, tokens: Tensor) -> Tensor:
     """The norm after the last block, (B, P + K, D)."""
     normed: Tensor = vit.norm(tokens)
     return normed
+
+
+def last_keys(vit: Any, tokens: Tensor, rotary: Tensor | None) -> Tensor | None:
+    """Keys of the last block's attention, before rotary positions, the heads side by side.
+
+    Args:
+        vit: a plain ViT.
+        tokens, rotary: as for `block_outputs`.
+
+    Returns:
+        (B, P + K, D); None with a block of a kind that is not known.
+    """
+    *_, last = blocks(vit)
+    if not has_known_branches(last):
+        return None
+    for stream in islice(block_outputs(vit, tokens, rotary), len(vit.blocks) - 1):
+        tokens = stream
+    _, keys, _ = _query_key_value(last.attn, last.norm1(tokens))
+    heads: Tensor = last.attn.k_norm(keys.unflatten(2, (last.attn.num_heads, -1)))  # (B, P + K, H, d)
+    return heads.flatten(2)
 
 
 def class_attention(vit: Any, tokens: Tensor, rotary: Tensor | None) -> Tensor | None:

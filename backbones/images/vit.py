@@ -198,6 +198,12 @@ class ViTBackbone(ImageEncoder):
         attention = timm_internals.class_attention(self.vit, tokens, rotary)  # (B, heads, P + N)
         return None if attention is None else attention[..., self.num_prefix_tokens :]
 
+    def last_keys(self, x: Tensor) -> Tensor | None:
+        """Keys of the patches in the last block, see `ImageEncoder`."""
+        tokens, _, rotary = self._embed(x, None)
+        keys = timm_internals.last_keys(self.vit, tokens, rotary)  # (B, P + N, D)
+        return None if keys is None else keys[:, self.num_prefix_tokens :]
+
     def grid_at(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of patches for images of this size in pixels: any multiple of the patch size.
 

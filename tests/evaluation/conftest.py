@@ -61,6 +61,15 @@ def golden_splits(golden: dict[str, Any]) -> tuple[Pooled, Pooled]:
 
 
 @pytest.fixture(scope="session")
+def golden_patches() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Patches (6, 8, 10) of block E_ncut, and which of them (6, 8) are of the object."""
+    y, x, c = np.meshgrid(np.arange(6), np.arange(8), np.arange(10), indexing="ij")
+    is_object = (y >= 2) & (y <= 4) & (x >= 3) & (x <= 6)
+    own = np.where(is_object, np.cos(0.9 * (c + 1)), np.sin(0.9 * (c + 1)))
+    return own + 0.8 * np.sin(1.3 * (c + 1) * (x + 1) + 0.7 * y * (c + 1)), is_object[..., 0]
+
+
+@pytest.fixture(scope="session")
 def demo_data() -> Path:
     return REPOSITORY / "pretrain" / "demo_data"
 
@@ -193,6 +202,9 @@ class PickedSamples:
 
     def where(self, sample_idx: int) -> str:
         return self._dataset.where(self._numbers[sample_idx])
+
+    def require_field(self, *candidates: str) -> str:
+        return self._dataset.require_field(*candidates)
 
 
 @pytest.fixture
