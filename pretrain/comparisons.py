@@ -67,11 +67,11 @@ def compare(first: str, second: str, *, storage: str | os.PathLike[str] = "runs"
         RequestError: An unknown checkpoint, or no evaluation that both of them have.
     """
     from backbones.io import weights_digest
-    from pretrain.checkpoints.references import resolve
+    from pretrain.checkpoints.gradable import gradable
 
     root = brought(storage)
     store = ResultStore(root)
-    digests = [weights_digest(resolve(reference, root)) for reference in (first, second)]
+    digests = [weights_digest(gradable(reference, root)) for reference in (first, second)]
     of_both: tuple[list[EvaluationResult], list[EvaluationResult]] = ([], [])
     for result in store.all():
         for results, digest in zip(of_both, digests, strict=True):

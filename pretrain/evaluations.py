@@ -107,7 +107,8 @@ def evaluate(
     """Evaluate a checkpoint.
 
     Args:
-        checkpoint: A directory or URI, `runs:/ID[/step]` or `models:/NAME@ALIAS`.
+        checkpoint: A directory or URI, `runs:/ID[/step]`, `models:/NAME@ALIAS`, an exported FILE.safetensors, or
+            weights of others as `timm:NAME` and `timm:NAME@FILE`; see `pretrain.checkpoints.gradable`.
         protocols: Names of protocols; default: those of the checkpoint's recipe, else those usual for the backbone
             whose labels the data has.
         data: Name -> directory with train-*.tar and test-*.tar; default: the data of the checkpoint's recipe.
@@ -123,11 +124,11 @@ def evaluate(
         RequestError: An unknown checkpoint, protocol, data set or device, or data that a protocol cannot use.
     """
     from evaluation.registry import names
-    from pretrain.checkpoints.references import resolve
+    from pretrain.checkpoints.gradable import gradable
     from pretrain.config.load import in_storage
 
     root = brought(storage)
-    path = resolve(str(checkpoint), root)
+    path = gradable(str(checkpoint), root)
     if unknown := [name for name in protocols or () if name not in names()]:
         raise RequestError(*(f"protocol {name!r} is unknown; there are: {', '.join(names())}" for name in unknown))
     if data is not None:

@@ -169,7 +169,9 @@ def evaluate(
     device: str | None,
     storage: str,
 ) -> None:
-    """Evaluate CHECKPOINT: a directory, runs:/ID[/step] or models:/NAME@ALIAS. Known results are not computed again.
+    """Evaluate CHECKPOINT: a directory, runs:/ID[/step], models:/NAME@ALIAS, or timm:NAME@FILE for weights of others.
+
+    Known results are not computed again.
 
     DIRECTORY holds shards, or photos in a folder per class, which are packed into shards first, once.
     """
@@ -384,6 +386,7 @@ def _check_evaluation(
         The data directories by name, and of those with plain photos what is to be packed.
     """
     from data_pipelines.errors import DataError
+    from pretrain.checkpoints.gradable import is_foreign
     from pretrain.checkpoints.references import locate
     from pretrain.config.checks.evaluation import evaluation_data_problem
     from pretrain.config.paths import absolute
@@ -391,7 +394,7 @@ def _check_evaluation(
 
     mistakes: list[str] = []
     try:
-        if "://" not in checkpoint:  # another machine is asked when it is needed
+        if "://" not in checkpoint and not is_foreign(checkpoint):  # another machine is asked when it is needed
             locate(checkpoint, storage)
     except RequestError as error:
         mistakes += error.mistakes

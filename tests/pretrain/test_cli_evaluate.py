@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from backbones.io import load_backbone, save_backbone
@@ -178,3 +180,38 @@ def test_evaluate__a_device_that_is_not_there_is_refused_in_one_line(
     arguments = ["evaluate", "run-1", "--data", f"mine={tmp_path / 'photos'}", "--storage", str(tmp_path / "runs")]
     assert main([*arguments, "--protocol", "knn", "--device", "gpu7"]) == 2
     assert "--device gpu7: " in capsys.readouterr().err
+
+
+def test_evaluate__weights_of_others_are_graded_as_they_are_and_other_models_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A state dict of a timm model as torch writes it; the same again is known; one of another model is refused."""
+    for name in ("ant", "bee"):
+        write_photos(tmp_path / "photos" / name, 12)
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False)
+    torch.save(model.state_dict(), tmp_path / "theirs.pth")
+    place = ["--data", f"mine={tmp_path / 'photos'}", "--protocol", "knn", "--storage", str(tmp_path / "runs")]
+    reference = f"timm:test_vit@{tmp_path / 'theirs.pth'}"
+    assert main(["evaluate", reference, *place]) == 0
+    first = capsys.readouterr().out.splitlines()[-1].split()
+    assert main(["evaluate", reference, *place]) == 0
+    again = capsys.readouterr().out.splitlines()[-1].split()
+    assert again[:4] == first[:4] and again[-1] == "known"
+    (made,) = (tmp_path / "runs" / "backbones").iterdir()
+    graded = load_backbone(made)
+    pictures = torch.zeros(1, 3, 160, 160)
+    with torch.inference_mode():
+        assert torch.equal(graded.features(pictures).tokens, model.eval().forward_features(pictures)[:, 1:])
+    assert main(["evaluate", str(made / "backbone.safetensors"), *place]) == 0  # a file of ours, by itself
+    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "known"
+
+    registers = {**model.state_dict(), "reg_token": torch.zeros(1, 4, 64)}
+    torch.save(registers, tmp_path / "other.pth")
+    assert main(["evaluate", f"timm:test_vit@{tmp_path / 'other.pth'}", *place]) == 2
+    assert "1 tensors are not of this model, and are in the file: reg_token" in capsys.readouterr().err
+    torch.save({"patch_embed.proj.weight": registers["patch_embed.proj.weight"]}, tmp_path / "half.pth")
+    assert main(["evaluate", f"timm:test_vit@{tmp_path / 'half.pth'}", *place]) == 2
+    assert "tensors are missing in the file" in capsys.readouterr().err
+    assert main(["evaluate", f"timm:test_vit@{tmp_path / 'none.pth'}", *place]) == 2
+    assert "no such file" in capsys.readouterr().err

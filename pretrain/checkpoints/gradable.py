@@ -1,0 +1,89 @@
+"""Any backbone as something that can be evaluated: checkpoints of ours, and weights of other tools.
+
+    whatever `references.resolve` knows    a checkpoint of ours
+    FILE.safetensors                       a backbone that we exported
+    timm:NAME, timm:NAME@FILE              a timm model with its weights from the local cache, or from a file of
+                                           safetensors or a state dict of torch: tensors are read, no code is run
+
+Weights of other tools are written as a backbone of ours once, below `backbones/` of the storage, so that results,
+features and comparisons know them by the digest of their tensors like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+
+from backbones.errors import BackboneError
+from pretrain.checkpoints import references
+from pretrain.checkpoints.initialization import TIMM, Weights, find_weights
+from pretrain.errors import RequestError, listed
+from pretrain.record.run_dir import BACKBONE
+
+__all__ = ["gradable", "is_foreign"]
+
+
+def is_foreign(reference: str) -> bool:
+    """Whether it names a file of weights, and no checkpoint of ours."""
+    return reference.startswith(TIMM) or reference.endswith(".safetensors")
+
+
+def gradable(reference: str, storage: Path) -> Path:
+    """A directory or file that `backbones.io.load_backbone` takes.
+
+    Args:
+        reference: One of the forms at the top of this file.
+        storage: Where runs live.
+
+    Raises:
+        RequestError: There is no such backbone here, or the file holds another model.
+        CheckpointError: It is damaged.
+    """
+    if not is_foreign(reference):
+        return references.resolve(reference, storage)
+    weights = find_weights(reference, storage)
+    if "name" not in weights.spec:
+        raise RequestError(f"{reference}: nothing in the file says which model it is; a timm model is {TIMM}NAME@FILE")
+    if not reference.startswith(TIMM):
+        return weights.file
+    made = storage / "backbones" / f"{weights.spec['name']}-{weights.sha256[:16]}"
+    if not (made / BACKBONE).is_file():
+        try:
+            _write(weights, made)
+        except BackboneError as error:
+            raise RequestError(f"{reference}: {error}") from error
+    return made
+
+
+def _write(weights: Weights, made: Path) -> None:
+    """The tensors of a timm model under our own description of it; all of them have to be in the file.
+
+    Raises:
+        RequestError: Some are missing, or there are others than those of a classifier.
+        BackboneError: They do not fit, or timm has no such model.
+    """
+    from backbones.io import initialize_from, read_weights, save_backbone
+    from backbones.registry import from_spec
+
+    encoder = from_spec(weights.spec)
+    found = initialize_from(encoder, read_weights(weights.file, weights.file.read_bytes()))
+    classifier = getattr(encoder.network, "pretrained_cfg", {}).get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    others = [name for name in found.unexpected if not name.startswith(heads or ("head.",))]
+    for names, what in ((found.missing, "are missing in"), (others, "are not of this model, and are in")):
+        if names:
+            remedy = "name the model that they are of"
+            raise RequestError(
+                f"{weights.reference}: {len(names)} tensors {what} the file: {listed(names, 3)}; {remedy}"
+            )
+    aside = made.with_name(f"{made.name}.tmp-{uuid.uuid4().hex}")
+    aside.mkdir(parents=True)
+    try:
+        save_backbone(aside / BACKBONE, encoder.weights(), encoder.spec)
+        (aside / "origin.json").write_text(json.dumps({"reference": weights.reference, "sha256": weights.sha256}))
+        os.rename(aside, made)
+    except OSError:
+        if not (made / BACKBONE).is_file():  # another process was first
+            raise
