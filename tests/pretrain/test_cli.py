@@ -319,6 +319,37 @@ def test_main__runs_that_need_a_directory(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("run_dir", "setting", "said"),
+    [
+        (
+            "run",
+            "storage=s3://b/runs",
+            "storage=s3://b/runs: the record of a run of torchrun is in its --run-dir; say ",
+        ),
+        ("s3://b/runs/x", "train.seed=1", "--run-dir s3://...: expected a local directory; checkpoints alone go to a "),
+    ],
+)
+def test_torchrun__a_remote_storage_is_refused(
+    run_dir: str,
+    setting: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from pretrain import worker
+
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["worker", "demo", setting, "--run-dir", run_dir])
+    with pytest.raises(SystemExit) as ended:
+        worker.main()
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.startswith(f"error: {said}") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_main__leaderboard_is_sorted_and_filtered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     by_hand = tmp_path / "evaluations"
 
