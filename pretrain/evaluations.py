@@ -102,6 +102,7 @@ def evaluate(
     storage: str | os.PathLike[str] = "runs",
     batch_size: int | None = None,
     device: str | None = None,
+    suite: str | None = None,
     said: Callable[[str], None] = lambda _: None,
 ) -> list[EvaluationResult]:
     """Evaluate a checkpoint.
@@ -115,6 +116,8 @@ def evaluate(
         storage: Root of runs and evaluations, a directory or URI.
         batch_size: Samples at a time; decides speed and memory, no score. None: as suits the device.
         device: As torch names it; None: CUDA if this process sees a device, else the CPU.
+        suite: One of `evaluation.suites.SUITES`, in the place of `protocols`: those of it that fit the backbone and the
+            labels of the data.
         said: Is told what is under way.
 
     Returns:
@@ -129,13 +132,15 @@ def evaluate(
 
     root = brought(storage)
     path = gradable(str(checkpoint), root)
+    if suite is not None:
+        data = data or dict(_data_of(path, root))
     if unknown := [name for name in protocols or () if name not in names()]:
         raise RequestError(*(f"protocol {name!r} is unknown; there are: {', '.join(names())}" for name in unknown))
     if data is not None:
         asked = [
             (EvaluationTask(protocol, name), Path(directory))
             for name, directory in data.items()
-            for protocol in protocols or _suitable_protocols(path, Path(directory))
+            for protocol in protocols or _suitable_protocols(path, Path(directory), suite)
         ]
     else:
         recipe = _recipe_of(path)
@@ -403,21 +408,31 @@ def _recipe_of(checkpoint: Path) -> Recipe:
     return load_recipe(path, check_files=False)
 
 
-def _suitable_protocols(checkpoint: Path, directory: Path) -> list[str]:
-    """Protocols that are usual for the kind of backbone, fit it, and whose labels, or decoder, are there."""
+def _data_of(checkpoint: Path, root: Path) -> Iterator[tuple[str, str]]:
+    """The evaluation data of the recipe beside a checkpoint, by name."""
+    from pretrain.config.load import in_storage
+
+    recipe = _recipe_of(checkpoint)
+    for name, directory in recipe.evaluation.data.items():
+        yield name, in_storage(directory, recipe.storage, str(root))
+
+
+def _suitable_protocols(checkpoint: Path, directory: Path, suite: str | None = None) -> list[str]:
+    """Protocols that fit the kind of backbone, and whose labels, or decoder, are there; without a suite usual ones."""
     from backbones.io import heads_spec
     from data_pipelines.shards.dataset import open_dataset
     from evaluation.data import has_labels
     from evaluation.extraction.recipe import extraction_of, fits
     from evaluation.registry import names, protocol
     from evaluation.runner import architecture_of
+    from evaluation.suites import protocols_of
 
     kind = architecture_of(checkpoint).get("kind", "image")
     extraction, dataset = extraction_of(kind), open_dataset(str(directory / "train-*.tar"))
     return [
         name
-        for name, spec in ((name, protocol(name)) for name in names())
-        if (spec.usual_for is None or kind in spec.usual_for)
+        for name, spec in ((name, protocol(name)) for name in (names() if suite is None else protocols_of(suite)))
+        if (suite is not None or spec.usual_for is None or kind in spec.usual_for)
         and fits(spec, kind, extraction.tokens, extraction.axes)
         and has_labels(dataset, spec.target_label)
         and (spec.tokens != "decoded" or "decoder" in (heads_spec(checkpoint) or {}))

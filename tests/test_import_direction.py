@@ -42,7 +42,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("pooling",),
         ("protocols",),
         ("registry", "floor"),
-        ("runner",),
+        ("suites", "runner"),
         ("extract", ""),
     ),
     "pretrain": (

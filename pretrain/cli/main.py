@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from evaluation.protocol import CI_SUFFIXES, format_interval, format_value
+from evaluation.suites import SUITES
 from pretrain.cli.data import data, plain_warnings
 from pretrain.cli.doctor import doctor
 from pretrain.cli.export import embed, export
@@ -157,6 +158,7 @@ def resume(parent: Parent, run_id: str, settings: tuple[str, ...], storage: str)
 @cli.command()
 @click.argument("checkpoint")
 @click.option("--protocol", "protocols", metavar="NAME", multiple=True, help="Repeatable; default: as its recipe.")
+@click.option("--suite", type=click.Choice(SUITES), help="Protocols that fit data and backbone: a few, more, all.")
 @click.option("--data", metavar="NAME=DIRECTORY", multiple=True, help="Repeatable; default: the data of its recipe.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples at a time; decides speed and memory, no score.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")
@@ -164,6 +166,7 @@ def resume(parent: Parent, run_id: str, settings: tuple[str, ...], storage: str)
 def evaluate(
     checkpoint: str,
     protocols: tuple[str, ...],
+    suite: str | None,
     data: tuple[str, ...],
     batch_size: int | None,
     device: str | None,
@@ -175,6 +178,8 @@ def evaluate(
 
     DIRECTORY holds shards, or photos in a folder per class, which are packed into shards first, once.
     """
+    if suite is not None and protocols:
+        raise RequestError(f"--suite {suite} beside --protocol {protocols[0]}: give one of them")
     # Before torch is imported: its threads would burn the cores while they wait for each other's small shares.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     root = brought(storage)
@@ -193,6 +198,7 @@ def evaluate(
         storage=root,
         batch_size=batch_size,
         device=device,
+        suite=suite,
         said=lambda text: say(text, err=True),
     )
     rows = []

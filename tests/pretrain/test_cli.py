@@ -47,7 +47,7 @@ def test_cli__surface_is_frozen() -> None:
             *("RECIPE", "[KEY=VALUE]...", "--address", "--run-id", "--sweep", "--parallel", "--retries", "--dry-run"),
         ],
         "resume": ["RUN_ID", "[KEY=VALUE]...", "--storage"],
-        "evaluate": ["CHECKPOINT", "--protocol", "--data", "--batch-size", "--device", "--storage"],
+        "evaluate": ["CHECKPOINT", "--protocol", "--suite", "--data", "--batch-size", "--device", "--storage"],
         "compare": ["FIRST", "SECOND", "--storage"],
         "leaderboard": ["--protocol", "--data", "--all", "--storage"],
         "pull": ["NAME[@ALIAS]", "DEST", "--full", "--storage"],

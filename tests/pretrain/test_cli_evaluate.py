@@ -15,6 +15,8 @@ from backbones.io import load_backbone, save_backbone
 from backbones.registry import create_backbone
 from data_pipelines.packing.pack import pack
 from evaluation import runner
+from evaluation.registry import names
+from evaluation.suites import protocols_of
 from pretrain.cli.main import main
 from pretrain.config.schema import EvaluationTask
 from pretrain.evaluations import evaluate_tasks
@@ -215,3 +217,22 @@ def test_evaluate__weights_of_others_are_graded_as_they_are_and_other_models_ref
     assert "tensors are missing in the file" in capsys.readouterr().err
     assert main(["evaluate", f"timm:test_vit@{tmp_path / 'none.pth'}", *place]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_evaluate__a_suite_runs_what_fits_backbone_and_labels(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("ant", "bee"):
+        write_photos(tmp_path / "photos" / name, 30)
+    place = ["--data", f"mine={tmp_path / 'photos'}", "--storage", str(tmp_path / "runs")]
+    assert main(["evaluate", "run-1", "--suite", "quick", *place]) == 0
+    told = capsys.readouterr()
+    rows = [line.split()[:2] for line in told.out.splitlines() if " mine " in line]
+    assert rows == [["knn", "mine"], ["ridge", "mine"], ["spectrum", "mine"], ["svm", "mine"]]
+    assert "1/4: knn on mine" in told.err
+    assert main(["evaluate", "run-1", "--suite", "quick", "--protocol", "knn", *place]) == 2
+    assert "--suite quick beside --protocol knn: give one of them" in capsys.readouterr().err
+
+
+def test_suites__have_no_name_that_no_protocol_has() -> None:
+    assert set(protocols_of("quick")) < set(protocols_of("standard")) <= set(protocols_of("full")) == set(names())
