@@ -1,0 +1,1 @@
+"""Group generalized mean of patch tokens, and a linear classifier."""
