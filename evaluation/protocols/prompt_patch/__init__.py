@@ -1,0 +1,1 @@
+"""How well one patch of an object tells the others of it, by cosine similarity alone."""
