@@ -9,18 +9,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from data_pipelines.parsing import parse_json
 from evaluation.comparison import Difference, difference
-from evaluation.protocol import FRACTION, EvaluationError, Metric, format_value
+from evaluation.protocol import FLOOR, FRACTION, EvaluationError, Metric, format_value, less_is_better
 from evaluation.results import EvaluationResult, ResultStore
 from pretrain.errors import RequestError, listed
+from pretrain.record.events import Evaluated
+from pretrain.record.journal import read_events
 from pretrain.record.remote_runs import brought
+from pretrain.record.run_dir import MANIFEST, RunDir, is_run_id
 
-if TYPE_CHECKING:
-    from pretrain.record.events import Evaluated
-
-__all__ = ["Compared", "compare", "format_difference", "over"]
+__all__ = ["Compared", "Worth", "compare", "format_difference", "over", "scores_of", "words_on", "worth_of"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,68 @@ def compare(first: str, second: str, *, storage: str | os.PathLike[str] = "runs"
         what = f"no evaluation of {listed(missing)}" if missing else "no evaluation that both have, on the same samples"
         raise RequestError(f"{what} in {root}; `pretrain evaluate CHECKPOINT --data NAME=DIRECTORY` makes one")
     return sorted(found, key=lambda one: (one.protocol, one.data))
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a trained checkpoint of a run is worth by one task.
+
+    Attributes:
+        event: Its score.
+        gain: How much higher that is than the score of what the run began with; None where that is not known.
+    """
+
+    event: Evaluated
+    gain: Difference | None
+
+    @property
+    def floor(self) -> float | None:
+        """What raw pixels score; None where that is not known."""
+        return self.event.metrics.get(f"{self.event.headline.name}_{FLOOR}")
+
+    @property
+    def shortcomings(self) -> list[str]:
+        """What speaks against it, a line each."""
+        headline, at = self.event.headline, f"{self.event.task}: step {self.event.step}"
+        found = []
+        if self.gain is not None and not self.gain.is_better(headline):
+            how = "worse than" if self.gain.is_beyond_noise else "not better, beyond noise, than"
+            found.append(f"{at} is {how} what the run began with: {format_difference(self.gain, headline.unit)}")
+        score = self.event.metrics[headline.name]
+        if self.floor is not None and less_is_better(score, headline) >= less_is_better(self.floor, headline):
+            found.append(f"{at} does not reach what raw pixels score, {format_value(self.floor, headline.unit)}")
+        return found
+
+
+def worth_of(evaluations: Sequence[Evaluated], storage: Path, step: int | None = None) -> dict[str, Worth]:
+    """By task, what a trained checkpoint of a run is worth.
+
+    Args:
+        evaluations: Of the run.
+        storage: Where the run lives.
+        step: Of the checkpoint; None: of each task the last one that has a score.
+    """
+    by_task: dict[str, dict[int, Evaluated]] = {}
+    for event in evaluations:
+        by_task.setdefault(event.task, {})[event.step] = event
+    found = {}
+    for task, events in by_task.items():
+        asked = max(events) if step is None else step
+        if asked > 0 and asked in events:
+            gain = over(events[0], events[asked], storage) if 0 in events else None
+            found[task] = Worth(events[asked], gain)
+    return found
+
+
+def words_on(checkpoint: Path, storage: Path) -> tuple[str, list[str]]:
+    """Of a checkpoint directory: which run and step it is of, and what speaks against it, as far as the run is here."""
+    manifest = parse_json((checkpoint / MANIFEST).read_text())
+    run_id, step = str(manifest.get("run_id", "")), int(manifest["step"])
+    run = RunDir(storage / run_id)
+    events = read_events(run.evaluations)[0] if is_run_id(run_id) and run.evaluations.is_file() else []
+    scores = [event for event in events if isinstance(event, Evaluated)]
+    worths = worth_of(scores, storage, step).values()
+    return f"step {step} of run {run_id}", [line for one in worths for line in one.shortcomings]
 
 
 def over(first: Evaluated, last: Evaluated, storage: Path) -> Difference | None:

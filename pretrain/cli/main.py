@@ -280,8 +280,13 @@ def compare(first: str, second: str, storage: str) -> None:
 def pull(name: str, dest: str | None, full: bool, storage: str) -> None:
     """Fetch a registered checkpoint to DEST (default: ./NAME-vVERSION), verified; an existing DEST is refused."""
     from pretrain.checkpoints.references import pull
+    from pretrain.comparisons import words_on
 
-    say(f"{name} is in {pull(name, dest, storage=storage, full=full)}")
+    place = pull(name, dest, storage=storage, full=full)
+    origin, shortcomings = words_on(place, brought(storage))
+    say(f"{name} is in {place}: {origin}")
+    for shortcoming in shortcomings:
+        say(f"warning: {shortcoming}", err=True)
 
 
 @cli.command()

@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipelines.storage.locations import redact
-from evaluation.comparison import Difference
-from evaluation.protocol import FLOOR, format_value
-from pretrain.comparisons import format_difference, over
+from evaluation.protocol import format_value
+from pretrain.comparisons import Worth, format_difference, worth_of
 from pretrain.config.schema import EvaluationTask, Recipe
 from pretrain.record.events import Evaluated, EvaluationFailed, Event, Metrics, Start
 from pretrain.record.journal import read_events
@@ -84,27 +83,21 @@ def print_summary(
             f"{first.values['loss']:.4f} (step {first.step})",
             f"{last.values['loss']:.4f} (step {last.step})",
         )
-    gains = _gains(recipe, evaluations, Path(recipe.storage))
+    of_last = worth_of(evaluations, Path(recipe.storage))
+    tasks = recipe.evaluation.tasks if recipe.evaluation.enabled else ()
+    worths = {name: of_last[name] for name in map(_name, tasks) if name in of_last}
     failed = {e.task for e in read_events(RunDir(run_dir).evaluations)[0] if isinstance(e, EvaluationFailed)}
-    for task in recipe.evaluation.tasks if recipe.evaluation.enabled else ():
-        table.add_row(*_score_row(task.protocol, task.data, evaluations, failed, gains.get(_name(task))))
+    for task in tasks:
+        table.add_row(*_score_row(_name(task), evaluations, failed, worths.get(_name(task))))
     if training.rates:
         table.add_row("samples/s", "", "", f"{median(training.rates):.0f}")
     console.print(table, soft_wrap=False)
-    for task_name, (event, gain) in gains.items():
-        if not gain.is_better(event.headline):
-            how = "worse than" if gain.is_beyond_noise else "not better, beyond noise, than"
-            what = f"{format_difference(gain, event.headline.unit)} over step 0"
-            console.print(
-                f"WARNING     {task_name}: step {event.step} is {how} the {start} encoder: {what}", markup=False
-            )
-    for event in _last_scores(recipe, evaluations):
-        if _is_below_floor(event):
-            said = f"{event.task}: step {event.step} does not reach what raw pixels score"
-            console.print(f"WARNING     {said}", markup=False)
+    for one in worths.values():
+        for shortcoming in one.shortcomings:
+            console.print(f"WARNING     {shortcoming}", markup=False)
     name = recipe.tracking.model_name or recipe.name
     storage = Path(recipe.storage)
-    is_evaluated = recipe.evaluation.enabled and bool(recipe.evaluation.tasks)
+    is_evaluated = bool(tasks)
     if times := training.times(time.time(), with_evaluations=is_evaluated):
         console.print(f"time        {times}", markup=False)
     console.print(f"run         {shown_run(RunDir(run_dir))}", markup=False)
@@ -119,45 +112,13 @@ def _name(task: EvaluationTask) -> str:
     return f"{task.protocol}/{task.data}"
 
 
-def _last_scores(recipe: Recipe, evaluations: Sequence[Evaluated]) -> list[Evaluated]:
-    """Of each task the score of the last trained checkpoint that has one."""
-    tasks = recipe.evaluation.tasks if recipe.evaluation.enabled else ()
-    trained = [[event for event in evaluations if event.task == _name(task) and event.step > 0] for task in tasks]
-    return [max(events, key=lambda event: event.step) for events in trained if events]
-
-
-def _gains(recipe: Recipe, evaluations: Sequence[Evaluated], storage: Path) -> dict[str, tuple[Evaluated, Difference]]:
-    """Of each task the last score, and how much higher it is than what the run began with, where that is known."""
-    gains = {}
-    for name in map(_name, recipe.evaluation.tasks if recipe.evaluation.enabled else ()):
-        found = sorted((event for event in evaluations if event.task == name), key=lambda event: event.step)
-        if found and found[0].step == 0 < found[-1].step and (gain := over(found[0], found[-1], storage)) is not None:
-            gains[name] = (found[-1], gain)
-    return gains
-
-
-def _floor(event: Evaluated) -> float | None:
-    """What raw pixels score; None where that is not known."""
-    return event.metrics.get(f"{event.headline.name}_{FLOOR}")
-
-
-def _is_below_floor(event: Evaluated) -> bool:
-    floor, score = _floor(event), event.metrics[event.headline.name]
-    return floor is not None and (score <= floor if event.headline.better == "higher" else score >= floor)
-
-
 def _score_row(
-    protocol: str,
-    data: str,
-    evaluations: Sequence[Evaluated],
-    failed: Set[str],
-    gained: tuple[Evaluated, Difference] | None = None,
+    task: str, evaluations: Sequence[Evaluated], failed: Set[str], worth: Worth | None
 ) -> tuple[str, str, str, str]:
     """Headline metric of the random backbone, the first and the last evaluated checkpoint, with its intervals.
 
-    Below stands how much higher the last one is than the first of all, `gained`, where that is known.
+    Below stands how much higher the last one is than the first of all, and what raw pixels score, where that is known.
     """
-    task = f"{protocol}/{data}"
     found = sorted((event for event in evaluations if event.task == task), key=lambda event: event.step)
     trained = [event for event in found if event.step > 0]
     if not found:
@@ -173,11 +134,11 @@ def _score_row(
     counted = [f"n = {found[-1].num_test}"] if found[-1].num_test else []
     remarks = ["95 % CI"] * any(event.interval for event in found) + counted
     rows = ["\n".join([f"{task} {headline.name}", *([", ".join(remarks)] if remarks else [])]), random, *ends]
-    if gained is not None:
+    if worth is not None and worth.gain is not None:
         rows[0] += "\n" * (2 - rows[0].count("\n")) + "over the first column"
-        rows[3] += "\n" * (2 - rows[3].count("\n")) + format_difference(gained[1], headline.unit)
-    if (floor := _floor(found[-1])) is not None:
-        rows[0] += f"\nraw pixels: {format_value(floor, headline.unit)}"
+        rows[3] += "\n" * (2 - rows[3].count("\n")) + format_difference(worth.gain, headline.unit)
+    if worth is not None and worth.floor is not None:
+        rows[0] += f"\nraw pixels: {format_value(worth.floor, headline.unit)}"
     return rows[0], rows[1], rows[2], rows[3]
 
 

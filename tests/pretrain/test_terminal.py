@@ -281,10 +281,13 @@ def test_summary__intervals_fit_80_columns_and_only_what_failed_is_called_so(
     ("gained", "said"),
     [
         (20, r"over the first column │ +│ +│ +\+25\.0 points \[\+1\d\.\d, \+3\d\.\d\]"),
-        (1, r"WARNING +linear/grocery: step 8 is not better, beyond noise, than the random encoder: \+1\.2 points"),
+        (
+            1,
+            r"WARNING +linear/grocery: step 8 is not better, beyond noise, than what the run began with: \+1\.2 points",
+        ),
         (
             -20,
-            r"WARNING +linear/grocery: step 8 is worse than the random encoder: -25\.0 points \[-3\d\.\d, -1\d\.\d\]",
+            r"WARNING +linear/grocery: step 8 is worse than what the run began with: -25\.0 points \[-3\d\.\d, -1",
         ),
     ],
 )
@@ -321,4 +324,4 @@ def test_summary__raw_pixels_stand_beside_the_scores(
     )
     text = "\n".join(lines)
     assert f"raw pixels: {pixels:.1%}" in text
-    assert ("linear/grocery: step 8 does not reach what raw pixels score" in text) == (pixels == 0.5)
+    assert ("linear/grocery: step 8 does not reach what raw pixels score, 50.0%" in text) == (pixels == 0.5)
