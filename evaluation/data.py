@@ -31,6 +31,7 @@ __all__ = [
     "LabelMaps",
     "OpenedData",
     "class_label",
+    "class_list",
     "has_labels",
     "require_classes",
     "require_labels",
@@ -279,15 +280,17 @@ def require_labels(dataset: Dataset, label: Label | None) -> None:
 
 
 def require_classes(dataset: Dataset, label: Label | None) -> None:
-    """Refuse dense labels of which nothing says how many classes they have.
+    """Refuse labels of which nothing says how many classes they have, unless they are one class per sample.
 
     Raises:
         EvaluationError: the data set lists no `classes`, which samples with a label each may do without.
     """
-    is_dense = label is not None and label.axes and label.values == "classes"
-    if is_dense and not dataset.description.get("classes"):
+    if label is None or dataset.description.get("classes"):
+        return
+    if label.values == "several" or (label.values == "classes" and label.axes):
+        of = "dense labels" if label.axes else label.fields[0]
         raise EvaluationError(
-            f"{MANIFEST_NAME} must list `classes` for dense labels, their names in index order: `pretrain data pack "
+            f"{MANIFEST_NAME} must list `classes` for {of}, their names in index order: `pretrain data pack "
             "--classes NAME,...` writes them"
         )
 
@@ -300,6 +303,23 @@ def class_label(sample: Mapping[str, Any], classes: Sequence[str] | None) -> int
     if problem := label_mix_up(label, _described(sample), classes):
         raise EvaluationError(f"sample {sample['__key__']!r}: {problem}")
     return label
+
+
+def class_list(sample: Mapping[str, Any], classes: Sequence[str]) -> list[int]:
+    """Returns the classes that `sample` belongs to, which may be none.
+
+    Raises:
+        EvaluationError: `labels.json` is no list of class indices, or has one twice; names the sample.
+        DataError: it is no JSON.
+    """
+    found, known = decode_field("json", sample["labels.json"]), range(len(classes))
+    is_list = isinstance(found, list) and all(type(label) is int and label in known for label in found)
+    if not is_list or len(set(found)) < len(found):
+        raise EvaluationError(
+            f"sample {sample['__key__']!r}: labels.json {str(found)[:60]} must be a list of different classes "
+            f"0..{len(classes) - 1}"
+        )
+    return list(found)
 
 
 def _described(sample: Mapping[str, Any]) -> Any:

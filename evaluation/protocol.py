@@ -75,19 +75,20 @@ class Label:
         fields: Sample fields of which one holds it, the preferred first.
         axes: Of the map that it is, 2 of an image and 3 of a volume; 0: one class index for the sample.
         array: Which array of an npz it is.
-        values: What a map holds: indices of classes, or distances from the camera.
+        values: What it holds: indices of classes, distances from the camera, or lists of several classes per sample.
     """
 
     fields: tuple[str, ...]
     axes: int = 0
     array: str = "label"
-    values: Literal["classes", "meters"] = "classes"
+    values: Literal["classes", "meters", "several"] = "classes"
 
 
 # What `Protocol.label` may be.
 LABELS: Mapping[str, Label] = MappingProxyType(
     {
         "cls": Label(("cls",)),
+        "labels.json": Label(("labels.json",), values="several"),
         "seg.png": Label(("seg.png",), axes=2),
         "seg.npy": Label(("seg.npy", "labels.npy", "npz"), axes=3),
         "depth.png": Label(("depth.png", "depth.npy"), axes=2, values="meters"),
@@ -108,7 +109,8 @@ class Protocol:
             "encoder" `extract.Frozen`: the samples and the encoder, which the protocol runs as it likes;
             "decoded" `extract.Decoded`: held-out samples, and what the encoder and the decoder of the checkpoint make
             of them where a part is hidden.
-        label: What the target is, a key of `LABELS`: "cls" the class of a sample, "seg.png" a map of classes over an
+        label: What the target is, a key of `LABELS`: "cls" the class of a sample, "labels.json" a list of classes that
+            it belongs to, with tokens="pooled", "seg.png" a map of classes over an
             image, "seg.npy" one over a volume, "depth.png" a map of distances in meters; None of a protocol that needs
             none, as those with tokens="decoded" do.
         metrics: What the head reports. A plain name is accepted and means a fraction of which more is better. The

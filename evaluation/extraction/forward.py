@@ -27,7 +27,7 @@ from torch.utils.data import default_collate
 
 from data_pipelines.content import content_hash
 from data_pipelines.errors import DataError
-from evaluation.data import DepthMaps, LabelMaps, OpenedData, class_label
+from evaluation.data import DepthMaps, LabelMaps, OpenedData, class_label, class_list
 from evaluation.extraction.recipe import Extraction
 from evaluation.features import ArrayWriter
 from evaluation.protocol import EvaluationError, Label
@@ -90,7 +90,7 @@ class Pooled:
 
     cls: Tensor | None  # (n, D) float32
     patch_mean: Tensor  # (n, D) float32
-    labels: Tensor  # (n,) int64; 0 of samples without, which only protocols without labels are given
+    labels: Tensor  # (n,) int64, 0 of samples without, which their protocols do not read; (n, C) bool of "labels.json"
     patch_max: Tensor | None = None  # (n, D) float32, the greatest of all tokens; of kinds whose extraction says so
     inner: tuple[Layer, ...] = ()  # the last but one layer first, `Protocol.num_layers - 1` at most; plain ViTs only
 
@@ -203,6 +203,11 @@ def splits_of(
     """Returns (train, test, number of classes) as a head takes them, from the arrays that `write_features` wrote."""
     if recipe["tokens"] == "pooled":
         train, test = (_pooled(arrays, split) for split in SPLITS)
+        if label is not None and label.values == "several":
+            train, test = (
+                replace(one, labels=_is_of_class(getattr(data, split), data.classes or ()))
+                for one, split in zip((train, test), SPLITS, strict=True)
+            )
         return train, test, data.num_classes or 1 + int(max(train.labels.max(), test.labels.max()))
     dense: list[Dense[Any]] = [
         Dense(
@@ -222,6 +227,8 @@ def labels_of(
     dataset = getattr(data, split)
     if label is None:
         return torch.zeros(dataset.num_samples, dtype=torch.int64)
+    if label.values == "several":
+        return _is_of_class(dataset, data.classes or ())
     if label.axes == 0:
         numbers = range(dataset.num_samples)
         return torch.tensor([class_label(dataset.read(number), data.classes) for number in numbers])
@@ -237,6 +244,14 @@ def labels_of(
         label=label,
         lay=_laying(dataset, extraction, recipe),
     )
+
+
+def _is_of_class(samples: Samples, classes: Sequence[str]) -> Tensor:
+    """(n, C) bool, of lists of classes."""
+    is_of = torch.zeros(samples.num_samples, len(classes), dtype=torch.bool)
+    for number in range(samples.num_samples):
+        is_of[number, class_list(samples.read(number), classes)] = True
+    return is_of
 
 
 def num_classes_of(data: OpenedData, label: Label | None, labels: Sequence[Any]) -> int:

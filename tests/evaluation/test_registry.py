@@ -58,7 +58,7 @@ def test_fitting__protocols_of_each_kind() -> None:
 
 
 def test_protocol__of_an_unknown_label_is_refused() -> None:
-    with pytest.raises(EvaluationError, match=r"protocol 'knn': label='txt'; known are cls, seg\.png, seg\.npy"):
+    with pytest.raises(EvaluationError, match=r"'knn': label='txt'; known are cls, labels\.json, seg\.png, seg\.npy"):
         replace(PROTOCOLS["knn"], label="txt")
 
 

@@ -87,9 +87,10 @@ def test_score__attention_finds_the_token_that_tells_the_class() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_score__test_labels_choose_nothing(name: str) -> None:
-    train, test = _marked(80, 0), _marked(60, 1)
-    honest = _score(name, train, test)
-    wrong = _score(name, train, dataclasses.replace(test, labels=test.labels.roll(1)))
+    train, test, lrs = _marked(80, 0), _marked(60, 1), (3e-2, 1e-6)
+    honest = _score(name, train, test, lrs=lrs)
+    wrong = _score(name, train, dataclasses.replace(test, labels=test.labels.roll(1)), lrs=lrs)
+    assert honest.details["lr"] == 3e-2
     for detail in ("lr", "at_grid_edge", "val_top1_by_lr", "selection"):
         assert wrong.details[detail] == honest.details[detail]
     assert wrong.metrics["top1"] != honest.metrics["top1"]

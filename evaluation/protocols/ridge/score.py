@@ -23,7 +23,7 @@ from evaluation.pooling import joined, standardised
 from evaluation.protocol import EvaluationError
 from evaluation.selection import NEVER_HELD_OUT, by_setting, choose_cell, hold_out, how_held_out, stratified_folds
 
-__all__ = ["Path", "ridge_path", "score"]
+__all__ = ["Path", "relative_path", "ridge_path", "score"]
 
 
 def score(
@@ -44,13 +44,13 @@ def score(
         hits, loss = torch.zeros(len(penalties), dtype=torch.int64), torch.zeros(len(penalties), dtype=torch.float64)
         for held_out in range(num_folds):
             is_val = (fold == held_out).to(device)
-            path = _relative_path(x[~is_val], targets[~is_val], penalties)
+            path = relative_path(x[~is_val], targets[~is_val], penalties)
             for cell in range(len(penalties)):
                 found = path.scores(x[is_val], cell)
                 hits[cell] += (found.argmax(1) == targets[is_val].argmax(1)).sum().cpu()
                 loss[cell] += (found - targets[is_val]).square().sum().cpu()
         cell, at_edge = choose_cell(hits, loss)
-        path = _relative_path(x, targets, penalties[cell : cell + 1])
+        path = relative_path(x, targets, penalties[cell : cell + 1])
         return path.scores(queries, 0).argmax(1).cpu(), cell, at_edge, hits
 
     predicted, cell, at_edge, hits = chosen(*standardised(joined(train), joined(test)))
@@ -110,7 +110,7 @@ def ridge_path(x: Tensor, targets: Tensor, penalties: Sequence[float]) -> Path:
     return Path(weight, target_mean - x_mean @ weight)
 
 
-def _relative_path(x: Tensor, targets: Tensor, penalties: Sequence[float]) -> Path:
+def relative_path(x: Tensor, targets: Tensor, penalties: Sequence[float]) -> Path:
     """`ridge_path` with penalties in units of the mean eigenvalue of X^T X, hence the same for any scale of `x`."""
     unit = float((x - x.mean(dim=0)).square().sum()) / x.shape[1]
     return ridge_path(x, targets, [penalty * unit for penalty in penalties])

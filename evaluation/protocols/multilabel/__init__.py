@@ -1,0 +1,1 @@
+"""Several classes per image: a linear classifier of each on frozen features."""
