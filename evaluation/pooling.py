@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evaluation.extraction.forward import Pooled
 
-__all__ = ["joined", "standardised"]
+__all__ = ["joined", "scaling", "standardised"]
 
 STD_FLOOR = 1e-6  # below this a feature is constant and carries nothing
 
@@ -23,8 +23,13 @@ def joined(split: Pooled) -> Tensor:
     return torch.cat(parts, dim=1) if len(parts) > 1 else split.patch_mean
 
 
+def scaling(train: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and inverse deviation (D,) of each feature over `train` (n, D); 0 of constant ones."""
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
+    return mean, torch.where(std > STD_FLOOR, 1 / std.clamp(min=STD_FLOOR), 0)
+
+
 def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Both (n, D) with mean 0 and deviation 1 of each feature over `train`; constant features become 0."""
-    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
-    scale = torch.where(std > STD_FLOOR, 1 / std.clamp(min=STD_FLOOR), 0)
+    mean, scale = scaling(train)
     return (train - mean) * scale, (test - mean) * scale
