@@ -167,6 +167,11 @@ class LabelMaps:
         """2 of images, 3 of volumes."""
         return self._label.axes
 
+    def name_of(self, sample_idx: int) -> tuple[str, str | None]:
+        """Returns the key of a sample and its sequence or None."""
+        key = str(self._dataset.read(sample_idx)["__key__"])
+        return key, self._sequences.get(key)
+
     def read(self, sample_idx: int) -> tuple[npt.NDArray[np.int64], str | None]:
         """Returns the label map (H, W) or (X, Y, Z), `IGNORED` where ignored, and the sequence of the sample or None.
 

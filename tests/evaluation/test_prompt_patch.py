@@ -69,6 +69,11 @@ def test_pairs__of_positions_alone() -> None:
     assert (auroc, auroc_position) == (0.5, 3.5 / 4)  # two pairs at a distance of 1, against those at 1, 2, 2 and 3
 
 
+def test_prompt_ious__what_is_not_counted_is_no_false_alarm() -> None:
+    is_region, counts = torch.tensor([True, True, False, False]), torch.tensor([True, True, True, False])
+    assert prompt_ious(torch.ones(4), is_region, counts, (0.5,)).tolist() == [pytest.approx(2 / 3)]
+
+
 def _objects(
     num_images: int, seed: int, noise: float = 0.2
 ) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.uint8]]]:

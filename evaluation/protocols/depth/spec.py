@@ -33,7 +33,7 @@ SPEC = Protocol(
             "max_m": (10.0, 80.0),  # the first that all but `far_share` of the training distances are below
             "far_share": 0.01,
             "num_bins": 256,
-            "lrs": (1e-3, 3e-3, 1e-2, 3e-2),
+            "lrs": (3e-3, 1e-2, 3e-2, 1e-1),
             "weight_decay": 1e-4,
             "betas": (0.9, 0.99),
             "init_std": 0.01,
