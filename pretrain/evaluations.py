@@ -28,8 +28,9 @@ from pretrain.config.schema import EvaluationTask, Recipe, TrainConfig
 from pretrain.config.stages import Plan, written_stages
 from pretrain.config.values import parse_yaml
 from pretrain.errors import RequestError, last_line
-from pretrain.record.events import Evaluated, EvaluationFailed, from_json
+from pretrain.record.events import Evaluated, EvaluationFailed, Warned, from_json
 from pretrain.record.journal import read_events
+from pretrain.record.pictures import Drawn
 from pretrain.record.remote_runs import brought, push_results
 from pretrain.record.run_dir import RECIPE, runs_in
 from pretrain.remote.folder import answering
@@ -53,10 +54,11 @@ def evaluate_tasks(
     device: str | None,
     threads: int,
     training: str,
-) -> list[Evaluated | EvaluationFailed]:
+) -> list[Evaluated | EvaluationFailed | Drawn | Warned]:
     """Run the evaluation tasks of a checkpoint on one data set in a process of their own, which shares the features.
 
-    One after the other; one that fails stops no other. While `training` exists, one thread of low priority computes.
+    One after the other; one that fails stops no other. Then pictures for people are drawn, unless all have failed; what
+    stops that is a warning. While `training` exists, one thread of low priority computes.
 
     Args:
         checkpoint: A checkpoint directory or URI.
@@ -69,15 +71,17 @@ def evaluate_tasks(
         training: A file that is there while trainers are at work.
 
     Returns:
-        What the run records about each task.
+        What the run records about each task, and the pictures that it keeps.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+    from evaluation.data import EvaluationData
     from evaluation.threads import Threads
+    from pretrain.checkpoints.reads import trained_on
     from pretrain.checkpoints.references import resolve
 
     computing = Threads(threads, beside_trainers=Path(training).exists)
     computing.run(import_module, "evaluation.runner")
-    events: list[Evaluated | EvaluationFailed] = []
+    events: list[Evaluated | EvaluationFailed | Drawn | Warned] = []
     try:
         path = resolve(checkpoint, Path(storage))
     except RequestError as error:
@@ -91,6 +95,15 @@ def evaluate_tasks(
         except Exception as error:  # of any type: protocols of other packages raise what they like
             said = f"{type(error).__name__}: {last_line(error)}"
             events.append(EvaluationFailed(step=step, protocol=task.protocol, data=task.data, error=said))
+    if any(isinstance(event, Evaluated) for event in events):
+        try:
+            data, size = EvaluationData(tasks[0].data, Path(directory)), tasks[0].image_size
+            pictures = computing.run(import_module, "evaluation.pictures.draw")
+            drawn = pictures.draw(path, data, image_size=size, reads=trained_on(path), device=device, threads=computing)
+            events += [Drawn(step, tasks[0].data, shows, png) for shows, png in drawn.items()]
+        except Exception as error:  # whatever it is, the scores count
+            said = f"no pictures of {tasks[0].data}: {type(error).__name__}: {last_line(error)}"
+            events.append(Warned(step=step, about="pictures", text=said))
     return events
 
 

@@ -43,6 +43,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("protocols",),
         ("registry", "floor"),
         ("suites", "runner"),
+        ("pictures",),
         ("extract", ""),
     ),
     "pretrain": (

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from backbones.features import ImageFeatures
 from backbones.images.base import ImageEncoder
+from backbones.images.pictures import principal_colors
 from backbones.precision import at_least_float32
 from objectives.base import ImageObjective, Output, Progress
 from objectives.companions import Companion
@@ -34,7 +35,7 @@ from objectives.parts.image_token import image_token
 from objectives.parts.initialization import initialize_linear
 from objectives.parts.photometric import FURTHER, photometric, require_colors
 from objectives.parts.token_grid import on_grid
-from objectives.parts.visuals import MAX_PICTURES, evaluating, principal_colors, to_rgb
+from objectives.parts.visuals import MAX_PICTURES, evaluating, to_rgb
 from objectives.teacher import ReadWeights, Teacher, cosine_momentum
 
 __all__ = ["FeatureDistillation"]

@@ -1,11 +1,8 @@
-"""Images and features that a person can look at: reconstructions, patch tokens as colours, where the class token looks.
+"""Images that a person can look at: crops with what a backbone makes of them, and reconstructions.
 
-Attention of the class token shows objects in M. Caron et al., 2021, arXiv:2104.14294, figure 1; principal components
-of patch tokens as red, green and blue are from M. Oquab et al. (DINOv2), 2023, arXiv:2304.07193, figure 1; the
-similarity of one patch to all others, in which features that lose their locality become blotches, is from O. Simeoni
-et al. (DINOv3), 2025, arXiv:2508.10104, section 4.
+Not here: features and attention as pictures (`backbones.images.pictures`).
 
-Legend: n pictures, N patches, D width, H attention heads.
+Legend: n pictures, N patches, H attention heads.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backbones.images.base import ImageEncoder
+from backbones.images.pictures import attention_maps, principal_colors, similarity_maps
 from objectives.parts.block_corruption import Corruption
 from objectives.parts.multicrop import crops_of
 
@@ -26,23 +24,11 @@ __all__ = [
     "as_pixels",
     "crops_and_features",
     "evaluating",
-    "principal_colors",
     "reconstructions",
-    "similarity_maps",
     "to_rgb",
 ]
 
 MAX_PICTURES = 8
-_CLIPPED = 0.02  # share of the patches at either end of a component that is shown as fully dark or bright
-# From 0 to 1: violet, blue, green, yellow, as in matplotlib's viridis. Red is none of them.
-_HEAT = (
-    (0.267, 0.004, 0.329),
-    (0.231, 0.322, 0.545),
-    (0.129, 0.569, 0.549),
-    (0.369, 0.788, 0.384),
-    (0.992, 0.906, 0.145),
-)
-_MARK = (1.0, 0.0, 0.0)
 
 
 @contextmanager
@@ -93,54 +79,8 @@ def crops_and_features(backbone: ImageEncoder, batch: dict[str, Tensor]) -> dict
     pictures["features"] = _resized(principal_colors(features.patches, features.grid), size)
     pictures["similarity"] = _resized(similarity_maps(features.patches, features.grid), size)
     if attention is not None:
-        mean = attention.mean(1)  # (n, N)
-        bright = mean / mean.amax(1, keepdim=True)
-        pictures["attention"] = _resized(bright.unflatten(1, features.grid).unsqueeze(1).expand(-1, 3, -1, -1), size)
+        pictures["attention"] = _resized(attention_maps(attention, features.grid), size)
     return pictures
-
-
-def principal_colors(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The first three principal components over all patches of all pictures, as red, green and blue.
-
-    Args:
-        patches: (n, N, D) with n N >= 3 and D >= 3.
-
-    Returns:
-        (n, 3, rows, columns) in [0, 1].
-    """
-    rows = patches.double().flatten(0, 1)  # (n N, D)
-    rows = rows.where(rows.isfinite().all(), 0)  # of a run that has blown up: black, where `eigh` would raise
-    rows = rows - rows.mean(0)
-    axes = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -3:].flip(1)  # (D, 3), the strongest first
-    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))  # (1, 3)
-    scores = rows @ (axes * largest.sign())  # (n N, 3); the sign makes the colours the same from run to run
-    low, high = (scores.quantile(share, dim=0) for share in (_CLIPPED, 1 - _CLIPPED))
-    colours = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return colours.float().unflatten(0, (len(patches), *grid)).permute(0, 3, 1, 2)
-
-
-def similarity_maps(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Cosine of the angle between the patch in the middle, which is marked in red, and each other one.
-
-    The scale is the same for all pictures and steps: violet is 0 or less, yellow is 1.
-
-    Args:
-        patches: (n, N, D) with N = rows x columns.
-
-    Returns:
-        (n, 3, rows, columns) in [0, 1].
-    """
-    rows, columns = grid
-    middle = rows // 2 * columns + columns // 2
-    unit = functional.normalize(patches.float(), dim=-1)  # (n, N, D)
-    cosine = (unit @ unit[:, middle, :, None])[..., 0]  # (n, N)
-    # Not finite in a run that has blown up: as 0.
-    place = cosine.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * (len(_HEAT) - 1)  # along the colours
-    below = place.floor().clamp_max(len(_HEAT) - 2)
-    colours = torch.tensor(_HEAT, device=patches.device)
-    maps = torch.lerp(colours[below.long()], colours[below.long() + 1], (place - below)[..., None])  # (n, N, 3)
-    maps[:, middle] = torch.tensor(_MARK, device=patches.device)
-    return maps.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 def to_rgb(images: Tensor) -> Tensor:

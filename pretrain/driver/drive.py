@@ -24,7 +24,7 @@ from data_pipelines.storage.locations import redact
 from pretrain.checkpoints import copies, store
 from pretrain.config.stages import Plan, plan_yaml
 from pretrain.config.worlds import worlds
-from pretrain.driver.evaluating import Evaluating
+from pretrain.driver.evaluating import Evaluating, Recorded
 from pretrain.driver.failures import FATAL, restart_reason, told
 from pretrain.driver.placement import given_address, gpus_per_worker, only_driver
 from pretrain.driver.remote_record import RemoteRecord
@@ -36,12 +36,12 @@ from pretrain.known_checkpoints import KnownCheckpoints
 from pretrain.record.events import (
     CheckpointPublished,
     Evaluated,
-    EvaluationFailed,
     Event,
     Failed,
     Finished,
     Start,
     Stopped,
+    Visualizations,
 )
 from pretrain.record.interrupts import heard
 from pretrain.record.journal import Journal, read_events
@@ -296,8 +296,8 @@ class Driver:
         return has_news
 
     def _evaluating(self, queue: TaskQueue, options: dict[str, Any]) -> Evaluating:
-        def show(event: Evaluated | EvaluationFailed) -> None:
-            if isinstance(event, Evaluated):
+        def show(event: Recorded) -> None:
+            if isinstance(event, Evaluated | Visualizations):
                 self._mirrors.show([event])
             self.terminal.show(event)
             self._remote.wake()

@@ -14,14 +14,17 @@ from pretrain.config.schema import EvaluationTask, Recipe
 from pretrain.errors import last_line
 from pretrain.evaluations import evaluate_tasks
 from pretrain.known_checkpoints import KnownCheckpoints
-from pretrain.record.events import Evaluated, EvaluationFailed
+from pretrain.record.events import Evaluated, EvaluationFailed, Visualizations, Warned
 from pretrain.record.journal import Journal
+from pretrain.record.pictures import Drawn, keep
 from pretrain.record.run_dir import RunDir
 
 if TYPE_CHECKING:
     from cluster.tasks import TaskQueue
 
-__all__ = ["Evaluating"]
+__all__ = ["Evaluating", "Recorded"]
+
+Recorded = Evaluated | EvaluationFailed | Visualizations | Warned
 
 
 class Evaluating:
@@ -43,7 +46,7 @@ class Evaluating:
         recipe: Recipe,
         run_dir: RunDir,
         known: KnownCheckpoints,
-        show: Callable[[Evaluated | EvaluationFailed], None],
+        show: Callable[[Recorded], None],
     ) -> None:
         self.options = options
         self._queue, self._recipe, self._run_dir, self._known, self._show = queue, recipe, run_dir, known, show
@@ -67,7 +70,7 @@ class Evaluating:
         for (checkpoint, tasks), events, error in self._queue.finished():
             if error is None:
                 for event in events:
-                    self._record(event)
+                    self._record(keep(self._run_dir, event) if isinstance(event, Drawn) else event)
             elif len(tasks) > 1:
                 # The process died, and nobody knows of which task: each has one of its own now. Scores are found again.
                 for task in tasks:
@@ -76,7 +79,7 @@ class Evaluating:
                 of = {"step": checkpoint.step, "protocol": tasks[0].protocol, "data": tasks[0].data}
                 self._record(EvaluationFailed(**of, error=last_line(error)))
 
-    def _record(self, event: Evaluated | EvaluationFailed) -> None:
+    def _record(self, event: Recorded) -> None:
         with Journal(self._run_dir.evaluations) as journal:
             journal.write(event)
         self._show(event)

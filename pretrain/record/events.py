@@ -234,11 +234,18 @@ class CheckpointPublished(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Visualizations(Event):
-    """A picture of what the objective sees and makes was written; `path` is relative to the run directory."""
+    """A picture was written; `path` is relative to the run directory.
+
+    Attributes:
+        data, shows: Of a picture of what a checkpoint makes of evaluation data, the name of these and its kind; both
+            are empty where it shows what the objective sees and makes in training.
+    """
 
     kind: ClassVar[str] = "visualizations"
     step: int
     path: str
+    data: str = ""
+    shows: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

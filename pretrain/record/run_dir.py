@@ -6,7 +6,7 @@
              mlflow.json          how much of the two has reached MLflow (mlflow-sent.jsonl: which checkpoints and
                                   scores; tracking-rejected.jsonl: what never will)
              checkpoints/         by step (`pretrain.checkpoints.store`)
-             visualizations/      by step
+             visualizations/      by step; of evaluation data by name and kind, too
              samples/             which samples each rank took, if asked for
              logs/                output of the processes
              stop                 a request to end after the next step
@@ -214,8 +214,17 @@ class RunDir:
         """The record of samples of one rank."""
         return self.path / "samples" / f"rank-{rank:05d}.jsonl"
 
-    def visualizations(self, step: int) -> Path:
-        return self.path / "visualizations" / f"step-{step:08d}.png"
+    def visualizations(self, step: int, data: str = "", shows: str = "") -> Path:
+        """A picture of what the objective makes, or one of the kind `shows` of what a checkpoint makes of data."""
+        about = f"-{_in_a_name(data)}-{shows}" if shows else ""
+        return self.path / "visualizations" / f"step-{step:08d}{about}.png"
+
+    def visualizations_of(self, data: str, shows: str, *, but: int) -> dict[int, Path]:
+        """The pictures of a kind of all checkpoints, by step, but that of the step `but`."""
+        suffix = self.visualizations(0, data, shows).name.removeprefix(f"step-{0:08d}")
+        found = (self.path / "visualizations").glob(f"step-*{suffix}")
+        steps = {path.name.removeprefix("step-").removesuffix(suffix): path for path in found}
+        return {int(step): path for step, path in steps.items() if step.isdecimal() and int(step) != but}
 
     def record(self) -> list[str]:
         """Names of all files that a remote storage keeps of the run, those first that tell of others.
@@ -267,6 +276,11 @@ class RunDir:
 def runs_in(storage: Path) -> list[RunDir]:
     """The runs of a storage directory, by name; names begin with the recipe, then the time."""
     return sorted((RunDir(path.parent) for path in storage.glob(f"*/{RECIPE}")), key=lambda run: run.run_id)
+
+
+def _in_a_name(word: str) -> str:
+    """As much of a word as the name of a file of the record may hold."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", word)[:40]
 
 
 def is_run_id(name: str) -> bool:

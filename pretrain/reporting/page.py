@@ -52,6 +52,15 @@ log = logging.getLogger(__name__)
 TEMPLATES, TEMPLATE = Path(__file__).parent / "templates", "page.html"
 MAX_IMAGES = 6
 UNKNOWN = "?"
+# Of each kind of picture of a checkpoint (`evaluation.pictures`): its title, and what is to be seen.
+PICTURES = {
+    "tokens": (
+        "What patch features look like",
+        "Rows, from above: test images; principal components of all patches as red, green and blue; how alike patches "
+        "are to the one in the middle, which is marked in red, and to the one least like it, from violet (0) to "
+        "yellow (1); where the class token looks, if there is one. Parts of objects are good, blotches are not.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,7 @@ def _contents(run: RunDir) -> dict[str, Any]:
         "rows": _rows(run, tasks, _start(stages[0])),
         "details": _details(evaluations),
         "visualizations": _visualizations(run, events),
+        "pictures": _pictures(run, [*events, *evaluations]),
         "versions": _versions(run),
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
@@ -194,16 +204,36 @@ def _versions(run: RunDir) -> dict[str, str]:
 
 
 def _visualizations(run: RunDir, events: Iterable[Event]) -> list[tuple[int, str]]:
-    """(step, PNG data URI) of the first, the last and some images between."""
-    paths = {}
+    """(step, PNG data URI) of the first, the last and some images between that the objective made."""
+    paths = _files_of(run, events).get(("", ""), {})
+    steps = list(paths)
+    if len(steps) > MAX_IMAGES:
+        steps = [steps[round(i * (len(steps) - 1) / (MAX_IMAGES - 1))] for i in range(MAX_IMAGES)]
+    return [(step, _png_uri(paths[step])) for step in steps]
+
+
+def _pictures(run: RunDir, events: Iterable[Event]) -> list[tuple[str, str, list[tuple[int, str]]]]:
+    """(title, what is to be seen, [(step, PNG data URI)]) of each kind and data set: the first and the newest."""
+    return [
+        (f"{PICTURES[shows][0]}: {data}", PICTURES[shows][1], [(s, _png_uri(paths[s])) for s in ends])
+        for (data, shows), paths in sorted(_files_of(run, events).items())
+        if shows in PICTURES and (ends := sorted({min(paths), max(paths)}))
+    ]
+
+
+def _files_of(run: RunDir, events: Iterable[Event]) -> dict[tuple[str, str], dict[int, Path]]:
+    """(data, kind) of pictures -> step -> file, in order of steps; of files that are not there nothing."""
+    found: dict[tuple[str, str], dict[int, Path]] = {}
     for event in events:
         if isinstance(event, Visualizations):
             with suppress(ValueError):  # it names a file of another place
-                paths[event.step] = run.inside(event.path)
-    steps = [step for step in sorted(paths) if paths[step].is_file()]
-    if len(steps) > MAX_IMAGES:
-        steps = [steps[round(i * (len(steps) - 1) / (MAX_IMAGES - 1))] for i in range(MAX_IMAGES)]
-    return [(s, f"data:image/png;base64,{base64.b64encode(paths[s].read_bytes()).decode()}") for s in steps]
+                if (path := run.inside(event.path)).is_file():
+                    found.setdefault((event.data, event.shows), {})[event.step] = path
+    return {about: dict(sorted(paths.items())) for about, paths in found.items()}
+
+
+def _png_uri(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 # Saying ---------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from pretrain.evaluations import due, evaluate_tasks
 from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Event, Warned
 from pretrain.record.journal import Journal, read_events
 from pretrain.record.lock import is_held
+from pretrain.record.pictures import Drawn, keep
 from pretrain.record.run_dir import RunDir, runs_in
 from pretrain.schedules.entries import Entry, Schedules, parse_time, text_of_time
 from pretrain.schedules.regressions import Scored, is_worse
@@ -254,8 +255,18 @@ class _Work:
         for event in events:
             if isinstance(event, EvaluationFailed):
                 self._failed(event.error, **facts, protocol=event.protocol, data=event.data)
-            else:
+            elif isinstance(event, Evaluated):
                 self._take(job, event, facts)
+            else:
+                self._keep(job, event)
+
+    def _keep(self, job: Job, found: Drawn | Warned) -> None:
+        """A picture, beside those of its run, or a line about one that there is not."""
+        if job.run is not None and isinstance(found, Drawn):
+            with Journal(job.run.evaluations) as journal:
+                journal.write(keep(job.run, found))
+        elif isinstance(found, Warned):
+            self._say(f"{job.subject} step {job.step}: {found.text}")
 
     def _take(self, job: Job, event: Evaluated, facts: Mapping[str, Any]) -> None:
         """Tell of a regression, then write a score down.

@@ -63,7 +63,8 @@ class Mirrors:
                     scores = {f"eval/{event.task}/{name}": value for name, value in event.metrics.items()}
                     self._numbers(scores, event)
                 case Visualizations() if (path := self._run.inside(event.path)).is_file():
-                    self._each("picture", "visualizations", path, event.step, event.time)
+                    name = "/".join(filter(None, ("visualizations", event.data, event.shows)))
+                    self._each("picture", name, path, event.step, event.time)
                 case Warned():
                     self._each("text", f"warning/{event.about}", event.text, event.step, event.time)
 

@@ -20,7 +20,6 @@ from objectives.errors import ObjectiveError
 from objectives.parts import cross_view, teacher_schedules
 from objectives.parts.centering import Center
 from objectives.parts.prototypes import DINOHead
-from objectives.parts.visuals import principal_colors, similarity_maps
 
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 SMALL = {"num_prototypes": 128, "head_hidden_dim": 48, "head_bottleneck_dim": 24, "num_local": 2, "local_size": 8}
@@ -421,39 +420,3 @@ def test_attention__of_the_class_token_is_what_the_last_block_computes():
     seen: list[Tensor] = []
     attention.attn_drop.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     torch.testing.assert_close(backbone.attention(x), seen[0][:, :, 0, 3:])
-
-
-def test_principal_colors__features_that_are_not_finite_are_black():
-    patches = torch.randn(2, 16, 8)
-    patches[1, 3, 5] = torch.nan
-    assert torch.equal(principal_colors(patches, (4, 4)), torch.zeros(2, 3, 4, 4))
-
-
-def test_principal_colors__tell_two_kinds_of_patches_apart():
-    torch.manual_seed(0)
-    is_left = torch.arange(4).lt(2).repeat(4)  # (16,) of a 4 x 4 grid
-    patches = torch.randn(2, 16, 8) * 0.1 + torch.where(is_left, 1.0, -1.0)[None, :, None]
-    colours = principal_colors(patches, (4, 4))
-    assert colours.shape == (2, 3, 4, 4)
-    red = colours[:, 0].flatten(1)
-    assert (red[:, is_left].mean() - red[:, ~is_left].mean()).abs() > 0.8
-
-
-def test_similarity_maps__are_bright_where_patches_are_like_the_one_in_the_middle():
-    """On a grid of 3 x 5 with the middle at (1, 2): equal, orthogonal, opposite, and half-way between two colors."""
-    patches = torch.tensor([0.0, 1.0]).repeat(2, 15, 1)  # orthogonal
-    patches[:, 7] = torch.tensor([1.0, 0.0])  # the middle
-    patches[0, 0], patches[0, 1] = torch.tensor([3.0, 0.0]), torch.tensor([-1.0, 0.0])
-    patches[1, 14] = torch.tensor([0.125, math.sqrt(1 - 0.125**2)])
-    patches[1, 2] = torch.nan
-    maps = similarity_maps(patches, (3, 5))
-    assert maps.shape == (2, 3, 3, 5)
-    violet, blue, yellow = (
-        torch.tensor(color) for color in ((0.267, 0.004, 0.329), (0.231, 0.322, 0.545), (0.992, 0.906, 0.145))
-    )
-    assert maps[:, :, 1, 2].tolist() == [[1.0, 0.0, 0.0]] * 2
-    torch.testing.assert_close(maps[0, :, 0, 0], yellow)
-    torch.testing.assert_close(maps[1, :, 2, 4], (violet + blue) / 2)
-    for dark in (maps[0, :, 0, 1], maps[0, :, 2, 0], maps[1, :, 0, 2]):
-        torch.testing.assert_close(dark, violet)
-    assert similarity_maps(torch.ones(1, 1, 4), (1, 1)).flatten().tolist() == [1.0, 0.0, 0.0]

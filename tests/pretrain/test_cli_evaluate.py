@@ -20,7 +20,8 @@ from evaluation.suites import protocols_of
 from pretrain.cli.main import main
 from pretrain.config.schema import EvaluationTask
 from pretrain.evaluations import evaluate_tasks
-from pretrain.record.events import Evaluated, EvaluationFailed
+from pretrain.record.events import Evaluated, EvaluationFailed, Warned
+from pretrain.record.pictures import Drawn
 from tests.pretrain.conftest import write_manifest
 
 
@@ -123,11 +124,29 @@ def test_evaluate_tasks__one_that_fails_stops_no_other_and_features_are_taken_on
     found = evaluate_tasks(
         str(checkpoint), 7, tasks, str(tmp_path / "shards"), storage, device="cpu", threads=2, training="/nowhere"
     )
-    linear, segmentation, knn = found
+    linear, segmentation, knn, tokens = found
+    assert isinstance(tokens, Drawn) and (tokens.step, tokens.data, tokens.shows) == (7, "mine", "tokens")
     assert isinstance(linear, Evaluated) and isinstance(knn, Evaluated) and linear.step == knn.step == 7
     assert isinstance(segmentation, EvaluationFailed) and segmentation.task == "segmentation/mine"
     assert "seg.png" in segmentation.error and "\n" not in segmentation.error
     assert len(extracted) == 1
+
+
+def test_evaluate_tasks__pictures_that_cannot_be_drawn_are_one_line_and_cost_no_score(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ant", "bee"):
+        write_photos(tmp_path / "photos" / name, 10)
+    pack(tmp_path / "photos", tmp_path / "shards", splits={"train": 0.5, "test": 0.5}, workers=1)
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no room\nat all")
+
+    monkeypatch.setattr("evaluation.pictures.draw.token_sheet", fail)
+    arguments = (str(checkpoint), 7, [EvaluationTask("knn", "mine")], str(tmp_path / "shards"), str(tmp_path / "runs"))
+    scored, warned = evaluate_tasks(*arguments, device="cpu", threads=1, training="/nowhere")
+    assert isinstance(scored, Evaluated) and isinstance(warned, Warned) and warned.about == "pictures"
+    assert warned.text == "no pictures of mine: MemoryError: at all"
 
 
 def test_evaluate_tasks__of_a_checkpoint_that_was_deleted_meanwhile_say_so(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ EXAMPLES: list[Event] = [
     events.Initialized(step=0, reference="timm:x", sha256="ab", loaded=3, total=4, missing=("pos_embed",)),
     events.StageBegan(step=8, stage="large", loaded=3, total=4, fresh=("pos_embed",)),
     events.CheckpointPublished(step=1, path="checkpoints/step-00000001"),
-    events.Visualizations(step=1, path="visualizations/step-00000001.png"),
+    events.Visualizations(step=1, path="visualizations/step-00000001.png", data="photos", shows="tokens"),
     events.Warned(step=1, about="collapse", text="collapsed: flat"),
     events.Warned(step=1, about="non_finite_loss", text="not finite", ranks=(0, 3)),
     events.Finished(step=9),
@@ -56,6 +56,7 @@ def test_from_json__a_missing_field_is_named(event: Event) -> None:
         events.Resumed: {"reference"},
         events.Initialized: {"resampled", "missing", "unexpected"},
         events.StageBegan: {"resampled", "fresh", "moments"},
+        events.Visualizations: {"data", "shows"},
         events.Warned: {"ranks"},
     }.get(type(event), set())
     if isinstance(event, EvaluationFailed):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 import re
 from collections.abc import Callable
@@ -112,6 +113,10 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[
             top = {"top1": top1, "top1_ci_low": top1 - 0.03, "top1_ci_high": top1 + 0.03, "top5": 0.9}
             evaluations.write(scores(step, "linear", "photos", **top))
             evaluations.write(scores(step, "segmentation", "chair", miou=miou))
+            sheet = RunDir(run_dir).visualizations(step, "photos", "tokens")
+            Image.new("RGB", (8, 4), (step // 2, 0, 0)).save(sheet)
+            path = str(sheet.relative_to(run_dir))
+            evaluations.write(Visualizations(step=step, path=path, data="photos", shows="tokens"))
         evaluations.write(EvaluationFailed(step=400, protocol="knn", data="photos", error="out of <memory>"))
     return run_dir
 
@@ -125,7 +130,7 @@ def page(run_dir: Path) -> Page:
 
 def test_write_report__one_self_contained_page(page: Page) -> None:
     assert page.external == [] and "http" not in page.text.replace("http-equiv", "")
-    assert len(page.images) == 2 + 4 + 5  # scores, training metrics, pictures
+    assert len(page.images) == 2 + 4 + 5 + 2  # scores, training metrics, pictures of training and of checkpoints
     for image in page.images:
         content = base64.b64decode(image.partition("base64,")[2], validate=True)
         assert content.startswith((b"\x89PNG", b"<svg"))
@@ -149,6 +154,14 @@ def test_write_report__baseline_is_the_floor_of_the_chart(page: Page) -> None:
     dashed = [chart for chart in charts if re.search(r"<path[^>]* stroke-width=[^>]* stroke-dasharray", chart)]
     assert len(dashed) == 2, "one floor in each chart of scores, none in those of training"
     assert "+21.9 points over random" in page.text
+
+
+def test_write_report__features_of_the_first_and_the_newest_checkpoint_stand_side_by_side(page: Page) -> None:
+    section = page.text.partition("<h2>What patch features look like: photos</h2>")[2].partition("<h2>")[0]
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", section) == ["step 0", "step 400"]
+    shown = [Image.open(io.BytesIO(base64.b64decode(found))) for found in re.findall(r'base64,([^"]*)"', section)]
+    assert [image.getpixel((0, 0)) for image in shown] == [(0, 0, 0), (200, 0, 0)]
+    assert section.count('loading="lazy"') == 2
 
 
 def test_write_report__nothing_from_the_run_becomes_markup(page: Page) -> None:
