@@ -45,9 +45,9 @@ class Compared:
 
     @property
     def verdict(self) -> str:
-        """In words, which of them is better."""
+        """In words, which of them is better; not known of results from before single samples were kept."""
         if self.difference is None:
-            return "not known: evaluated before single samples were kept"
+            return "not known"
         if not self.difference.is_beyond_noise:
             return "within noise"
         return "better" if self.difference.is_better(self.metric) else "worse"

@@ -116,6 +116,7 @@ def evaluate(
     batch_size: int | None = None,
     device: str | None = None,
     suite: str | None = None,
+    again: bool = False,
     said: Callable[[str], None] = lambda _: None,
 ) -> list[EvaluationResult]:
     """Evaluate a checkpoint.
@@ -131,6 +132,7 @@ def evaluate(
         device: As torch names it; None: CUDA if this process sees a device, else the CPU.
         suite: One of `evaluation.suites.SUITES`, in the place of `protocols`: those of it that fit the backbone and the
             labels of the data.
+        again: Compute what is known as well, and replace it; frozen features are kept.
         said: Is told what is under way.
 
     Returns:
@@ -171,7 +173,7 @@ def evaluate(
     for number, (task, directory) in enumerate(asked, start=1):
         if len(asked) > 1:
             said(f"{number}/{len(asked)}: {task.protocol} on {task.data}")
-        results.append(_evaluate(path, task, directory, root, batch_size=batch_size, device=device))
+        results.append(_evaluate(path, task, directory, root, batch_size=batch_size, device=device, force=again))
     with answering(shown_storage(root)):
         push_results(root)
     return results

@@ -122,6 +122,10 @@ def run(
     plan = load_plan(recipe, (*settings, *place), check_files=photos is None)
     if note := replaced_objective(recipe, settings):
         say(f"note: {note}", err=True)
+    evaluation = plan.recipe.evaluation
+    if unused := sorted(evaluation.data.keys() - {task.data for task in evaluation.tasks}) if evaluation.tasks else ():
+        said = f"no task of evaluation.tasks is on {', '.join(unused)} of evaluation.data, so nothing is scored on it"
+        say(f"note: {said}", err=True)
     if dry_run:
         from pretrain.cli.dry_run import explain
 
@@ -161,6 +165,7 @@ def resume(parent: Parent, run_id: str, settings: tuple[str, ...], storage: str)
 @click.option("--suite", type=click.Choice(SUITES), help="Protocols that fit data and backbone: a few, more, all.")
 @click.option("--data", metavar="NAME=DIRECTORY", multiple=True, help="Repeatable; default: the data of its recipe.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples at a time; decides speed and memory, no score.")
+@click.option("--again", is_flag=True, help="Compute known results again; features are kept.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")
 @_storage
 def evaluate(
@@ -169,6 +174,7 @@ def evaluate(
     suite: str | None,
     data: tuple[str, ...],
     batch_size: int | None,
+    again: bool,
     device: str | None,
     storage: str,
 ) -> None:
@@ -199,6 +205,7 @@ def evaluate(
         batch_size=batch_size,
         device=device,
         suite=suite,
+        again=again,
         said=lambda text: say(text, err=True),
     )
     rows = []
@@ -269,7 +276,13 @@ def compare(first: str, second: str, storage: str) -> None:
     from pretrain.comparisons import compare, scores_of
 
     header = ("task", "first", "second", "difference [95 % CI]", "n", "second is")
-    print_table(header, scores_of(compare(first, second, storage=storage)))
+    found = compare(first, second, storage=storage)
+    print_table(header, scores_of(found))
+    if any(one.difference is None for one in found):
+        say(
+            "note: not known of results from before single samples were kept; evaluate --again makes them anew",
+            err=True,
+        )
 
 
 @cli.command()

@@ -47,7 +47,16 @@ def test_cli__surface_is_frozen() -> None:
             *("RECIPE", "[KEY=VALUE]...", "--address", "--run-id", "--sweep", "--parallel", "--retries", "--dry-run"),
         ],
         "resume": ["RUN_ID", "[KEY=VALUE]...", "--storage"],
-        "evaluate": ["CHECKPOINT", "--protocol", "--suite", "--data", "--batch-size", "--device", "--storage"],
+        "evaluate": [
+            "CHECKPOINT",
+            "--protocol",
+            "--suite",
+            "--data",
+            "--batch-size",
+            "--again",
+            "--device",
+            "--storage",
+        ],
         "compare": ["FIRST", "SECOND", "--storage"],
         "leaderboard": ["--protocol", "--data", "--all", "--storage"],
         "pull": ["NAME[@ALIAS]", "DEST", "--full", "--storage"],
@@ -193,6 +202,17 @@ def test_main__another_objective_on_a_recipe_says_what_stays(
     )
     assert "learning rate" in line and line.endswith("dino_cifar10, dino_photos, dino_vits16_imagenet")
     assert main(["run", "demo", "objective.name=mae"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_main__evaluation_data_that_no_task_is_on_are_named(
+    run_stub: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_stub(lambda plan: None)
+    task = ["evaluation.tasks=[{protocol: knn, data: grocery}]", "evaluation.select=null"]
+    assert main(["run", "demo", *task]) == 0
+    assert "no task of evaluation.tasks is on chair of evaluation.data" in capsys.readouterr().err
+    assert main(["run", "demo", "evaluation.tasks=[]", "evaluation.select=null"]) == 0
     assert capsys.readouterr().err == ""
 
 

@@ -9,6 +9,7 @@ import pytest
 from pretrain.cli.main import main
 from pretrain.config.load import recipe_content, recipe_names
 from pretrain.training import preflight
+from tests.small_data import NUM_POINTS
 from tests.small_objectives import data_of
 
 
@@ -18,6 +19,8 @@ def screen(
     """The lines of a dry run in an empty directory, which it leaves empty."""
     monkeypatch.chdir(tmp_path)
     root = [] if name == "demo" else [f"data.root={data_of(recipe_content(name)['objective']['name'])}"]
+    if recipe_content(name)["backbone"].get("kind") == "points":
+        settings = (f"backbone.num_points={NUM_POINTS}", *settings)  # as many as the small clouds have
     assert main(["run", name, *root, *settings, "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == []
     return capsys.readouterr().out.splitlines()
