@@ -34,6 +34,7 @@ YOUNG_HEAD_S = 30.0  # until a head that has just begun to answer has an agent, 
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # of Ray's own commands, in their order
 LIVE = ("PENDING", "RUNNING")
 _CHECK = "a job server is the dashboard of a head with ray[default], usually at port 8265"
+_STRANGER = f"what answers there is no job server of Ray; {_CHECK}"
 
 
 class JobServerError(Exception):
@@ -111,14 +112,17 @@ def server_address(address: str | None) -> str:
         raise JobServerError(f"no job server is given; use --address {example} or set {ADDRESS_VARIABLES[0]}")
     if "://" not in address:
         address = f"http://{address}"
+    if set("@?#") & set(address):
+        problem = "an address with user, password or query is recorded in many places; leave them out"
+        raise JobServerError(f"{source}: {problem}")
     try:
         url = urlsplit(address)
+        url.netloc.encode("idna")  # what is no name of a host would be refused in words of a codec
         has_port = bool(url.hostname) and (url.port is not None or url.scheme == "https")
     except ValueError:
         url, has_port = urlsplit(""), False
-    if "@" in address:
-        raise JobServerError(f"{source}: an address with user or password is recorded in many places; leave them out")
-    if url.scheme not in ("http", "https") or not has_port:
+    is_plain = address.isprintable() and " " not in address
+    if url.scheme not in ("http", "https") or not has_port or not is_plain:
         raise JobServerError(f"{source} {address}: expected the job server of a cluster, such as {example}")
     return address.rstrip("/")
 
@@ -141,7 +145,11 @@ class JobServer:
     @cached_property
     def token(self) -> Token | None:
         """What goes with each request; None where the server asks for no token."""
-        answer = _parsed(self._send("GET", "/api/authentication_mode", None, None), self.address, dict)
+        try:
+            told = self._send("GET", "/api/authentication_mode", None, None)
+        except NoSuchJob:  # every job server has this page
+            raise JobServerError(f"{self.address}: {_STRANGER}") from None
+        answer = _parsed(told, self.address, dict)
         if answer.get("authentication_mode") != "token":
             return None
         try:
@@ -260,7 +268,7 @@ class JobServer:
         except Exception as error:  # http.client's, of an answer that is no HTTP
             if type(error).__module__ != "http.client":
                 raise
-            raise JobServerError(f"{self.address}: what answers there is no job server of Ray; {_CHECK}") from None
+            raise JobServerError(f"{self.address}: {_STRANGER}") from None
 
     def _refusal(self, error: urllib.error.HTTPError, token: Token | None) -> JobServerError:
         """What an answer with a status of 300 or more means."""
@@ -274,7 +282,9 @@ class JobServer:
             said = error.read().decode("utf-8", "replace")
         except OSError:
             said = ""
-        last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "")
+        # The last line of a page for people, which a proxy sends, is markup.
+        lines = [] if said.lstrip().startswith("<") else said.splitlines()
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         if error.code == 404:
             return NoSuchJob(f"{self.address}: {last or 'not found'}")
         return JobServerError(f"{self.address}: HTTP {error.code}: {last or error.reason}")
@@ -284,6 +294,9 @@ class JobServer:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, TimeoutError):
             return f"{self.address}: no answer within {timeout_s:g} s; {_CHECK}"
+        if isinstance(reason, ssl.SSLError) and not isinstance(reason, ssl.SSLCertVerificationError):
+            problem = f"no https ({reason.reason or reason})"
+            return f"{self.address}: {problem}; a dashboard without a proxy in front is at http://"
         if isinstance(reason, ssl.SSLError):
             return f"{self.address}: {reason.reason or reason}; SSL_CERT_FILE names the certificates that are trusted"
         if isinstance(reason, socket.gaierror):
@@ -301,7 +314,7 @@ def _parsed(answer: bytes, address: str, kind: type) -> Any:
     except ValueError:
         found = None
     if not isinstance(found, kind):
-        raise JobServerError(f"{address}: what answers there is no job server of Ray; {_CHECK}")
+        raise JobServerError(f"{address}: {_STRANGER}")
     return found
 
 

@@ -9,7 +9,6 @@ counted by the cores of a node. Not here: options of the command (`pretrain.cli.
 from __future__ import annotations
 
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from dataclasses import dataclass, replace
 from omegaconf import OmegaConf
 
 from cluster.manifests.workload import Node
+from cluster.secret_names import holds_issued_key, reads_like_secret
 from data_pipelines.storage.locations import redact
 from pretrain.config.load import load_plan, recipe_content
 from pretrain.config.paths import absolute
@@ -32,11 +32,6 @@ SPARE_CPUS = 2  # of a node, for Ray and an evaluation
 GIB_PER_GPU, GIB_PER_CPU_WORKER, GIB_OF_A_NODE = 32, 4, 8
 _PACKAGE = absolute("package:")
 _NODE_LOCAL = ("data.cache_dir",)  # may lie anywhere on a node
-_LITERAL = re.compile(  # what issuers of tokens begin them with, and keys in PEM
-    r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|\b(ghp|gho|ghs|github_pat|glpat|hf|sk|xox[abprs]|dapi|npm|pypi)[-_][A-Za-z0-9_-]{16,}"
-    r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.|-----BEGIN [A-Z ]*PRIVATE KEY|\bAIza[\w-]{30,}"
-)
-_RANDOM = re.compile(r"(?=[^/]*[a-z])(?=[^/]*[A-Z0-9])(?=\S*\d)[A-Za-z0-9+=_/]{32,}")  # no text reads like this
 
 
 @dataclass(frozen=True)
@@ -148,7 +143,7 @@ def portable_yaml(plan: Plan) -> str:
             stored = redact(text, marked=True)
             remedy = "its user, password or query does not travel; mount the data, or use a store with credentials"
             raise RequestError(f"{key}={stored}: {remedy} of its own (--secret)")
-        if _LITERAL.search(text):
+        if holds_issued_key(text):
             raise RequestError(
                 f"{key}: looks like a secret, and a recipe is stored with the run; name a variable instead"
             )
@@ -170,9 +165,7 @@ def paths_outside(plan: Plan, places: Sequence[str]) -> list[str]:
 
 def secret_in(name: str, text: str) -> bool:
     """Whether a text that is to be written down looks like a secret, or a URI with one; `name` says what it is for."""
-    is_place = name.upper().endswith(("_FILE", "_PATH", "_DIR", "_URL", "_URI"))
-    is_random = not is_place and "/" not in text and bool(_RANDOM.fullmatch(text))
-    return redact(text) != text or bool(_LITERAL.search(text)) or is_random
+    return redact(text) != text or reads_like_secret(name, text)
 
 
 def _path_in(text: str) -> str | None:

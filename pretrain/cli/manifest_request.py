@@ -230,9 +230,8 @@ class _Checks:
 
     def image(self, image: str | None) -> None:
         if image is not None and not _IMAGE.fullmatch(image):
-            self.add(
-                f"--image {image!r}", "expected REGISTRY/NAME:TAG or NAME@sha256:DIGEST; a retry must find the same"
-            )
+            expected = "expected REGISTRY/NAME:TAG or NAME@sha256:DIGEST in lower-case letters, without a password"
+            self.add("--image" if "@" in image else f"--image {image!r}", f"{expected}; a retry must find the same")
 
     def schedule(self, schedule: str | None) -> None:
         if schedule is not None and not re.fullmatch(r"[\d*/,A-Za-z?#L-]+( [\d*/,A-Za-z?#L-]+){4}", schedule):
@@ -316,9 +315,9 @@ class _Checks:
             if not equals or not _NAME.fullmatch(name):
                 self.add("--env ...", "expected NAME=VALUE")
             elif holds_secret(name, value) or secret_in(name, value):
-                self.add(
-                    f"--env {name}=...", f"looks like a secret, which everybody could read here; use --secret {name}="
-                )
+                reference = "SECRET/KEY" if self.kind in KUBERNETES else "/FILE"
+                remedy = f"use --secret {name}={reference}"
+                self.add(f"--env {name}=...", f"looks like a secret, which everybody could read here; {remedy}")
             elif not value.isprintable():
                 self.add(f"--env {name}=...", "expected one printable line")
             else:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cluster.secret_names import holds_secret
+from cluster.secret_names import holds_secret, reads_like_secret
 from data_pipelines.storage.locations import redact
 from pretrain.errors import RequestError, listed
 
@@ -76,7 +76,7 @@ def _problem(name: str, value: str | None, known: set[str]) -> str:
     if value.startswith("@"):
         return "" if value.startswith("@/") else "expected the absolute path of a file on the nodes after @"
     remedy = f"give --env {name} alone and set it on the nodes, or --env {name}=@FILE with a file that is mounted there"
-    if holds_secret(name, value):
+    if holds_secret(name, value) or reads_like_secret(name, value):
         return f"looks like a secret, and the values of a job are readable by everybody who may list jobs; {remedy}"
     if redact(value, marked=True) != value:
         return f"holds a URL with user, password or query, readable by everybody who may list jobs; {remedy}"

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.job_package import files_below
+from cluster.secret_names import holds_issued_key
 from data_pipelines.storage.locations import redact
 from pretrain.config.recipe_files import recipe_names, recipe_path
 from pretrain.errors import RequestError
@@ -40,6 +41,8 @@ def files_of_job(recipe: str) -> tuple[str, dict[str, Path | bytes]]:
         if redact(line, marked=True) != line:
             problem = "a user, password or query in a URL would be readable by everybody who may list jobs"
             raise RequestError(f"recipe {path}, line {number}: {problem}; {URLS_REMEDY}")
+        if holds_issued_key(line):
+            raise RequestError(f"recipe {path}, line {number}: {ISSUED_KEY}")
     name = f"{path.stem}.yaml"
     return name, files | {name: text.encode()}
 
@@ -58,6 +61,7 @@ def files_of_package() -> dict[str, Path | bytes]:
     return files
 
 
+ISSUED_KEY = "looks like a secret, and everybody who may list jobs can read it; name a variable (--env) instead"
 URLS_REMEDY = "leave them out, and have PRETRAIN_URLS or PRETRAIN_URLS_FILE in the environment of the nodes"
 
 

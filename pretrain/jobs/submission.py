@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from cluster.job_package import PackageTooLarge, packed
 from cluster.job_server import Job, JobExists, JobServer
+from cluster.secret_names import holds_issued_key
 from data_pipelines.files import expanded
 from data_pipelines.storage.locations import redact
 from pretrain.config.load import load_plan, recipe_content
@@ -32,7 +33,7 @@ from pretrain.config.values import texts_in
 from pretrain.errors import RequestError
 from pretrain.jobs.attempts import attempt_of, attempts_of, job_id_of
 from pretrain.jobs.environment import Environment, read_environment
-from pretrain.jobs.shipping import URLS_REMEDY, files_of_job, files_of_package
+from pretrain.jobs.shipping import ISSUED_KEY, URLS_REMEDY, files_of_job, files_of_package
 from pretrain.record.run_dir import checked_run_id
 from pretrain.remote.places import uri_of
 from pretrain.sweeps.grid import grid, sweep_id
@@ -285,7 +286,7 @@ def _env_vars(variables: Environment) -> dict[str, str]:
 
 
 def require_no_secrets(settings: Sequence[str]) -> None:
-    """Refuse settings with credentials in their URLs: everybody who may list jobs can read them.
+    """Refuse settings with credentials, in their URLs or as issued: everybody who may list jobs can read them.
 
     Raises:
         RequestError: One line for each.
@@ -294,6 +295,8 @@ def require_no_secrets(settings: Sequence[str]) -> None:
     if wrong:
         problem = "a user, password or query in a URL would be readable by everybody who may list jobs"
         raise RequestError(*(f"{key}: {problem}; {URLS_REMEDY}" for key in wrong))
+    if issued := [text.partition("=")[0] for text in settings if holds_issued_key(text)]:
+        raise RequestError(*(f"{key}: {ISSUED_KEY}" for key in issued))
 
 
 def require_directory(recipe: Recipe) -> None:

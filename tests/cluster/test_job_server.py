@@ -145,6 +145,26 @@ def test_refusal__another_web_server(body: bytes, fake: FakeJobServer) -> None:
     assert "what answers there is no job server of Ray" in refusal(fake)
 
 
+PAGE = b"<!DOCTYPE HTML>\n<html>\n<p>sorry</p>\n</html>\n"
+
+
+def test_refusal__a_web_server_without_that_page_is_no_job_server(fake: FakeJobServer) -> None:
+    fake.canned["/api/authentication_mode"] = (404, {}, PAGE)
+    said = refusal(fake)
+    assert said.startswith(f"{fake.url}: what answers there is no job server of Ray") and "</html>" not in said
+
+
+def test_refusal__a_page_of_a_proxy_is_told_by_its_status(fake: FakeJobServer) -> None:
+    fake.canned["/api/jobs/"] = (502, {}, PAGE)
+    assert refusal(fake) == f"{fake.url}: HTTP 502: Bad Gateway"
+
+
+def test_refusal__https_where_there_is_none_names_http(fake: FakeJobServer) -> None:
+    address = fake.url.replace("http:", "https:")
+    with pytest.raises(JobServerError, match=f"^{address}: no https .* is at http://$"):
+        JobServer(address).jobs()
+
+
 def test_refusal__an_error_of_the_server_is_its_last_line(fake: FakeJobServer) -> None:
     fake.canned["/api/jobs/"] = (500, {}, b"Traceback (most recent call last):\n  ...\nRuntimeError: it hurts\n\n")
     assert refusal(fake) == f"{fake.url}: HTTP 500: RuntimeError: it hurts"
@@ -225,15 +245,21 @@ def test_server_address__forms(given: str, found: str) -> None:
     assert server_address(given) == found
 
 
-@pytest.mark.parametrize("given", ["ray://head:10001", "auto", "http://head", "http://head:port", "http://", "head:x"])
+NO_NAME = ["http://h ead:8265", "http://head\t:8265", "http://.:8265", f"http://{'a' * 64}:8265", " "]
+
+
+@pytest.mark.parametrize(
+    "given", ["ray://head:10001", "auto", "http://head", "http://head:port", "http://", "head:x", *NO_NAME]
+)
 def test_server_address__of_something_else(given: str) -> None:
     with pytest.raises(JobServerError, match=r"expected the job server of a cluster, such as http://HEAD:8265"):
         server_address(given)
 
 
-def test_server_address__password_is_refused_and_not_shown() -> None:
-    with pytest.raises(JobServerError) as caught:
-        server_address(f"http://me:{SECRET}@head:8265")
+@pytest.mark.parametrize("given", ["http://me:{}@head:8265", "http://head:8265/?token={}", "http://head:8265/#{}"])
+def test_server_address__password_is_refused_and_not_shown(given: str) -> None:
+    with pytest.raises(JobServerError, match="user, password or query") as caught:
+        server_address(given.format(SECRET))
     assert SECRET not in str(caught.value)
 
 

@@ -279,6 +279,7 @@ def test_serve__options_of_a_job_without_one(capsys: pytest.CaptureFixture[str])
         (["storage=runs"], "storage: runs is relative to the current folder of this machine"),
         (["data.train=mine/x-{0..3}.tar"], "data.train: mine/x-{0..3}.tar is relative"),
         (["data.train=https://me:pw@host/x.tar"], "data.train: a user, password or query in a URL would be readable"),
+        ([f"description=ghp_{SECRET}-and-more"], "description: looks like a secret"),
         (["train.stepz=3"], "train.stepz=3: unknown setting"),
         (["--run-id", "a/b"], "--run-id a/b: expected a letter or digit"),
         (["--env", "MLFLOW_TRACKING_TOKEN=" + SECRET], "--env MLFLOW_TRACKING_TOKEN: looks like a secret"),
@@ -302,6 +303,10 @@ def test_submit__credentials_in_a_recipe_are_refused_with_their_line(
     assert submitted(fake, str(path)) == 2
     said = capsys.readouterr().err
     assert "x.yaml, line 5: a user, password or query" in said and "PRETRAIN_URLS" in said and SECRET not in said
+    path.write_text(f"{RECIPE}# glpat-{SECRET}-and-more\n")
+    assert submitted(fake, str(path)) == 2
+    said = capsys.readouterr().err
+    assert "x.yaml, line " in said and "looks like a secret" in said and SECRET not in said and fake.jobs == {}
 
 
 @pytest.mark.parametrize(
@@ -419,6 +424,8 @@ def test_read_environment__names_values_and_files() -> None:
         f"TOKEN_FILE={SECRET}",
         f"URL=https://me:{SECRET}@host/x",
         f"URL=https://host/x?sig={SECRET}",
+        f"GH=ghp_{SECRET}-and-more",
+        f"X={SECRET.replace('-', '').upper()}abcdefghij0123456789",
         f"a b={SECRET}",
         "X=@relative",
         "RAY_ADDRESS=head:6379",

@@ -292,6 +292,7 @@ SLURM = ["--kind", "slurm", "--storage", "/shared/runs"]
         (["--kind", "rayjob", "--pvc", "x"], "--image: needed by rayjob"),
         (["--kind", "rayjob", "--image", "a/b:1"], "--pvc: needed"),
         (["--kind", "rayjob", "--image", "a/b", "--pvc", "x"], "--image 'a/b': expected REGISTRY/NAME:TAG"),
+        (["--kind", "rayjob", "--image", "me:hunter2@a/b:1", "--pvc", "x"], "--image: expected REGISTRY/NAME:TAG"),
         ([*JOB, "--name", "x" * 48], "RayJob xxx"),
         ([*JOB, "--name", "My_Run"], "--name 'My_Run': expected lower-case"),
         ([*JOB, "--schedule", "0 2 * * 0"], "--schedule: not of rayjob, only of raycronjob"),
