@@ -51,8 +51,9 @@ def test_score__planted_classes_are_found() -> None:
 def test_score__test_labels_choose_nothing() -> None:
     train, test = _split(120, 0, 0.6), _split(80, 1, 0.6)
     honest, wrong = _score(train, test), _score(train, dataclasses.replace(test, labels=test.labels.roll(1, 0)))
+    inverse = _score(train, dataclasses.replace(test, labels=~test.labels))
     for name in ("penalty", "at_grid_edge", "val_map_by_penalty", "selection"):
-        assert wrong.details[name] == honest.details[name]
+        assert wrong.details[name] == honest.details[name] == inverse.details[name]
     assert wrong.metrics["map"] == pytest.approx(wrong.details["chance"], abs=0.15) and honest.metrics["map"] > 0.7
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from evaluation import EvaluationData, EvaluationError, evaluate
-from evaluation.protocols.robustness.score import CORRUPTIONS, spoiled, to_images, to_patches
+from evaluation.protocols.robustness.score import CORRUPTIONS, drawing, spoiled, to_images, to_patches
 from evaluation.registry import PROTOCOLS
 
 
@@ -48,6 +48,11 @@ def test_spoiled__only_at_those_places(how: str) -> None:
     assert torch.equal(alone[0], found[1])
 
 
+def test_drawing__is_another_for_each_seed_sample_and_purpose() -> None:
+    first = [drawing(*of).random() for of in ((0, 0), (0, 1), (1, 0), (0, 0, "noise"), (0, 0, "shuffle"))]
+    assert len(set(first)) == 5 and first[0] == drawing(0, 0).random()
+
+
 def test_evaluate__colors_outlive_order_and_noise_does_harm(
     checkpoint: Callable[..., Path], colours: EvaluationData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +68,7 @@ def test_evaluate__colors_outlive_order_and_noise_does_harm(
     assert metrics["top1_perturbed"] == pytest.approx(sum(case["top1"] for case in cases.values()) / 6)
     assert metrics["drop"] == pytest.approx(1 - metrics["top1_perturbed"]) != 0
     assert cases["noise 24"]["cosine"] < cases["noise 1"]["cosine"] < 1
-    assert cases["noise 24"]["cosine_unchanged"] < 1 - 1e-5  # attention spreads it
+    assert 0.99 < cases["noise 24"]["cosine_unchanged"] < 1 - 1e-5  # attention spreads it
     assert metrics["top1_perturbed_ci_low"] < metrics["top1_perturbed"] < metrics["top1_perturbed_ci_high"]
 
 

@@ -27,7 +27,7 @@ from evaluation.pooling import scaling
 from evaluation.protocol import EvaluationError
 from evaluation.protocols.knn.score import vote
 
-__all__ = ["CORRUPTIONS", "score", "spoiled", "to_images", "to_patches"]
+__all__ = ["CORRUPTIONS", "drawing", "score", "spoiled", "to_images", "to_patches"]
 
 _CLEAN, _PERMUTED = "clean", "permuted"
 
@@ -54,12 +54,12 @@ def score(
         grid = encoder.grid_at(*batch.shape[-2:])
         num_patches = grid[0] * grid[1]
         patches = to_patches(batch.cpu(), grid)  # (B, N, C, p, q)
-        orders = torch.stack([_permuted(num_patches, _drawing(seed, number)) for number in numbers])  # (B, N)
+        orders = torch.stack([_permuted(num_patches, drawing(seed, number)) for number in numbers])  # (B, N)
         clean = encoder.tokens(batch)
         taken = {_CLEAN: classes_of(clean)}
         for how in params["corruptions"]:
             for count in (count for count in params["patches"] if count < num_patches):
-                seen = spoiled(patches, orders[:, :count], how, [_drawing(seed, number, how) for number in numbers])
+                seen = spoiled(patches, orders[:, :count], how, [drawing(seed, number, how) for number in numbers])
                 features = encoder.tokens(to_images(seen, grid).to(batch.device))
                 is_left = torch.ones(len(batch), num_patches, dtype=torch.bool).scatter_(1, orders[:, :count], False)
                 alike = F.cosine_similarity(features.tokens.float(), clean.tokens.float(), dim=-1).cpu()  # (B, N)
@@ -127,7 +127,7 @@ def _cosine(features: Any, clean: Any) -> Tensor:
     return F.cosine_similarity(features.pooled.float(), clean.pooled.float(), dim=-1)  # (B,)
 
 
-def _drawing(seed: int, number: int, how: str = "places") -> np.random.Generator:
+def drawing(seed: int, number: int, how: str = "places") -> np.random.Generator:
     """Random numbers of one sample for one purpose, whatever batch it is in.
 
     numpy's, which takes all of these as its seed; torch's would take the lowest 32 bits.
