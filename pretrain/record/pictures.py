@@ -6,16 +6,18 @@ Not here: drawing them (`evaluation.pictures`), when (`pretrain.evaluations`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_pipelines.files import write_atomically
 from pretrain.errors import said_by_system
 from pretrain.record.events import Visualizations, Warned
 from pretrain.record.run_dir import RunDir
 
-__all__ = ["TOKENS", "Drawn", "keep"]
+__all__ = ["ROWS", "TOKENS", "Drawn", "keep", "rows_of"]
 
 TOKENS = "tokens"  # kind of the sheet whose second row shows components as colors
 COLORS_ROW = 1
+ROWS = "rows"  # text of a PNG: what its rows show, from above
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,14 @@ def _with_colors_of_before(run: RunDir, drawn: Drawn) -> bytes:
         return with_colors_of(drawn.png, others[before].read_bytes(), row=COLORS_ROW)
     except (OSError, ValueError, SyntaxError):  # Pillow calls broken PNGs all of these
         return drawn.png
+
+
+def rows_of(png: Path) -> str:
+    """What a picture says that its rows show; empty where it does not, or is damaged."""
+    from PIL import Image
+
+    try:
+        with Image.open(png) as image:
+            return str(image.info.get(ROWS, ""))
+    except (OSError, ValueError, SyntaxError):
+        return ""

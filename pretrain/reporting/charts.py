@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 
 from evaluation.protocol import FRACTION, format_value
 
@@ -22,6 +23,8 @@ INK, MUTED, GRID, ACCENT, FLOOR = "#1f2933", "#616e7c", "#e4e7eb", "#2563eb", "#
 MAX_POINTS = 1500
 WIDTH, HEIGHT, RIGHT, BOTTOM = 520, 290, 20, 44  # of the page and of its margins, pixels
 LETTER = 6.6  # pixels that a letter of the small text takes at most, on average
+LINE = 17  # pixels from one line of a legend to the next
+DASHES = "5 4", "2 3", "9 4"  # of the first floor, the second, the third
 MARGINS = 0.02, 0.05  # free beside the first and last step, and beyond the extreme values, of their range
 MOST_TICKS = 6
 LARGEST = 1e300  # the range of larger ones would overflow
@@ -46,19 +49,20 @@ def line_chart(title: str, curve: Curve) -> str:
     return _data_uri(title, [*axes.grid(), *axes.line(thinned)])
 
 
-def score_chart(title: str, curve: Curve, floor: float | None, unit: str) -> str:
-    """A score of each checkpoint in its unit, beside the dashed line of the random backbone."""
-    floors = [] if floor is None or not math.isfinite(floor) else [floor]
-    axes = _Axes.around(curve.steps, [*curve.values, *curve.low, *curve.high, *floors], unit=unit, top=58)
+def score_chart(title: str, curve: Curve, floors: Mapping[str, float], unit: str) -> str:
+    """A score of each checkpoint in its unit, beside dashed lines of what takes no training: name -> score."""
+    known = {name: floor for name, floor in floors.items() if math.isfinite(floor)}
+    top = 58 + LINE * max(0, len(known) - 1)
+    axes = _Axes.around(curve.steps, [*curve.values, *curve.low, *curve.high, *known.values()], unit=unit, top=top)
     shapes = [*axes.grid()]
     legend = [(f'<path d="M0 0h18"/><circle cx="9" r="3.2" fill="{ACCENT}"/>', ACCENT, "checkpoints")]
     if curve.low:
         shapes += axes.band(curve)
         legend.append((f'<path d="M0 -5h18v10h-18z" fill="{ACCENT}" opacity=".16"/>', "none", "95 % interval"))
-    if floors:
-        shapes.append(axes.floor(floors[0]))
-        words = f"random backbone {format_value(floors[0], unit)}"
-        legend.append(('<path d="M0 0h18" stroke-dasharray="5 4"/>', FLOOR, words))
+    for (name, floor), dashes in zip(known.items(), cycle(DASHES)):
+        shapes.append(axes.floor(floor, dashes))
+        sign = f'<path d="M0 0h18" stroke-dasharray="{dashes}"/>'
+        legend.append((sign, FLOOR, f"{name} {format_value(floor, unit)}"))
     return _data_uri(title, [*shapes, *axes.line(curve, points=True), *_legend(legend)])
 
 
@@ -130,11 +134,9 @@ class _Axes:
             path = _through([*lower, *reversed(upper)])
             yield f'<path d="{path}Z" fill="{ACCENT}" stroke="{ACCENT}" stroke-width="3" opacity=".13"/>'
 
-    def floor(self, value: float) -> str:
-        y = self.y(value)
-        return (
-            f'<path d="M{self.left} {y}H{WIDTH - RIGHT}" stroke="{FLOOR}" stroke-width="1.6" stroke-dasharray="5 4"/>'
-        )
+    def floor(self, value: float, dashes: str) -> str:
+        y, how = self.y(value), f'stroke-width="1.6" stroke-dasharray="{dashes}"'
+        return f'<path d="M{self.left} {y}H{WIDTH - RIGHT}" stroke="{FLOOR}" {how}/>'
 
 
 def _range(numbers: Iterable[float], margin: float) -> tuple[float, float]:
@@ -190,12 +192,15 @@ def _through(places: Iterable[tuple[float, float]]) -> str:
 
 
 def _legend(entries: Iterable[tuple[str, str, str]]) -> Iterator[str]:
-    """One line below the title: sign, color of its strokes, words."""
-    x = 16.0
+    """Lines below the title: sign, color of its strokes, words."""
+    x, y = 16.0, 40
     for sign, color, words in entries:
-        yield f'<g transform="translate({x} 40)" stroke="{color}" stroke-width="1.6">{sign}</g>'
-        yield _text(words, x + 24, 44, "start")
-        x += 24 + LETTER * len(words) + 14
+        width = 24 + LETTER * len(words)
+        if x > 16 and x + width > WIDTH:
+            x, y = 16.0, y + LINE
+        yield f'<g transform="translate({x} {y})" stroke="{color}" stroke-width="1.6">{sign}</g>'
+        yield _text(words, x + 24, y + 4, "start")
+        x += width + 14
 
 
 def _text(words: str, x: float, y: float, anchor: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 from yaml import YAMLError
 
 from data_pipelines.files import write_atomically
-from evaluation.protocol import CI_SUFFIXES, FRACTION, Metric, format_value
+from evaluation.protocol import CI_SUFFIXES, FLOOR, FRACTION, Metric, format_value
 from pretrain.checkpoints.references import best_step
 from pretrain.checkpoints.store import CheckpointError, published
 from pretrain.config.stages import written_stages
@@ -43,6 +43,7 @@ from pretrain.record.events import (
     Warned,
 )
 from pretrain.record.journal import read_events
+from pretrain.record.pictures import rows_of
 from pretrain.record.run_dir import RECIPE, RunDir
 
 __all__ = ["write_report"]
@@ -51,7 +52,10 @@ log = logging.getLogger(__name__)
 
 TEMPLATES, TEMPLATE = Path(__file__).parent / "templates", "page.html"
 MAX_IMAGES = 6
+MAX_WARNINGS = 12
 UNKNOWN = "?"
+# By the end of the name of a metric beside another: what takes no backbone, as a line in the chart of that one.
+FLOORS = {f"_{FLOOR}": "raw pixels", "_position_prior": "position prior", "_constant": "best constant"}
 # Of each kind of picture of a checkpoint (`evaluation.pictures`): its title, and what is to be seen.
 PICTURES = {
     "tokens": (
@@ -74,12 +78,16 @@ class Score:
 
 @dataclass
 class Task:
-    """A protocol on a data set: its headline metric by step, and the steps where it failed; None if it always did."""
+    """A protocol on a data set: its headline metric by step, and the steps where it failed; None if it always did.
+
+    `others` are its other metrics but bounds of intervals.
+    """
 
     name: str
     metric: Metric | None = None
     scores: dict[int, Score] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
+    others: dict[Metric, dict[int, Score]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -118,7 +126,7 @@ def _contents(run: RunDir) -> dict[str, Any]:
     recipe = stages[-1]
     events, evaluations = _events(run.journal), _events(run.evaluations)
     training = _by_step(events)
-    tasks = _tasks(evaluations)
+    tasks, start = _tasks(evaluations), _start(stages[0])
     return {
         "run_id": run.run_id,
         "description": recipe.get("description") or "",
@@ -129,9 +137,11 @@ def _contents(run: RunDir) -> dict[str, Any]:
         "tiles": _tiles(training, tasks),
         "diverged": next((s for s, v in training.items() if not math.isfinite(v.get("loss", 0.0))), None),
         "training_charts": _training_charts(training),
-        "score_charts": _score_charts(tasks),
+        "score_charts": _score_charts(tasks, start),
+        "other_charts": _other_charts(tasks, start),
+        "findings": _findings(training, [*events, *evaluations]),
         "tasks": tasks,
-        "rows": _rows(run, tasks, _start(stages[0])),
+        "rows": _rows(run, tasks, start),
         "details": _details(evaluations),
         "visualizations": _visualizations(run, events),
         "pictures": _pictures(run, [*events, *evaluations]),
@@ -178,6 +188,9 @@ def _tasks(evaluations: Iterable[Event]) -> list[Task]:
         else:
             task.metric = task.metric or event.headline
             task.scores[event.step] = _score(event.metrics, task.metric.name)
+            for metric in event.reported:
+                if metric.name != task.metric.name and not metric.name.endswith(CI_SUFFIXES):
+                    task.others.setdefault(metric, {})[event.step] = _score(event.metrics, metric.name)
             task.errors.pop(event.step, None)  # repaired later
     return list(tasks.values())
 
@@ -203,13 +216,13 @@ def _versions(run: RunDir) -> dict[str, str]:
         return {}
 
 
-def _visualizations(run: RunDir, events: Iterable[Event]) -> list[tuple[int, str]]:
-    """(step, PNG data URI) of the first, the last and some images between that the objective made."""
+def _visualizations(run: RunDir, events: Iterable[Event]) -> list[tuple[int, str, str]]:
+    """(step, PNG data URI, names of rows) of the first, the last and some images between that the objective made."""
     paths = _files_of(run, events).get(("", ""), {})
     steps = list(paths)
     if len(steps) > MAX_IMAGES:
         steps = [steps[round(i * (len(steps) - 1) / (MAX_IMAGES - 1))] for i in range(MAX_IMAGES)]
-    return [(step, _png_uri(paths[step])) for step in steps]
+    return [(step, _png_uri(paths[step]), rows_of(paths[step])) for step in steps]
 
 
 def _pictures(run: RunDir, events: Iterable[Event]) -> list[tuple[str, str, list[tuple[int, str]]]]:
@@ -273,9 +286,15 @@ def _facts(
         facts.append(("resumed", f"{resumed} x"))
     taught = {event.stage: event.teacher for event in events if isinstance(event, Taught)}
     facts += [(f"teacher of {stage}" if stage else "teacher", teacher) for stage, teacher in taught.items()]
-    warnings = [event for event in events if isinstance(event, Warned)]
-    facts += [("warning", f"step {warning.step}: {warning.text}") for warning in warnings[-8:]]
     return facts
+
+
+def _findings(training: Mapping[int, Mapping[str, float]], events: Iterable[Event]) -> list[str]:
+    """What a person should know: the newest warnings, of training and of evaluations, and samples that were dropped."""
+    warnings = sorted((event for event in events if isinstance(event, Warned)), key=lambda event: event.time)
+    findings = [f"step {warning.step}: {warning.text}" for warning in warnings[-MAX_WARNINGS:]]
+    dropped = max((values.get("corrupt_samples", 0.0) for values in training.values()), default=0.0)
+    return findings + ([f"{dropped:.0f} samples could not be read and were left out"] if dropped else [])
 
 
 def _of(recipe: Mapping[str, Any], key: str) -> Any:
@@ -333,25 +352,45 @@ def _training_charts(training: Mapping[int, Mapping[str, float]]) -> list[tuple[
     return charts
 
 
-def _score_charts(tasks: Iterable[Task]) -> list[tuple[str, str]]:
+def _score_charts(tasks: Iterable[Task], start: str) -> list[tuple[str, str]]:
+    """(title, image) of the headline of each task."""
+    return [
+        (task.title, chart)
+        for task in tasks
+        if task.metric is not None and (chart := _score_chart(task, task.metric, task.scores, start))
+    ]
+
+
+def _other_charts(tasks: Iterable[Task], start: str) -> list[tuple[str, str]]:
+    """(title, image) of every score that is no headline; what is the same for all backbones is a line of others."""
+    return [
+        (f"{task.name} {metric.name}", chart)
+        for task in tasks
+        for metric, scores in task.others.items()
+        if not metric.name.endswith(tuple(FLOORS)) and (chart := _score_chart(task, metric, scores, start))
+    ]
+
+
+def _score_chart(task: Task, metric: Metric, scores: Mapping[int, Score], start: str) -> str:
+    """A score of all checkpoints, beside that of the first weights and, where they were recorded, other floors."""
     from pretrain.reporting.charts import Curve, score_chart
 
-    charts = []
-    for task in tasks:
-        steps = sorted(step for step in task.scores if step > 0)
-        if not steps:
-            continue
-        scores = [task.scores[step] for step in steps]
-        has_interval = any(math.isfinite(score.low) for score in scores)
-        curve = Curve(
-            steps,
-            [score.value for score in scores],
-            [score.low for score in scores] if has_interval else (),
-            [score.high for score in scores] if has_interval else (),
-        )
-        floor = task.scores[0].value if 0 in task.scores else None
-        charts.append((task.title, score_chart(task.title, curve, floor, task.unit)))
-    return charts
+    steps = sorted(step for step in scores if step > 0)
+    if not steps:
+        return ""
+    trained = [scores[step] for step in steps]
+    has_interval = any(math.isfinite(score.low) for score in trained)
+    curve = Curve(
+        steps,
+        [score.value for score in trained],
+        [score.low for score in trained] if has_interval else (),
+        [score.high for score in trained] if has_interval else (),
+    )
+    floors = {start: scores[0].value} if 0 in scores else {}
+    for other, found in task.others.items():
+        if (suffix := other.name.removeprefix(metric.name)) in FLOORS:
+            floors[FLOORS[suffix]] = found[max(found)].value
+    return score_chart(f"{task.name} {metric.name}", curve, floors, metric.unit)
 
 
 def _start(recipe: dict[str, Any]) -> str:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from data_pipelines.files import write_atomically
+from pretrain.record.pictures import ROWS
 
 __all__ = ["write_image_grid"]
 
@@ -16,7 +18,7 @@ GAP_PX = 2
 
 
 def write_image_grid(path: Path, pictures: dict[str, torch.Tensor]) -> None:
-    """Write one PNG; it appears whole or not at all.
+    """Write one PNG that names its rows, as text of the name `ROWS`; it appears whole or not at all.
 
     Args:
         path: The file; its directory is made if missing.
@@ -29,7 +31,9 @@ def write_image_grid(path: Path, pictures: dict[str, torch.Tensor]) -> None:
     grid = torch.cat(rows, dim=1).mul(255).round().byte().permute(1, 2, 0)  # (rows * H, n * W, 3)
     path.parent.mkdir(parents=True, exist_ok=True)
     png = io.BytesIO()
-    Image.fromarray(grid.numpy()).save(png, format="PNG")
+    names = PngInfo()
+    names.add_text(ROWS, ", ".join(pictures))
+    Image.fromarray(grid.numpy()).save(png, format="PNG", pnginfo=names)
     write_atomically(path, png.getvalue())
 
 

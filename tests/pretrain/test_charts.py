@@ -65,7 +65,10 @@ def test_charts__stay_on_the_page_and_are_labelled(seed: int) -> None:
     steps = range(first, first + count * draw.choice([1, 7, 100]), 1)[:count]
     values = [shift + scale * draw.random() for _ in steps]
     score = Curve(steps, values, [value - scale for value in values], [value + scale for value in values])
-    for uri in (line_chart("<b>&", Curve(steps, values)), score_chart("<b>&", score, shift, draw.choice(["m", ""]))):
+    for uri in (
+        line_chart("<b>&", Curve(steps, values)),
+        score_chart("<b>&", score, {"random": shift}, draw.choice(["m", ""])),
+    ):
         image = drawn(uri)
         assert image[0].text == "<b>&"
         for places in curves(image):
@@ -81,14 +84,26 @@ def test_charts__stay_on_the_page_and_are_labelled(seed: int) -> None:
 
 def test_score_chart__percent_floor_and_interval() -> None:
     curve = Curve([100, 200, 300], [0.4, 0.5, 0.6], [0.35, math.nan, 0.55], [0.45, math.nan, 0.65])
-    image = drawn(score_chart("linear/photos top1", curve, 0.3, "fraction"))
+    image = drawn(score_chart("linear/photos top1", curve, {"random backbone": 0.3}, "fraction"))
     assert all(text.endswith("%") for text, _, _ in words(image, "end"))
     assert "random backbone 30.0%" in [text for text, _, _ in words(image, "start")]
     floors = [p for p in image.findall(f"{SVG}path") if p.get("stroke") == FLOOR]
     assert len(floors) == 1
     bands = [p for p in image.findall(f"{SVG}path") if p.get("d", "").endswith("Z")]
     assert len(bands) == 2, "a bound that is not known leaves a gap"
-    assert not [p for p in drawn(score_chart("t", Curve([1], [0.4]), None, "m")) if p.get("stroke") == FLOOR]
+    assert not [
+        p for p in drawn(score_chart("t", Curve([1], [0.4]), {"random": math.nan}, "m")) if p.get("stroke") == FLOOR
+    ]
+
+
+def test_score_chart__each_floor_has_its_line_and_words_that_are_inside() -> None:
+    floors = {"random backbone": 0.3, "raw pixels": 0.2, "best constant": 0.1}
+    image = drawn(score_chart("t", Curve([100, 200], [0.4, 0.5], [0.3, 0.4], [0.5, 0.6]), floors, "fraction"))
+    lines = [p for p in image.findall(f"{SVG}path") if p.get("stroke") == FLOOR]
+    assert len({line.get("stroke-dasharray") for line in lines}) == len({line.get("d") for line in lines}) == 3
+    legend = words(image, "start")[1:]  # without the title
+    assert [text for text, _, _ in legend][-3:] == ["random backbone 30.0%", "raw pixels 20.0%", "best constant 10.0%"]
+    assert all(x + 5 * len(text) < WIDTH for text, x, _ in legend) and len({y for _, _, y in legend}) == 2
 
 
 def test_charts__import_no_plotting_library() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pretrain.errors import RequestError
 from pretrain.record.events import (
@@ -24,6 +25,7 @@ from pretrain.record.events import (
     Start,
     Taught,
     Visualizations,
+    Warned,
 )
 from pretrain.record.journal import Journal
 from pretrain.record.run_dir import RunDir
@@ -105,19 +107,23 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[
                 journal.write(CheckpointPublished(step=step, path=str(path.relative_to(run_dir))))
                 picture = RunDir(run_dir).visualizations(step)
                 picture.parent.mkdir(exist_ok=True)
-                Image.fromarray(rng.integers(0, 255, (32, 96, 3), dtype=np.uint8)).resize((384, 128), 0).save(picture)
+                names = PngInfo()
+                names.add_text("rows", "clean, <masked>")
+                noise = Image.fromarray(rng.integers(0, 255, (32, 96, 3), dtype=np.uint8))
+                noise.resize((384, 128), 0).save(picture, pnginfo=names)
                 journal.write(Visualizations(step=step, path=str(picture.relative_to(run_dir))))
         journal.write(Finished(step=400))
     with Journal(run_dir / "evaluations.jsonl") as evaluations:
         for step, top1, miou in ((0, 0.312, 0.41), (100, 0.4, 0.45), (300, 0.56, 0.6), (400, 0.531, 0.62)):
             top = {"top1": top1, "top1_ci_low": top1 - 0.03, "top1_ci_high": top1 + 0.03, "top5": 0.9}
             evaluations.write(scores(step, "linear", "photos", **top))
-            evaluations.write(scores(step, "segmentation", "chair", miou=miou))
+            evaluations.write(scores(step, "segmentation", "chair", miou=miou, miou_position_prior=0.2))
             sheet = RunDir(run_dir).visualizations(step, "photos", "tokens")
             Image.new("RGB", (8, 4), (step // 2, 0, 0)).save(sheet)
             path = str(sheet.relative_to(run_dir))
             evaluations.write(Visualizations(step=step, path=path, data="photos", shows="tokens"))
         evaluations.write(EvaluationFailed(step=400, protocol="knn", data="photos", error="out of <memory>"))
+        evaluations.write(Warned(step=300, about="regression", text="worse <beyond> noise"))
     return run_dir
 
 
@@ -130,11 +136,12 @@ def page(run_dir: Path) -> Page:
 
 def test_write_report__one_self_contained_page(page: Page) -> None:
     assert page.external == [] and "http" not in page.text.replace("http-equiv", "")
-    assert len(page.images) == 2 + 4 + 5 + 2  # scores, training metrics, pictures of training and of checkpoints
+    assert len(page.images) == 2 + 1 + 4 + 5 + 2  # headlines, top5, training, pictures of training and of checkpoints
     for image in page.images:
         content = base64.b64decode(image.partition("base64,")[2], validate=True)
         assert content.startswith((b"\x89PNG", b"<svg"))
     assert 'class="badge finished"' in page.text and "<dd>1 x</dd>" in page.text
+    assert page.text.count("<figcaption>step 300; rows: clean, &lt;masked&gt;</figcaption>") == 1
     assert "torch 2.15.0" in page.text and "global_batch_size: 64" in page.text
     assert "<dt>teacher</dt><dd>runs:/large/90: step 90</dd>" in re.sub(r">\s+<", "><", page.text)
     assert "<dd>0 min 8 s in all; the last ended 0 min 0 s after training</dd>" in page.text
@@ -151,8 +158,9 @@ def test_write_report__table_of_checkpoints_and_scores(page: Page) -> None:
 
 def test_write_report__baseline_is_the_floor_of_the_chart(page: Page) -> None:
     charts = [base64.b64decode(i.partition("base64,")[2]).decode() for i in page.images if "svg" in i[:20]]
-    dashed = [chart for chart in charts if re.search(r"<path[^>]* stroke-width=[^>]* stroke-dasharray", chart)]
-    assert len(dashed) == 2, "one floor in each chart of scores, none in those of training"
+    dashed = [re.findall(r"<path[^>]* stroke-width=[^>]* stroke-dasharray", chart) for chart in charts]
+    assert [len(lines) for lines in dashed] == [1, 2, 1, *[0] * 4], "random, and of mIoU what positions alone get"
+    assert "position prior 20.0%" in charts[1] and "random backbone 41.0%" in charts[1] and "top5" in charts[2]
     assert "+21.9 points over random" in page.text
 
 
@@ -162,6 +170,24 @@ def test_write_report__features_of_the_first_and_the_newest_checkpoint_stand_sid
     shown = [Image.open(io.BytesIO(base64.b64decode(found))) for found in re.findall(r'base64,([^"]*)"', section)]
     assert [image.getpixel((0, 0)) for image in shown] == [(0, 0, 0), (200, 0, 0)]
     assert section.count('loading="lazy"') == 2
+
+
+def test_write_report__on_a_phone_each_cell_has_the_name_of_its_column(page: Page) -> None:
+    names = re.findall(r'<td data-name="([^"]*)"', page.text)
+    assert len(names) == sum(len(row) for row in page.rows if row[0] != "step"), "every cell"
+    assert names[:4] == page.rows[0], "as the head of the table, which a phone does not show"
+    assert "@media (prefers-color-scheme: dark)" in page.text and "@media (max-width: 640px)" in page.text
+
+
+def test_write_report__findings_of_training_and_of_evaluations(page: Page, storage: Path) -> None:
+    assert "<li>step 300: worse &lt;beyond&gt; noise</li>" in page.text
+    run_dir = storage / "dropped"
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(RECIPE)
+    assert "<h2>Findings</h2>" not in write_report(run_dir).read_text()
+    with Journal(run_dir / "journal.jsonl") as journal:
+        journal.write(Metrics(step=10, values={"loss": 1.0, "corrupt_samples": 3.0}))
+    assert "<li>3 samples could not be read and were left out</li>" in write_report(run_dir).read_text()
 
 
 def test_write_report__nothing_from_the_run_becomes_markup(page: Page) -> None:
