@@ -231,6 +231,7 @@ class Place:
         recipe: Of the run.
         by_hand: Evaluated outside the run.
         data_digest: What the data were; empty: not recorded.
+        bounds: Of the interval; None where none was recorded.
     """
 
     protocol: str
@@ -244,6 +245,7 @@ class Place:
     recipe: Path | None = None
     by_hand: bool = False
     data_digest: str = ""
+    bounds: tuple[float, float] | None = None
 
     @property
     def start(self) -> str:
@@ -364,6 +366,7 @@ def _place(event: Evaluated, run: str, step: int | None, recipe: Path | None = N
         recipe,
         by_hand,
         event.data_digest,
+        event.bounds,
     )
 
 

@@ -52,6 +52,7 @@ from pretrain.version import __version__
 
 if TYPE_CHECKING:
     from data_pipelines.packing.inputs import Listing
+    from pretrain.evaluations import Place
 
 __all__ = ["cli", "main"]
 
@@ -232,8 +233,9 @@ def evaluate(
 @click.option("--protocol", metavar="NAME", help="Only this protocol.")
 @click.option("--data", metavar="NAME", help="Only this data set.")
 @click.option("--all", "everything", is_flag=True, help="Every score; default: the best 20 of each task.")
+@click.option("--csv", "as_csv", is_flag=True, help="Every score as comma-separated values.")
 @_storage
-def leaderboard(protocol: str | None, data: str | None, everything: bool, storage: str) -> None:
+def leaderboard(protocol: str | None, data: str | None, everything: bool, as_csv: bool, storage: str) -> None:
     """List the headline scores of all runs, best first; step 0 is what a run began with."""
     if protocol is not None:
         _check_protocols([protocol])
@@ -246,6 +248,9 @@ def leaderboard(protocol: str | None, data: str | None, everything: bool, storag
     found = leaderboard(root)
     _check_filter("data", data, {place.data for place in found})
     chosen = [place for place in found if protocol in (None, place.protocol) and data in (None, place.data)]
+    if as_csv:
+        _write_csv(chosen)
+        return
     if not chosen:
         say(f"no evaluation in {shown_storage(root)} yet")
         return
@@ -463,6 +468,20 @@ def _check_protocols(names: Iterable[str]) -> None:
     if unknown:
         listing = ", ".join(known)
         raise RequestError(*(f"protocol {n}: unknown; known are {listing}{nearest(n, known)}" for n in unknown))
+
+
+def _write_csv(places: Sequence[Place]) -> None:
+    """On standard output, with a header; numbers as they are, bounds empty where none were recorded."""
+    import csv
+
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    names = ("protocol", "data", "metric", "unit", "score", "ci_low", "ci_high", "n", "step", "began_with", "run")
+    table.writerow([*names, "by_hand"])
+    for place in places:
+        low, high = place.bounds or ("", "")
+        task = (place.protocol, place.data, place.metric.name, place.metric.unit, place.score)
+        step = "" if place.step is None else place.step
+        table.writerow([*task, low, high, place.num_test or "", step, place.start, place.run, place.by_hand])
 
 
 def _check_filter(option: str, name: str | None, known: set[str]) -> None:

@@ -337,14 +337,15 @@ class Evaluated(Event):
         return next(metric for metric in self.reported if metric.headline)
 
     @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Of the 95 % interval of its headline; None where none was recorded."""
+        low, high = (self.metrics.get(self.headline.name + suffix) for suffix in CI_SUFFIXES)
+        return None if low is None or high is None else (low, high)
+
+    @property
     def interval(self) -> str:
-        """The 95 % interval of its headline, for people; empty where none was recorded."""
-        headline = self.headline
-        names = [headline.name + suffix for suffix in CI_SUFFIXES]
-        if not self.metrics.keys() >= set(names):
-            return ""
-        low, high = (self.metrics[name] for name in names)
-        return format_interval(low, high, headline.unit)
+        """`bounds` for people; empty where none were recorded."""
+        return "" if self.bounds is None else format_interval(*self.bounds, self.headline.unit)
 
     @property
     def task(self) -> str:

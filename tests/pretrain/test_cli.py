@@ -58,7 +58,7 @@ def test_cli__surface_is_frozen() -> None:
             "--storage",
         ],
         "compare": ["FIRST", "SECOND", "--storage"],
-        "leaderboard": ["--protocol", "--data", "--all", "--storage"],
+        "leaderboard": ["--protocol", "--data", "--all", "--csv", "--storage"],
         "pull": ["NAME[@ALIAS]", "DEST", "--full", "--storage"],
         "report": ["RUN_ID", "--storage"],
         "recipes": ["NAME"],
@@ -399,6 +399,13 @@ def test_main__leaderboard_is_sorted_and_filtered(tmp_path: Path, capsys: pytest
         ["segmentation/mine", "miou"],
         ["score", "95", "%", "CI", "n", "step", "run"],
         ["40.0%", "20", "b"],
+    ]
+    assert main(["leaderboard", "--storage", str(tmp_path), "--csv", "--protocol", "linear"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "protocol,data,metric,unit,score,ci_low,ci_high,n,step,began_with,run,by_hand",
+        "linear,mine,top1,fraction,0.75,,,,20,,b,False",
+        "linear,mine,top1,fraction,0.6,,,,,,(by hand),True",
+        "linear,mine,top1,fraction,0.5,,,,10,,a,False",
     ]
     assert main(["leaderboard", "--storage", str(tmp_path), "--protocol", "segmentation"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
