@@ -69,5 +69,5 @@ def manifest(recipe: str, settings: tuple[str, ...], kind: str, output: str | No
         for line in text.splitlines():
             say(line)
     else:
-        write_atomically(Path(output), text.encode())
+        write_atomically(Path(output).resolve(), text.encode())
         say(f"{kind} {workload.name} is in {output}", err=True)

@@ -24,6 +24,7 @@ from pretrain.config.recipe_files import recipe_content
 from pretrain.deployment import Machines, Sized, paths_outside, portable_yaml, secret_in, sized
 from pretrain.errors import EXIT_STOPPED, RequestError, nearest_file
 from pretrain.remote.places import is_uri
+from pretrain.schedules.cron import checked_cron, checked_zone
 
 __all__ = ["Options", "requested", "written"]
 
@@ -50,6 +51,7 @@ _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _KEY = re.compile(r"[-._A-Za-z0-9]{1,253}")
 _IMAGE = re.compile(r"[a-z0-9][\w.:/-]*(:[\w][\w.-]{0,127}|@sha256:[0-9a-f]{64})")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:-]*")
+_LEAST_MIB, _MOST_MIB = 1024, 65536 * 1024  # of the memory of a node
 _MEMORY = re.compile(r"([1-9]\d*)(Gi|Mi|G|M)")
 _PATH = re.compile(r"(/[\w.@%+=-]+)+")
 _MIB = {"Gi": 1024.0, "Mi": 1.0, "G": 1e9 / 2**20, "M": 1e6 / 2**20}
@@ -105,7 +107,7 @@ def requested(
     checks.name("--queue", options.queue, _KEY, "the name of a queue")
     checks.name("--ssh-user", options.ssh_user, _KEY, "a user's name")
     checks.image(options.image)
-    checks.schedule(options.schedule)
+    checks.schedule(options.schedule, options.time_zone)
     for host in options.hosts:
         checks.name("--host", host, _HOST, "an address")
     if kind == "ray-up" and len(options.hosts) < 1:
@@ -113,7 +115,7 @@ def requested(
     memory_mib = checks.memory(options.memory)
     keys, files = checks.secrets(options.secrets)
     variables = checks.environment(options.environment)
-    checks.no_secrets(setup=options.setup, time_zone=options.time_zone)
+    checks.no_secrets(setup=options.setup)
     checks.output(output)
     if checks.mistakes:
         raise RequestError(*checks.mistakes)
@@ -233,9 +235,21 @@ class _Checks:
             expected = "expected REGISTRY/NAME:TAG or NAME@sha256:DIGEST in lower-case letters, without a password"
             self.add("--image" if "@" in image else f"--image {image!r}", f"{expected}; a retry must find the same")
 
-    def schedule(self, schedule: str | None) -> None:
-        if schedule is not None and not re.fullmatch(r"[\d*/,A-Za-z?#L-]+( [\d*/,A-Za-z?#L-]+){4}", schedule):
-            self.add(f"--schedule {schedule!r}", "expected minute, hour, day, month and day of the week: '0 2 * * 0'")
+    def schedule(self, schedule: str | None, time_zone: str | None) -> None:
+        """KubeRay would find mistakes when the object is there. Its cron has neither `L` nor `#`, and Sunday is 0."""
+        if schedule is not None:
+            try:
+                days = checked_cron(schedule, "--schedule").split()
+            except RequestError as error:
+                self.mistakes += error.mistakes
+            else:
+                if "L" in days[2].upper() or re.search(r"[#7]|L\b", days[4].upper()):
+                    self.add(f"--schedule {schedule!r}", "Kubernetes has no L and no # for days, and its Sunday is 0")
+        if time_zone is not None:
+            try:
+                checked_zone(time_zone, "--time-zone")
+            except RequestError as error:
+                self.mistakes += error.mistakes
 
     def memory(self, memory: str | None) -> int | None:
         if memory is None:
@@ -244,7 +258,10 @@ class _Checks:
         if match is None:
             self.add(f"--memory {memory!r}", "expected a number with Gi, Mi, G or M, such as 256Gi")
             return None
-        return max(1, int(int(match[1]) * _MIB[match[2]]))
+        mib = int(int(match[1]) * _MIB[match[2]])
+        if not _LEAST_MIB <= mib <= _MOST_MIB:
+            self.add(f"--memory {memory!r}", "of a node is from 1Gi to 65536Gi")
+        return mib
 
     def claims(self, claims: Sequence[str]) -> dict[str, str]:
         """Mount path -> claim."""
@@ -342,5 +359,7 @@ class _Checks:
         path = Path(output)
         if path.is_dir():
             self.add(f"--output {output}", "is a directory; name a file in it")
+        elif path.exists() and not path.is_file():  # the new file would take the place of the device
+            self.add(f"--output {output}", "is no regular file; standard output is where it goes without --output")
         elif not path.absolute().parent.is_dir():
             self.add(f"--output {output}", f"no such directory{nearest_file(path.absolute().parent)}")

@@ -26,8 +26,12 @@ _NOT_FOR_OTHER_MACHINES = {"localtime", "posixrules", "Factory"}
 _LEAP_YEAR = datetime(2024, 1, 1)
 
 
-def checked_cron(expression: str) -> str:
+def checked_cron(expression: str, option: str = "--cron") -> str:
     """The expression, its fields one space apart.
+
+    Args:
+        expression: Of five fields.
+        option: That it was given with, for messages.
 
     Raises:
         RequestError: a field is wrong, which is named, there are not five, or no day is ever due.
@@ -35,24 +39,28 @@ def checked_cron(expression: str) -> str:
     parts, names = expression.split(), list(FIELDS)
     if len(parts) != len(FIELDS):
         expected = f"expected five, {', '.join(names)}, as in '0 2 * * *'"
-        raise RequestError(f"--cron {expression!r}: {len(parts)} field{'s' * (len(parts) != 1)}; {expected}")
+        raise RequestError(f"{option} {expression!r}: {len(parts)} field{'s' * (len(parts) != 1)}; {expected}")
     for number, (part, name) in enumerate(zip(parts, names, strict=True)):
         alone = ["*"] * len(parts)
         alone[number] = part
         if not _is_understood(" ".join(alone)):
             expected = f"expected * or {FIELDS[name]}, as in 1,3 or 1-5 or */2"
-            raise RequestError(f"--cron {expression!r}: field {number + 1} ({name}) is {part!r}; {expected}")
+            raise RequestError(f"{option} {expression!r}: field {number + 1} ({name}) is {part!r}; {expected}")
     checked = " ".join(parts)
     try:
         next(CronSim(checked, _LEAP_YEAR))
     except (CronSimError, StopIteration):
         said = f"fields 3 to 5 ({' '.join(parts[2:])}) name no day that exists"
-        raise RequestError(f"--cron {expression!r}: {said}; nothing would ever run") from None
+        raise RequestError(f"{option} {expression!r}: {said}; nothing would ever run") from None
     return checked
 
 
-def checked_zone(name: str) -> str:
+def checked_zone(name: str, option: str = "--tz") -> str:
     """The name of a time zone.
+
+    Args:
+        name: As in the database of time zones.
+        option: That it was given with, for messages.
 
     Raises:
         RequestError: there is none of that name; says the nearest.
@@ -62,7 +70,7 @@ def checked_zone(name: str) -> str:
         return name
     by_city = sorted(zone for zone in known if zone.rpartition("/")[2].lower() == name.lower())
     hint = f"; did you mean '{by_city[0]}'?" if by_city else nearest(name, known)
-    raise RequestError(f"--tz {name}: no such time zone; expected a name such as Europe/Berlin or UTC{hint}")
+    raise RequestError(f"{option} {name}: no such time zone; expected a name such as Europe/Berlin or UTC{hint}")
 
 
 def last_due(expression: str, zone: str, now: datetime) -> datetime:

@@ -282,6 +282,7 @@ def test_manifest__command_writes_each_kind_and_no_secret(
 
 
 JOB = ["--kind", "rayjob", *PVC]
+CRON = ["--kind", "raycronjob", *PVC, "--schedule"]
 SLURM = ["--kind", "slurm", "--storage", "/shared/runs"]
 
 
@@ -297,11 +298,19 @@ SLURM = ["--kind", "slurm", "--storage", "/shared/runs"]
         ([*JOB, "--name", "My_Run"], "--name 'My_Run': expected lower-case"),
         ([*JOB, "--schedule", "0 2 * * 0"], "--schedule: not of rayjob, only of raycronjob"),
         (["--kind", "raycronjob", *PVC], "--schedule: needed by raycronjob"),
-        (["--kind", "raycronjob", *PVC, "--schedule", "tomorrow"], "--schedule 'tomorrow': expected minute, hour"),
+        (["--kind", "raycronjob", *PVC, "--schedule", "tomorrow"], "--schedule 'tomorrow': 1 field; expected five"),
+        ([*CRON, "99 2 * * *"], "--schedule '99 2 * * *': field 1 (minute) is '99'; expected * or 0-59"),
+        ([*CRON, "0 2 31 2 *"], "--schedule '0 2 31 2 *': fields 3 to 5 (31 2 *) name no day that exists"),
+        ([*CRON, "0 2 L * *"], "--schedule '0 2 L * *': Kubernetes has no L"),
+        ([*CRON, "0 2 * * 7"], "--schedule '0 2 * * 7': Kubernetes has no L and no # for days, and its Sunday is 0"),
+        ([*CRON, "0 2 * * 0", "--time-zone", "Mars/X"], "--time-zone Mars/X: no such time zone; expected a name"),
+        ([*CRON, "0 2 * * 0", "--time-zone", "berlin"], "--time-zone berlin: no such time zone; expected a name such"),
         ([*SLURM, "--pvc", "x"], "--pvc: not of slurm, only of rayjob"),
         (["--kind", "slurm"], "--storage: needed"),
         (["--kind", "ray-up", "--storage", "/x"], "--host: needed by ray-up"),
         ([*JOB, "--memory", "lots"], "--memory 'lots': expected a number with Gi"),
+        ([*JOB, "--memory", "1Mi"], "--memory '1Mi': of a node is from 1Gi to 65536Gi"),
+        ([*JOB, "--memory", "99999999999G"], "--memory '99999999999G': of a node is from 1Gi to 65536Gi"),
         ([*JOB, "--storage", f"s3://me:{TOKEN}@b/runs"], "storage=s3://b/runs: a remote store; the nodes share a dir"),
         ([*JOB, "--storage", "/elsewhere/runs"], "--storage /elsewhere/runs: pods see nothing there"),
         (
@@ -338,6 +347,21 @@ def test_manifest__bad_request_is_one_line_that_repeats_no_secret(
     (line,) = captured.err.splitlines()
     assert said in line and captured.out == ""
     assert TOKEN not in line and "wJalr" not in line and list(tmp_path.iterdir()) == []
+
+
+def test_manifest__the_place_of_a_pipe_or_a_device_is_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user who may write to /dev would have a file in the place of /dev/null."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    assert main(["manifest", "demo", *JOB, "--output", str(pipe)]) == 2
+    assert f"--output {pipe}: is no regular file" in capsys.readouterr().err and pipe.is_fifo()
+
+
+def test_manifest__a_link_stays_and_its_file_is_written(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "job.yaml")
+    assert main(["manifest", "demo", *JOB, "--output", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink() and "RayJob" in (tmp_path / "job.yaml").read_text()
 
 
 def test_manifest__a_recipe_of_a_remote_store_needs_a_directory(
