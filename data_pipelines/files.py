@@ -33,6 +33,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut, also when several write it at once.
 
     A process that is killed meanwhile leaves a `<name>.<letters>.tmp` beside it.
+
+    Raises:
+        OSError: Of the system, with the path in it.
     """
     aside = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
@@ -41,8 +44,12 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # of a full disk the system names no file, and else the one beside
+            error.filename, error.filename2 = str(path), None
         raise
     flush_to_disk(path.parent)  # the new name, after the bytes
 
