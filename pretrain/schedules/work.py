@@ -261,10 +261,11 @@ class _Work:
                 self._keep(job, event)
 
     def _keep(self, job: Job, found: Drawn | Warned) -> None:
-        """A picture, beside those of its run, or a line about one that there is not."""
+        """A picture, beside those of its run if it is not there yet, or a line about one that there is not."""
         if job.run is not None and isinstance(found, Drawn):
-            with Journal(job.run.evaluations) as journal:
-                journal.write(keep(job.run, found))
+            if not job.run.visualizations(found.step, found.data, found.shows).exists():
+                with Journal(job.run.evaluations) as journal:
+                    journal.write(keep(job.run, found))
         elif isinstance(found, Warned):
             self._say(f"{job.subject} step {job.step}: {found.text}")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.record.events import Evaluated, EvaluationFailed, Resumed, Start, Stopped
+from pretrain.record.events import Evaluated, EvaluationFailed, Resumed, Start, Stopped, Visualizations
 from pretrain.record.journal import read_events
 
 GROCERY = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery"
@@ -66,7 +66,9 @@ def test_run__killed_worker_recovers_is_evaluated_and_pulled(
     evaluations = read_events(run_dir / "evaluations.jsonl")[0]
     scores = [event for event in evaluations if isinstance(event, Evaluated)]
     assert {(event.step, event.protocol) for event in scores} == {(step, "knn") for step in (0, 4, 8, 12)}
-    assert scores == evaluations
+    pictures = [event for event in evaluations if isinstance(event, Visualizations)]
+    assert {(event.step, event.shows) for event in pictures} == {(step, "tokens") for step in (0, 4, 8, 12)}
+    assert len(scores) + len(pictures) == len(evaluations)
     text = log.read_text()
     for line in ("loss", "knn/grocery top1", "samples/s", "report.html", "pretrain pull small@best", "mlflow ui"):
         assert line in text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.record.events import Evaluated
+from pretrain.record.events import Evaluated, Visualizations
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import runs_in
 from pretrain.tracking.client import connect, default_database
@@ -43,7 +43,10 @@ def test_schedule__new_checkpoints_of_a_run_and_then_its_best(
     said = pretrain("schedule", "serve", "--once", *here)
     events = read_events(run.evaluations)[0]
     scores = [event for event in events if isinstance(event, Evaluated)]
-    assert events[: len(by_run)] == by_run and len(scores) == len(events)
+    pictures = [event for event in events if isinstance(event, Visualizations)]
+    assert events[: len(by_run)] == by_run and len(scores) + len(pictures) == len(events)
+    assert sorted((event.step, event.shows) for event in pictures) == [(step, "tokens") for step in (0, 2, 4)]
+    assert all(run.inside(event.path).is_file() for event in pictures)
     assert sorted((event.step, event.protocol) for event in scores) == [
         (step, protocol) for step in (0, 2, 4) for protocol in ("knn", "linear")
     ]

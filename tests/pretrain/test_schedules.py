@@ -26,9 +26,10 @@ from pretrain.config.load import load_plan
 from pretrain.config.stages import plan_yaml
 from pretrain.errors import RequestError
 from pretrain.processes import LocalProcesses
-from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Warned
+from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Visualizations, Warned
 from pretrain.record.journal import Journal, read_events
 from pretrain.record.lock import hold
+from pretrain.record.pictures import Drawn
 from pretrain.record.run_dir import RunDir
 from pretrain.schedules import work as works
 from pretrain.schedules.cron import checked_cron, checked_zone, last_due, next_due
@@ -471,6 +472,26 @@ def test_done__scores_are_lines_of_the_run_and_a_regression_is_told_everywhere(
     assert whats == ["added", "scored", "scored", "regressed", "scored", "ended"]
     done(schedules, entry, BEGAN, said.append, lambda: BEGAN)
     assert read_events(run.evaluations)[0] == events
+
+
+def test_done__pictures_are_kept_once_and_one_that_there_is_not_is_a_line(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(location: str, step: int, tasks: Any, *rest: Any, **options: Any) -> list[Any]:
+        drawn = Drawn(step, "grocery", "tokens", b"a picture")
+        return [score(step, "linear", 0.5, key="k"), drawn, Warned(step=step, about="pictures", text="no pictures")]
+
+    monkeypatch.setattr(works, "evaluate_tasks", evaluate)
+    monkeypatch.setattr(works, "send", lambda run: True)
+    schedules, said = Schedules(run.path.parent), list[str]()
+    entry = of_new(run)
+    schedules.add(entry, BEGAN)
+    publish(run, 20)
+    for _ in range(2):  # the second time the score is gone, and the picture is there
+        done(schedules, entry, BEGAN, said.append, lambda: BEGAN)
+        (picture,) = (event for event in read_events(run.evaluations)[0] if isinstance(event, Visualizations))
+        assert run.inside(picture.path).read_bytes() == b"a picture" and "no pictures" in said[-1]
+        run.evaluations.write_text(f"{json.dumps(picture.to_json())}\n")
 
 
 def test_done__work_that_is_cut_off_tells_nothing_twice(
