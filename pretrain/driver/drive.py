@@ -95,6 +95,7 @@ class Driver:
         self._last_event: Event | None = None
         self._offset = 0
         self._is_training = False  # from the first event of the workers to their end
+        self._has_workers = False  # since they last said that they begin, until they are started again
         self._stop_asked: float | None = None  # when, by the monotonic clock
 
     def drive(self, on_start: OnStart | None = None) -> RunResult:
@@ -193,7 +194,8 @@ class Driver:
 
         slots = self.recipe.evaluation.slots
         trainer_gpus = self.recipe.train.workers * gpus_per_worker
-        queue = TaskQueue(cluster, gpus_per_task=gpu_share(cluster, trainer_gpus=trainer_gpus, tasks=slots))
+        share = gpu_share(cluster, trainer_gpus=trainer_gpus, tasks=slots)
+        queue = TaskQueue(cluster, at_once=slots, gpus_per_task=share)
         options = {
             "device": None if queue.gpus_per_task else "cpu",
             "threads": max(1, (usable_cores() if cluster.private else 1) // slots),  # of a cluster, others have theirs
@@ -235,6 +237,9 @@ class Driver:
                 self.run_dir.training.unlink(missing_ok=True)
 
         training = _Background(train)
+        # Without slots of their own evaluations take CPUs that workers ask for: they wait until those have begun.
+        trainers_first = not cluster.has_evaluation_slots
+        queue.held = trainers_first and not self._is_trained()
         if not (last_ones_wait and self._is_trained()):
             evaluating.queue_due()
         if not self._is_trained():
@@ -257,6 +262,7 @@ class Driver:
                 last_ones_wait, is_new = False, True
                 queue.gpus_per_task = gpu_share(cluster, trainer_gpus=0.0, tasks=slots)
                 evaluating.options["device"] = None
+            queue.held = trainers_first and is_training and not self._has_workers
             if is_new and not (last_ones_wait and self._is_trained()):
                 evaluating.queue_due()
             evaluating.collect()
@@ -288,7 +294,7 @@ class Driver:
             self.terminal.show(event)
             self.known.see(event)
             if isinstance(event, Start):
-                self._is_training = True
+                self._is_training = self._has_workers = True
                 self._write_recipe()
         has_news = any(isinstance(event, Start | CheckpointPublished | Finished) for event in new)
         if has_news:
@@ -313,6 +319,7 @@ class Driver:
         return -1 if newest is None else newest.step
 
     def _say_restart(self, end: End, pause_s: float) -> None:
+        self._has_workers = False
         wait = f" in {pause_s:.0f} s" if pause_s else ""
         self.terminal.say(f"{restart_reason(end)}; the workers start again{wait}")
 
