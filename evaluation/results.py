@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import math
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.decode import decode_arrays
+from data_pipelines.errors import DataError
 from data_pipelines.files import write_atomically
 from data_pipelines.parsing import parse_json
 from evaluation.comparison import PerSample
@@ -28,6 +29,17 @@ from evaluation.protocol import EvaluationError, Metric
 __all__ = ["EvaluationResult", "ResultStore"]
 
 FORMAT = 1
+_KINDS = {  # of the values of a record; those of `metrics` are asked whether they are finite
+    "key": str,
+    "protocol": str,
+    "version": int,
+    "data": str,
+    "data_digest": str,
+    "weights_digest": str,
+    "metrics": dict,
+    "details": dict,
+    "seconds": int | float,
+}
 
 
 @dataclass(frozen=True)
@@ -72,11 +84,16 @@ class EvaluationResult:
         fields = parse_json(text)
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
             raise ValueError(f"not an evaluation result of format {FORMAT}")
+        if wrong := [name for name, kind in _KINDS.items() if not isinstance(fields.get(name), kind)]:
+            raise ValueError(f"not an evaluation result: {', '.join(wrong)} missing or of another type")
         try:
             described = tuple(Metric(**metric) for metric in fields.pop("described", ()))
-            return cls(**fields, described=described)
+            result = cls(**fields, described=described)
         except TypeError as error:
             raise ValueError(f"not an evaluation result: {error}") from error
+        if described and not any(metric.headline and metric.name in result.metrics for metric in described):
+            raise ValueError("not an evaluation result: no headline among its metrics")
+        return result
 
 
 class ResultStore:
@@ -96,9 +113,9 @@ class ResultStore:
     def per_sample(self, key: str) -> PerSample | None:
         """What the headline of a result is made of; None where nothing was kept, or where it is damaged."""
         try:
-            with np.load(self._root / f"{key}.npz", allow_pickle=False) as arrays:
-                return PerSample(arrays["values"], arrays.get("groups"))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            arrays = decode_arrays((self._root / f"{key}.npz").read_bytes())
+            return PerSample(arrays["values"], arrays.get("groups"))
+        except (OSError, DataError, KeyError):
             return None
 
     def keep(self, key: str, of_samples: PerSample) -> None:

@@ -149,14 +149,7 @@ def words_on(checkpoint: Path, storage: Path) -> tuple[str, list[str]]:
 
 def over(first: Evaluated, last: Evaluated, storage: Path) -> Difference | None:
     """How much higher the headline of `last` is than that of `first`, of the same task; None where it is not known."""
-    store, metric = ResultStore(storage), last.headline.name
-    before, after = store.per_sample(first.key), store.per_sample(last.key)
-    if before is None or after is None:
-        return None
-    try:
-        return difference(metric, before, after)
-    except EvaluationError:  # the data were others by then
-        return None
+    return _between(ResultStore(storage), last.headline.name, first.key, last.key)
 
 
 def format_difference(found: Difference, unit: str) -> str:
@@ -181,12 +174,22 @@ def _what_decides(result: EvaluationResult, name: str) -> object:
 
 def _compared(store: ResultStore, one: EvaluationResult, other: EvaluationResult) -> Compared:
     metric = next(metric for metric in other.described if metric.headline)
-    rows = [store.per_sample(result.key) for result in (one, other)]
-    known = None if rows[0] is None or rows[1] is None else difference(metric.name, rows[0], rows[1])
+    known = _between(store, metric.name, one.key, other.key)
     num_test = int(other.details.get("num_scored", other.details.get("num_test", 0)))
     return Compared(
         other.protocol, other.data, metric, one.metrics[metric.name], other.metrics[metric.name], known, num_test
     )
+
+
+def _between(store: ResultStore, metric: str, first: str, second: str) -> Difference | None:
+    """Of the results of two keys; None where one keeps nothing of single samples, or what they keep does not match."""
+    before, after = store.per_sample(first), store.per_sample(second)
+    if before is None or after is None:
+        return None
+    try:
+        return difference(metric, before, after)
+    except EvaluationError:  # of other samples, or of a protocol whose headline is none of the known sums
+        return None
 
 
 def scores_of(compared: Sequence[Compared]) -> list[list[str]]:

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from evaluation.comparison import PerSample
 from evaluation.protocol import EvaluationError, Metric
 from evaluation.results import EvaluationResult, ResultStore
 
@@ -94,13 +96,47 @@ def test_results__force_replaces(tmp_path: Path) -> None:
     assert found is not None and found.metrics == {"top1": 0.5}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99}', '{"format": 1, "key": "k1"}'])
+def _with(**changed: object) -> str:
+    return json.dumps({**json.loads(RESULT.to_json()), **changed})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": 99}',
+        '{"format": 1, "key": "k1"}',
+        _with(metrics=None),
+        _with(metrics={"top1": "high"}),
+        _with(details=[1]),
+        _with(data_digest=3),
+        _with(described=[{"name": "top5", "headline": True}]),
+    ],
+)
 def test_results__a_damaged_file_counts_as_absent(tmp_path: Path, content: str) -> None:
     store = ResultStore(tmp_path)
     store.publish(RESULT)
     (tmp_path / "evaluations" / "k1.json").write_text(content)
     assert store.find("k1") is None
     assert not store.once("k1", lambda: RESULT, data="colours").cached
+
+
+def test_results__what_is_kept_of_samples_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Wherever a byte of the file is another: compressed data, sums, and the words of the archive itself."""
+    store, values = ResultStore(tmp_path), np.random.default_rng(0).random((9, 3, 2))
+    store.keep("k1", PerSample(values, np.arange(9)))
+    path = tmp_path / "evaluations" / "k1.npz"
+    content, num_read = path.read_bytes(), 0
+    for place in range(0, len(content), 4):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 9]) + content[place + 1 :])
+        if (found := store.per_sample("k1")) is not None:
+            assert np.array_equal(found.values, values)
+            num_read += 1
+    assert num_read < 0.3 * len(content) / 4
+    path.write_bytes(content[: len(content) // 2])
+    assert store.per_sample("k1") is None
 
 
 def test_results__a_result_under_another_key_counts_as_absent(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from evaluation.comparison import Difference, PerSample
 from evaluation.results import ResultStore
-from pretrain.comparisons import format_difference, words_on, worth_of
+from pretrain.comparisons import format_difference, over, words_on, worth_of
 from pretrain.record.events import Evaluated
 from pretrain.record.journal import Journal
 from tests.pretrain.conftest import write_manifest
@@ -23,6 +23,15 @@ def scored(step: int, right: int, store: ResultStore, **metrics: float) -> Evalu
     store.keep(key, PerSample(np.arange(100) < right))
     metrics = {"top1": right / 100, **metrics}
     return Evaluated(step=step, protocol="knn", data="a", metrics=metrics, key=key, seconds=1.0, cached=False)
+
+
+def test_over__what_was_kept_of_other_samples_says_nothing(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    first, last = scored(0, 40, store), scored(10, 50, store)
+    found = over(first, last, tmp_path)
+    assert found is not None and found.value == pytest.approx(0.1)
+    store.keep(last.key, PerSample(np.arange(99) < 50))
+    assert over(first, last, tmp_path) is None
 
 
 def test_worth_of__is_of_the_step_asked_for_beside_step_0(tmp_path: Path) -> None:
