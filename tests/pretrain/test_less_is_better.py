@@ -33,7 +33,7 @@ from pretrain.record.run_dir import RunDir
 from pretrain.tracking.client import connect
 
 DEPTH = Protocol(
-    name="depth",
+    name="distance",
     summary="an error in meters",
     target="plugin_of_a_test:score",
     version=1,
@@ -47,7 +47,7 @@ DEPTH = Protocol(
     ),
 )
 ERRORS = {0: 1.5, 10: 0.75, 20: 0.25, 30: 0.25, 40: 0.5}  # of equal ones the earlier is best
-TASK = "evaluation.tasks=[{protocol: depth, data: grocery}]"
+TASK = "evaluation.tasks=[{protocol: distance, data: grocery}]"
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = type(sys)("plugin_of_a_test")
     module.SPEC = DEPTH
     monkeypatch.setitem(sys.modules, "plugin_of_a_test", module)
-    entry = EntryPoint("depth", "plugin_of_a_test:SPEC", registry.ENTRY_POINT_GROUP)
+    entry = EntryPoint("distance", "plugin_of_a_test:SPEC", registry.ENTRY_POINT_GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
 
 
@@ -84,7 +84,7 @@ def test_run__an_error_as_select_moves_best_pins_and_is_shown_with_its_unit(
     storage: Path, mlflow_uri: str, make_checkpoint: Callable[[Path, int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ("train.steps=40", "train.checkpoint_every=10", "train.keep_last=1", "train.keep_best=1")
-    recipe = load_recipe("demo", [TASK, "evaluation.select=depth/grocery/rmse", *settings])
+    recipe = load_recipe("demo", [TASK, "evaluation.select=distance/grocery/rmse", *settings])
     run = RunDir(storage / "depth-run")
     run.logs.mkdir(parents=True)
     driver = Driver(Plan.single(replace(recipe, storage=str(storage))), run, time.time())
@@ -119,8 +119,8 @@ def test_run__an_error_as_select_moves_best_pins_and_is_shown_with_its_unit(
 
     driver._finish()
     said = driver.terminal.console.file.getvalue()  # type: ignore[attr-defined]
-    assert "evaluation of step 20: depth/grocery/rmse 0.25 m" in said
-    row = next(line for line in said.splitlines() if line.lstrip("│ ").startswith("depth/grocery rmse"))
+    assert "evaluation of step 20: distance/grocery/rmse 0.25 m" in said
+    row = next(line for line in said.splitlines() if line.lstrip("│ ").startswith("distance/grocery rmse"))
     assert [text in row for text in ("1.5 m", "0.75 m (step 10)", "0.5 m (step 40)")] == [True] * 3
     page = run.report.read_text()
     assert "-1 m against random" in page and "0.25 m" in page and "0.125 m to 0.375 m" in page
@@ -134,14 +134,14 @@ def test_run__an_error_as_select_moves_best_pins_and_is_shown_with_its_unit(
     assert main(["leaderboard", "--storage", str(storage)]) == 0
     title, _, *rows = capsys.readouterr().out.splitlines()
     shown = [row.split()[:2] for row in rows]
-    assert title == "depth/grocery rmse" and shown == sorted(shown, key=lambda row: float(row[0]))
+    assert title == "distance/grocery rmse" and shown == sorted(shown, key=lambda row: float(row[0]))
     assert shown[0] == ["0.25", "m"] and shown[-1] == ["1.5", "m"] and "0.125 m to 0.375 m" in rows[0]
 
 
 @pytest.mark.usefixtures("plugin")
 def test_load_recipe__only_metrics_with_a_direction_may_be_selected() -> None:
     with pytest.raises(RequestError) as caught:
-        load_recipe("demo", [TASK, "evaluation.select=depth/grocery/rmse_ci_low"])
+        load_recipe("demo", [TASK, "evaluation.select=distance/grocery/rmse_ci_low"])
     (line,) = caught.value.mistakes
     assert "only reported, nothing can be best by it" in line
-    assert line.endswith("depth/grocery/within_25, depth/grocery/rmse")
+    assert line.endswith("distance/grocery/within_25, distance/grocery/rmse")
