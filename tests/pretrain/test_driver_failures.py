@@ -25,7 +25,7 @@ LOST = _raised(RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error: Connec
     ("errors", "is_retried", "line"),
     [
         ({0: LOST, 1: ActorDiedError()}, True, "worker 1 died: The actor died unexpectedly before"),
-        ({0: LOST}, True, "worker 0 has lost another one, or its machine ("),  # of a machine that is gone, Ray hears later than its peers
+        ({0: LOST}, True, "worker 0 has lost another one, or its machine ("),  # whose peers hear of it before Ray
         ({0: _raised(ConnectionResetError("by the store"))}, True, "ConnectionResetError: by the store"),
         ({1: _raised(LoaderError("a loader process died"))}, True, "a loader process died"),
         ({0: LOST, 1: _raised(AttributeError("no attribute 'x'"))}, False, "AttributeError: no attribute 'x'"),
