@@ -46,12 +46,15 @@ class Outcome:
             backbones on the same samples: (n,) of which it is the mean, bool where each is right or wrong; or
             `tallies` (n, 3, C), see `evaluation.comparison`. None: the protocol does not say.
         groups: (n,) int64, which of them belong together; None: each is its own.
+        shown: Small arrays that pictures for people are drawn of, see `evaluation.pictures.outcomes`. They are kept
+            beside the result, so that a stored one is drawn without computing anything.
     """
 
     metrics: Mapping[str, float]
     details: Mapping[str, Any]
     per_sample: Tensor | None = field(default=None, compare=False)
     groups: Tensor | None = field(default=None, compare=False)
+    shown: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
 
 def wilson_interval(correct: float, total: int) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Evaluation results by key, one JSON file each in `evaluations/` of a root: computed once and published whole.
 
-Beside it is `KEY.npz`, what the headline is made of sample by sample, for comparisons.
+Beside it is `KEY.npz`: what the headline is made of sample by sample, for comparisons, and arrays that pictures are
+drawn of.
 
 Not here: frozen features (`evaluation.features`), who computes (`evaluation.lease`).
 """
@@ -11,12 +12,14 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from data_pipelines.decode import decode_arrays
 from data_pipelines.errors import DataError
@@ -29,6 +32,7 @@ from evaluation.protocol import EvaluationError, Metric
 __all__ = ["EvaluationResult", "ResultStore"]
 
 FORMAT = 1
+SHOWN = "shown."  # before the names of arrays of a KEY.npz that are for pictures
 _KINDS = {  # of the values of a record; those of `metrics` are asked whether they are finite
     "key": str,
     "protocol": str,
@@ -118,12 +122,34 @@ class ResultStore:
         except (OSError, DataError, KeyError):
             return None
 
-    def keep(self, key: str, of_samples: PerSample) -> None:
-        """Store what the headline of a result is made of, before the result itself is published."""
+    def shown(self, key: str) -> dict[str, npt.NDArray[Any]]:
+        """The arrays that pictures of a result are drawn of; none where none were kept, or where they are damaged."""
+        try:
+            arrays = decode_arrays((self._root / f"{key}.npz").read_bytes())
+        except (OSError, DataError):
+            return {}
+        return {name.removeprefix(SHOWN): array for name, array in arrays.items() if name.startswith(SHOWN)}
+
+    def keep(
+        self,
+        key: str,
+        of_samples: PerSample | None,
+        shown: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
+    ) -> None:
+        """Store what goes with a result, before the result itself is published.
+
+        Args:
+            of_samples: What its headline is made of; None: its protocol does not say.
+            shown: What pictures of it are drawn of, by name.
+        """
         self._root.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
-        groups = {} if of_samples.groups is None else {"groups": of_samples.groups}
-        np.savez_compressed(content, allow_pickle=False, values=of_samples.values, **groups)
+        arrays = {f"{SHOWN}{name}": array for name, array in shown.items()}
+        if of_samples is not None:
+            arrays["values"] = of_samples.values
+            if of_samples.groups is not None:
+                arrays["groups"] = of_samples.groups
+        np.savez_compressed(content, allow_pickle=False, **arrays)
         write_atomically(self._root / f"{key}.npz", content.getvalue())
 
     def all(self) -> Iterator[EvaluationResult]:

@@ -133,9 +133,12 @@ def evaluate(
 
 
 def _keep(outcome: Outcome, key: str, results: ResultStore) -> None:
+    of_samples = None
     if outcome.per_sample is not None:
         groups = None if outcome.groups is None else outcome.groups.cpu().numpy()
-        results.keep(key, PerSample(outcome.per_sample.cpu().numpy(), groups))
+        of_samples = PerSample(outcome.per_sample.cpu().numpy(), groups)
+    if of_samples is not None or outcome.shown:
+        results.keep(key, of_samples, {name: array.cpu().numpy() for name, array in outcome.shown.items()})
 
 
 @dataclass(frozen=True)

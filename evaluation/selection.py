@@ -1,13 +1,15 @@
-"""Splits of the training images on which hyper-parameters are chosen, and the choice itself.
+"""Splits of the training images on which hyper-parameters are chosen, the choice itself, and which samples people see.
 
-Nothing here ever sees a test image. Folds are balanced over classes, or keep whole video sequences together where
-neighbouring frames would leak.
+No choice here ever depends on a test image. Folds are balanced over classes, or keep whole video sequences together
+where neighbouring frames would leak.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
+from random import Random
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ __all__ = [
     "how_held_out",
     "random_folds",
     "sequence_folds",
+    "spread",
     "stratified_folds",
 ]
 
@@ -121,3 +124,14 @@ def choose_cell(score: Tensor, loss: Tensor) -> tuple[int, bool]:
     neighbour = {0: 1, last: last - 1}.get(best)
     at_edge = neighbour is not None and last > 0 and float(score[best]) > float(score[neighbour])
     return best, at_edge
+
+
+def spread(num_samples: int, at_most: int) -> list[int]:
+    """Numbers of the samples that people are shown, the same for every checkpoint.
+
+    One by chance out of each of `at_most` stretches: neighbors may be of one class, or frames of one video, and at
+    equal distances one class may return, where they follow each other in turn.
+    """
+    count, chance = min(num_samples, at_most), Random(0)
+    bounds = [index * num_samples // count for index in range(count + 1)]
+    return [chance.randrange(*stretch) for stretch in pairwise(bounds)]

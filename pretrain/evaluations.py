@@ -58,7 +58,7 @@ def evaluate_tasks(
     """Run the evaluation tasks of a checkpoint on one data set in a process of their own, which shares the features.
 
     One after the other; one that fails stops no other. Then pictures for people are drawn, unless all have failed; what
-    stops that is a warning. While `training` exists, one thread of low priority computes.
+    stops one of them is a warning. While `training` exists, one thread of low priority computes.
 
     Args:
         checkpoint: A checkpoint directory or URI.
@@ -82,6 +82,7 @@ def evaluate_tasks(
     computing = Threads(threads, beside_trainers=Path(training).exists)
     computing.run(import_module, "evaluation.runner")
     events: list[Evaluated | EvaluationFailed | Drawn | Warned] = []
+    results: list[EvaluationResult] = []
     try:
         path = resolve(checkpoint, Path(storage))
     except RequestError as error:
@@ -91,18 +92,28 @@ def evaluate_tasks(
     for task in tasks:
         try:
             result = _evaluate(path, task, Path(directory), Path(storage), device=device, threads=computing)
+            results.append(result)
             events.append(_event(step, result))
         except Exception as error:  # of any type: protocols of other packages raise what they like
             said = f"{type(error).__name__}: {last_line(error)}"
             events.append(EvaluationFailed(step=step, protocol=task.protocol, data=task.data, error=said))
-    if any(isinstance(event, Evaluated) for event in events):
+    if results:
         try:
-            data, size = EvaluationData(tasks[0].data, Path(directory)), tasks[0].image_size
             pictures = computing.run(import_module, "evaluation.pictures.draw")
-            drawn = pictures.draw(path, data, image_size=size, reads=trained_on(path), device=device, threads=computing)
-            events += [Drawn(step, tasks[0].data, shows, png) for shows, png in drawn.items()]
+            drawn = pictures.draw(
+                path,
+                EvaluationData(tasks[0].data, Path(directory)),
+                results,
+                store=Path(storage),
+                image_size=tasks[0].image_size,
+                reads=trained_on(path),
+                device=device,
+                threads=computing,
+            )
+            for shows, png in drawn:
+                events.append(Drawn(step, tasks[0].data, shows, png))
         except Exception as error:  # whatever it is, the scores count
-            said = f"no pictures of {tasks[0].data}: {type(error).__name__}: {last_line(error)}"
+            said = f"a picture of {tasks[0].data} is not drawn: {type(error).__name__}: {last_line(error)}"
             events.append(Warned(step=step, about="pictures", text=said))
     return events
 

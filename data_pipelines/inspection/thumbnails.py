@@ -20,7 +20,7 @@ from data_pipelines.field_kinds import ARRAY_KINDS, LABEL_ARRAYS, has_channels
 from data_pipelines.fields import decode_field
 from data_pipelines.inspection.grid_pictures import as_unit, looks_like_grid, middle_slices, seen_from_a_corner
 
-__all__ = ["PICTURED", "thumbnail"]
+__all__ = ["PICTURED", "class_colors", "thumbnail"]
 
 PICTURED = ("image", "mask", "depth", *ARRAY_KINDS)  # kinds that may have a picture
 _EMPTY = (32, 32, 32)
@@ -82,7 +82,7 @@ def _planes(kind: str, value: Any, size: int, ignore_index: int | None) -> list[
 
 
 def _coloured(labels: npt.NDArray[Any], ignore_index: int | None) -> list[Pixels]:
-    palette = _palette(ignore_index)
+    palette = class_colors(ignore_index)
     return [palette[plane.astype(np.int64) % len(palette)] for plane in _maps(labels)]
 
 
@@ -129,7 +129,7 @@ def _stretched(values: npt.NDArray[Any]) -> Pixels:
     return np.repeat(np.where(is_finite, grey, 0).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def _palette(ignore_index: int | None) -> Pixels:
+def class_colors(ignore_index: int | None = None) -> Pixels:
     """(256, 3): hues a golden angle apart, so that neighbouring classes differ; light and dark in turn."""
     golden = 0.381966
     colours = [colorsys.hsv_to_rgb(n * golden % 1, 0.75, 0.95 if n % 2 == 0 else 0.65) for n in range(256)]

@@ -1,15 +1,20 @@
-"""The pictures of a checkpoint on one data set: kind -> PNG."""
+"""The pictures of a checkpoint and its results on one data set: kind -> PNG."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from evaluation.data import EvaluationData
-from evaluation.extraction.recipe import Reads, Size
+from evaluation.extraction.recipe import Reads, Size, extraction_of
+from evaluation.pictures.outcomes import OutcomePictures
 from evaluation.pictures.tokens import token_sheet
+from evaluation.registry import protocol
+from evaluation.results import EvaluationResult, ResultStore
 from evaluation.runner import architecture_of, available_device
 from evaluation.threads import Threads
 
@@ -19,24 +24,45 @@ __all__ = ["draw"]
 def draw(
     checkpoint: Path,
     data: EvaluationData,
+    results: Sequence[EvaluationResult],
     *,
+    store: Path,
     image_size: Size | None,
     reads: Reads,
     device: str | torch.device | None,
     threads: Threads,
-) -> dict[str, bytes]:
-    """Draws what there is to see; of backbones of other kinds than images nothing.
+) -> Iterator[tuple[str, bytes]]:
+    """Draws what there is to see, one kind after the other; one that fails stops no other.
+
+    Of backbones of other kinds than images that is confusion of classes only. Results are drawn of what is stored with
+    them: nothing is computed again, and one that an older version has stored has no picture.
 
     Args:
         checkpoint: a directory with `backbone.safetensors`.
-        image_size, reads, device, threads: as `evaluation.runner.evaluate` takes them.
+        results: of its protocols on `data`.
+        store, image_size, reads, device, threads: as `evaluation.runner.evaluate` takes them.
 
     Raises:
-        EvaluationError, BackboneError, DataError: what is there cannot be read or does not go together.
+        Exception: the first that kept a picture from being drawn, after all others.
     """
     architecture = architecture_of(checkpoint)
-    if architecture.get("kind", "image") != "image":
-        return {}
-    on_device = available_device() if device is None else torch.device(device)
-    settings: dict[str, Any] = {"image_size": image_size, "reads": reads, "device": on_device, "threads": threads}
-    return {"tokens": token_sheet(checkpoint, architecture, data, **settings)}
+    kind, drawings = architecture.get("kind", "image"), dict[str, Callable[[], bytes]]()
+    if kind == "image":
+        on_device = available_device() if device is None else torch.device(device)
+        settings: dict[str, Any] = {"image_size": image_size, "reads": reads, "device": on_device, "threads": threads}
+        drawings["tokens"] = partial(token_sheet, checkpoint, architecture, data, **settings)
+    inputs = extraction_of(kind).reading(reads).inputs
+    for result in results:
+        shown, size = ResultStore(store).shown(result.key), result.details.get("image_size")
+        seen_at = tuple(size) if kind == "image" and size is not None else None
+        drawings |= OutcomePictures(protocol(result.protocol), shown, data, inputs, seen_at).drawings()
+    failed: Exception | None = None
+    for shows, drawing in drawings.items():
+        try:
+            png = drawing()
+        except Exception as error:  # of any type: what one picture takes says nothing of the others
+            failed = failed or error
+        else:
+            yield shows, png
+    if failed is not None:
+        raise failed

@@ -1,6 +1,6 @@
 """Sheets of pictures: tiles in rows and columns, as a PNG of bounded size; and colors that stay from one to the next.
 
-Not here: what is on the tiles (`evaluation.pictures.tokens`).
+Not here: what is on the tiles (`evaluation.pictures.tokens`, `evaluation.pictures.outcomes`).
 
 Legend: n tiles of a row, (h, w) pixels of a tile.
 """
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
-from itertools import pairwise, permutations
-from random import Random
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from evaluation.protocol import EvaluationError
 
-__all__ = ["MOST_BYTES", "Pixels", "encoded", "on_tiles", "sheet", "spread", "with_colors_of"]
+__all__ = ["MOST_BYTES", "Pixels", "encoded", "on_tiles", "sheet", "with_colors_of"]
 
 Pixels = npt.NDArray[np.uint8]  # (..., h, w, 3)
 
@@ -31,24 +30,16 @@ PALETTES = (256, 64, 16)  # colors of a PNG whose full colors would be too large
 TILE = "tile"  # text of a PNG: pixels of a tile with its gap, "HEIGHTxWIDTH"
 
 
-def spread(num_samples: int, at_most: int) -> list[int]:
-    """Numbers of the samples that people are shown, the same for every checkpoint.
-
-    One by chance out of each of `at_most` stretches: neighbors may be of one class, or frames of one video, and at
-    equal distances one class may return, where they follow each other in turn.
-    """
-    count, chance = min(num_samples, at_most), Random(0)
-    bounds = [index * num_samples // count for index in range(count + 1)]
-    return [chance.randrange(*stretch) for stretch in pairwise(bounds)]
-
-
-def on_tiles(pictures: npt.NDArray[Any], size: tuple[int, int]) -> Pixels:
+def on_tiles(pictures: npt.NDArray[Any], size: tuple[int, int], most_px: int = MOST_PX) -> Pixels:
     """Pictures (n, rows, columns, 3), uint8 or in [0, 1], each filling a tile as suits images of `size` pixels.
 
     What is smaller than its tile is enlarged with sharp edges; what is larger is shrunk.
+
+    Args:
+        most_px: of the longer side of a tile; only images of up to half of `LEAST_PX` may get larger ones.
     """
     longer = max(size)
-    scale = max(1, LEAST_PX // longer) if longer <= MOST_PX else MOST_PX / longer
+    scale = max(1, LEAST_PX // longer) if longer <= most_px else most_px / longer
     height, width = (max(1, round(side * scale)) for side in size)
     pixels = pictures if pictures.dtype == np.uint8 else _bytes(pictures)
     is_larger = pixels.shape[1] > height or pixels.shape[2] > width
@@ -71,14 +62,15 @@ def sheet(rows: Sequence[Pixels]) -> Pixels:
     return canvas.reshape(len(rows) * (height + GAP_PX), columns * (width + GAP_PX), 3)
 
 
-def encoded(picture: Pixels, tile: tuple[int, int]) -> bytes:
-    """A PNG of at most `MOST_BYTES`, in full color where these are enough, that says how large a tile is.
+def encoded(picture: Pixels, tile: tuple[int, int] | None = None) -> bytes:
+    """A PNG of at most `MOST_BYTES`, in full color where these are enough, that says how large a tile is, if given.
 
     Raises:
         EvaluationError: it would be larger even with the fewest colors.
     """
     info = PngInfo()
-    info.add_text(TILE, f"{tile[0] + GAP_PX}x{tile[1] + GAP_PX}")
+    if tile is not None:
+        info.add_text(TILE, f"{tile[0] + GAP_PX}x{tile[1] + GAP_PX}")
     image = Image.fromarray(picture)
     for colors in (None, *PALETTES):
         content = io.BytesIO()

@@ -27,7 +27,8 @@ from backbones.io import load_backbone
 from evaluation.data import EvaluationData
 from evaluation.extraction.images import IMAGES, image_size_px
 from evaluation.extraction.recipe import Reads, Size
-from evaluation.pictures.sheets import Pixels, encoded, on_tiles, sheet, spread
+from evaluation.pictures.sheets import Pixels, encoded, on_tiles, sheet
+from evaluation.selection import spread
 from evaluation.threads import Threads
 
 __all__ = ["MAX_IMAGES", "token_rows", "token_sheet"]

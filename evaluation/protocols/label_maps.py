@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evaluation.data import IGNORED
 
-__all__ = ["MajorityMap", "nearest", "patch_counts"]
+__all__ = ["MajorityMap", "nearest", "patch_counts", "small"]
 
 
 Value = TypeVar("Value", bound=np.generic)
@@ -27,6 +27,19 @@ def nearest(labels: npt.NDArray[Value], size: Sequence[int]) -> npt.NDArray[Valu
     """A map at another size by nearest pixel or voxel; the same map when the size fits."""
     places = [(np.arange(target) * source) // target for target, source in zip(size, labels.shape, strict=True)]
     return labels[np.ix_(*places)]
+
+
+def small(maps: Sequence[npt.NDArray[np.int64]], most_px: int) -> Tensor:
+    """Label maps as one array (n, h, w) int32 by nearest pixel, all of the size of the first.
+
+    Args:
+        maps: (H, W) each, one at least; those of another size lie over the whole input as well.
+        most_px: of the longer side; a first map with fewer pixels keeps its size.
+    """
+    shape = maps[0].shape
+    scale = min(1.0, most_px / max(shape))
+    size = [max(1, round(side * scale)) for side in shape]
+    return torch.from_numpy(np.stack([nearest(labels, size) for labels in maps]).astype(np.int32))
 
 
 def patch_counts(labels: npt.NDArray[np.int64], grid: Sequence[int], num_classes: int) -> Tensor:

@@ -56,13 +56,29 @@ MAX_WARNINGS = 12
 UNKNOWN = "?"
 # By the end of the name of a metric beside another: what takes no backbone, as a line in the chart of that one.
 FLOORS = {f"_{FLOOR}": "raw pixels", "_position_prior": "position prior", "_constant": "best constant"}
-# Of each kind of picture of a checkpoint (`evaluation.pictures`): its title, and what is to be seen.
+# Of each kind of picture of a checkpoint (`evaluation.pictures`), those of results without the name of the protocol in
+# front: its title, and what is to be seen.
 PICTURES = {
     "tokens": (
         "What patch features look like",
         "Rows, from above: test images; principal components of all patches as red, green and blue; how alike patches "
         "are to the one in the middle, which is marked in red, and to the one least like it, from violet (0) to "
         "yellow (1); where the class token looks, if there is one. Parts of objects are good, blotches are not.",
+    ),
+    "confusion": (
+        "What is taken for what",
+        "Rows are the true classes, columns the predicted ones, in the order of the data. The darker, the larger is "
+        "the share of the test samples of the row, which numbers give in percent; classes without samples are gray.",
+    ),
+    "neighbors": (
+        "Nearest training images",
+        "Left: test images. Right of each: the training images with the most similar features, the nearest first; "
+        "those of the same class have a green frame, others a red one.",
+    ),
+    "maps": (
+        "Where classes are seen",
+        "Rows, from above: test images, truth, prediction, and errors in red. Where labels are ignored, truth has no "
+        "color and errors are black.",
     ),
 }
 
@@ -227,11 +243,14 @@ def _visualizations(run: RunDir, events: Iterable[Event]) -> list[tuple[int, str
 
 def _pictures(run: RunDir, events: Iterable[Event]) -> list[tuple[str, str, list[tuple[int, str]]]]:
     """(title, what is to be seen, [(step, PNG data URI)]) of each kind and data set: the first and the newest."""
-    return [
-        (f"{PICTURES[shows][0]}: {data}", PICTURES[shows][1], [(s, _png_uri(paths[s])) for s in ends])
-        for (data, shows), paths in sorted(_files_of(run, events).items())
-        if shows in PICTURES and (ends := sorted({min(paths), max(paths)}))
-    ]
+    found = []
+    for (data, shows), paths in sorted(_files_of(run, events).items()):
+        protocol, _, kind = shows.rpartition("_")
+        if kind in PICTURES:
+            title, words = PICTURES[kind]
+            of = f"{data}, {protocol}" if protocol else data
+            found.append((f"{title}: {of}", words, [(s, _png_uri(paths[s])) for s in sorted({min(paths), max(paths)})]))
+    return found
 
 
 def _files_of(run: RunDir, events: Iterable[Event]) -> dict[tuple[str, str], dict[int, Path]]:

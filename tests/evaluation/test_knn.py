@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from evaluation.extraction.images import Pooled
 from evaluation.metrics import mean_class_accuracy, top_k_accuracy
-from evaluation.protocols.knn.score import score, vote
+from evaluation.protocols.knn.score import nearest, score, vote
 from evaluation.registry import PROTOCOLS
 
 CPU = torch.device("cpu")
@@ -94,3 +94,21 @@ def test_score__headline_is_both_tokens_standardised() -> None:
     scaled = [replace(one, cls=one.cls * scale + 7) for one in (split, unseen)]
     other = score(*scaled, num_classes=6, params={**PARAMS, "k": 5}, seed=0, device=CPU)
     assert other.metrics["top1"] == outcome.metrics["top1"] and other.metrics["top1_cls"] < 0.6
+
+
+def test_score__shows_the_neighbors_that_brute_force_finds(golden_splits: tuple[Pooled, Pooled]) -> None:
+    train, test = (replace(split, patch_mean=split.patch_mean.float()) for split in golden_splits)
+    outcome = score(train, test, num_classes=4, params=PARAMS, seed=0, device=CPU)
+    shown = {name: array.tolist() for name, array in outcome.shown.items()}
+    assert len(shown["asked"]) == len(set(shown["asked"])) == 6
+    mean, deviation = train.patch_mean.mean(dim=0), train.patch_mean.std(dim=0, correction=0)
+    bank, queries = ((split.patch_mean - mean) / deviation for split in (train, test))
+    for asked, neighbors in zip(shown["asked"], shown["neighbors"], strict=True):
+        cosines = [float(F.cosine_similarity(queries[asked], row, dim=0)) for row in bank]
+        assert neighbors == sorted(range(len(bank)), key=lambda row: -cosines[row])[:5]
+    right = torch.tensor(shown["predicted"]) == torch.tensor(shown["labels"])
+    assert shown["labels"] == test.labels.tolist() and float(right.double().mean()) == outcome.metrics["top1"]
+
+
+def test_nearest__of_a_small_bank_are_all() -> None:
+    assert nearest(torch.eye(3), torch.tensor([[1.0, 3.0, 2.0]]), 5).tolist() == [[1, 2, 0]]

@@ -19,11 +19,13 @@ from backbones.registry import create_backbone
 from evaluation.data import EvaluationData
 from evaluation.extraction.recipe import Reads
 from evaluation.pictures.draw import draw
-from evaluation.pictures.sheets import MOST_BYTES, Pixels, encoded, on_tiles, sheet, spread, with_colors_of
+from evaluation.pictures.sheets import MOST_BYTES, Pixels, encoded, on_tiles, sheet, with_colors_of
 from evaluation.pictures.tokens import token_rows
+from evaluation.selection import spread
 from evaluation.threads import Threads
 
 GRID = (3, 8, 8)  # pictures, rows, columns
+SETTINGS: dict[str, Any] = {"image_size": 32, "reads": Reads(), "device": "cpu", "threads": Threads(1)}
 
 
 def pixels(png: bytes) -> Pixels:
@@ -103,11 +105,10 @@ def test_token_rows__attention_where_there_is_a_class_token(options: dict[str, o
 
 
 def test_draw__is_small_and_the_same_for_the_same_weights(
-    checkpoint: Callable[..., Path], colours: EvaluationData
+    checkpoint: Callable[..., Path], colours: EvaluationData, tmp_path: Path
 ) -> None:
     """T11: two copies of a checkpoint have the same picture to the last bit."""
-    settings: dict[str, Any] = {"image_size": 32, "reads": Reads(), "device": "cpu", "threads": Threads(1)}
-    found = [draw(checkpoint(), colours, **settings) for _ in range(2)]
+    found = [dict(draw(checkpoint(), colours, [], store=tmp_path, **SETTINGS)) for _ in range(2)]
     assert found[0] == found[1] and list(found[0]) == ["tokens"]
     assert pixels(found[0]["tokens"]).shape == (5 * 66, 8 * 66, 3)
     assert len(found[0]["tokens"]) <= MOST_BYTES

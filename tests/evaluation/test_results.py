@@ -163,3 +163,33 @@ def test_results__a_failed_computation_leaves_the_way_free(tmp_path: Path) -> No
     with pytest.raises(RuntimeError, match="out of memory"):
         store.once("k1", fail, data="colours")
     assert store.once("k1", lambda: RESULT, data="colours") == RESULT
+
+
+@pytest.mark.parametrize("of_samples", [None, PerSample(np.array([True, False]), np.array([3, 4]))])
+def test_results__arrays_for_pictures_lie_beside_what_the_headline_is_made_of(
+    tmp_path: Path, of_samples: PerSample | None
+) -> None:
+    store, shown = ResultStore(tmp_path), {"values": np.arange(3), "labels": np.eye(2)}
+    store.keep("k1", of_samples, shown)
+    found, samples = store.shown("k1"), store.per_sample("k1")
+    assert found.keys() == shown.keys() and all((found[name] == shown[name]).all() for name in shown)
+    if of_samples is None:
+        assert samples is None
+    else:
+        assert samples is not None and samples.groups is not None
+        assert (samples.values == of_samples.values).all() and samples.groups.tolist() == [3, 4]
+
+
+def test_results__of_an_older_version_have_no_arrays_for_pictures(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    assert store.shown("k1") == {}, "no file"
+    (tmp_path / "evaluations").mkdir()
+    np.savez_compressed(tmp_path / "evaluations" / "k1.npz", values=np.arange(3), groups=np.arange(3))
+    assert store.shown("k1") == {} and store.per_sample("k1") is not None
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"no npz at all"])
+def test_results__damaged_arrays_are_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "k1.npz").write_bytes(content)
+    assert ResultStore(tmp_path).shown("k1") == {} and ResultStore(tmp_path).per_sample("k1") is None

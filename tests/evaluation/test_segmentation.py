@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evaluation.extraction.images import Dense
 from evaluation.protocol import EvaluationError
+from evaluation.protocols.label_maps import small
 from evaluation.protocols.linear_maps import Standardiser, logits_at, upsampled
 from evaluation.protocols.segmentation.score import score
 from evaluation.registry import PROTOCOLS
@@ -160,3 +161,21 @@ def test_standardiser__exact_statistics_over_all_tokens() -> None:
     tokens = torch.from_numpy(patches).double().flatten(0, 2)
     assert torch.allclose(standardise.mean.double(), tokens.mean(dim=0), atol=1e-7)
     assert torch.allclose(standardise.var.double(), tokens.var(dim=0, correction=0), rtol=1e-6)
+
+
+def test_score__shows_truth_and_guess_of_four_images(dense: Callable[..., Dense]) -> None:
+    patches, masks = _scene(9, 1)
+    outcome = score(
+        dense(*_scene(20, 0), 3), dense(patches, masks, 3), num_classes=3, params=PARAMS, seed=0, device=CPU
+    )
+    asked, truth, guess = (outcome.shown[name].numpy() for name in ("asked", "truth", "guess"))
+    assert len(set(asked.tolist())) == 4 and guess.shape == (4, 16, 12)
+    assert (truth == np.stack([masks[number] for number in asked])).all()
+    assert 0.7 < (truth == guess).mean() < 1, "prediction, not truth"
+
+
+def test_small__nearest_pixels_in_the_size_of_the_first() -> None:
+    large = np.arange(300 * 100).reshape(300, 100)
+    shrunk = small([large, large[:30, :10]], 150).numpy()
+    assert shrunk.shape == (2, 150, 50)
+    assert (shrunk[0] == large[::2, ::2]).all() and (shrunk[1] == large[:30, :10].repeat(5, 0).repeat(5, 1)).all()

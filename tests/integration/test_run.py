@@ -67,7 +67,8 @@ def test_run__killed_worker_recovers_is_evaluated_and_pulled(
     scores = [event for event in evaluations if isinstance(event, Evaluated)]
     assert {(event.step, event.protocol) for event in scores} == {(step, "knn") for step in (0, 4, 8, 12)}
     pictures = [event for event in evaluations if isinstance(event, Visualizations)]
-    assert {(event.step, event.shows) for event in pictures} == {(step, "tokens") for step in (0, 4, 8, 12)}
+    kinds = ("tokens", "knn_confusion", "knn_neighbors")
+    assert {(event.step, event.shows) for event in pictures} == {(s, kind) for s in (0, 4, 8, 12) for kind in kinds}
     assert len(scores) + len(pictures) == len(evaluations)
     text = log.read_text()
     for line in ("loss", "knn/grocery top1", "samples/s", "report.html", "pretrain pull small@best", "mlflow ui"):

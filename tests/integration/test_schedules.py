@@ -45,7 +45,8 @@ def test_schedule__new_checkpoints_of_a_run_and_then_its_best(
     scores = [event for event in events if isinstance(event, Evaluated)]
     pictures = [event for event in events if isinstance(event, Visualizations)]
     assert events[: len(by_run)] == by_run and len(scores) + len(pictures) == len(events)
-    assert sorted((event.step, event.shows) for event in pictures) == [(step, "tokens") for step in (0, 2, 4)]
+    kinds = ("knn_confusion", "knn_neighbors", "linear_confusion", "tokens")
+    assert sorted((event.step, event.shows) for event in pictures) == [(s, kind) for s in (0, 2, 4) for kind in kinds]
     assert all(run.inside(event.path).is_file() for event in pictures)
     assert sorted((event.step, event.protocol) for event in scores) == [
         (step, protocol) for step in (0, 2, 4) for protocol in ("knn", "linear")

@@ -124,15 +124,17 @@ def test_evaluate_tasks__one_that_fails_stops_no_other_and_features_are_taken_on
     found = evaluate_tasks(
         str(checkpoint), 7, tasks, str(tmp_path / "shards"), storage, device="cpu", threads=2, training="/nowhere"
     )
-    linear, segmentation, knn, tokens = found
-    assert isinstance(tokens, Drawn) and (tokens.step, tokens.data, tokens.shows) == (7, "mine", "tokens")
+    linear, segmentation, knn, *drawn = found
+    pictures = [(event.step, event.data, event.shows) for event in drawn if isinstance(event, Drawn)]
+    kinds = ("tokens", "linear_confusion", "knn_confusion", "knn_neighbors")
+    assert pictures == [(7, "mine", kind) for kind in kinds] and len(pictures) == len(drawn)
     assert isinstance(linear, Evaluated) and isinstance(knn, Evaluated) and linear.step == knn.step == 7
     assert isinstance(segmentation, EvaluationFailed) and segmentation.task == "segmentation/mine"
     assert "seg.png" in segmentation.error and "\n" not in segmentation.error
     assert len(extracted) == 1
 
 
-def test_evaluate_tasks__pictures_that_cannot_be_drawn_are_one_line_and_cost_no_score(
+def test_evaluate_tasks__a_picture_that_cannot_be_drawn_is_one_line_and_costs_no_score_and_no_other_picture(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("ant", "bee"):
@@ -144,9 +146,10 @@ def test_evaluate_tasks__pictures_that_cannot_be_drawn_are_one_line_and_cost_no_
 
     monkeypatch.setattr("evaluation.pictures.draw.token_sheet", fail)
     arguments = (str(checkpoint), 7, [EvaluationTask("knn", "mine")], str(tmp_path / "shards"), str(tmp_path / "runs"))
-    scored, warned = evaluate_tasks(*arguments, device="cpu", threads=1, training="/nowhere")
+    scored, *drawn, warned = evaluate_tasks(*arguments, device="cpu", threads=1, training="/nowhere")
     assert isinstance(scored, Evaluated) and isinstance(warned, Warned) and warned.about == "pictures"
-    assert warned.text == "no pictures of mine: MemoryError: at all"
+    assert warned.text == "a picture of mine is not drawn: MemoryError: at all"
+    assert [event.shows for event in drawn if isinstance(event, Drawn)] == ["knn_confusion", "knn_neighbors"]
 
 
 def test_evaluate_tasks__of_a_checkpoint_that_was_deleted_meanwhile_say_so(tmp_path: Path) -> None:

@@ -118,10 +118,11 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[
             top = {"top1": top1, "top1_ci_low": top1 - 0.03, "top1_ci_high": top1 + 0.03, "top5": 0.9}
             evaluations.write(scores(step, "linear", "photos", **top))
             evaluations.write(scores(step, "segmentation", "chair", miou=miou, miou_position_prior=0.2))
-            sheet = RunDir(run_dir).visualizations(step, "photos", "tokens")
-            Image.new("RGB", (8, 4), (step // 2, 0, 0)).save(sheet)
-            path = str(sheet.relative_to(run_dir))
-            evaluations.write(Visualizations(step=step, path=path, data="photos", shows="tokens"))
+            for shows in ("tokens", "knn_confusion", "knn_unheard"):
+                sheet = RunDir(run_dir).visualizations(step, "photos", shows)
+                Image.new("RGB", (8, 4), (step // 2, 0, 0)).save(sheet)
+                path = str(sheet.relative_to(run_dir))
+                evaluations.write(Visualizations(step=step, path=path, data="photos", shows=shows))
         evaluations.write(EvaluationFailed(step=400, protocol="knn", data="photos", error="out of <memory>"))
         evaluations.write(Warned(step=300, about="regression", text="worse <beyond> noise"))
     return run_dir
@@ -136,7 +137,7 @@ def page(run_dir: Path) -> Page:
 
 def test_write_report__one_self_contained_page(page: Page) -> None:
     assert page.external == [] and "http" not in page.text.replace("http-equiv", "")
-    assert len(page.images) == 2 + 1 + 4 + 5 + 2  # headlines, top5, training, pictures of training and of checkpoints
+    assert len(page.images) == 2 + 1 + 4 + 5 + 4  # headlines, top5, training, pictures of training and of checkpoints
     for image in page.images:
         content = base64.b64decode(image.partition("base64,")[2], validate=True)
         assert content.startswith((b"\x89PNG", b"<svg"))
@@ -164,8 +165,12 @@ def test_write_report__baseline_is_the_floor_of_the_chart(page: Page) -> None:
     assert "+21.9 points over random" in page.text
 
 
-def test_write_report__features_of_the_first_and_the_newest_checkpoint_stand_side_by_side(page: Page) -> None:
-    section = page.text.partition("<h2>What patch features look like: photos</h2>")[2].partition("<h2>")[0]
+@pytest.mark.parametrize("title", ["What patch features look like: photos", "What is taken for what: photos, knn"])
+def test_write_report__pictures_of_the_first_and_the_newest_checkpoint_stand_side_by_side(
+    page: Page, title: str
+) -> None:
+    assert "unheard" not in page.text, "a kind that this page has no words for"
+    section = page.text.partition(f"<h2>{title}</h2>")[2].partition("<h2>")[0]
     assert re.findall(r"<figcaption>(.*?)</figcaption>", section) == ["step 0", "step 400"]
     shown = [Image.open(io.BytesIO(base64.b64decode(found))) for found in re.findall(r'base64,([^"]*)"', section)]
     assert [image.getpixel((0, 0)) for image in shown] == [(0, 0, 0), (200, 0, 0)]

@@ -19,11 +19,13 @@ from torch import Tensor
 from evaluation.extraction.forward import Pooled
 from evaluation.metrics import Outcome, top1_metrics, top_k_accuracy
 from evaluation.pooling import joined, standardised
+from evaluation.selection import spread
 
-__all__ = ["score", "vote"]
+__all__ = ["nearest", "score", "vote"]
 
 TIE = 1e-6  # similarities closer than this are equal: float32 dot products of equal rows differ by less
 CHUNK_ELEMENTS = 2**25  # size of one similarity block
+NUM_ASKED, NUM_NEAREST = 6, 5  # test images, and the neighbors of each, that are kept for a picture
 
 
 def score(
@@ -45,6 +47,8 @@ def score(
     }
     headline = votes["joined"][params["k"]]
     predicted = headline.argmax(dim=1)
+    asked = torch.tensor(spread(len(labels), NUM_ASKED))
+    bank, queries = features["joined"]
     return Outcome(
         metrics={
             **top1_metrics(predicted, labels, num_classes),
@@ -56,7 +60,22 @@ def score(
             **({"top5": top_k_accuracy(headline, labels, 5)} if num_classes > 5 else {}),
         },
         per_sample=predicted == labels,
+        shown={
+            "predicted": predicted.int(),
+            "labels": labels.int(),
+            "asked": asked,
+            "neighbors": nearest(bank.to(device), queries[asked.to(queries.device)].to(device), NUM_NEAREST),
+        },
     )
+
+
+def nearest(bank: Tensor, queries: Tensor, number: int) -> Tensor:
+    """Rows of `bank` (B, D) with the highest cosine to each of `queries` (Q, D), the nearest first: (Q, number).
+
+    Of a bank with fewer rows all are there.
+    """
+    similarity = F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T  # (Q, B)
+    return similarity.topk(min(number, len(bank)), dim=1).indices
 
 
 def vote(

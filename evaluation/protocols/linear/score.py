@@ -74,6 +74,7 @@ def score(
             **({"top5": top_k_accuracy(logits[cell], y_test, 5)} if num_classes > 5 else {}),
         },
         per_sample=predicted == y_test,
+        shown={"predicted": predicted.int(), "labels": y_test.int()},
     )
 
 

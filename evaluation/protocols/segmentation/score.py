@@ -31,10 +31,13 @@ from evaluation.metrics import (
     tallies,
 )
 from evaluation.protocol import EvaluationError
+from evaluation.protocols.label_maps import small
 from evaluation.protocols.linear_maps import Fit, Standardiser, draw_places, folds_of
-from evaluation.selection import blocks_named, blocks_of, by_setting, choose_cell
+from evaluation.selection import blocks_named, blocks_of, by_setting, choose_cell, spread
 
 __all__ = ["score"]
+
+NUM_ASKED, MOST_PX = 4, 128  # test images whose maps are kept for a picture, and pixels of their longer side
 
 
 def score(
@@ -68,6 +71,8 @@ def score(
     weight, bias = fit.heads(torch.arange(len(fold)), [lr])
 
     per_image, prior_per_image, sequences = [], [], []
+    asked = spread(len(test.labels), NUM_ASKED)
+    truths, guesses = [], []  # of those that are asked for
     for sample_idx in range(len(test.labels)):
         labels, sequence = test.labels.read(sample_idx)
         truth = torch.from_numpy(labels)
@@ -77,6 +82,9 @@ def score(
         prior = pixels.majority.at(labels.shape)
         prior_per_image.append(confusion_matrix(torch.from_numpy(prior).flatten(), truth.flatten(), num_classes))
         sequences.append(sequence)
+        if sample_idx in asked:
+            truths.append(labels)
+            guesses.append(predicted.numpy())
     counts = torch.stack(per_image)  # (n, C, C)
     confusion = counts.sum(dim=0)
     groups = blocks_of(sequences)
@@ -105,4 +113,5 @@ def score(
         },
         per_sample=tallies(counts),
         groups=groups,
+        shown={"asked": torch.tensor(asked), "truth": small(truths, MOST_PX), "guess": small(guesses, MOST_PX)},
     )
