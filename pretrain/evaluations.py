@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 from data_pipelines.parsing import parse_json
 from data_pipelines.storage.locations import is_local
-from evaluation.protocol import FLOOR, Metric, ranked
+from evaluation.protocol import FLOOR, EvaluationError, Metric, ranked
 from pretrain.config.schema import EvaluationTask, Recipe, TrainConfig
 from pretrain.config.stages import Plan, written_stages
 from pretrain.config.values import parse_yaml
@@ -147,10 +147,12 @@ def evaluate(
         said: Is told what is under way.
 
     Returns:
-        One result per protocol and data set, in the order asked for. Known results are not computed again.
+        One result per protocol and data set, in the order asked for. Known results are not computed again. Protocols
+        that were not named and that the data turn out to be too few for are left out, and `said` is told why.
 
     Raises:
-        RequestError: An unknown checkpoint, protocol, data set or device, or data that a protocol cannot use.
+        RequestError: An unknown checkpoint, protocol, data set or device.
+        EvaluationError, DataError: Data that a protocol which was named, or every one, cannot use.
     """
     from evaluation.registry import names
     from pretrain.checkpoints.gradable import gradable
@@ -180,11 +182,20 @@ def evaluate(
         raise RequestError(f"{path}: its recipe has no such evaluation task; give --data NAME=DIRECTORY")
     if device is not None:
         _require_device(device)
-    results = []
+    results: list[EvaluationResult] = []
+    refused: list[EvaluationError] = []
     for number, (task, directory) in enumerate(asked, start=1):
         if len(asked) > 1:
             said(f"{number}/{len(asked)}: {task.protocol} on {task.data}")
-        results.append(_evaluate(path, task, directory, root, batch_size=batch_size, device=device, force=again))
+        try:
+            results.append(_evaluate(path, task, directory, root, batch_size=batch_size, device=device, force=again))
+        except EvaluationError as error:
+            if protocols or data is None:  # it was asked for by name, here or in the recipe
+                raise
+            refused.append(error)
+            said(f"warning: {task.protocol} on {task.data} is left out: {error}")
+    if refused and not results:
+        raise refused[0]
     with answering(shown_storage(root)):
         push_results(root)
     return results
@@ -408,8 +419,9 @@ def _require_device(device: str) -> None:
 
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such name, no such number, or torch without CUDA
-        raise RequestError(f"--device {device}: {last_line(error)}; cpu is always there") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name or number, or another torch
+        said = str(error).splitlines()[0].rstrip(".")  # behind it CUDA gives advice, other devices lists of kernels
+        raise RequestError(f"--device {device}: {said}; cpu is always there") from None
 
 
 def _event(step: int, result: EvaluationResult) -> Evaluated:
@@ -447,9 +459,13 @@ def _data_of(checkpoint: Path, root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _suitable_protocols(checkpoint: Path, directory: Path, suite: str | None = None) -> list[str]:
-    """Protocols that fit the kind of backbone, and whose labels, or decoder, are there; without a suite usual ones."""
+    """Protocols that fit the kind of backbone, and whose labels, or decoder, are there; without a suite usual ones.
+
+    Labels have to be in both splits: data whose held-out samples have none are unlabelled to a protocol.
+    """
     from backbones.io import heads_spec
     from data_pipelines.shards.dataset import open_dataset
+    from data_pipelines.split_names import held_out
     from evaluation.data import has_labels
     from evaluation.extraction.recipe import extraction_of, fits
     from evaluation.registry import names, protocol
@@ -457,13 +473,14 @@ def _suitable_protocols(checkpoint: Path, directory: Path, suite: str | None = N
     from evaluation.suites import protocols_of
 
     kind = architecture_of(checkpoint).get("kind", "image")
-    extraction, dataset = extraction_of(kind), open_dataset(str(directory / "train-*.tar"))
+    extraction = extraction_of(kind)
+    splits = [open_dataset(str(directory / f"{split}-*.tar")) for split in ("train", held_out(directory))]
     return [
         name
         for name, spec in ((name, protocol(name)) for name in (names() if suite is None else protocols_of(suite)))
         if (suite is not None or spec.usual_for is None or kind in spec.usual_for)
         and fits(spec, kind, extraction.tokens, extraction.axes)
-        and has_labels(dataset, spec.target_label)
+        and all(has_labels(split, spec.target_label) for split in splits)
         and (spec.tokens != "decoded" or "decoder" in (heads_spec(checkpoint) or {}))
     ]
 

@@ -69,6 +69,11 @@ def test_score__no_class_anywhere_is_refused() -> None:
         _score(split, dataclasses.replace(split, labels=torch.zeros(20, 3, dtype=torch.bool)))
 
 
+def test_score__one_training_image_is_refused() -> None:
+    with pytest.raises(EvaluationError, match="multilabel needs at least 2 training images, got 1"):
+        _score(_split(1, 0, 0), _split(20, 0, 0))
+
+
 @pytest.fixture
 def mixed(
     tmp_path: Path, png: Callable[..., bytes], write_shards: Callable[..., None]

@@ -62,6 +62,16 @@ def test_ridge_path__is_the_solution_of_its_equations(num_rows: int) -> None:
     assert (x.T @ residual + 0.7 * path.weight[0]).abs().max() < 1e-9  # of the weights
 
 
+def test_ridge_path__the_order_of_the_training_images_decides_nothing() -> None:
+    """T3, at one penalty; folds are drawn by place, so that they may choose a neighboring one."""
+    train, test = _noisy(60, 0.8, 0), _noisy(40, 0.8, 1)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    x, targets = train.patch_mean.double(), torch.eye(4, dtype=torch.float64)[train.labels]
+    queries = test.patch_mean.double()
+    found, permuted = (ridge_path(x[rows], targets[rows], [0.7]).scores(queries, 0) for rows in (slice(None), order))
+    assert torch.allclose(found, permuted, rtol=1e-9, atol=1e-12)
+
+
 def test_score__leaking_features_are_perfect() -> None:
     outcome = _score(_noisy(80, 0.01, 0), _noisy(80, 0.01, 1))
     assert outcome.metrics["top1"] == outcome.metrics["val_top1"] == outcome.metrics["top1_raw"] == 1.0

@@ -12,10 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from backbones.images.vit import ViTBackbone
+from backbones.io import load_backbone
+from data_pipelines.decode import decode_image
 from data_pipelines.errors import DataError
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.shards.index import scan_shard, sidecar
@@ -201,6 +204,20 @@ def test_evaluate__a_backbone_without_cls_uses_its_patches(
 
 def test_evaluate__registers_are_no_patches(tmp_path: Path, checkpoint: Make, halves: EvaluationData) -> None:
     assert evaluate(checkpoint(reg_tokens=4), "segmentation", halves, store=tmp_path).details["patch_grid"] == [2, 2]
+
+
+def test_evaluate__registers_are_in_no_mean(tmp_path: Path, checkpoint: Make, colours: EvaluationData) -> None:
+    """T12: the mean of patches is of the patches, whatever tokens stand before them."""
+    weights = checkpoint(reg_tokens=4)
+    evaluate(weights, "knn", colours, store=tmp_path)
+    (taken,) = (tmp_path / "features").glob("*/test.patch_mean.npy")
+    backbone: Any = load_backbone(weights).eval()
+    sample = open_dataset(str(colours.root / "test-*.tar")).read(0)
+    picture = torch.from_numpy(decode_image(sample["png"]).copy()).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        tokens = backbone.vit.forward_features(backbone.preprocess(picture))  # (1, 1 + 4 + 4, D)
+    assert tokens.shape[1] == 9
+    assert np.allclose(np.load(taken)[0], tokens[0, 5:].mean(dim=0), atol=1e-5)
 
 
 def test_evaluate__classes_may_be_left_out_of_dataset_json(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -139,8 +140,11 @@ def test_score__masks_of_different_sizes(dense: Callable[..., Dense]) -> None:
 
 def test_score__nothing_labelled_is_refused(dense: Callable[..., Dense]) -> None:
     split = dense(np.zeros((4, 2, 2, 3)), [np.full((4, 4), 255, np.uint8)] * 4, 3)
-    with pytest.raises(EvaluationError, match="no labelled pixel"):
+    with pytest.raises(EvaluationError, match="no labelled pixel in the training images"):
         score(split, split, num_classes=3, params=PARAMS, seed=0, device=CPU)
+    labelled, short = dense(*_scene(4, 0), 3), {**PARAMS, "min_steps": 1, "epochs": 1}
+    with pytest.raises(EvaluationError, match="no labelled pixel in the test images: every label is ignore_index"):
+        score(labelled, replace(labelled, labels=split.labels), num_classes=3, params=short, seed=0, device=CPU)
 
 
 def test_score__one_training_image_is_refused(dense: Callable[..., Dense]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +216,17 @@ def test_evaluate__a_device_that_is_not_there_is_refused_in_one_line(
     arguments = ["evaluate", "run-1", "--data", f"mine={tmp_path / 'photos'}", "--storage", str(tmp_path / "runs")]
     assert main([*arguments, "--protocol", "knn", "--device", "gpu7"]) == 2
     assert "--device gpu7: " in capsys.readouterr().err
+    real = torch.empty
+
+    def fail(*size: int, device: str) -> None:
+        raise RuntimeError(
+            "CUDA error: invalid device ordinal\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *size, **given: (fail if "device" in given else real)(*size, **given))
+        assert main([*arguments, "--protocol", "knn", "--device", "cuda:9"]) == 2
+    assert "--device cuda:9: CUDA error: invalid device ordinal; cpu is always there" in capsys.readouterr().err
 
 
 def test_evaluate__weights_of_others_are_graded_as_they_are_and_other_models_refused(
@@ -264,6 +277,43 @@ def test_evaluate__a_suite_runs_what_fits_backbone_and_labels(
     assert "1/4: knn on mine" in told.err
     assert main(["evaluate", "run-1", "--suite", "quick", "--protocol", "knn", *place]) == 2
     assert "--suite quick beside --protocol knn: give one of them" in capsys.readouterr().err
+
+
+def test_evaluate__what_data_are_too_few_for_is_left_out_unless_it_was_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stopped all that came after it, whose data were good; labels of one split alone are none."""
+    _write_shards(tmp_path / "shards", {"train": ["cls", "png"], "test": ["cls", "png"]})
+    place = ["--data", f"mine={tmp_path / 'shards'}", "--storage", str(tmp_path / "runs")]
+    assert main(["evaluate", "run-1", "--suite", "quick", *place]) == 0
+    told = capsys.readouterr()
+    assert [line.split()[0] for line in told.out.splitlines() if " mine " in line] == ["knn", "ridge", "spectrum"]
+    assert "warning: svm on mine is left out: svm needs training samples of at least 2 classes" in told.err
+    assert main(["evaluate", "run-1", "--protocol", "svm", "--protocol", "knn", *place]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and "error: svm needs training samples of at least 2 classes" in told.err
+
+    _write_shards(tmp_path / "half", {"train": ["cls", "png"], "test": ["png"]})
+    place[1] = f"mine={tmp_path / 'half'}"
+    assert main(["evaluate", "run-1", "--suite", "quick", *place]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if " mine " in line] == ["spectrum"]
+
+
+def _write_shards(folder: Path, fields: Mapping[str, Sequence[str]]) -> None:
+    """A shard of 6 images of noise per split, all of class 0, with those fields."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    (folder / "dataset.json").write_text('{"classes": ["ant", "bee"]}')
+    for split, names_of_split in fields.items():
+        with tarfile.open(folder / f"{split}-000000.tar", "w") as shard:
+            for number in range(6):
+                picture = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(picture, "PNG")
+                for field in names_of_split:
+                    content = {"cls": b"0", "png": picture.getvalue()}[field]
+                    member = tarfile.TarInfo(f"{split}{number}.{field}")
+                    member.size = len(content)
+                    shard.addfile(member, io.BytesIO(content))
 
 
 def test_suites__have_no_name_that_no_protocol_has() -> None:

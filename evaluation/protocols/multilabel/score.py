@@ -31,8 +31,10 @@ def score(
     """Fits and tests the classifiers in float64; see the module for what is chosen on what.
 
     Raises:
-        EvaluationError: no training image, or no test image, has a class.
+        EvaluationError: no training image, or no test image, has a class, or there is one training image only.
     """
+    if len(train.labels) < 2:
+        raise EvaluationError(f"multilabel needs at least 2 training images, got {len(train.labels)}")
     for split, name in ((train, "training"), (test, "test")):
         if not split.labels.any():
             raise EvaluationError(f"multilabel needs {name} images with a class in labels.json, and there is none")

@@ -87,6 +87,8 @@ def score(
             guesses.append(predicted.numpy())
     counts = torch.stack(per_image)  # (n, C, C)
     confusion = counts.sum(dim=0)
+    if not confusion.any():
+        raise EvaluationError("no labelled pixel in the test images: every label is ignore_index")
     groups = blocks_of(sequences)
     low, high = jackknife_interval(counts, lambda confusion: iou_per_class(confusion).nanmean(dim=-1), groups)
     return Outcome(
