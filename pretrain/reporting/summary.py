@@ -14,7 +14,7 @@ from rich.table import Table
 
 from data_pipelines.storage.locations import redact
 from evaluation.protocol import format_value
-from pretrain.comparisons import Worth, format_difference, worth_of
+from pretrain.comparisons import format_difference, worth_of
 from pretrain.config.schema import EvaluationTask, Recipe
 from pretrain.record.events import Evaluated, EvaluationFailed, Event, Metrics, Start
 from pretrain.record.journal import read_events
@@ -88,7 +88,13 @@ def print_summary(
     worths = {name: of_last[name] for name in map(_name, tasks) if name in of_last}
     failed = {e.task for e in read_events(RunDir(run_dir).evaluations)[0] if isinstance(e, EvaluationFailed)}
     for task in tasks:
-        table.add_row(*_score_row(_name(task), evaluations, failed, worths.get(_name(task))))
+        table.add_row(*_score_row(_name(task), evaluations, failed))
+        if (worth := worths.get(_name(task))) is not None:
+            unit = worth.event.headline.unit
+            if worth.gain is not None:
+                table.add_row(f"  over {start}", "", "", format_difference(worth.gain, unit))
+            if worth.floor is not None:
+                table.add_row("  raw pixels", format_value(worth.floor, unit), "", "")
     if training.rates:
         table.add_row("samples/s", "", "", f"{median(training.rates):.0f}")
     console.print(table, soft_wrap=False)
@@ -112,13 +118,8 @@ def _name(task: EvaluationTask) -> str:
     return f"{task.protocol}/{task.data}"
 
 
-def _score_row(
-    task: str, evaluations: Sequence[Evaluated], failed: Set[str], worth: Worth | None
-) -> tuple[str, str, str, str]:
-    """Headline metric of the random backbone, the first and the last evaluated checkpoint, with its intervals.
-
-    Below stands how much higher the last one is than the first of all, and what raw pixels score, where that is known.
-    """
+def _score_row(task: str, evaluations: Sequence[Evaluated], failed: Set[str]) -> tuple[str, str, str, str]:
+    """Headline metric of the random backbone, the first and the last evaluated checkpoint, with its intervals."""
     found = sorted((event for event in evaluations if event.task == task), key=lambda event: event.step)
     trained = [event for event in found if event.step > 0]
     if not found:
@@ -133,13 +134,7 @@ def _score_row(
     ends = (cell(trained[0], with_step=True), cell(trained[-1], with_step=True)) if trained else ("", "")
     counted = [f"n = {found[-1].num_test}"] if found[-1].num_test else []
     remarks = ["95 % CI"] * any(event.interval for event in found) + counted
-    rows = ["\n".join([f"{task} {headline.name}", *([", ".join(remarks)] if remarks else [])]), random, *ends]
-    if worth is not None and worth.gain is not None:
-        rows[0] += "\n" * (2 - rows[0].count("\n")) + "over the first column"
-        rows[3] += "\n" * (2 - rows[3].count("\n")) + format_difference(worth.gain, headline.unit)
-    if worth is not None and worth.floor is not None:
-        rows[0] += f"\nraw pixels: {format_value(worth.floor, headline.unit)}"
-    return rows[0], rows[1], rows[2], rows[3]
+    return "\n".join([f"{task} {headline.name}", *([", ".join(remarks)] if remarks else [])]), random, *ends
 
 
 def _uri(storage: Path) -> str:

@@ -280,7 +280,7 @@ def test_summary__intervals_fit_80_columns_and_only_what_failed_is_called_so(
 @pytest.mark.parametrize(
     ("gained", "said"),
     [
-        (20, r"over the first column │ +│ +│ +\+25\.0 points \[\+1\d\.\d, \+3\d\.\d\]"),
+        (20, r"  over random +│ +│ +│ +\+25\.0 points \[\+1\d\.\d, \+3\d\.\d\]"),
         (
             1,
             r"WARNING +linear/grocery: step 8 is not better, beyond noise, than what the run began with: \+1\.2 points",
@@ -323,5 +323,5 @@ def test_summary__raw_pixels_stand_beside_the_scores(
         120, lambda console: print_summary(console, recipe, run_dir, TrainingSoFar(), scores, run_dir / "report.html")
     )
     text = "\n".join(lines)
-    assert f"raw pixels: {pixels:.1%}" in text
+    assert re.search(rf"  raw pixels +│ +{pixels:.1%} ", text)
     assert ("linear/grocery: step 8 does not reach what raw pixels score, 50.0%" in text) == (pixels == 0.5)
