@@ -19,16 +19,21 @@ from evaluation.extraction.forward import Pooled
 from evaluation.protocol import FLOOR, Protocol
 from evaluation.threads import Threads
 
-__all__ = ["SIDE", "floor_facts", "has_floor", "pixels_of"]
+__all__ = ["SIDE", "floor_facts", "has_floor", "is_small", "pixels_of"]
 
 SIDE = 16
 MOST_SAMPLES = 50_000  # for training; of more, pixels take longer than most backbones
 
 
-def has_floor(spec: Protocol, data: OpenedData, kind: str) -> bool:
-    """Whether raw pixels are to be scored by a protocol for backbones of a kind."""
+def has_floor(spec: Protocol, kind: str) -> bool:
+    """Whether a protocol has raw pixels as a floor for backbones of a kind, where data are small enough."""
     is_told = f"{spec.headline.name}_{FLOOR}" in {metric.name for metric in spec.metrics}
-    return is_told and kind == "image" and spec.tokens == "pooled" and data.train.num_samples <= MOST_SAMPLES
+    return is_told and kind == "image" and spec.tokens == "pooled"
+
+
+def is_small(data: OpenedData) -> bool:
+    """Whether raw pixels of the data are scored at all."""
+    return data.train.num_samples <= MOST_SAMPLES
 
 
 def floor_facts(data: OpenedData) -> dict[str, Any]:

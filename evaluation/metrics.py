@@ -27,6 +27,7 @@ __all__ = [
     "jackknife_interval",
     "mean_class_accuracy",
     "mean_iou",
+    "miou_metrics",
     "pixel_accuracy",
     "tallies",
     "top1_metrics",
@@ -85,6 +86,23 @@ def top1_metrics(predicted: Tensor, labels: Tensor, num_classes: int) -> dict[st
         "top1_ci_low": low,
         "top1_ci_high": high,
         "mean_class_top1": mean_class_accuracy(predicted, labels, num_classes),
+    }
+
+
+def miou_metrics(counts: Tensor, groups: Tensor | None) -> dict[str, float]:
+    """What every segmentation of images reports: mIoU with its 95 % interval, and the share of right pixels.
+
+    Args:
+        counts: (n, C, C) int64, the confusion matrix of each image.
+        groups: (n,) as for `jackknife`.
+    """
+    confusion = counts.sum(dim=0)
+    low, high = jackknife_interval(counts, lambda counted: iou_per_class(counted).nanmean(dim=-1), groups)
+    return {
+        "miou": mean_iou(confusion),
+        "miou_ci_low": low,
+        "miou_ci_high": high,
+        "pixel_accuracy": pixel_accuracy(confusion),
     }
 
 

@@ -28,7 +28,7 @@ from evaluation.extraction.forward import labels_of, num_classes_of, num_test_in
 from evaluation.extraction.frozen import Frozen
 from evaluation.extraction.recipe import Extraction, Reads, Size, extraction_of, feature_facts, feature_recipe
 from evaluation.features import ArrayWriter, FeatureCache
-from evaluation.floor import SIDE, floor_facts, has_floor, pixels_of
+from evaluation.floor import SIDE, floor_facts, has_floor, is_small, pixels_of
 from evaluation.keys import digest_of
 from evaluation.metrics import Outcome
 from evaluation.protocol import FLOOR, EvaluationError, Protocol
@@ -243,10 +243,10 @@ def _on_reconstructions(asked: _Asked, weights: str) -> _Computation:
 def _floor(asked: _Asked, results: ResultStore) -> dict[str, float]:
     """What raw pixels score, by the name of the metric that says so; empty where there is no such floor."""
     spec, kind = asked.spec, architecture_of(asked.checkpoint).get("kind", "image")
-    if spec.tokens != "pooled" or spec.label is None:
+    if not has_floor(spec, kind):  # most protocols: the data are not opened again for them
         return {}
     opened = asked.data.open(spec, asked.extraction.inputs)
-    if not has_floor(spec, opened, kind):
+    if not is_small(opened):
         return {}
     facts = {"protocol": spec.name, "version": spec.version, "params": dict(spec.params), "seed": asked.seed}
     key = digest_of({**floor_facts(opened), **facts})

@@ -25,9 +25,8 @@ from evaluation.metrics import (
     Outcome,
     confusion_matrix,
     iou_per_class,
-    jackknife_interval,
     mean_iou,
-    pixel_accuracy,
+    miou_metrics,
     tallies,
 )
 from evaluation.protocol import EvaluationError
@@ -90,13 +89,9 @@ def score(
     if not confusion.any():
         raise EvaluationError("no labelled pixel in the test images: every label is ignore_index")
     groups = blocks_of(sequences)
-    low, high = jackknife_interval(counts, lambda confusion: iou_per_class(confusion).nanmean(dim=-1), groups)
     return Outcome(
         metrics={
-            "miou": mean_iou(confusion),
-            "miou_ci_low": low,
-            "miou_ci_high": high,
-            "pixel_accuracy": pixel_accuracy(confusion),
+            **miou_metrics(counts, groups),
             "val_miou": float(val_miou[cell]),
             "miou_position_prior": mean_iou(torch.stack(prior_per_image).sum(dim=0)),
         },
