@@ -22,8 +22,9 @@ __all__ = ["Curve", "line_chart", "score_chart"]
 INK, MUTED, GRID, ACCENT, FLOOR = "#1f2933", "#616e7c", "#e4e7eb", "#2563eb", "#b45309"
 MAX_POINTS = 1500
 WIDTH, HEIGHT, RIGHT, BOTTOM = 520, 290, 20, 44  # of the page and of its margins, pixels
-LETTER = 6.6  # pixels that a letter of the small text takes at most, on average
-LINE = 17  # pixels from one line of a legend to the next
+LETTER = 8.2  # pixels that a letter of the small text takes at most, on average, where it is enlarged
+LINE = 18  # pixels from one line of a legend to the next
+NARROW = "<style>@media (max-width: 420px) { text { font-size: 15px } }</style>"  # shown at less, 12 cannot be read
 DASHES = "5 4", "2 3", "9 4"  # of the first floor, the second, the third
 MARGINS = 0.02, 0.05  # free beside the first and last step, and beyond the extreme values, of their range
 MOST_TICKS = 6
@@ -211,5 +212,5 @@ def _data_uri(title: str, shapes: Iterable[str]) -> str:
     head = f'<text x="16" y="22" fill="{INK}" font-size="14.5" font-weight="bold">{escape(title)}</text>'
     style = 'font-family="system-ui, -apple-system, Segoe UI, sans-serif" font-size="12" fill="none"'
     begin = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {style} stroke-linejoin="round">'
-    image = "".join([begin, head, *shapes, "</svg>"])
+    image = "".join([begin, NARROW, head, *shapes, "</svg>"])
     return f"data:image/svg+xml;base64,{base64.b64encode(image.encode()).decode()}"

@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page about a run, from nothing but what the run wrote to its directory.
+"""`report.html`: one self-contained page about a run, from what it wrote to its directory and the results beside it.
 
 It can be made at any time, also of a run that is still going on or has failed. Scores have the units of their metrics;
 one that is missing is shown as missing. The random backbone (step 0) is in every chart and table.
@@ -25,6 +25,7 @@ from data_pipelines.files import write_atomically
 from evaluation.protocol import CI_SUFFIXES, FLOOR, FRACTION, Metric, format_value
 from pretrain.checkpoints.references import best_step
 from pretrain.checkpoints.store import CheckpointError, published
+from pretrain.comparisons import worth_of
 from pretrain.config.stages import written_stages
 from pretrain.config.values import first_line, parse_yaml
 from pretrain.errors import RequestError, said_by_system
@@ -55,7 +56,12 @@ MAX_IMAGES = 6
 MAX_WARNINGS = 12
 UNKNOWN = "?"
 # By the end of the name of a metric beside another: what takes no backbone, as a line in the chart of that one.
-FLOORS = {f"_{FLOOR}": "raw pixels", "_position_prior": "position prior", "_constant": "best constant"}
+FLOORS = {
+    f"_{FLOOR}": "raw pixels",
+    "_position_prior": "position prior",
+    "_constant": "best constant",
+    "_neighbors": "mean of neighbors",
+}
 # Of each kind of picture of a checkpoint (`evaluation.pictures`), those of results without the name of the protocol in
 # front: its title, and what is to be seen.
 PICTURES = {
@@ -150,12 +156,12 @@ def _contents(run: RunDir) -> dict[str, Any]:
         "status": _status(events),
         "error": next((event.error for event in reversed(events) if isinstance(event, Failed)), "") or damaged,
         "facts": _facts(stages, events, evaluations, training),
-        "tiles": _tiles(training, tasks),
+        "tiles": _tiles(training, tasks, start),
         "diverged": next((s for s, v in training.items() if not math.isfinite(v.get("loss", 0.0))), None),
         "training_charts": _training_charts(training),
         "score_charts": _score_charts(tasks, start),
         "other_charts": _other_charts(tasks, start),
-        "findings": _findings(training, [*events, *evaluations]),
+        "findings": [*_shortcomings(run, evaluations), *_findings(training, [*events, *evaluations])],
         "tasks": tasks,
         "rows": _rows(run, tasks, start),
         "details": _details(evaluations),
@@ -298,14 +304,22 @@ def _facts(
         began, ended = events[0].time, events[-1].time
         facts.append(("started", time.strftime("%Y-%m-%d %H:%M", time.localtime(began))))
         facts.append(("wall time", _duration(ended - began)))
+        late = evaluations[-1].time - ended if evaluations else 0.0
         if computed := sum(event.seconds for event in evaluations if isinstance(event, Evaluated) and not event.cached):
-            after = _duration(max(0.0, evaluations[-1].time - ended))
-            facts.append(("evaluations", f"{_duration(computed)} in all; the last ended {after} after training"))
+            has_ended = isinstance(events[-1], Finished | Stopped | Failed)
+            after = f"; the last ended {_duration(late)} after training" if has_ended and late > 0 else ""
+            facts.append(("evaluations", f"{_duration(computed)} in all{after}"))
     if resumed := sum(isinstance(event, Resumed) for event in events):
         facts.append(("resumed", f"{resumed} x"))
     taught = {event.stage: event.teacher for event in events if isinstance(event, Taught)}
     facts += [(f"teacher of {stage}" if stage else "teacher", teacher) for stage, teacher in taught.items()]
     return facts
+
+
+def _shortcomings(run: RunDir, evaluations: Iterable[Event]) -> list[str]:
+    """What speaks against the last checkpoint that has scores: the closing table of the run warns of the same."""
+    scores = [event for event in evaluations if isinstance(event, Evaluated)]
+    return [line for worth in worth_of(scores, run.path.parent).values() for line in worth.shortcomings]
 
 
 def _findings(training: Mapping[int, Mapping[str, float]], events: Iterable[Event]) -> list[str]:
@@ -333,7 +347,9 @@ def _data(recipe: Mapping[str, Any]) -> str:
     return ", ".join(str(_of(part, "name")) for part in mixture)
 
 
-def _tiles(training: Mapping[int, Mapping[str, float]], tasks: Sequence[Task]) -> list[tuple[str, str, str]]:
+def _tiles(
+    training: Mapping[int, Mapping[str, float]], tasks: Sequence[Task], start: str
+) -> list[tuple[str, str, str]]:
     """(label, number, remark) of what one wants to know first."""
     tiles = []
     losses = [values["loss"] for values in training.values() if "loss" in values]
@@ -345,7 +361,7 @@ def _tiles(training: Mapping[int, Mapping[str, float]], tasks: Sequence[Task]) -
             continue
         last, floor = trained[max(trained)].value, task.scores.get(0)
         change = last - floor.value if floor else math.nan
-        remark = f"{_change(change, task.unit)} random" if math.isfinite(change) else f"step {max(trained)}"
+        remark = _change(change, task.unit, start) if math.isfinite(change) else f"step {max(trained)}"
         tiles.append((task.title, format_value(last, task.unit), remark))
     rates = [values["samples_per_s"] for values in training.values() if "samples_per_s" in values]
     if rates:
@@ -446,11 +462,10 @@ def _details(evaluations: Iterable[Event]) -> list[tuple[int, str, str, str]]:
     ]
 
 
-def _change(difference: float, unit: str) -> str:
-    """How far a score has moved, to go before what it is compared with: `+3.2 points over`, `-0.12 m against`."""
-    if unit == FRACTION:
-        return f"{difference * 100:+.1f} points over"
-    return f"{difference:+.4g} {unit}".rstrip() + " against"
+def _change(difference: float, unit: str, start: str) -> str:
+    """How far a score has moved: "3.2 points above the random backbone", "0.12 m below the initial backbone"."""
+    size = f"{abs(difference) * 100:.1f} points" if unit == FRACTION else f"{abs(difference):.4g} {unit}".rstrip()
+    return f"{size} {'below' if difference < 0 else 'above'} the {start}"
 
 
 def _duration(seconds: float) -> str:

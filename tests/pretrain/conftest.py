@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+from tests.headless_browser import NAMES, find_browser, running_browser
 
 RECIPE = "name: tiny\nobjective:\n  name: mae\nevaluation:\n  select: linear/photos/top1\n"
 
@@ -72,3 +74,13 @@ def mlflow_uri(storage: Path, migrated_database: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PRETRAIN_CACHE", os.fspath(storage.parent / "cache"))
     shutil.copyfile(migrated_database, storage / "mlflow.db")
     return f"sqlite:///{storage / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a running Chromium, for `tests.headless_browser.look_at`."""
+    program = find_browser()
+    if program is None:
+        pytest.skip(f"none of {', '.join(NAMES)} is installed, so no page is looked at")
+    with running_browser(program, tmp_path_factory.mktemp("browser")) as address:
+        yield address

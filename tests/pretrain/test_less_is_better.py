@@ -123,7 +123,7 @@ def test_run__an_error_as_select_moves_best_pins_and_is_shown_with_its_unit(
     row = next(line for line in said.splitlines() if line.lstrip("│ ").startswith("distance/grocery rmse"))
     assert [text in row for text in ("1.5 m", "0.75 m (step 10)", "0.5 m (step 40)")] == [True] * 3
     page = run.report.read_text()
-    assert "-1 m against random" in page and "0.25 m" in page and "0.125 m to 0.375 m" in page
+    assert "1 m below the random backbone" in page and "0.25 m" in page and "0.125 m to 0.375 m" in page
     assert "25.0%" not in page and "150.0%" not in page
 
     capsys.readouterr()

@@ -30,6 +30,7 @@ from pretrain.record.events import (
 from pretrain.record.journal import Journal
 from pretrain.record.run_dir import RunDir
 from pretrain.reporting.page import write_report
+from tests.headless_browser import look_at
 
 RECIPE = """
 name: tiny
@@ -162,7 +163,7 @@ def test_write_report__baseline_is_the_floor_of_the_chart(page: Page) -> None:
     dashed = [re.findall(r"<path[^>]* stroke-width=[^>]* stroke-dasharray", chart) for chart in charts]
     assert [len(lines) for lines in dashed] == [1, 2, 1, *[0] * 4], "random, and of mIoU what positions alone get"
     assert "position prior 20.0%" in charts[1] and "random backbone 41.0%" in charts[1] and "top5" in charts[2]
-    assert "+21.9 points over random" in page.text
+    assert "21.9 points above the random backbone" in page.text
 
 
 @pytest.mark.parametrize("title", ["What patch features look like: photos", "What is taken for what: photos, knn"])
@@ -182,6 +183,32 @@ def test_write_report__on_a_phone_each_cell_has_the_name_of_its_column(page: Pag
     assert len(names) == sum(len(row) for row in page.rows if row[0] != "step"), "every cell"
     assert names[:4] == page.rows[0], "as the head of the table, which a phone does not show"
     assert "@media (prefers-color-scheme: dark)" in page.text and "@media (max-width: 640px)" in page.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390], ids=["wide", "phone"])
+def test_write_report__in_a_browser_nothing_is_cut_off_or_faint(
+    run_dir: Path, storage: Path, tmp_path: Path, browser: str, width: int, is_dark: bool
+) -> None:
+    plain = storage / "a_run_with_a_name_that_is_longer_than_a_phone_is_wide-20260101-000000-0002"
+    plain.mkdir()
+    (plain / "recipe.yaml").write_text(RECIPE)
+    with Journal(plain / "journal.jsonl") as journal:
+        journal.write(Metrics(step=10, values={"loss": math.nan, "samples_per_s": 3.0}))
+        journal.write(Failed(error="/a/path/that/is/longer/than/a/phone/is/wide/" + "folder/" * 20))
+    with Journal(plain / "evaluations.jsonl") as evaluations:
+        for step in (0, 10):
+            evaluations.write(
+                scores(step, "masked_reconstruction", "volumes_with_a_long_name", psnr=12.0, psnr_constant=11.0)
+            )
+    for run in (run_dir, plain):
+        seen = look_at(browser, write_report(run), width=width, is_dark=is_dark)
+        (tmp_path / f"{run.name}.png").write_bytes(seen.png)
+        assert (seen.complaints, seen.cut_off, seen.faint) == ([], [], [])
+        assert seen.brightness < 60 if is_dark else seen.brightness > 200
+        with Image.open(io.BytesIO(seen.png)) as screenshot:
+            assert screenshot.width == width and screenshot.height > 800
 
 
 def test_write_report__findings_of_training_and_of_evaluations(page: Page, storage: Path) -> None:
@@ -205,7 +232,7 @@ def test_write_report__a_run_that_has_only_begun(storage: Path) -> None:
     run_dir.mkdir()
     (run_dir / "recipe.yaml").write_text(RECIPE)
     page = Page(write_report(run_dir))
-    assert page.images == [] and "not finished" in page.text
+    assert page.images == [] and 'class="badge not-finished">not finished<' in page.text
     with Journal(run_dir / "journal.jsonl") as journal:
         journal.write(Start(world_size=2, total_steps=400, step=0, device="cpu"))
         journal.write(Metrics(step=10, values={"loss": math.nan}))
