@@ -43,6 +43,8 @@ __all__ = ["Place", "due", "evaluate", "evaluate_tasks", "excerpt", "leaderboard
 
 log = logging.getLogger(__name__)
 
+RAW_PIXELS = "raw pixels"  # stands in the place of a run
+
 
 def evaluate_tasks(
     checkpoint: str,
@@ -270,6 +272,16 @@ class Place:
     bounds: tuple[float, float] | None = None
 
     @property
+    def shown_run(self) -> str:
+        """The run for people, who see there as well what was evaluated outside of it."""
+        return f"{self.run} (by hand)" if self.by_hand and self.step is not None else self.run
+
+    @property
+    def is_floor(self) -> bool:
+        """Whether it is of no backbone at all."""
+        return self.run == RAW_PIXELS
+
+    @property
     def start(self) -> str:
         """Of step 0, what the run began with: "random" or, where it was given weights, "initial"; else empty.
 
@@ -343,7 +355,7 @@ def _places(storage: Path) -> list[Place]:
             continue
         owner = owners.get(scored.weights_digest)
         if owner is None:
-            name = "raw pixels" if scored.weights_digest == FLOOR else "(by hand)"
+            name = RAW_PIXELS if scored.weights_digest == FLOOR else "(by hand)"
             found.append(_place(scored, name, None, by_hand=True))
         else:
             found.append(_place(scored, owner.run, owner.step, owner.recipe, by_hand=True))
@@ -361,15 +373,20 @@ def _with_digests(event: Evaluated, storage: Path) -> Evaluated:
 
 
 def _with_one_name(places: Sequence[Place]) -> list[Place]:
-    """The same places, each data set by one name, and no two by the same."""
+    """The same places, each data set by one name, and no two of a protocol by the same.
+
+    Protocols that read other samples or fields of one data set have other digests of it, and it is no other for that.
+    """
     name_of: dict[str, str] = {}
     for place in places:
         name_of.setdefault(place.data_digest or f"named {place.data}", place.data)
-    shared = {name for name, count in Counter(name_of.values()).items() if count > 1}
+    data_of = {(place.protocol, place.data_digest or f"named {place.data}") for place in places}
+    count = Counter((protocol, name_of[data]) for protocol, data in data_of)
 
     def named(place: Place) -> str:
         name = name_of[place.data_digest or f"named {place.data}"]
-        return f"{name}:{place.data_digest[:8]}" if name in shared and place.data_digest else name
+        is_shared = count[place.protocol, name] > 1 and place.data_digest
+        return f"{name}:{place.data_digest[:8]}" if is_shared else name
 
     return [replace(place, data=named(place)) for place in places]
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from data_pipelines.files import write_atomically
 from evaluation.protocol import CI_SUFFIXES, format_interval, format_value
 from evaluation.suites import SUITES
 from pretrain.cli.data import data, plain_warnings
@@ -234,9 +235,13 @@ def evaluate(
 @click.option("--data", metavar="NAME", help="Only this data set.")
 @click.option("--all", "everything", is_flag=True, help="Every score; default: the best 20 of each task.")
 @click.option("--csv", "as_csv", is_flag=True, help="Every score as comma-separated values.")
+@click.option("--html", metavar="FILE", help="Write one self-contained page, with tables that can be sorted.")
 @_storage
-def leaderboard(protocol: str | None, data: str | None, everything: bool, as_csv: bool, storage: str) -> None:
+def leaderboard(
+    protocol: str | None, data: str | None, everything: bool, as_csv: bool, html: str | None, storage: str
+) -> None:
     """List the headline scores of all runs, best first; step 0 is what a run began with."""
+    page = None if html is None else _page_file(html, beside_csv=as_csv)
     if protocol is not None:
         _check_protocols([protocol])
     from pretrain.evaluations import excerpt, leaderboard
@@ -251,6 +256,13 @@ def leaderboard(protocol: str | None, data: str | None, everything: bool, as_csv
     if as_csv:
         _write_csv(chosen)
         return
+    if page is not None:
+        from pretrain.reporting.leaderboard_page import leaderboard_page
+
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(page.resolve(), leaderboard_page(chosen, shown_storage(root), None if everything else BEST))
+        say(str(page))
+        return
     if not chosen:
         say(f"no evaluation in {shown_storage(root)} yet")
         return
@@ -262,8 +274,7 @@ def leaderboard(protocol: str | None, data: str | None, everything: bool, as_csv
         for place in shown:
             step = "" if place.step is None else f"{place.step} {place.start}".rstrip()
             score = format_value(place.score, metric.unit)
-            run = f"{place.run} (by hand)" if place.by_hand and place.step is not None else place.run
-            rows.append([score, place.interval, str(place.num_test or ""), step, run])
+            rows.append([score, place.interval, str(place.num_test or ""), step, place.shown_run])
         print_table(("score", "95 % CI", "n", "step", "run"), rows)
         if len(shown) < len(places):
             say(f"and {len(places) - len(shown)} more; --all shows them")
@@ -482,6 +493,16 @@ def _write_csv(places: Sequence[Place]) -> None:
         task = (place.protocol, place.data, place.metric.name, place.metric.unit, place.score)
         step = "" if place.step is None else place.step
         table.writerow([*task, low, high, place.num_test or "", step, place.start, place.run, place.by_hand])
+
+
+def _page_file(html: str, *, beside_csv: bool) -> Path:
+    """Where a page goes; refused are places that cannot take one."""
+    if beside_csv:
+        raise RequestError(f"--html {html} beside --csv: give one of them")
+    path = require_local(html, "a page")
+    if path.exists() and not path.is_file():
+        raise RequestError(f"--html {html}: is there and no file; name one")
+    return path
 
 
 def _check_filter(option: str, name: str | None, known: set[str]) -> None:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yaml import YAMLError
 
@@ -47,7 +47,10 @@ from pretrain.record.journal import read_events
 from pretrain.record.pictures import rows_of
 from pretrain.record.run_dir import RECIPE, RunDir
 
-__all__ = ["write_report"]
+if TYPE_CHECKING:
+    import jinja2
+
+__all__ = ["TEMPLATES", "environment", "write_report"]
 
 log = logging.getLogger(__name__)
 
@@ -127,18 +130,23 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         RequestError: The directory is not a run.
     """
-    import jinja2
-
     run = RunDir(Path(run_dir))
     if not run.is_run:
         raise RequestError(f"{run.path}: not a run directory; expected runs/RUN_ID with {RECIPE} in it")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    environment.filters["score"] = format_value
-    page = environment.get_template(TEMPLATE).render(_contents(run))
+    page = environment().get_template(TEMPLATE).render(_contents(run))
     write_atomically(run.report, page.encode())
     return run.report
+
+
+def environment() -> jinja2.Environment:
+    """Where pages are made from templates: nothing that runs have written becomes markup."""
+    import jinja2
+
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    made.filters["score"] = format_value
+    return made
 
 
 def _contents(run: RunDir) -> dict[str, Any]:

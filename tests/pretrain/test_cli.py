@@ -58,7 +58,7 @@ def test_cli__surface_is_frozen() -> None:
             "--storage",
         ],
         "compare": ["FIRST", "SECOND", "--storage"],
-        "leaderboard": ["--protocol", "--data", "--all", "--csv", "--storage"],
+        "leaderboard": ["--protocol", "--data", "--all", "--csv", "--html", "--storage"],
         "pull": ["NAME[@ALIAS]", "DEST", "--full", "--storage"],
         "report": ["RUN_ID", "--storage"],
         "recipes": ["NAME"],

@@ -137,8 +137,8 @@ def test_ranking__is_the_order_of_all_scores_after_each(better: str) -> None:
 def test_leaderboard__joins_by_data_and_weights_and_not_by_what_they_are_called(tmp_path: Path) -> None:
     """Two names of one data set are one task, one name of two data sets is two, and weights belong to their run."""
 
-    def result(key: str, data: str, digest: str, weights: str, top1: float) -> None:
-        fields = {"key": key, "protocol": "knn", "version": 1, "data": data, "data_digest": digest}
+    def result(key: str, data: str, digest: str, weights: str, top1: float, protocol: str = "knn") -> None:
+        fields = {"key": key, "protocol": protocol, "version": 1, "data": data, "data_digest": digest}
         numbers = {"weights_digest": weights, "metrics": {"top1": top1}, "details": {}, "seconds": 1.0}
         (tmp_path / "evaluations").mkdir(exist_ok=True)
         (tmp_path / "evaluations" / f"{key}.json").write_text(json.dumps({**fields, **numbers}))
@@ -153,6 +153,7 @@ def test_leaderboard__joins_by_data_and_weights_and_not_by_what_they_are_called(
     result("same-data", "pictures", "1234567890", "w10", 0.6)
     result("other-data", "photos", "fedcba9876", "w20", 0.9)
     result("other-weights", "photos", "fedcba9876", "elsewhere", 0.8)
+    result("read-otherwise", "photos", "abcdef", "elsewhere", 0.4, protocol="linear")
     found = [(place.data, place.score, place.run, place.step, place.by_hand) for place in leaderboard(tmp_path)]
     assert found == [
         ("photos:12345678", 0.7, "a", 20, False),
@@ -160,6 +161,7 @@ def test_leaderboard__joins_by_data_and_weights_and_not_by_what_they_are_called(
         ("photos:12345678", 0.5, "a", 10, False),
         ("photos:fedcba98", 0.9, "a", 20, True),
         ("photos:fedcba98", 0.8, "(by hand)", None, True),
+        ("photos", 0.4, "(by hand)", None, True),  # by a protocol that has one data set of this name only
     ]
 
 
