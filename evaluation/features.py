@@ -27,7 +27,7 @@ import numpy.typing as npt
 from data_pipelines import files
 from data_pipelines.parsing import parse_json
 from evaluation.lease import compute_once
-from evaluation.protocol import EvaluationError
+from evaluation.protocol import BrokenError
 
 __all__ = ["ArrayWriter", "FeatureCache"]
 
@@ -89,9 +89,7 @@ class FeatureCache:
             self._write(key, recipe, write)
             arrays = self.find(key)
             if arrays is None:
-                raise EvaluationError(
-                    f"features {key} cannot be read back from {self._root}; is the disk full or failing?"
-                )
+                raise BrokenError(f"features {key} cannot be read back from {self._root}; is the disk full or failing?")
             self._evict(keep=key)
             return arrays
 

@@ -19,6 +19,7 @@ __all__ = [
     "FLOOR",
     "FRACTION",
     "LABELS",
+    "BrokenError",
     "EvaluationError",
     "Label",
     "Metric",
@@ -40,6 +41,10 @@ Key = TypeVar("Key", int, tuple[float, int])
 
 class EvaluationError(ValueError):
     """An evaluation that cannot be done as asked, in one line: what, where, what is allowed."""
+
+
+class BrokenError(EvaluationError):
+    """An evaluation that would be possible, had not its weights diverged or its disk failed."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from data_pipelines.files import write_atomically
 from data_pipelines.parsing import parse_json
 from evaluation.comparison import PerSample
 from evaluation.lease import compute_once
-from evaluation.protocol import EvaluationError, Metric
+from evaluation.protocol import BrokenError, Metric
 
 __all__ = ["EvaluationResult", "ResultStore"]
 
@@ -59,7 +59,7 @@ class EvaluationResult:
         cached: True when this call computed nothing.
 
     Raises:
-        EvaluationError: a metric is not finite.
+        BrokenError: a metric is not finite.
     """
 
     key: str
@@ -77,7 +77,7 @@ class EvaluationResult:
     def __post_init__(self) -> None:
         bad = {name: value for name, value in self.metrics.items() if not math.isfinite(value)}
         if bad:
-            raise EvaluationError(f"protocol {self.protocol!r} on {self.data!r} gave non-finite metrics: {bad}")
+            raise BrokenError(f"protocol {self.protocol!r} on {self.data!r} gave non-finite metrics: {bad}")
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, sort_keys=True, allow_nan=False)

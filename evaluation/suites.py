@@ -1,11 +1,18 @@
 """Protocols that are run together: a first answer, what a report needs, or all there is.
 
-Which of them fit a backbone and its data is decided where they are run: those that do not are left out.
+Those that do not fit a backbone or its data are left out: `misfit` says why.
 """
 
 from __future__ import annotations
 
-__all__ = ["SUITES", "protocols_of"]
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data_pipelines.shards.dataset import Dataset
+
+__all__ = ["SUITES", "first_shards", "misfit", "protocols_of"]
 
 QUICK = ("knn", "ridge", "spectrum", "svm", "masked_reconstruction")
 STANDARD = (
@@ -26,3 +33,47 @@ def protocols_of(suite: str) -> tuple[str, ...]:
     from evaluation.registry import names  # here, for the command line: it reads what every protocol is
 
     return {"quick": QUICK, "standard": STANDARD}.get(suite) or names()
+
+
+def misfit(name: str, kind: str, splits: Sequence[Dataset] = ()) -> str | None:
+    """Why a protocol is left out of a suite, as far as that can be told without weights; None where it is not.
+
+    Labels have to be in both splits: data whose held-out samples have none are unlabelled to a protocol.
+
+    Args:
+        name: of a protocol.
+        kind: of the backbone; of one that a plug-in adds nothing is known here.
+        splits: the training samples, and those that are tested on; none where nothing is known of the data.
+
+    Raises:
+        EvaluationError: the protocol is a plug-in's that cannot be imported.
+    """
+    from evaluation.registry import EvaluationError, fitting, protocol
+
+    label = protocol(name).target_label
+    if not fitting(kind, [name]):
+        return f"not for backbones of kind {kind}"
+    if label is None or not splits:
+        return None
+    from evaluation.data import has_labels, require_classes  # with numpy, which a recipe without suites does without
+
+    if not all(has_labels(split, label) for split in splits):
+        return f"no labels {' or '.join(label.fields)}"
+    try:
+        require_classes(splits[0], label)
+    except EvaluationError:
+        return "dataset.json lists no classes"
+    return None
+
+
+def first_shards(directory: Path) -> list[Dataset]:
+    """The first shard of both splits, which show what labels there are.
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
+    from data_pipelines.shards.dataset import open_dataset
+    from data_pipelines.split_names import held_out
+
+    patterns = ("train-*.tar", f"{held_out(directory)}-*.tar")
+    return [open_dataset(str(min(directory.glob(pattern)))) for pattern in patterns]

@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 from data_pipelines.parsing import parse_json
 from data_pipelines.storage.locations import is_local
-from evaluation.protocol import FLOOR, EvaluationError, Metric, ranked
+from evaluation.protocol import FLOOR, BrokenError, EvaluationError, Metric, ranked
 from pretrain.config.schema import EvaluationTask, Recipe, TrainConfig
 from pretrain.config.stages import Plan, written_stages
 from pretrain.config.values import parse_yaml
@@ -59,7 +59,8 @@ def evaluate_tasks(
 ) -> list[Evaluated | EvaluationFailed | Drawn | Warned]:
     """Run the evaluation tasks of a checkpoint on one data set in a process of their own, which shares the features.
 
-    One after the other; one that fails stops no other. Then pictures for people are drawn, unless all have failed; what
+    One after the other; one that fails stops no other. What a suite has that is nothing for the checkpoint or the data
+    is left out, with the reason. Then pictures for people are drawn, unless all have failed; what
     stops one of them is a warning. While `training` exists, one thread of low priority computes.
 
     Args:
@@ -97,8 +98,10 @@ def evaluate_tasks(
             results.append(result)
             events.append(_event(step, result))
         except Exception as error:  # of any type: protocols of other packages raise what they like
-            said = f"{type(error).__name__}: {last_line(error)}"
-            events.append(EvaluationFailed(step=step, protocol=task.protocol, data=task.data, error=said))
+            left_out = is_left_out(task, error)
+            said = last_line(error) if left_out else f"{type(error).__name__}: {last_line(error)}"
+            failed = EvaluationFailed(step=step, protocol=task.protocol, data=task.data, error=said, left_out=left_out)
+            events.append(failed)
     if results:
         try:
             pictures = computing.run(import_module, "evaluation.pictures.draw")
@@ -192,7 +195,7 @@ def evaluate(
         try:
             results.append(_evaluate(path, task, directory, root, batch_size=batch_size, device=device, force=again))
         except EvaluationError as error:
-            if protocols or data is None:  # it was asked for by name, here or in the recipe
+            if protocols or (data is None and not is_left_out(task, error)):  # by name, here or in the recipe
                 raise
             refused.append(error)
             said(f"warning: {task.protocol} on {task.data} is left out: {error}")
@@ -203,6 +206,12 @@ def evaluate(
     return results
 
 
+def is_left_out(task: EvaluationTask, error: Exception) -> bool:
+    """Whether a task that was not named, but is one of a suite, turned out to be nothing for its checkpoint or data."""
+    is_unfit = isinstance(error, EvaluationError) and not isinstance(error, BrokenError)
+    return task.suite is not None and is_unfit
+
+
 def due(
     plan: Plan,
     steps: Iterable[int],
@@ -211,8 +220,8 @@ def due(
 ) -> Iterator[tuple[int, EvaluationTask]]:
     """What is still to be evaluated of a run: (step, task), in the order of `steps`.
 
-    That is every `evaluation.every`-th checkpoint of a stage and its last one, and the backbone that the run began with
-    (step 0) if it is asked for.
+    That is every `evaluation.every`-th checkpoint of a stage and its last one, unless the task says how often or that
+    the last one of the run is enough, and the backbone that the run began with (step 0) if it is asked for.
 
     Args:
         plan: Of the run.
@@ -226,8 +235,15 @@ def due(
     for step in steps:
         stage = plan.stages[plan.index_at(step)]
         number = -(-(step - stage.first_step) // stage.recipe.train.checkpoint_every)
-        if step == stage.last_step or (evaluation.baseline if step == 0 else number % evaluation.every == 0):
-            yield from ((step, task) for task in tasks if (step, task.protocol, task.data) not in done)
+        for task in tasks:
+            if step == 0:
+                is_due = evaluation.baseline
+            elif task.at == "last":
+                is_due = step == plan.total_steps
+            else:
+                is_due = step == stage.last_step or number % (task.every or evaluation.every) == 0
+            if is_due and (step, task.protocol, task.data) not in done:
+                yield step, task
 
 
 def retention(train: TrainConfig, trained: Sequence[int], best: Iterable[int]) -> set[int]:
@@ -483,11 +499,10 @@ def _suitable_protocols(checkpoint: Path, directory: Path, suite: str | None = N
     from backbones.io import heads_spec
     from data_pipelines.shards.dataset import open_dataset
     from data_pipelines.split_names import held_out
-    from evaluation.data import has_labels
     from evaluation.extraction.recipe import extraction_of, fits
     from evaluation.registry import names, protocol
     from evaluation.runner import architecture_of
-    from evaluation.suites import protocols_of
+    from evaluation.suites import misfit, protocols_of
 
     kind = architecture_of(checkpoint).get("kind", "image")
     extraction = extraction_of(kind)
@@ -497,7 +512,7 @@ def _suitable_protocols(checkpoint: Path, directory: Path, suite: str | None = N
         for name, spec in ((name, protocol(name)) for name in (names() if suite is None else protocols_of(suite)))
         if (suite is not None or spec.usual_for is None or kind in spec.usual_for)
         and fits(spec, kind, extraction.tokens, extraction.axes)
-        and all(has_labels(split, spec.target_label) for split in splits)
+        and misfit(name, kind, splits) is None
         and (spec.tokens != "decoded" or "decoder" in (heads_spec(checkpoint) or {}))
     ]
 

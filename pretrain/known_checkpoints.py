@@ -49,7 +49,7 @@ class KnownCheckpoints:
         self._plan, self._run_dir = plan, run_dir
         self.scores: list[Evaluated] = []
         self.due: dict[Label, tuple[store.Published, EvaluationTask]] = {}
-        self._scored: set[Label] = set()
+        self._scored: set[Label] = set()  # or left out of their suites
         self._ranking = Ranking(plan.recipe.evaluation.select)
         self._found: dict[int, store.Published] = {}
         self._trained: list[int] = []  # steps of all but the random backbone, ascending
@@ -89,6 +89,9 @@ class KnownCheckpoints:
                 self.due.pop(label, None)
                 self._ended(event.step)
             case EvaluationFailed():
+                if event.left_out:
+                    self._scored.add((event.step, event.protocol, event.data))
+                    self.due.pop((event.step, event.protocol, event.data), None)
                 self._ended(event.step)
 
     def take_due(self) -> dict[Label, tuple[store.Published, EvaluationTask]]:

@@ -263,17 +263,17 @@ def _pointing_at(dest: Path, folder: Path, listing: Listing, draft: Recipe) -> I
     mine = {name for name, path in evaluation.data.items() if Path(path) == folder}
     is_held_out = bool({"test", "val"} & drawn_splits(listing).keys())
     why = "no folders of classes" if listing.classes is None else "no photos that are held out (split test or val)"
+    labels = (None, "cls") if listing.classes else (None,)
     dropped = [
         task
         for task in evaluation.tasks
-        if task.data in mine
-        and not (is_held_out and listing.classes and evaluations.protocol(task.protocol).label == "cls")
+        if task.data in mine and not (is_held_out and evaluations.protocol(task.protocol).label in labels)
     ]
     if not evaluation.enabled or (not dropped and is_held_out):
         return
     names = [f"{task.protocol}/{task.data}" for task in dropped]
-    if names:
-        say(f"evaluation: without {', '.join(names)}, which need labels: {folder} has {why}")
+    if named := [name for name, task in zip(names, dropped, strict=True) if task.suite is None]:
+        say(f"evaluation: without {', '.join(named)}, which need labels: {folder} has {why}")
     data = {name: str(dest) if name in mine else path for name, path in evaluation.data.items()}
     kept = {name: path for name, path in data.items() if is_held_out or name not in mine}
     yield f"evaluation.data={json.dumps(kept)}"

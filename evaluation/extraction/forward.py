@@ -30,7 +30,7 @@ from data_pipelines.errors import DataError
 from evaluation.data import DepthMaps, LabelMaps, OpenedData, class_label, class_list
 from evaluation.extraction.recipe import Extraction
 from evaluation.features import ArrayWriter
-from evaluation.protocol import EvaluationError, Label
+from evaluation.protocol import BrokenError, EvaluationError, Label
 from evaluation.threads import Threads
 
 if TYPE_CHECKING:  # timm takes seconds to import, and cached features need no backbone
@@ -418,7 +418,7 @@ def batches_of(
         is_bad = ~features.reshape(len(features), -1).isfinite().all(dim=1)
         if is_bad.any():
             key = read(first + int(is_bad.nonzero()[0]))["__key__"]
-            raise EvaluationError(
+            raise BrokenError(
                 f"features are not finite ({int(is_bad.sum())} of {len(is_bad)} samples of a batch, first {key!r}); "
                 "the weights hold NaN or have diverged"
             )

@@ -73,7 +73,7 @@ def explain(recipe: str, overrides: Sequence[str], plan: Plan, photos: Path | No
         _show("", *_memory_notes(outlook))
         _show("disk", *_disk(plan, found[:number], samples))
     _show("where", *_machines(plan))
-    _show("evaluate", _evaluations(plan))
+    _show("evaluate", *_evaluations(plan))
     where = f"checkpoints in {final.checkpoints.storage}; " if final.checkpoints.storage else ""
     _show(
         "leaves",
@@ -288,12 +288,14 @@ def _machines(plan: Plan) -> Iterator[str]:
         yield f"{'would be refused' if found.is_refused else 'warning'}: {found.text}"
 
 
-def _evaluations(plan: Plan) -> str:
+def _evaluations(plan: Plan) -> Iterator[str]:
+    """What is evaluated after which steps, and what of its suites is not."""
     from pretrain.evaluations import due
 
     evaluation = plan.recipe.evaluation
     if not evaluation.enabled or not evaluation.tasks:
-        return "nothing"
+        yield "nothing"
+        return
     ends = [
         min(step, stage.last_step)
         for stage in plan.stages
@@ -303,10 +305,35 @@ def _evaluations(plan: Plan) -> str:
             stage.recipe.train.checkpoint_every,
         )
     ]
-    steps = sorted({step for step, _ in due(plan, [0, *ends], ())})
-    listed = ", ".join(map(str, steps[:4])) + (f", ... {steps[-1]}" if len(steps) > 4 else "")
-    tasks = ", ".join(f"{task.protocol}/{task.data}" for task in evaluation.tasks)
-    return f"{tasks} after steps {listed}; best by {evaluation.select or 'the newest'}"
+    steps: dict[str, list[int]] = {}
+    for step, task in due(plan, sorted({0, *ends}), ()):
+        steps.setdefault(f"{task.protocol}/{task.data}", []).append(step)
+    together: dict[tuple[int, ...], list[str]] = {}
+    for name, those in steps.items():
+        together.setdefault(tuple(those), []).append(name)
+    paragraphs = [f"{', '.join(names)} after steps {_listed_steps(those)}" for those, names in together.items()]
+    yield from paragraphs[:-1]
+    yield f"{paragraphs[-1]}; best by {evaluation.select or 'the newest'}"
+    yield from _left_out(plan.recipe)
+
+
+def _listed_steps(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps[:4])) + (f", ... {steps[-1]}" if len(steps) > 4 else "")
+
+
+def _left_out(recipe: Recipe) -> Iterator[str]:
+    """What the suites of a recipe have beside its tasks, with the reason; which suites those are its tasks say."""
+    from pretrain.config.suites import judged
+
+    evaluation = recipe.evaluation
+    suites = {(task.suite, task.data): task for task in evaluation.tasks if task.suite is not None}
+    told: dict[str, dict[str, None]] = {}  # reason -> names, each once
+    for (_, data), task in suites.items():
+        for protocol, reason in judged(task, recipe.backbone.kind, evaluation.data[data]).items():
+            if reason is not None:
+                told.setdefault(reason, {})[f"{protocol}/{data}"] = None
+    for reason, names in told.items():
+        yield f"without {', '.join(names)}: {reason}"
 
 
 def _tracking(storage: Path) -> str:

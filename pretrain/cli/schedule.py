@@ -17,6 +17,7 @@ from zoneinfo import ZoneInfo
 import click
 
 from data_pipelines.storage.locations import redact
+from evaluation.suites import SUITES
 from pretrain.cli.filled import Commands
 from pretrain.cli.jobs import address_option, tell_submitted
 from pretrain.cli.storage import storage_option
@@ -43,7 +44,7 @@ def schedule() -> None:
 
     \b
     pretrain schedule add nightly --cron "0 2 * * *" --tz Europe/Berlin --models photos@best --tasks knn --data mine=DIR
-    pretrain schedule add new --on-checkpoint runs --tasks linear --data mine=DIR
+    pretrain schedule add new --on-checkpoint runs --suite quick --data mine=DIR
     pretrain schedule serve                            until it is stopped; or, from another cron: serve --once
 
     The files are in STORAGE/schedules; see docs/schedules.md.
@@ -56,7 +57,8 @@ def schedule() -> None:
 @click.option("--tz", metavar="ZONE", help="Whose wall clock --cron means, e.g. Europe/Berlin; default: UTC.")
 @click.option("--on-checkpoint", metavar="DIR", help="Each new checkpoint of the runs in DIR; in the place of --cron.")
 @click.option("--models", metavar="CHECKPOINT,...", help="With --cron: NAME@ALIAS, runs:/RUN_ID/best, a directory ...")
-@click.option("--tasks", metavar="NAME,...", required=True, help="Evaluation protocols: knn,linear ...")
+@click.option("--tasks", metavar="NAME,...", help="Evaluation protocols: knn,linear ...")
+@click.option("--suite", type=click.Choice(SUITES), help="In their place: those that fit each backbone and the data.")
 @click.option("--data", metavar="NAME=DIRECTORY", multiple=True, required=True, help="Shards; repeatable.")
 @click.option("--webhook-url-env", metavar="VARIABLE", help="Names the variable of the service that holds the URL.")
 @click.option("--webhook-secret-env", metavar="VARIABLE", help="Names the one that holds the key of signatures.")
@@ -90,7 +92,7 @@ def list_entries(storage: str) -> None:
         say(f"{entry.name}: {entry.when}{due}")
         data = ", ".join(f"{name}={directory}" for name, directory in entry.data.items())
         of = f"{', '.join(entry.models)}: " if entry.models else ""
-        say(f"    {of}{', '.join(entry.tasks)} on {data}")
+        say(f"    {of}{entry.what} on {data}")
         if (line := last.get(entry.name)) is not None:
             say(f"    {line.get('time')} {told(line)}")
 
@@ -224,7 +226,8 @@ def _checked(
     tz: str | None,
     on_checkpoint: str | None,
     models: str | None,
-    tasks: str,
+    tasks: str | None,
+    suite: str | None,
     data: Sequence[str],
     webhook_url_env: str | None,
     webhook_secret_env: str | None,
@@ -254,7 +257,9 @@ def _checked(
         mistakes.append(f"--storage {schedules.storage}: no such directory; give the one that holds the runs")
     cron = _tried(mistakes, checked_cron, cron)
     zone = _tried(mistakes, checked_zone, tz)
-    protocols = _listed(mistakes, "--tasks", tasks)
+    if (tasks is None) == (suite is None):
+        mistakes.append("what: give either --tasks NAME,... or --suite NAME")
+    protocols = () if tasks is None else _listed(mistakes, "--tasks", tasks)
     _tried(mistakes, _require_protocols, protocols)
     directories = _directories(mistakes, data, protocols)
     runs = None if on_checkpoint is None else Path(on_checkpoint).absolute()
@@ -284,6 +289,7 @@ def _checked(
         cron=cron,
         tz=zone or "UTC",
         on_checkpoint=None if runs is None else str(runs),
+        suite=suite,
         webhook_url_env=webhook_url_env,
         webhook_secret_env=webhook_secret_env,
     )

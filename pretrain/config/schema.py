@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backbones.images.config import ImageConfig
+from evaluation.suites import SUITES
 from pretrain.config.optimizer_facts import NAMES
 
 __all__ = [
@@ -253,11 +254,22 @@ class CheckpointsConfig:
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """One protocol on one data set."""
+    """One protocol on one data set, or a suite of them, which is one task for each protocol once it is resolved."""
 
-    protocol: str = setting("name of an evaluation protocol")
+    protocol: str = setting("name of an evaluation protocol; or give a suite", "")
     data: str = setting("name of an entry of evaluation.data")
     image_size: int | None = setting("side of the input in pixels; null: the backbone's", None, range=(1, 8192))
+    suite: str | None = setting(
+        "those of its protocols that fit the backbone and the labels; beside a protocol: which suite that is of",
+        None,
+        choices=SUITES,
+    )
+    every: int | None = setting("run on every n-th checkpoint; null: as evaluation.every", None, range=(1, None))
+    at: str | None = setting(
+        "last: only on the last checkpoint of the run, and as evaluation.baseline says; null: as every says",
+        None,
+        choices=("last",),
+    )
 
 
 @dataclass(frozen=True)

@@ -355,13 +355,22 @@ class Evaluated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFailed(Event):
-    """A checkpoint could not be evaluated; `error` is one line. On disk an evaluation with `error` for `metrics`."""
+    """A checkpoint could not be evaluated. On disk an evaluation with `error` for `metrics`.
+
+    Attributes:
+        step: Of the checkpoint.
+        protocol, data: What was asked.
+        error: Why, in one line.
+        left_out: Nothing has failed: a suite was asked for, and this protocol of it is nothing for the checkpoint or
+            its data, now and later.
+    """
 
     kind: ClassVar[str] = "evaluation"
     step: int
     protocol: str
     data: str
     error: str
+    left_out: bool = False
 
     @property
     def task(self) -> str:

@@ -210,7 +210,9 @@ def _by_step(events: Iterable[Event]) -> dict[int, Mapping[str, float]]:
 def _tasks(evaluations: Iterable[Event]) -> list[Task]:
     tasks: dict[str, Task] = {}
     for event in evaluations:
-        if not isinstance(event, Evaluated | EvaluationFailed):
+        if not isinstance(event, Evaluated | EvaluationFailed) or (
+            isinstance(event, EvaluationFailed) and event.left_out
+        ):
             continue
         task = tasks.setdefault(event.task, Task(event.task))
         if isinstance(event, EvaluationFailed):
@@ -330,12 +332,15 @@ def _shortcomings(run: RunDir, evaluations: Iterable[Event]) -> list[str]:
     return [line for worth in worth_of(scores, run.path.parent).values() for line in worth.shortcomings]
 
 
-def _findings(training: Mapping[int, Mapping[str, float]], events: Iterable[Event]) -> list[str]:
-    """What a person should know: the newest warnings, of training and of evaluations, and samples that were dropped."""
+def _findings(training: Mapping[int, Mapping[str, float]], events: Sequence[Event]) -> list[str]:
+    """What a person should know: the newest warnings, of training and of evaluations, and what was left out."""
     warnings = sorted((event for event in events if isinstance(event, Warned)), key=lambda event: event.time)
     findings = [f"step {warning.step}: {warning.text}" for warning in warnings[-MAX_WARNINGS:]]
     dropped = max((values.get("corrupt_samples", 0.0) for values in training.values()), default=0.0)
-    return findings + ([f"{dropped:.0f} samples could not be read and were left out"] if dropped else [])
+    if dropped:
+        findings.append(f"{dropped:.0f} samples could not be read and were left out")
+    left_out = {event.task: event.error for event in events if isinstance(event, EvaluationFailed) and event.left_out}
+    return findings + [f"{task} is left out of its suite: {reason}" for task, reason in left_out.items()]
 
 
 def _of(recipe: Mapping[str, Any], key: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -86,9 +86,10 @@ def print_summary(
     of_last = worth_of(evaluations, Path(recipe.storage))
     tasks = recipe.evaluation.tasks if recipe.evaluation.enabled else ()
     worths = {name: of_last[name] for name in map(_name, tasks) if name in of_last}
-    failed = {e.task for e in read_events(RunDir(run_dir).evaluations)[0] if isinstance(e, EvaluationFailed)}
+    ended = [event for event in read_events(RunDir(run_dir).evaluations)[0] if isinstance(event, EvaluationFailed)]
+    unscored = {event.task: "left out" if event.left_out else "failed" for event in ended}
     for task in tasks:
-        table.add_row(*_score_row(_name(task), evaluations, failed))
+        table.add_row(*_score_row(_name(task), evaluations, unscored))
         if (worth := worths.get(_name(task))) is not None:
             unit = worth.event.headline.unit
             if worth.gain is not None:
@@ -118,12 +119,12 @@ def _name(task: EvaluationTask) -> str:
     return f"{task.protocol}/{task.data}"
 
 
-def _score_row(task: str, evaluations: Sequence[Evaluated], failed: Set[str]) -> tuple[str, str, str, str]:
+def _score_row(task: str, evaluations: Sequence[Evaluated], unscored: Mapping[str, str]) -> tuple[str, str, str, str]:
     """Headline metric of the random backbone, the first and the last evaluated checkpoint, with its intervals."""
     found = sorted((event for event in evaluations if event.task == task), key=lambda event: event.step)
     trained = [event for event in found if event.step > 0]
     if not found:
-        return task, "failed" if task in failed else "not run", "", ""
+        return task, unscored.get(task, "not run"), "", ""
     headline = found[0].headline
 
     def cell(event: Evaluated, *, with_step: bool) -> str:

@@ -136,7 +136,8 @@ class Terminal:
             case Evaluated():
                 self._show_scores(event)
             case EvaluationFailed():
-                self.say(f"evaluation {event.task} of step {event.step} failed: {event.error}")
+                what = "is left out of its suite" if event.left_out else "failed"
+                self.say(f"evaluation {event.task} of step {event.step} {what}: {event.error}")
 
     def _place_of(self, event: CheckpointPublished) -> str:
         if self._run_dir is None or self._plan.recipe.checkpoints.storage is None:

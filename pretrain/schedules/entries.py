@@ -23,6 +23,7 @@ from typing import IO, Any, Literal
 
 from data_pipelines.files import write_atomically
 from data_pipelines.parsing import parse_json
+from evaluation.suites import SUITES
 from pretrain.errors import RequestError, listed, nearest
 from pretrain.record import lines
 from pretrain.record.lock import hold, holder
@@ -44,11 +45,12 @@ class Entry:
 
     Attributes:
         name: Of its file.
-        tasks: Names of protocols.
+        tasks: Names of protocols; none where there is a suite.
         data: Name -> directory with train-*.tar and test-*.tar.
         models: References to checkpoints, of an entry of `cron`.
         cron: Five fields, in the wall clock of `tz`.
         on_checkpoint: A directory of runs, whose new checkpoints are evaluated; in the place of `cron`.
+        suite: One of `evaluation.suites.SUITES`: its protocols that fit a backbone and the labels of the data.
         webhook_url_env, webhook_secret_env: Names of environment variables of the service; None: no webhook.
         added, handled, running: UTC, as `text_of_time` writes them; see at the top.
     """
@@ -60,6 +62,7 @@ class Entry:
     cron: str | None = None
     tz: str = "UTC"
     on_checkpoint: str | None = None
+    suite: str | None = None
     webhook_url_env: str | None = None
     webhook_secret_env: str | None = None
     added: str = ""
@@ -70,6 +73,11 @@ class Entry:
     def when(self) -> str:
         """For people."""
         return f"{self.cron} {self.tz}" if self.cron else f"each checkpoint in {self.on_checkpoint}"
+
+    @property
+    def what(self) -> str:
+        """For people."""
+        return ", ".join(self.tasks) if self.suite is None else f"suite {self.suite}"
 
 
 @dataclass
@@ -274,6 +282,10 @@ def _read(path: Path) -> Entry:
         raise ValueError(f"it says to be {entry.name!r}")
     if (entry.cron is None) == (entry.on_checkpoint is None) or not isinstance(entry.data, dict):
         raise ValueError("it does not say when, or of what data")
+    if bool(entry.tasks) == (entry.suite is not None):
+        raise ValueError("it names protocols and a suite, or neither")
+    if entry.suite not in (None, *SUITES):
+        raise ValueError(f"its suite {entry.suite!r} is none of {', '.join(SUITES)}")
     for text in (entry.added, entry.handled, *([entry.running] if entry.running else [])):
         parse_time(text)
     return replace(entry, tasks=tuple(entry.tasks), models=tuple(entry.models))

@@ -29,6 +29,8 @@ def told(line: Mapping[str, Any]) -> str:
         case "failed":
             what = about if line.get("protocol") else line.get("subject")
             return f"failed: {f'{what}: ' if what else ''}{line.get('error')}"
+        case "left out":
+            return f"{about} is left out of its suite: {line.get('why')}"
         case "ended":
             return f"ended the work of {line.get('due')}: {line.get('outcome')}"
         case "delivered":

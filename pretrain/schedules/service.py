@@ -59,7 +59,7 @@ class Service(Generic[Handle]):
         self._runs: set[Path] = set()  # with scores of schedules
         self._once: set[str] | None = None  # entries that were worked on, where each is once
         self._offset = self._told_from = 0
-        self._failed: dict[str, list[dict[str, Any]]] = {}
+        self._given_up: dict[str, list[dict[str, Any]]] = {}
         _, self._told_from = lines.records(schedules.history)
 
     def run_once(self, wait: Callable[[float], Any]) -> int:
@@ -142,14 +142,14 @@ class Service(Generic[Handle]):
         known = self._new.get(entry.name)
         if known is None or known[0].added != entry.added:  # of another entry of this name before
             known = self._new[entry.name] = (entry, NewCheckpoints(entry))
-        return bool(known[1].due(given_up(self._failed.get(entry.name, []))))
+        return bool(known[1].due(given_up(self._given_up.get(entry.name, []))))
 
     def _read_history(self) -> None:
-        """What has been written since the last look, by whoever: the failures, and what there is to say."""
+        """What has been written since the last look, by whoever: what is not tried again, and what there is to say."""
         new, self._offset = lines.records(self._schedules.history, self._offset)
         for line in new:
-            if line.get("what") == "failed":
-                self._failed.setdefault(line["entry"], []).append(line)
+            if line.get("what") in ("failed", "left out"):
+                self._given_up.setdefault(line["entry"], []).append(line)
             if line.get("what") == "scored" and line.get("run"):
                 self._runs.add(self._storage_of(line["entry"]) / line["run"])
         for line in lines.records(self._schedules.history, self._told_from)[0] if new else ():

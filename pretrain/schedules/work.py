@@ -17,16 +17,18 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from backbones.registry import IMAGE
 from evaluation.protocol import CI_SUFFIXES, format_value
 from pretrain.checkpoints import copies, references, store
 from pretrain.config.load import in_storage, load_plan
 from pretrain.config.schema import EvaluationTask
 from pretrain.config.stages import Plan
+from pretrain.config.suites import judged
 from pretrain.errors import RequestError, RunFailed, last_line
 from pretrain.evaluations import due, evaluate_tasks
 from pretrain.record.events import CheckpointPublished, Evaluated, EvaluationFailed, Event, Warned
@@ -92,7 +94,7 @@ class NewCheckpoints:
     def __init__(self, entry: Entry) -> None:
         assert entry.on_checkpoint is not None
         self._storage, self._since = Path(entry.on_checkpoint), parse_time(entry.added).timestamp()
-        self._asked = _tasks(entry)
+        self._entry = entry
         self._followed: dict[str, _Followed] = {}
 
     def due(self, given_up: Collection[Label]) -> list[Job]:
@@ -103,22 +105,23 @@ class NewCheckpoints:
         """
         found: list[Job] = []
         for run in runs_in(self._storage):
-            followed = self._followed.setdefault(run.run_id, _Followed(run, self._since))
-            found += followed.due(self._asked, given_up)
+            followed = self._followed.setdefault(run.run_id, _Followed(run, self._entry, self._since))
+            found += followed.due(given_up)
         return found
 
 
 class _Followed:
     """One run, whose files are read on from where they were read before."""
 
-    def __init__(self, run: RunDir, since: float) -> None:
-        self._run, self._since = run, since
+    def __init__(self, run: RunDir, entry: Entry, since: float) -> None:
+        self._run, self._entry, self._since = run, entry, since
         self._read = {run.journal: 0, run.evaluations: 0}
         self._steps: set[int] = set()
         self._done: set[tuple[int, str, str]] = set()
         self._plan: Plan | None = None
+        self._asked: list[EvaluationTask] | None = None
 
-    def due(self, asked: Iterable[EvaluationTask], given_up: Collection[Label]) -> Iterator[Job]:
+    def due(self, given_up: Collection[Label]) -> Iterator[Job]:
         for event in self._new_events(self._run.journal):
             if isinstance(event, CheckpointPublished) and event.time >= self._since:
                 self._steps.add(event.step)
@@ -131,12 +134,14 @@ class _Followed:
             plan = self._plan = self._plan or load_plan(self._run.recipe, check_files=False)
         except RequestError:  # of a run that is being made, or damaged: without its recipe nobody knows what is due
             return
-        own = plan.recipe.evaluation
-        left = {(task.protocol, task.data) for task in own.tasks if own.enabled}
-        tasks = [task for task in asked if (task.protocol, task.data) not in left]
+        if self._asked is None:
+            asked = _tasks(self._entry, plan.recipe.backbone.kind)
+            self._asked = [_as_the_run_has_it(task, plan.recipe.evaluation.tasks) for task in asked]
+        steps = sorted(self._steps)
+        left = {(step, task.protocol, task.data) for step, task in due(plan, steps, ())}
         failed = {label[1:] for label in given_up if label[0] == self._run.run_id}
         by_step: dict[int, list[EvaluationTask]] = {}
-        for step, task in due(plan, sorted(self._steps), self._done | failed, tasks):
+        for step, task in due(plan, steps, self._done | failed | left, self._asked):
             by_step.setdefault(step, []).append(task)
         for step, wanted in by_step.items():
             where = store.published_by_event(self._run.path, step).location
@@ -198,7 +203,7 @@ class _Work:
     ) -> None:
         self._schedules, self._entry, self._due = schedules, entry, due_time
         self._say, self._clock = say, clock
-        counted = ("scored",) if retry else ("scored", "failed")
+        counted = ("scored", "left out") if retry else ("scored", "left out", "failed")
         self._past = [line for line in schedules.past(entry.name) if line.get("what") in counted]
         self._outcome = Outcome()
         self._storage = Path(entry.on_checkpoint or schedules.storage)
@@ -230,7 +235,8 @@ class _Work:
                 continue
             run = RunDir(self._storage / str(manifest.get("run_id") or "."))
             known = run if run.is_run and run.path.parent == self._storage else None
-            tasks = tuple(_as_the_run_has_it(task, known) for task in _tasks(self._entry))
+            own = _recipe_tasks(known)
+            tasks = tuple(_as_the_run_has_it(task, own) for task in _tasks(self._entry, _kind_of(checkpoint)))
             yield Job(reference, str(checkpoint), int(manifest["step"]), known, tasks)
 
     def _evaluate(self, job: Job, tasks: list[EvaluationTask], directory: str) -> None:
@@ -253,7 +259,9 @@ class _Work:
             training=str(training),
         )
         for event in events:
-            if isinstance(event, EvaluationFailed):
+            if isinstance(event, EvaluationFailed) and event.left_out:
+                self._note("left out", why=event.error, **facts, protocol=event.protocol, data=event.data)
+            elif isinstance(event, EvaluationFailed):
                 self._failed(event.error, **facts, protocol=event.protocol, data=event.data)
             elif isinstance(event, Evaluated):
                 self._take(job, event, facts)
@@ -318,22 +326,37 @@ class _Work:
 
 
 def given_up(past: Iterable[Mapping[str, Any]]) -> set[Label]:
-    """What the history says to have failed."""
+    """What the history says to have failed, or to be nothing for a checkpoint."""
     return {
         (line["run"], line["step"], line["protocol"], line["data"])
         for line in past
-        if line["what"] == "failed" and line.get("protocol") and line.get("run")
+        if line["what"] in ("failed", "left out") and line.get("protocol") and line.get("run")
     }
 
 
-def _tasks(entry: Entry) -> list[EvaluationTask]:
-    return [EvaluationTask(protocol, name) for name in entry.data for protocol in entry.tasks]
+def _tasks(entry: Entry, kind: str) -> list[EvaluationTask]:
+    """What an entry asks of checkpoints with a backbone of a kind."""
+    if entry.suite is None:
+        return [EvaluationTask(protocol, name) for name in entry.data for protocol in entry.tasks]
+    suites = [EvaluationTask(data=name, suite=entry.suite) for name in entry.data]
+    return [
+        replace(task, protocol=protocol)
+        for task in suites
+        for protocol, reason in judged(task, kind, entry.data[task.data]).items()
+        if reason is None
+    ]
 
 
-def _as_the_run_has_it(task: EvaluationTask, run: RunDir | None) -> EvaluationTask:
-    """The task of the run's recipe that has this protocol and data, with the size that it says; else as it is."""
-    own = _recipe_tasks(run)
-    return next((mine for mine in own if (mine.protocol, mine.data) == (task.protocol, task.data)), task)
+def _kind_of(checkpoint: Path) -> str:
+    from evaluation.runner import architecture_of  # with torch
+
+    return str(architecture_of(checkpoint).get("kind", IMAGE))
+
+
+def _as_the_run_has_it(task: EvaluationTask, own: Iterable[EvaluationTask]) -> EvaluationTask:
+    """With the size of the task of the run's recipe that has this protocol and data, if there is one."""
+    sizes = [mine.image_size for mine in own if (mine.protocol, mine.data) == (task.protocol, task.data)]
+    return replace(task, image_size=sizes[0]) if sizes else task
 
 
 def _recipe_tasks(run: RunDir | None) -> list[EvaluationTask]:

@@ -347,7 +347,7 @@ class Tracker:
                 return partial(MlflowRun.tag, key=f"warning/{event.about}", value=value)
             case Failed():
                 return partial(MlflowRun.tag, key="error", value=event.error[:MAX_TAG])
-            case EvaluationFailed() if not self._is_sent(event):
+            case EvaluationFailed() if not event.left_out and not self._is_sent(event):
                 value = f"step {event.step}: {event.error}"[:MAX_TAG]
                 return partial(MlflowRun.tag, key=f"eval/{event.task}/error", value=value)
             case Evaluated() if not self._is_sent(event):

@@ -232,7 +232,7 @@ def _decoders(recipe: Recipe, objective: Objective) -> Iterator[str]:
         return
     for index, task in enumerate(recipe.evaluation.tasks):
         spec, encoder = protocol(task.protocol), objective.exported
-        if spec.tokens == "decoded":
+        if spec.tokens == "decoded" and task.suite is None:  # of a suite it is left out when it comes to it
             heads = objective.exported_heads()
             try:
                 require_decoder(spec.name, "this objective", None if heads is None else heads.spec)

@@ -6,12 +6,15 @@ import io
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from backbones.io import load_backbone, save_backbone
 from backbones.registry import create_backbone
@@ -134,6 +137,28 @@ def test_evaluate_tasks__one_that_fails_stops_no_other_and_features_are_taken_on
     assert isinstance(segmentation, EvaluationFailed) and segmentation.task == "segmentation/mine"
     assert "seg.png" in segmentation.error and "\n" not in segmentation.error
     assert len(extracted) == 1
+
+
+def test_evaluate_tasks__of_a_suite_leave_out_what_is_nothing_for_data_and_fail_by_broken_weights(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    _write_shards(tmp_path / "shards", {"train": ["cls", "png"], "test": ["cls", "png"]})  # of one class
+    tasks = [EvaluationTask("svm", "mine", suite="quick"), EvaluationTask("svm", "mine")]
+    where = (str(tmp_path / "shards"), str(tmp_path / "runs"))
+    options: dict[str, Any] = {"device": "cpu", "threads": 1, "training": "/nowhere"}
+    of_suite, named = evaluate_tasks(str(checkpoint), 7, tasks, *where, **options)
+    assert isinstance(of_suite, EvaluationFailed) and isinstance(named, EvaluationFailed)
+    assert of_suite.left_out and of_suite.error == "svm needs training samples of at least 2 classes, and there is 1"
+    assert not named.left_out and named.error == f"EvaluationError: {of_suite.error}"
+
+    weights = load_file(checkpoint / "backbone.safetensors")
+    with safe_open(checkpoint / "backbone.safetensors", "pt") as file:
+        metadata = file.metadata()
+    weights["norm.weight"] = weights["norm.weight"] * float("nan")
+    save_file(weights, checkpoint / "backbone.safetensors", metadata)
+    write_manifest(checkpoint, 7, "run-1")
+    (broken,) = evaluate_tasks(str(checkpoint), 7, tasks[:1], *where, **options)
+    assert isinstance(broken, EvaluationFailed) and not broken.left_out and "not finite" in broken.error
 
 
 def test_evaluate_tasks__a_picture_that_cannot_be_drawn_is_one_line_and_costs_no_score_and_no_other_picture(

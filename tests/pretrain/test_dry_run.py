@@ -148,3 +148,19 @@ def test_dry_run__each_stage_has_its_own_division_of_the_batch_and_its_warning(
     assert "stage highres: micro-batch 16 x accumulation 2; fp32, ZeRO stage 0" in whole
     warning = "warning: dinov3 compares the samples of a micro-batch: 2 of them are not what one large one is"
     assert whole.count(warning) == 1 and whole.index("stage highres: dinov3") < whole.index(warning)
+
+
+def test_dry_run__says_what_suites_are_and_when_each_of_their_protocols_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = "evaluation.tasks=[{suite: quick, data: cifar10}, {suite: standard, data: cifar10, at: last}]"
+    settings = [tasks, "evaluation.select=knn/cifar10/top1", "train.steps=500", "train.checkpoint_every=250"]
+    lines = screen(tmp_path, capsys, monkeypatch, "mae_cifar10", *settings)
+    begin, end = (next(i for i, line in enumerate(lines) if line.startswith(name)) for name in ("evaluate", "leaves"))
+    assert " ".join(line[10:] for line in lines[begin:end]) == (
+        "knn/cifar10, ridge/cifar10, spectrum/cifar10, svm/cifar10 after steps 0, 250, 500 "
+        "linear/cifar10, logreg/cifar10, few_shot/cifar10, token_health/cifar10 after steps 0, 500; "
+        "best by knn/cifar10/top1 "
+        "without masked_reconstruction/cifar10, voxel_segmentation/cifar10: not for backbones of kind image "
+        "without segmentation/cifar10, patch_knn/cifar10: no labels seg.png"
+    )

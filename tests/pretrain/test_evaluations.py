@@ -66,6 +66,27 @@ def test_due__which_checkpoints(changes: dict[str, Any], expected: list[int]) ->
     assert found == [(step, task) for step in expected for task in (KNN, LINEAR)]
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"every": 2}, [0, 20, 40, 45]),
+        ({"at": "last"}, [0, 45]),  # of the run, and what it began with, to compare with
+        ({}, [0, 10, 20, 30, 40, 45]),
+    ],
+    ids=str,
+)
+def test_due__a_task_says_how_often_for_itself(changes: dict[str, Any], expected: list[int]) -> None:
+    found = list(due(plan(tasks=[KNN, replace(LINEAR, **changes)]), STEPS, set()))
+    assert [step for step, task in found if task.protocol == "linear"] == expected
+    assert [step for step, task in found if task == KNN] == STEPS
+
+
+def test_due__the_last_checkpoint_is_that_of_the_run_and_not_of_each_stage() -> None:
+    one = recipe(tasks=[replace(KNN, at="last")], baseline=False)
+    staged = Plan((Stage("a", one), Stage("b", one, first_step=45)))
+    assert [step for step, _ in due(staged, [0, 10, 45, 55, 90], set())] == [90]
+
+
 def test_due__counts_within_a_stage_and_takes_the_last_step_of_each() -> None:
     """45 steps with checkpoints at 10 20 30 40 45, then 45 more."""
     one = recipe(every=2, tasks=[KNN])

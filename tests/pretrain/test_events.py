@@ -60,7 +60,7 @@ def test_from_json__a_missing_field_is_named(event: Event) -> None:
         events.Warned: {"ranks"},
     }.get(type(event), set())
     if isinstance(event, EvaluationFailed):
-        optional = {"error"}  # without it the record is one of scores, which then lacks others
+        optional = {"error", "left_out"}  # without an error the record is one of scores, which then lacks others
     if isinstance(event, Evaluated):
         optional = {"described", "num_test", "data_digest", "weights_digest"}  # older records do not say
     for name in record.keys() - {"kind"} - optional:

@@ -107,6 +107,25 @@ def test_prune__keeps_the_newest_the_best_and_what_is_being_evaluated(run_dir: P
     assert [(event.step, event.protocol) for event in known.scores][-3:] == [(20, "knn"), (30, "knn"), (30, "linear")]
 
 
+def test_see__what_is_left_out_of_a_suite_ends_and_is_not_due_to_the_next_driver(run_dir: Path) -> None:
+    known = KnownCheckpoints(plan(**{"train.keep_last": 1, "train.keep_best": 0}), run_dir)
+    for step in (10, 20):
+        known.see(publish(run_dir, step))
+    ends = [
+        EvaluationFailed(step=step, protocol=protocol, data=data, error="too few", left_out=protocol == "linear")
+        for step, protocol, data in known.take_due()
+    ]
+    for end in ends:
+        known.see(end)
+    known.prune()
+    assert resumable(run_dir) == [20]
+    following = KnownCheckpoints(plan(), run_dir)
+    for end in ends:
+        following.see(end)
+    following.look()
+    assert list(following.due) == [(10, "knn", "grocery"), (20, "knn", "grocery")]
+
+
 def test_see__a_checkpoint_that_is_published_again_is_not_evaluated_again(run_dir: Path) -> None:
     known = KnownCheckpoints(plan(**{"train.keep_last": 1, "train.keep_best": 0}), run_dir)
     for step in (10, 20):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import FrozenInstanceError, dataclass, field
 from pathlib import Path
 
@@ -150,6 +151,62 @@ def test_load__an_evaluation_that_does_not_fit_the_kind_of_backbone(shards: Path
     listed = said.partition("built-in ones that do: ")[2].splitlines()[0]
     assert "knn, linear, " in listed and "masked_reconstruction" in listed and ", segmentation" not in listed
     assert "evaluation.tasks[1].image_size=32" in said and "with backbone.kind=voxels leave it out" in said
+
+
+QUICK = [("knn", "mine"), ("ridge", "mine"), ("spectrum", "mine"), ("svm", "mine")]
+
+
+def _labelled(folder: Path, *fields: str) -> Path:
+    """A sample with these fields in each split."""
+    folder.mkdir()
+    for split in ("train", "test"):
+        with tarfile.open(folder / f"{split}-000000.tar", "w") as shard:
+            for field in fields:
+                shard.addfile(tarfile.TarInfo(f"a.{field}"))
+    return folder
+
+
+def test_load__a_suite_is_its_protocols_that_fit_and_the_recipe_of_a_run_has_these(tmp_path: Path) -> None:
+    mine = _labelled(tmp_path / "mine", "jpg", "cls")
+    settings = [f"evaluation.data={{mine: {mine}}}", "evaluation.select=knn/mine/top1"]
+    recipe = load_recipe("demo", [*settings, "evaluation.tasks=[{suite: quick, data: mine, every: 2}]"])
+    tasks = recipe.evaluation.tasks
+    assert [(task.protocol, task.data) for task in tasks] == QUICK
+    assert {(task.suite, task.every, task.at) for task in tasks} == {("quick", 2, None)}
+    written = tmp_path / "recipe.yaml"
+    written.write_text(to_yaml(recipe))
+    assert load_recipe(written, check_files=False).evaluation.tasks == tasks
+
+    unlabelled = _labelled(tmp_path / "unlabelled", "jpg")
+    settings = [f"evaluation.data={{mine: {unlabelled}}}", "evaluation.select=null"]
+    (alone,) = load_recipe("demo", [*settings, "evaluation.tasks=[{suite: quick, data: mine}]"]).evaluation.tasks
+    assert alone.protocol == "spectrum"
+
+
+def test_load__masks_without_names_of_classes_are_no_labels_of_a_suite(tmp_path: Path) -> None:
+    mine = _labelled(tmp_path / "mine", "jpg", "seg.png")
+    settings = [f"evaluation.data={{mine: {mine}}}", "evaluation.select=null"]
+    settings += ["evaluation.tasks=[{suite: standard, data: mine}]"]
+    names = [task.protocol for task in load_recipe("demo", settings).evaluation.tasks]
+    assert names == ["spectrum", "token_health"]
+    (mine / "dataset.json").write_text('{"classes": ["ground", "cat"]}')
+    names = [task.protocol for task in load_recipe("demo", settings).evaluation.tasks]
+    assert names == ["spectrum", "token_health", "segmentation", "patch_knn"]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_load__a_protocol_of_two_suites_is_run_once_as_often_as_one_of_them_says(tmp_path: Path, first: int) -> None:
+    mine = _labelled(tmp_path / "mine", "jpg", "cls")
+    both = ["{suite: quick, data: mine}", "{suite: standard, data: mine, at: last}"]
+    named = "{protocol: ridge, data: mine, image_size: 96, at: last}"
+    written = ", ".join([both[first], both[1 - first], named])
+    settings = [f"evaluation.data={{mine: {mine}}}", f"evaluation.tasks=[{written}]", "evaluation.select=null"]
+    tasks = load_recipe("demo", settings).evaluation.tasks
+    assert len({(task.protocol, task.data) for task in tasks}) == len(tasks) == 8
+    when = {task.protocol: (task.suite, task.at) for task in tasks}
+    assert when["knn"] == when["svm"] == ("quick", None)
+    assert when["linear"] == when["few_shot"] == ("standard", "last")
+    assert when["ridge"] == (None, "last")  # it was named
 
 
 def test_load_recipe__a_list_or_mapping_replaces(shards: Path) -> None:

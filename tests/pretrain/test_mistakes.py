@@ -41,6 +41,13 @@ def mistakes(recipe: str | Path, *overrides: str) -> tuple[str, ...]:
     return refused.value.mistakes
 
 
+def test_load_recipe__the_last_checkpoint_alone_cannot_be_best() -> None:
+    tasks = "evaluation.tasks=[{protocol: knn, data: grocery}, {protocol: linear, data: grocery, at: last}]"
+    (line,) = mistakes("demo", tasks, "evaluation.select=linear/grocery/top1")
+    assert "evaluation.select=linear/grocery/top1: only the last checkpoint has this score (at: last)" in line
+    assert "; those of every checkpoint: knn/grocery/" in line and "linear" not in line.partition(";")[2]
+
+
 def test_load_recipe__without_tasks_nothing_can_be_selected_by() -> None:
     """The recipe's `select` is not to blame when the command line has taken its tasks away."""
     (line,) = mistakes("demo", "evaluation.tasks=[]")
@@ -95,6 +102,13 @@ def test_load_recipe__without_tasks_nothing_can_be_selected_by() -> None:
         (
             "evaluation.tasks[0].protocol=liner",
             f"unknown protocol; known are {', '.join(evaluations.names())}; did you mean ",
+        ),
+        ("evaluation.tasks=[{data: mine}]", "evaluation.tasks[0].protocol='': unknown protocol; known are"),
+        ("evaluation.tasks=[{suite: fast, data: mine}]", "expected one of quick, standard, full or null"),
+        ("evaluation.tasks=[{suite: quick, data: mein}]", "known are mine; did you mean 'mine'?"),
+        (
+            "evaluation.tasks=[{protocol: knn, data: mine, every: 2, at: last}]",
+            "evaluation.tasks[0].every=2: beside at=last; give one of them",
         ),
         ("evaluation.tasks[0].data=mein", "unknown entry of evaluation.data; known are mine; did you mean 'mine'?"),
         ("evaluation.select=linear/mine/top1_ci_low", "only reported, nothing can be best by it; those that say"),

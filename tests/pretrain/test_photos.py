@@ -72,6 +72,14 @@ def test_load__without_labels_leaves_evaluations_out_in_one_line(
     ]
 
 
+def test_load__of_a_suite_what_photos_have_labels_for(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = ["evaluation.tasks=[{suite: standard, data: photos, at: last}]", "evaluation.select=null"]
+    recipe = load("mae_photos", [f"data.root={photos}", *suite]).recipe
+    names = [task.protocol for task in recipe.evaluation.tasks]
+    assert names == ["knn", "ridge", "spectrum", "svm", "linear", "logreg", "few_shot", "token_health"]
+    assert "evaluation: without" not in capsys.readouterr().out
+
+
 def test_load__too_few_photos_to_hold_some_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

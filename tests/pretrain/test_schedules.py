@@ -34,6 +34,7 @@ from pretrain.record.run_dir import RunDir
 from pretrain.schedules import work as works
 from pretrain.schedules.cron import checked_cron, checked_zone, last_due, next_due
 from pretrain.schedules.entries import Entry, Schedules
+from pretrain.schedules.history import told
 from pretrain.schedules.regressions import Scored, is_worse
 from pretrain.schedules.service import POLL_S, REST, Service
 from pretrain.schedules.webhooks import PAUSES_S, Alert, Outbox, signature
@@ -408,6 +409,27 @@ def test_new_checkpoints__as_often_as_the_run_says_and_what_it_does_itself_is_le
     assert [job.step for job in new.due([])] == [20, 40] == [job.step for job in NewCheckpoints(of_new(run)).due([])]
 
 
+def test_new_checkpoints__of_a_suite_what_fits_but_for_what_the_run_does_by_itself(run: RunDir) -> None:
+    new = NewCheckpoints(of_new(run, tasks=(), suite="quick"))
+    publish(run, 20)
+    assert [[task.protocol for task in job.tasks] for job in new.due([])] == [["ridge", "spectrum", "svm"]]
+
+
+def test_new_checkpoints__what_the_run_does_at_its_end_alone_is_not_left_to_it_before(run: RunDir) -> None:
+    own = "  tasks:\n  - protocol: knn\n    data: grocery\n    image_size: null"
+    text = run.recipe.read_text()
+    assert own in text
+    text = text.replace(own, own.replace("null", "96")).replace("    at: null", "    at: last", 1)
+    run.recipe.write_text(text.replace("  select: knn/grocery/top1", "  select: null"))
+    publish(run, 20, 40)
+    found = NewCheckpoints(of_new(run)).due([])
+    assert [(job.step, [task.protocol for task in job.tasks]) for job in found] == [
+        (20, ["knn", "linear"]),
+        (40, ["linear"]),
+    ]
+    assert [task.image_size for task in found[0].tasks] == [96, None]
+
+
 def test_service__has_new_checkpoints_evaluated_and_rests_when_that_dies(run: RunDir) -> None:
     schedules, now = Schedules(run.path.parent), [BEGAN]
     schedules.add(of_new(run), BEGAN)
@@ -525,6 +547,27 @@ def test_done__work_that_is_cut_off_tells_nothing_twice(
     done(schedules, entry, BEGAN, lambda line: None, lambda: BEGAN)
     assert [event.step for event in read_events(run.evaluations)[0] if isinstance(event, Evaluated)] == [20, 40]
     assert len(Outbox(schedules.outbox).waiting()) == 1
+
+
+def test_done__what_a_suite_has_that_fits_not_is_told_and_neither_a_failure_nor_tried_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(location: str, step: int, tasks: Any, *rest: Any, **options: Any) -> list[Any]:
+        assert {task.suite for task in tasks} == {"quick"}
+        of = [{"step": step, "protocol": task.protocol, "data": task.data} for task in tasks]
+        return [EvaluationFailed(**each, error="too few of 1 class", left_out=True) for each in of]
+
+    monkeypatch.setattr(works, "evaluate_tasks", evaluate)
+    schedules, entry = Schedules(run.path.parent), of_new(run, tasks=(), suite="quick")
+    schedules.add(entry, BEGAN)
+    publish(run, 20)
+    outcome = done(schedules, entry, BEGAN, list[str]().append, lambda: BEGAN, retry=True)
+    assert (outcome.scores, outcome.failures) == (0, 0)
+    said = [told(line) for line in schedules.past() if line["what"] == "left out"]
+    assert said[0] == "run-1 step 20: ridge/grocery is left out of its suite: too few of 1 class" and len(said) == 3
+    assert schedules.entry("new").suite == "quick"
+    done(schedules, entry, BEGAN, list[str]().append, lambda: BEGAN, retry=True)
+    assert len([line for line in schedules.past() if line["what"] == "left out"]) == 3
 
 
 def test_done__a_failure_is_written_down_and_stops_nothing(run: RunDir, scores: dict[int, float]) -> None:
@@ -686,7 +729,7 @@ def test_schedule__surface_is_frozen() -> None:
         ]
         for name, command in schedule.commands.items()
     }
-    when, what = ["--cron", "--tz", "--on-checkpoint"], ["--models", "--tasks", "--data"]
+    when, what = ["--cron", "--tz", "--on-checkpoint"], ["--models", "--tasks", "--suite", "--data"]
     assert surface == {
         "add": ["NAME", *when, *what, "--webhook-url-env", "--webhook-secret-env", "--storage"],
         "list": ["--storage"],
@@ -713,6 +756,8 @@ DATA = ["--data", f"grocery={GROCERY}"]
         ([*ADD[:6], "runs:/run-2/best", *ADD[7:], *DATA], "--models runs:/run-2/best: no run 'run-2'"),
         ([*ADD[:6], "run-1,,run-1", *ADD[7:], *DATA], "--models run-1,,run-1: nothing between two commas"),
         ([*ADD[:8], "knn,liner", *DATA], "--tasks liner: no such protocol"),
+        ([*ADD[:7], *DATA], "what: give either --tasks NAME,... or --suite NAME"),
+        ([*ADD, *DATA, "--suite", "quick"], "what: give either --tasks NAME,... or --suite NAME"),
         ([*ADD, "--data", "grocery=nowhere"], "--data grocery=nowhere: no such directory"),
         ([*ADD, "--data", "nowhere"], "--data nowhere: expected NAME=DIRECTORY"),
         ([*ADD[:8], "segmentation", *DATA], "its samples have no labels for segmentation"),

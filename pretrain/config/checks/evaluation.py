@@ -1,4 +1,7 @@
-"""Evaluation: are its data there, do its tasks fit the backbone, is there a score to select by?"""
+"""Evaluation: are its data there, do its tasks fit the backbone, is there a score to select by?
+
+Not here: which tasks a suite becomes (`pretrain.config.suites`).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from pretrain.config.mistakes import Mistakes
 from pretrain.config.schema import EvaluationConfig, EvaluationTask
 from pretrain.errors import nearest, nearest_file
 
-__all__ = ["check_evaluation_data", "check_evaluation_tasks", "evaluation_data_problem"]
+__all__ = ["check_evaluation_data", "check_evaluation_tasks", "check_select", "evaluation_data_problem"]
 
 
 def evaluation_data_problem(directory: str | Path) -> str | None:
@@ -51,13 +54,20 @@ def check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, mistakes
     protocols = evaluations.names()
     for index, task in enumerate(evaluation.tasks):
         key = f"evaluation.tasks[{index}]"
-        _check_known(f"{key}.protocol", task.protocol, "protocol", protocols, mistakes)
-        if mistakes.sound(f"{key}.protocol", "backbone.kind"):
+        if task.protocol or task.suite is None:
+            _check_known(f"{key}.protocol", task.protocol, "protocol", protocols, mistakes)
+        if task.protocol and mistakes.sound(f"{key}.protocol", "backbone.kind"):
             _check_fits(key, task, backbone.kind, mistakes)
+        if task.every is not None and task.at is not None:
+            mistakes.add(f"{key}.every", task.every, f"beside at={task.at}; give one of them")
         if mistakes.sound("evaluation.data"):
             _check_known(f"{key}.data", task.data, "entry of evaluation.data", evaluation.data, mistakes)
         if mistakes.sound(f"{key}.image_size", "backbone.patch_size") and task.image_size and patch_size:
             check_divisible(f"{key}.image_size", task.image_size, patch_size, mistakes)
+
+
+def check_select(evaluation: EvaluationConfig, mistakes: Mistakes) -> None:
+    """Is there the score that the best checkpoint is chosen by? Suites have become their protocols."""
     if evaluation.select is not None and not evaluation.tasks and mistakes.sound("evaluation"):
         key = mistakes.latest("evaluation.select", "evaluation.tasks")
         value = evaluation.select if key == "evaluation.select" else []
@@ -69,7 +79,13 @@ def check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, mistakes
             for metric in evaluations.protocol(task.protocol).metrics
         }
         choices = [name for name, metric in scores.items() if metric.better is not None]
-        if evaluation.select in scores and evaluation.select not in choices:
+        at_last = {f"{task.protocol}/{task.data}" for task in evaluation.tasks if task.at == "last"}
+        if evaluation.select.rpartition("/")[0] in at_last:
+            problem = "only the last checkpoint has this score (at: last), so none can be best by it"
+            others = [name for name in choices if name.rpartition("/")[0] not in at_last]
+            remedy = f"those of every checkpoint: {', '.join(others)}" if others else "add evaluation.select=null"
+            mistakes.add("evaluation.select", evaluation.select, f"{problem}; {remedy}")
+        elif evaluation.select in scores and evaluation.select not in choices:
             problem = f"only reported, nothing can be best by it; those that say which is better: {', '.join(choices)}"
             mistakes.add("evaluation.select", evaluation.select, problem)
         else:

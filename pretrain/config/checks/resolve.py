@@ -18,7 +18,7 @@ from pretrain.config.checks.data import (
     loader_workers,
     with_absolute_paths,
 )
-from pretrain.config.checks.evaluation import check_evaluation_data, check_evaluation_tasks
+from pretrain.config.checks.evaluation import check_evaluation_data, check_evaluation_tasks, check_select
 from pretrain.config.checks.model import check_crops, check_image_encoder
 from pretrain.config.checks.optimizer import check_optimizer
 from pretrain.config.checks.places import (
@@ -34,6 +34,7 @@ from pretrain.config.checks.zero import check_deepspeed_keys, check_zero_stage, 
 from pretrain.config.mistakes import Mistakes
 from pretrain.config.paths import absolute, absolute_reference
 from pretrain.config.schema import Recipe
+from pretrain.config.suites import in_protocols
 
 __all__ = ["resolve"]
 
@@ -88,4 +89,9 @@ def resolve(draft: Recipe, mistakes: Mistakes, *, check_files: bool) -> Recipe:
         if check_files:
             check_evaluation_data(recipe.evaluation, mistakes)
         check_evaluation_tasks(recipe.evaluation, recipe.backbone, mistakes)
+    if mistakes.sound("evaluation", "backbone.kind"):
+        evaluation = in_protocols(recipe.evaluation, recipe.backbone.kind, mistakes, with_data=check_files)
+        recipe = replace(recipe, evaluation=evaluation)
+    if recipe.evaluation.enabled:
+        check_select(recipe.evaluation, mistakes)
     return recipe
