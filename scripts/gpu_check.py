@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from gpu_parts import PARTS, Check, Part, Row
+from gpu_parts import PARTS
+from gpu_parts.questions import Check, Part, Row
 
 
 def serve(connection: Connection, check: Check) -> None:
