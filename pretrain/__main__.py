@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pretrain.cli.main import console
+from pretrain.cli import console
 
 console()

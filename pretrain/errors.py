@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "EXIT_INTERRUPTED",
     "EXIT_STOPPED",
     "RequestError",
     "RunFailed",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run me again
+EXIT_INTERRUPTED = 130  # what shells say of a command that Ctrl-C has ended
 
 
 class RequestError(Exception):

@@ -1,4 +1,5 @@
-"""The command line. Exit codes: 0 done, 1 the work failed, 2 the request was wrong (one line per mistake), 75 stopped.
+"""The command line. Exit codes: 0 done, 1 the work failed, 2 the request was wrong (one line per mistake), 75 stopped
+after a checkpoint, 130 interrupted.
 
 Requests are checked before anything heavy is imported: `--help`, `recipes` and every refused request answer without
 torch, Ray, MLflow or DeepSpeed. The work itself is in `pretrain.driver`, `pretrain.evaluations`,
@@ -35,6 +36,7 @@ from pretrain.cli.schedule import schedule
 from pretrain.cli.storage import storage_option
 from pretrain.cli.tables import print_table
 from pretrain.errors import (
+    EXIT_INTERRUPTED,
     EXIT_STOPPED,
     RequestError,
     RunFailed,
@@ -343,7 +345,7 @@ for _command in (submit, jobs, status, logs, stop):
 
 
 def console() -> NoReturn:
-    """The command `pretrain` of a shell; runs are watched over by a parent process."""
+    """As `pretrain.cli.console`, once all is imported; runs are watched over by a parent process."""
     leave_out_pandas()
     parent = Parent(wanted=True)
     code = main(parent=parent)
@@ -365,7 +367,7 @@ def main(arguments: Sequence[str] | None = None, *, parent: Parent | None = None
         return 2
     except (KeyboardInterrupt, click.Abort):
         _complain(["interrupted"])
-        return 1
+        return EXIT_INTERRUPTED
     except RequestError as error:
         _complain(error.mistakes)
         return 2

@@ -191,6 +191,7 @@ def serve(once: bool, as_job: bool, address: str | None, env: tuple[str, ...], s
         else:
             say(f"serving {schedules.path}")
             service.run(stopping)
+            say("stopping the service: what is at work ends")
         interrupted = service.stop(lambda seconds: threading.Event().wait(seconds))
     if interrupted:
         raise RunStopped(f"stopped at work on {', '.join(interrupted)}; the next service does it again")

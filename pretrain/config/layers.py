@@ -188,7 +188,7 @@ class _Layers:
                 value = value.text if value.problem is not None else value.value
         if problem := self._absent_item(key):
             self._mistakes.add(key, written, problem, origin=origin)
-        elif declared == "train.workers" and self._assign_range(value, origin):
+        elif declared == "train.workers" and self._assign_range(value, origin, written):
             pass
         elif declared in self._sections:
             self._assign_section(key, value, origin)
@@ -199,12 +199,13 @@ class _Layers:
         else:
             self._mistakes.add(key, written, f"unknown setting{self._meant(key)}", origin=origin)
 
-    def _assign_range(self, workers: Any, origin: str) -> bool:
+    def _assign_range(self, workers: Any, origin: str, written: Any) -> bool:
         """Take `train.workers: [FEWEST, MOST]` apart; a plain number takes back the range of an earlier layer."""
         fewest_key = "train.min_workers"
         if isinstance(workers, list) and len(workers) == 2:
-            self.assign("train.workers", workers[1], origin)
-            self.assign(fewest_key, workers[0], origin)
+            for key, value, part in (("train.workers", workers[1], "MOST"), (fewest_key, workers[0], "FEWEST")):
+                self._mistakes.note_part(key, value, f"train.workers={shown(written)}: {part}={shown(value)}")
+                self.assign(key, value, origin)
             return True
         if self._mistakes.is_given(fewest_key) and self._mistakes.origin(fewest_key) != origin:
             self.assign(fewest_key, None, origin)

@@ -29,16 +29,24 @@ class Mistakes:
         self.lines: list[str] = []
         self._wrong: set[str] = set()
         self._given: dict[str, tuple[int, str, Any]] = {}  # key -> (when it was set, origin, value as written)
+        self._parts: dict[str, tuple[Any, str]] = {}  # key -> (its value, how that was written with others)
 
     def note_origin(self, key: str, origin: str, value: Any) -> None:
         """Record that `origin` set `key`; the last one counts."""
         self._given[key] = (len(self._given) if origin != COMMAND_LINE else 1_000_000 + len(self._given), origin, value)
 
+    def note_part(self, key: str, value: Any, written: str) -> None:
+        """Record that `key` has a value by what was `written` of another setting; mistakes of that value quote it."""
+        self._parts[key] = value, written
+
     def add(self, key: str, value: Any, problem: str, *, origin: str | None = None) -> None:
         """Add a mistake about `key`; its origin is the layer that set it last unless given."""
         if value is None and self.is_typed(key):
             value = self.written(key)  # `KEY=` means null as well, and is quoted as it was typed
-        self.lines.append(f"{origin or self.origin(key)}: {key}={shown(value)}: {problem}")
+        part_value, text = self._parts.get(key, (None, ""))
+        if not text or part_value != value:
+            text = f"{key}={shown(value)}"
+        self.lines.append(f"{origin or self.origin(key)}: {text}: {problem}")
         self._wrong.add(key)
 
     def add_stray(self, text: str, problem: str, *, origin: str = COMMAND_LINE) -> None:

@@ -17,7 +17,7 @@ from pretrain.jobs.attempts import attempts_of
 from pretrain.record.run_dir import RunDir, runs_in
 from pretrain.record.standing import standing_of
 
-__all__ = ["Row", "find_job", "job_rows", "row_of_job", "row_of_run", "run_jobs", "run_rows"]
+__all__ = ["Row", "find_job", "is_stopping", "job_rows", "row_of_job", "row_of_run", "run_jobs", "run_rows"]
 
 _STATES = {
     "PENDING": "waiting",
@@ -29,6 +29,10 @@ _STATES = {
 _STEP = re.compile(r"^(?:step (\d+)/(\d+)\b|stopped after step (\d+)|checkpoint at step (\d+):)", re.MULTILINE)
 _SWEEP = re.compile(r"^sweep \S+ in .*: (\d+) runs, (\d+) to do, at most \d+ at a time", re.MULTILINE)
 _POINT_DONE = re.compile(r"^\d+/\d+ (?!.*: (?:failed|stopped)).*: done$", re.MULTILINE)
+# A driver, a sweep and a service, once they were asked to end; none goes on after that.
+_STOPPING = re.compile(
+    r"^(?:stopping after the next step|stopping all runs|stopping the service|ending at once)\b", re.M
+)
 _SCORE = re.compile(r"^evaluation of step (\d+): (\S+) (.+?)(?: \(known\))?$", re.MULTILINE)
 
 
@@ -75,6 +79,11 @@ def job_rows(server: JobServer, jobs: Iterable[Job]) -> list[Row]:
     return [row_of_job(server, job) for job in jobs]
 
 
+def is_stopping(server: JobServer, job: Job) -> bool:
+    """Whether a job was asked to end, and is about to; Ray calls it running until it has."""
+    return job.status == "RUNNING" and row_of_job(server, job).state == "stopping"
+
+
 def row_of_job(server: JobServer, job: Job) -> Row:
     """How a job stands."""
     state = "stopped" if job.exit_code == EXIT_STOPPED else _STATES.get(job.status, job.status.lower())
@@ -83,9 +92,12 @@ def row_of_job(server: JobServer, job: Job) -> Row:
     if job.metadata.get("run_id") == run_dir.run_id and run_dir.is_run:
         now = standing_of(run_dir)
         progress, score = _progress(now.step, now.total_steps), now.score
+        state = "stopping" if state == "running" and now.state == "stopping" else state
     elif job.status != "PENDING":
         try:
-            progress, score = told_by_log(server.logs(job.id))
+            log = server.logs(job.id)
+            progress, score = told_by_log(log)
+            state = "stopping" if state == "running" and _STOPPING.search(log) else state
         except JobServerError as error:  # its node is gone, for example
             progress, note = "?", f"its log cannot be read: {error}"
     if state == "failed":

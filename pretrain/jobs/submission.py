@@ -30,9 +30,10 @@ from pretrain.config.mistakes import shown
 from pretrain.config.schema import Recipe
 from pretrain.config.stages import Plan, plan_yaml
 from pretrain.config.values import texts_in
-from pretrain.errors import RequestError
+from pretrain.errors import RequestError, RunStopped
 from pretrain.jobs.attempts import attempt_of, attempts_of, job_id_of
 from pretrain.jobs.environment import Environment, read_environment
+from pretrain.jobs.listing import is_stopping
 from pretrain.jobs.shipping import ISSUED_KEY, URLS_REMEDY, files_of_job, files_of_package
 from pretrain.record.run_dir import checked_run_id
 from pretrain.remote.places import uri_of
@@ -106,6 +107,7 @@ def submit(
 
     Raises:
         RequestError: The request is wrong, too large, or that of another run; nothing was sent.
+        RunStopped: Its job is at work but about to end, as it was asked to; nothing was sent.
         JobServerError: The server refuses, or does not answer.
     """
     plan = load_plan(recipe, settings, check_files=False)
@@ -118,7 +120,7 @@ def submit(
         kind="run",
         name=run_id,
         directory=Path(plan.recipe.storage) / run_id,
-        command=["run", name, *settings, *_in_the_cluster(plan), "--run-id", run_id],
+        command=["run", name, *_in_the_cluster(plan, settings), "--run-id", run_id],
         digest=_digest(plan_yaml(plan)),
         files=files,
         other=f"--run-id {run_id}: job {{}} of that run is at work with another recipe or other settings; stop it "
@@ -147,7 +149,7 @@ def submit_sweep(
         retries: Restarts of each run without a new checkpoint between them.
 
     Raises:
-        RequestError, JobServerError: As in `submit`; one line for each mistake of any point.
+        RequestError, RunStopped, JobServerError: As in `submit`; one line for each mistake of any point.
     """
     plans: list[Plan] = []
     mistakes: dict[str, None] = {}
@@ -164,7 +166,7 @@ def submit_sweep(
         raise RequestError(*mistakes)
     first = plans[0]
     name, files = files_of_job(recipe)
-    there = [*settings, *_in_the_cluster(first)]
+    there = _in_the_cluster(first, settings)
     sweep = sweep_id(first.recipe.name, name, recipe_content(recipe), there)
     work = _Work(
         kind="sweep",
@@ -186,7 +188,7 @@ def submit_service(server: JobServer, storage: str, *, environment: Sequence[str
         storage: Directory of the runs, on the nodes of the cluster.
 
     Raises:
-        RequestError, JobServerError: As in `submit`.
+        RequestError, RunStopped, JobServerError: As in `submit`.
     """
     if not storage.startswith("/"):
         problem = "is relative to the current folder of this machine; a job needs a place that all its nodes see"
@@ -208,21 +210,23 @@ def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:32]
 
 
-def _in_the_cluster(plan: Plan) -> list[str]:
-    """A job is in its own cluster, and its runs where we say that they are, whoever is at home there."""
-    return [f"storage={plan.recipe.storage}", "cluster.address=null"]
+def _in_the_cluster(plan: Plan, settings: Sequence[str]) -> list[str]:
+    """The settings; a job is in its own cluster, and its runs where we say that they are, whoever is at home there."""
+    ours = {"storage": plan.recipe.storage, "cluster.address": "null"}
+    others = [text for text in settings if text.partition("=")[0].strip() not in ours]
+    return [*others, *(f"{key}={value}" for key, value in ours.items())]
 
 
 def _send(server: JobServer, work: _Work, environment: Sequence[str], retries: int) -> Submitted:
     """Have the work done by one job, unless one is at it.
 
     Raises:
-        RequestError, JobServerError: As in `submit`.
+        RequestError, RunStopped, JobServerError: As in `submit`.
     """
     variables = read_environment(environment)
     require_fitting_versions(server)
     known = attempts_of(work.name, server.jobs())
-    if (live := _live(known, work)) is not None:
+    if (live := _live(server, known, work)) is not None:
         return Submitted(live.id, work.directory, attempt_of(live), is_new=False)
     try:
         package = packed(work.files)
@@ -250,19 +254,23 @@ def _send(server: JobServer, work: _Work, environment: Sequence[str], retries: i
             )
         except JobExists:  # sent at the same moment from elsewhere, or a job of another name
             known = attempts_of(work.name, server.jobs())
-            if (live := _live(known, work)) is not None:
+            if (live := _live(server, known, work)) is not None:
                 return Submitted(live.id, work.directory, attempt_of(live), is_new=False)
             continue
         return Submitted(job_id, work.directory, attempt, is_new=True)
 
 
-def _live(attempts: Sequence[Job], work: _Work) -> Job | None:
+def _live(server: JobServer, attempts: Sequence[Job], work: _Work) -> Job | None:
     """The attempt that is at work.
 
     Raises:
         RequestError: It does something else.
+        RunStopped: It is about to end, and would not do what is asked.
     """
     live = next((job for job in attempts if job.is_live), None)
+    if live is not None and is_stopping(server, live):
+        remedy = f"when it has ended (pretrain logs -f {live.id} --address {server.address}), the same command goes on"
+        raise RunStopped(f"job {live.id} was asked to stop and is about to end, so nothing was sent; {remedy}")
     if live is not None and live.metadata.get("recipe_digest") != work.digest:
         raise RequestError(work.other.format(live.id))
     return live

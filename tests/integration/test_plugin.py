@@ -153,7 +153,7 @@ import sys
 import torch
 from safetensors.torch import load_file
 from backbones import load_backbone
-from pretrain.cli import main
+from pretrain.cli.main import main
 
 checkpoint, storage = sys.argv[1:]
 backbone, weights = load_backbone(checkpoint), load_file(checkpoint + "/backbone.safetensors")
@@ -297,7 +297,7 @@ import sys
 import torch
 import pretrain
 from safetensors.torch import load_file
-from pretrain.cli import main
+from pretrain.cli.main import main
 
 checkpoint, storage = sys.argv[1:]
 backbone, weights = pretrain.load_backbone(checkpoint), load_file(checkpoint + "/backbone.safetensors")

@@ -223,7 +223,7 @@ def test_main__evaluation_data_that_no_task_is_on_are_named(
         (RunFailed("it stopped"), 1, ["it stopped"]),
         (RequestError("one", "two"), 2, ["one", "two"]),
         (DataError("shard a.tar: cut off"), 2, ["shard a.tar: cut off"]),
-        (KeyboardInterrupt(), 1, ["interrupted"]),
+        (KeyboardInterrupt(), 130, ["interrupted"]),
     ],
 )
 def test_main__errors_of_the_work(
@@ -241,6 +241,31 @@ def test_main__errors_of_the_work(
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(lines) == len(said)
     assert all(line.startswith(f"error: {start}") for line, start in zip(lines, said, strict=True))
+
+
+IMPORTING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.{handler})
+from pretrain.cli import console
+
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pretrain.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+sys.argv[1:] = ["--version"]
+console()
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "code", "said"), [("default_int_handler", 130, "error: interrupted\n"), ("SIG_IGN", 0, "")]
+)
+def test_console__ctrl_c_while_it_imports_is_one_line(handler: str, code: int, said: str) -> None:
+    command = [sys.executable, "-c", IMPORTING.format(handler=handler)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_main__unexpected_error_leaves_its_traceback_in_a_file(
@@ -546,7 +571,7 @@ CHEAP = {
 MEASURE = f"""
 import json, re, resource, sys
 from pathlib import Path
-from pretrain.cli import main
+from pretrain.cli.main import main
 code = main(sys.argv[1:])
 usage = resource.getrusage(resource.RUSAGE_SELF)
 heavy = [name for name in {HEAVY!r} if name in sys.modules]

@@ -22,7 +22,7 @@ from pretrain.config.recipe_files import recipe_content
 from pretrain.config.stages import plan_yaml
 from pretrain.errors import RequestError
 from pretrain.jobs.environment import read_environment
-from pretrain.jobs.listing import told_by_log
+from pretrain.jobs.listing import is_stopping, row_of_job, told_by_log
 from pretrain.record.events import CheckpointPublished, Evaluated, Event, Failed, Finished, Metrics, Start, Stopped
 from pretrain.record.journal import Journal
 from pretrain.record.lock import hold
@@ -81,7 +81,7 @@ def test_submit__ships_recipe_and_code_and_prints_the_id(
     said = capsys.readouterr()
     assert said.out == "a\n" and "/shared/runs/a in the cluster" in said.err
     job = fake.jobs["a"]
-    run = "-m pretrain run mine.yaml storage=/shared/runs train.steps=30 storage=/shared/runs cluster.address=null"
+    run = "-m pretrain run mine.yaml train.steps=30 storage=/shared/runs cluster.address=null"
     assert job["entrypoint"] == (
         f"exec python -m pretrain.jobs.supervisor --run-dir /shared/runs/a -- {run} --run-id a"
     )
@@ -128,6 +128,56 @@ def test_submit__the_same_live_run_is_one_job(
     assert list(fake.jobs) == ["a"] and said.out == "a\na\n" and "at work already" in said.err
     puts = [path for method, path, _ in fake.seen if method == "PUT"]
     assert len(puts) == 1
+
+
+def test_submit__to_a_job_that_is_stopping_says_so(
+    fake: FakeJobServer, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray calls a job running until it has ended, which may take minutes after a stop."""
+    submitted(fake, recipe, "--run-id", "a")
+    fake.jobs["a"]["status"], fake.logs["a"] = "RUNNING", "run a: not stopping after the next step\n"
+    assert submitted(fake, recipe, "--run-id", "a") == 0
+    fake.logs["a"] += "stopping after the next step, with a checkpoint; again to end at once\n"
+    capsys.readouterr()
+    for more in ((), ("train.steps=99",)):  # what it differs in matters not: it ends
+        assert submitted(fake, recipe, "--run-id", "a", *more) == 75
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.startswith("job a was asked to stop and is about to end, so nothing was")
+        assert f"pretrain logs -f a --address {fake.url}" in told.err and len(told.err.splitlines()) == 1
+    assert list(fake.jobs) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "state"),
+    [
+        ("RUNNING", "stopping all runs, with a checkpoint each; again to end at once", "stopping"),
+        ("RUNNING", "ending at once, as asked: closing what is open", "stopping"),
+        ("RUNNING", "stopping the service: what is at work ends", "stopping"),
+        ("RUNNING", "1/2 x=1: stopping after the next step", "running"),
+        ("STOPPED", "stopping after the next step, with a checkpoint; again to end at once", "stopped"),
+    ],
+)
+def test_row_of_job__stopping_until_it_has_ended(status: str, said: str, state: str, fake: FakeJobServer) -> None:
+    fake.add("a", status, log=f"step 3/20: loss 1.0\n{said}\n", metadata={"run_id": "a"})
+    server = JobServer(fake.url)
+    assert row_of_job(server, server.job("a")).state == state
+    assert is_stopping(server, server.job("a")) == (state == "stopping")
+
+
+def test_submit__to_a_job_whose_run_is_seen_to_be_stopping(
+    fake: FakeJobServer, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_with(tmp_path / "runs", "a")
+    command = ["submit", recipe, f"storage={run.path.parent}", "--run-id", "a", "--address", fake.url]
+    assert main(command) == 0
+    fake.jobs["a"]["status"] = "RUNNING"
+    run.stop_request.touch()  # of an attempt that has ended
+    assert main(command) == 0
+    lock = hold(run.driver_lock)
+    assert lock is not None
+    with lock:
+        assert main(command) == 75
+    assert "is about to end" in capsys.readouterr().err
 
 
 def test_submit__another_recipe_under_a_live_name_is_refused(
@@ -178,7 +228,7 @@ def test_submit_sweep__is_one_job_which_runs_it_there(
     ((job_id, job),) = fake.jobs.items()
     said = capsys.readouterr()
     assert said.out == f"{job_id}\n" and f"the sweep is /shared/runs/sweeps/{job_id} in the cluster" in said.err
-    settings = ["storage=/shared/runs", "optimizer.base_lr=1e-3,2e-3", "train.seed=1,2"]
+    settings = ["optimizer.base_lr=1e-3,2e-3", "train.seed=1,2"]
     there = [*settings, "storage=/shared/runs", "cluster.address=null"]
     assert job["entrypoint"] == (
         f"exec python -m pretrain.jobs.supervisor --run-dir /shared/runs/sweeps/{job_id} --retries 3 --sweep "

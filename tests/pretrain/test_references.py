@@ -288,7 +288,7 @@ def test_pull__ctrl_c_while_a_server_is_silent(tmp_path: Path) -> None:
         silent.accept()[0].recv(4096)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.strip()) == (1, "error: interrupted") and list(tmp_path.iterdir()) == []
+    assert (process.returncode, err.strip()) == (130, "error: interrupted") and list(tmp_path.iterdir()) == []
 
 
 def test_resolve__directories_and_runs(run_dir: Path) -> None:

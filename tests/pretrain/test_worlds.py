@@ -38,15 +38,21 @@ def test_worlds__hold_in_all_stages() -> None:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["train.workers=[5,4]"], ["train.min_workers", "more than train.workers=4"]),
+        (["train.workers=[5,4]"], ["line: train.workers=[5,4]: FEWEST=5: the most", "nearest: train.workers=[4,5]"]),
+        (["train.min_workers=5", "train.workers=4"], ["line: train.min_workers=5: the most workers are 4"]),
+        (["train.workers=[5,4]", "train.min_workers=6"], ["line: train.min_workers=6: the most workers are 4"]),
         (
             ["train.workers=[3,4]", "train.global_batch_size=64"],
-            ["train.min_workers=3", "nearest: train.min_workers=2"],
+            ["line: train.workers=[3,4]: FEWEST=3: the", "nearest: train.workers=[2,4]"],
         ),
-        (["train.workers=[0,4]"], ["train.min_workers"]),
-        (["train.workers=[1,2,3]"], ["train.workers"]),
-        (["train.workers=[one,4]"], ["train.min_workers"]),
-        (["train.workers=[1,4]", "train.zero_stage=3", "optimizer.name=lion"], ["cannot be cut anew", "adamw"]),
+        (["train.workers=[0,4]"], ["line: train.workers=[0,4]: FEWEST=0: expected a whole number"]),
+        (["train.workers=[1,2,3]"], ["line: train.workers=[1,2,3]: expected"]),
+        (["train.workers=[one,4]"], ["line: train.workers=[one,4]: FEWEST=one: expected a whole number"]),
+        (["train.workers=[1,many]"], ["line: train.workers=[1,many]: MOST=many: expected a whole number"]),
+        (
+            ["train.workers=[1,4]", "train.zero_stage=3", "optimizer.name=lion"],
+            ["line: train.workers=[1,4]: ", "cannot be cut anew", "adamw"],
+        ),
     ],
 )
 def test_worlds__a_range_that_cannot_be_is_refused(overrides: list[str], parts: list[str]) -> None:

@@ -40,13 +40,14 @@ def _check_fewest(train: TrainConfig, mistakes: Mistakes) -> None:
     if fewest is None or micro is None or not mistakes.sound(key) or fewest == train.workers:
         return
     if fewest > train.workers:
-        mistakes.add(key, fewest, f"more than train.workers={train.workers}, which is the most that there can be")
+        problem = f"the most workers are {train.workers}; nearest: train.workers=[{train.workers},{fewest}]"
+        mistakes.add(key, fewest, problem)
         return
     parts = train.global_batch_size // micro  # micro-batches of a step, of which each worker gets equally many
     if not any(parts % workers == 0 for workers in range(fewest, train.workers)):
         lower = max((workers for workers in range(1, fewest) if parts % workers == 0), default=train.workers)
         unit = f"the {parts} micro-batches of a step cannot be divided among {fewest} to {train.workers - 1} workers"
-        mistakes.add(key, fewest, f"{unit}; nearest: train.min_workers={lower}")
+        mistakes.add(key, fewest, f"{unit}; nearest: train.workers=[{lower},{train.workers}]")
 
 
 def _batch_mistake(train: TrainConfig, key: str) -> tuple[str, Any, str]:
