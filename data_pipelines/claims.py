@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["claimed"]
+__all__ = ["claimed", "is_at"]
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
             except BlockingIOError:
                 yield False
                 return
-            if not _is_at(lock, file.fileno()):
+            if not is_at(lock, file.fileno()):
                 continue  # let go, and so removed, between opening and locking: what is locked is no lock any more
             try:
                 yield True
@@ -49,7 +49,8 @@ def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
             return
 
 
-def _is_at(path: Path, descriptor: int) -> bool:
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is the one that lies there now."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:

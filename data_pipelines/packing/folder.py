@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from data_pipelines.claims import is_at
 from data_pipelines.errors import DataError
 from data_pipelines.files import write_atomically
 from data_pipelines.hidden import is_hidden
@@ -47,19 +48,18 @@ class PackFolder:
 
     def __enter__(self) -> Self:
         self._is_new = not self._dest.exists()
-        try:
-            self._work.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise DataError(f"cannot pack into {self._dest}: {error.strerror}; give a folder to write to") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise DataError(
-                f"another process is packing into {self._dest}; wait for it or choose another folder"
-            ) from None
-        return self
+        while True:
+            self._lock = self._open_lock()
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._lock)
+                raise DataError(
+                    f"another process is packing into {self._dest}; wait for it or choose another folder"
+                ) from None
+            if is_at(self._work / "lock", self._lock):
+                return self
+            os.close(self._lock)  # another writer ended, and took the file along, between opening and locking
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -72,6 +72,15 @@ class PackFolder:
                 if self._is_new:
                     self._dest.rmdir()  # only when it is empty
         os.close(self._lock)
+
+    def _open_lock(self) -> int:
+        while True:
+            try:
+                self._work.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # another writer ended in between
+                    return os.open(self._work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                raise DataError(f"cannot pack into {self._dest}: {error.strerror}; give a folder to write to") from None
 
     @property
     def _request(self) -> Path:

@@ -27,6 +27,8 @@ _VOLUME_FIELDS: tuple[str, ...] = ("volume.npy", "volume.npz", "npz")
 _LONGEST = 96  # voxels of a side that init plans; of longer volumes each step sees a part
 _SMALL = 32  # voxels, below which blocks that evaluations hide have an edge of 4
 _SWIN_TOKEN = 32  # voxels of a token of the last stage of the recipe's encoder
+_PASSES = 300  # over clouds, as Point-MAE, and over volumes, as the recipe of a hundred
+_FEW_GRIDS = 500  # below which grids are cuts of a few scenes, as a rule, and ten passes learn them by heart
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class FoundArrays:
 
     Attributes:
         text: In words, without where they are.
+        title: Of the objective, as its authors write it.
+        passes: Over the data, the most that init plans.
         recipe: Whose settings are the ground.
         objective, backbone: Settings on top of it.
         name: Of the evaluation data.
@@ -43,6 +47,8 @@ class FoundArrays:
     """
 
     text: str
+    title: str
+    passes: int
     recipe: str
     objective: Mapping[str, Any]
     backbone: Mapping[str, Any]
@@ -66,7 +72,7 @@ def look_at_arrays(dataset: Dataset, samples: Sequence[Mapping[str, Any]], *, ha
     if field := next((name for name in _POINT_FIELDS if name in fields), None):
         return _clouds(_arrays(samples, field), has_labels="cls" in fields and has_test)
     if "grid.npy" in fields:
-        return _grids(_arrays(samples, "grid.npy"), has_test)
+        return _grids(_arrays(samples, "grid.npy"), len(dataset), has_test)
     if field := next((name for name in _VOLUME_FIELDS if name in fields), None):
         has_labels = bool({"seg.npy", "labels.npy"} & fields) or _has_label_array(samples, field)
         return _volumes(_arrays(samples, field), has_test, has_labels and bool(dataset.description.get("classes")))
@@ -79,6 +85,8 @@ def _clouds(clouds: Sequence[tuple[str, npt.NDArray[Any]]], *, has_labels: bool)
     num_groups = max(2, min(64, num_points // 16))  # Point-MAE: 64 groups of 32 points of 1024
     return FoundArrays(
         f"clouds of {middle} points",
+        "Point-MAE",
+        _PASSES,
         "point_mae_psb",
         {},
         {"num_points": num_points, "num_groups": num_groups, "group_size": min(32, num_points)},
@@ -88,11 +96,13 @@ def _clouds(clouds: Sequence[tuple[str, npt.NDArray[Any]]], *, has_labels: bool)
     )
 
 
-def _grids(grids: Sequence[tuple[str, npt.NDArray[Any]]], has_test: bool) -> FoundArrays:
+def _grids(grids: Sequence[tuple[str, npt.NDArray[Any]]], number: int, has_test: bool) -> FoundArrays:
     sides = _sides(grids)
     size = [max(_SWIN_TOKEN, min(_LONGEST, side // _SWIN_TOKEN * _SWIN_TOKEN)) for side in sides]
     return FoundArrays(
         f"radiance grids of {' x '.join(map(str, sides))} voxels",
+        "NeRF-MAE",
+        10 if number < _FEW_GRIDS else _PASSES,
         "nerf_mae_synthetic",
         {},
         {"size": size},
@@ -114,6 +124,8 @@ def _volumes(volumes: Sequence[tuple[str, npt.NDArray[Any]]], has_test: bool, ha
     scale = {"in_chans": in_chans, "voxel_mean": mean, "voxel_std": std}
     return FoundArrays(
         f"volumes of {' x '.join(map(str, sides))} voxels",
+        "MAE",
+        _PASSES,
         "volume_mae_hippocampus",
         {"volume_array": array or None, "flip": [0.0, 0.0, 0.0]},
         {"size": size, "patch_size": patch_size, **scale},

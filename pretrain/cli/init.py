@@ -35,9 +35,10 @@ __all__ = ["init"]
 _LOOKED_AT = 64  # samples whose size is read
 _MEASURED = 16  # photos that are trained on
 _MEASURED_ARRAYS = 4  # clouds or volumes
-_MOST_EPOCHS = 800
+_MOST_EPOCHS = 800  # over photos
 _MOST_HOURS = 10_000
 _LEAST_STEPS = 20
+_TITLES = {"sit": "SiT", "selfpatch": "SelfPatch", "dinov3": "DINOv3"}  # what is no abbreviation in capitals
 _MOST_WORKERS = 8  # on one machine's cores
 _EFFICIENCY = 0.7  # of several workers that share memory and exchange gradients, compared with one alone
 
@@ -158,9 +159,10 @@ def init(
     batch = batch or (8 if is_large else 256 if machine.gpus else 64)
     batch = max(workers, batch - batch % workers)
     optimizer = {**content["optimizer"], "warmup_steps": 0}
+    title = arrays.title if arrays else _TITLES.get(objective, objective.upper())
     lines = [
         f"name: {name}",
-        f"description: {objective.upper()} on {_plain(folder.name)}, by pretrain init",
+        f"description: {title} on {_plain(folder.name)}, by pretrain init",
         *_section("objective", settings["objective"], {"objective": config_class(objective), "backbone": None}),
         *_section("backbone", backbone, {"objective": None, "backbone": _backbone_class(backbone)}),
         "data:",
@@ -170,7 +172,7 @@ def init(
     noun = "samples" if arrays else "photos"
     with shown_while(f"training on a few {noun}, to see how fast it is"):
         rate = _rate([*lines, *_section("optimizer", optimizer)], batch, workers, found, machine)
-    possible, most = hours * 3600 * rate / batch, found.samples * _MOST_EPOCHS / batch
+    possible, most = hours * 3600 * rate / batch, found.samples * (arrays.passes if arrays else _MOST_EPOCHS) / batch
     steps = max(_LEAST_STEPS, math.floor(min(possible, most)))
     passes = f"{steps * batch / found.samples:.3g} passes over the data"
     if possible > max(most, _LEAST_STEPS):
@@ -180,7 +182,7 @@ def init(
     time_text = _duration(steps * batch / rate)
     evaluation = _evaluation(found)
     header = [
-        f"{name}: {objective.upper()} on {found.text}",
+        f"{name}: {title} on {found.text}",
         "",
         f"Machine:   {machine.text}",
         f"Time:      about {time_text} and the evaluations, at {rate:.3g} samples/s: measured here on a few {noun}",

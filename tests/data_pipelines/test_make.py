@@ -106,6 +106,20 @@ def test_make_grids__of_a_declared_box_twice(scenes: Path, tmp_path: Path) -> No
     assert facts["bbox_min"][2] <= -1.2 and facts["bbox_max"][2] >= 0
 
 
+def test_make_grids__a_second_one_into_the_same_folder_is_refused_in_one_line(scenes: Path, tmp_path: Path) -> None:
+    dest, refused = tmp_path / "out", []
+
+    def second(done: int, total: int) -> None:
+        if done == 60:
+            with pytest.raises(DataError, match=f"^another process is packing into {dest}; wait for it or") as failure:
+                make_grids(scenes, dest, FAST, KEEP_ALL)
+            refused.append(str(failure.value))
+
+    made = make_grids(scenes / "a", dest, FAST, KEEP_ALL, progress=second)
+    assert len(refused) == 1 and made.manifest is not None
+    assert sorted(bytes_of(dest)) == ["dataset.json", "train-000000.tar", "train-000000.tar.index"]
+
+
 def test_make_grids__goes_on_where_a_killed_one_stopped(scenes: Path, tmp_path: Path, cache: Path) -> None:
     """The second process fits what the first had not, and both together write the bytes of a single one."""
     code = (

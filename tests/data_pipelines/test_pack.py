@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import itertools
@@ -226,6 +227,26 @@ def test_pack__one_writer_at_a_time(pictures: WritePictures, tmp_path: Path) -> 
 
     pack(source, dest, workers=1, progress=second)
     assert len(samples(dest)) == 6
+
+
+@pytest.mark.parametrize("moment", ["opening", "locking"])
+def test_pack__a_writer_that_ends_while_the_next_one_begins_takes_no_lock_along(
+    moment: str, pictures: WritePictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removes its folder, with the lock that the next one has opened, or is about to."""
+    source, dest = pictures(6), tmp_path / "set"
+    module, name = (fcntl, "flock") if moment == "locking" else (os, "open")
+    real, ended = getattr(module, name), []
+
+    def after_the_other_ended(*arguments: Any, **named: Any) -> Any:
+        if not ended and (moment == "locking" or str(arguments[0]).endswith(".packing/lock")):
+            ended.append(True)
+            shutil.rmtree(dest)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(module, name, after_the_other_ended)
+    pack(source, dest, workers=1)
+    assert ended and len(samples(dest)) == 6
 
 
 def test_pack__damaged_files_stop_it_or_are_left_out_and_counted(pictures: WritePictures, tmp_path: Path) -> None:

@@ -64,6 +64,19 @@ def test_init__says_that_it_stops_before_the_hours_are_over(
     assert (said in capsys.readouterr().out) == (said in (tmp_path / "mae_my_photos.yaml").read_text()) == is_cut
 
 
+@pytest.mark.parametrize(("sample", "title", "steps"), [("scans", "MAE", 187), ("grids", "NeRF-MAE", 20)])
+def test_init__plans_no_more_passes_than_few_volumes_and_grids_are_worth(
+    sample: str, title: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour of a few grids was a thousand steps, which learn them by heart; and headers said NERF_MAE."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pretrain.cli.init._rate", lambda *arguments: 1000.0)
+    assert main(["init", str(_shards(tmp_path, ARRAYS[sample][0])), "-o", "written.yaml"]) == 0
+    recipe = load("written.yaml").recipe
+    assert recipe.train.steps == steps and recipe.description == f"{title} on shards, by pretrain init"
+    assert (tmp_path / "written.yaml").read_text().startswith(f"# {recipe.name}: {title} on 5 ")
+
+
 def test_init__writes_a_recipe_that_fits_and_runs(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,15 +157,8 @@ ARRAYS: dict[str, tuple[Callable[[np.random.Generator, int], dict[str, bytes]], 
 }
 
 
-@pytest.mark.parametrize("case", ARRAYS)
-def test_init__writes_the_recipe_that_fits_clouds_volumes_and_grids(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """From the number of points, the sizes and the values of some samples; it loads, and the model fits the data."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
-    sample, text, settings, protocols = ARRAYS[case]
-    rng, shards = np.random.default_rng(0), tmp_path / "shards"
+def _shards(folder: Path, sample: Callable[[np.random.Generator, int], dict[str, bytes]]) -> Path:
+    rng, shards = np.random.default_rng(0), folder / "shards"
     shards.mkdir()
     (shards / "dataset.json").write_text('{"classes": ["one", "other"]}')
     for split in ("train", "test"):
@@ -162,6 +168,18 @@ def test_init__writes_the_recipe_that_fits_clouds_volumes_and_grids(
                     member = tarfile.TarInfo(f"k{number}.{field}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
+    return shards
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_init__writes_the_recipe_that_fits_clouds_volumes_and_grids(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the number of points, the sizes and the values of some samples; it loads, and the model fits the data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    sample, text, settings, protocols = ARRAYS[case]
+    shards = _shards(tmp_path, sample)
     assert main(["init", "shards", "--hours", "0.001"]) == 0
     said = capsys.readouterr().out
     assert f"data      5 {text} in shards of {shards}" in said and "measured on 4 samples" in said
@@ -170,6 +188,8 @@ def test_init__writes_the_recipe_that_fits_clouds_volumes_and_grids(
         section, name = key.split(".")
         assert getattr(getattr(plan.recipe, section), name) == value, key
     assert [task.protocol for task in plan.recipe.evaluation.tasks] == protocols
+    title = {"point_mae": "Point-MAE", "nerf_mae": "NeRF-MAE", "volume_mae": "MAE"}[settings["objective.name"]]
+    assert plan.recipe.description == f"{title} on shards, by pretrain init"
     look_ahead(plan)
     if case == "scans":
         mean, std = plan.recipe.backbone.voxel_mean, plan.recipe.backbone.voxel_std
