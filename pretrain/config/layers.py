@@ -57,6 +57,11 @@ IN_EPOCHS = {
     "train.checkpoint_every_epochs": "train.checkpoint_every",
     "optimizer.warmup_epochs": "optimizer.warmup_steps",
 }
+# What takes a list of two as well: the settings of its section that these stand for, in their order, and their names.
+PAIRS = {
+    "train.workers": {"min_workers": "FEWEST", "workers": "MOST"},
+    "evaluation.tasks[].image_size": {"image_size": "HEIGHT", "image_width": "WIDTH"},
+}
 REFERENCE_IN_A_NAME = "what has ${ in its own name has to be renamed, or reached through a link"
 _INSIDE_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 _REFERENCE = re.compile(r"\$\{[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\}")
@@ -188,7 +193,7 @@ class _Layers:
                 value = value.text if value.problem is not None else value.value
         if problem := self._absent_item(key):
             self._mistakes.add(key, written, problem, origin=origin)
-        elif declared == "train.workers" and self._assign_range(value, origin, written):
+        elif declared in PAIRS and self._assign_pair(key, PAIRS[declared], value, origin, written):
             pass
         elif declared in self._sections:
             self._assign_section(key, value, origin)
@@ -199,16 +204,19 @@ class _Layers:
         else:
             self._mistakes.add(key, written, f"unknown setting{self._meant(key)}", origin=origin)
 
-    def _assign_range(self, workers: Any, origin: str, written: Any) -> bool:
-        """Take `train.workers: [FEWEST, MOST]` apart; a plain number takes back the range of an earlier layer."""
-        fewest_key = "train.min_workers"
-        if isinstance(workers, list) and len(workers) == 2:
-            for key, value, part in (("train.workers", workers[1], "MOST"), (fewest_key, workers[0], "FEWEST")):
-                self._mistakes.note_part(key, value, f"train.workers={shown(written)}: {part}={shown(value)}")
-                self.assign(key, value, origin)
+    def _assign_pair(self, key: str, parts: Mapping[str, str], value: Any, origin: str, written: Any) -> bool:
+        """Take a list of two apart; a plain number takes back the other one of an earlier layer."""
+        section, _, own = key.rpartition(".")
+        (other,) = (f"{section}.{name}" for name in parts if name != own)
+        if isinstance(value, list) and len(value) == 2:
+            numbers = {f"{section}.{name}": (number, parts[name]) for name, number in zip(parts, value, strict=True)}
+            for one in (key, other):
+                number, part = numbers[one]
+                self._mistakes.note_part(one, number, f"{key}={shown(written)}: {part}={shown(number)}")
+                self.assign(one, number, origin)
             return True
-        if self._mistakes.is_given(fewest_key) and self._mistakes.origin(fewest_key) != origin:
-            self.assign(fewest_key, None, origin)
+        if self._mistakes.is_given(other) and self._mistakes.origin(other) != origin:
+            self.assign(other, None, origin)
         return False
 
     def draft(self, origin: str, how_to_set: str) -> Recipe:

@@ -258,7 +258,12 @@ class EvaluationTask:
 
     protocol: str = setting("name of an evaluation protocol; or give a suite", "")
     data: str = setting("name of an entry of evaluation.data")
-    image_size: int | None = setting("side of the input in pixels; null: the backbone's", None, range=(1, 8192))
+    image_size: int | None = setting(
+        "side of the input in pixels, or [HEIGHT, WIDTH]; null: the backbone's", None, range=(1, 8192)
+    )
+    image_width: int | None = setting(
+        "width of inputs that are not square, which image_size sets as well; null: as high", None, range=(1, 8192)
+    )
     suite: str | None = setting(
         "those of its protocols that fit the backbone and the labels; beside a protocol: which suite that is of",
         None,
@@ -270,6 +275,13 @@ class EvaluationTask:
         None,
         choices=("last",),
     )
+
+    @property
+    def size(self) -> int | tuple[int, int] | None:
+        """Side or (height, width) in pixels, as `evaluation.evaluate` takes it; None: the backbone's."""
+        if self.image_size is None or self.image_width is None:
+            return self.image_size
+        return self.image_size, self.image_width
 
 
 @dataclass(frozen=True)

@@ -355,8 +355,8 @@ def _kind_of(checkpoint: Path) -> str:
 
 def _as_the_run_has_it(task: EvaluationTask, own: Iterable[EvaluationTask]) -> EvaluationTask:
     """With the size of the task of the run's recipe that has this protocol and data, if there is one."""
-    sizes = [mine.image_size for mine in own if (mine.protocol, mine.data) == (task.protocol, task.data)]
-    return replace(task, image_size=sizes[0]) if sizes else task
+    mine = next((mine for mine in own if (mine.protocol, mine.data) == (task.protocol, task.data)), task)
+    return replace(task, image_size=mine.image_size, image_width=mine.image_width)
 
 
 def _recipe_tasks(run: RunDir | None) -> list[EvaluationTask]:

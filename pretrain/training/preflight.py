@@ -254,7 +254,7 @@ def _evaluation_data(recipe: Recipe, objective: Objective | None) -> Iterator[st
         extraction, facts = extraction_of(recipe.backbone.kind).reading(reads), None
         if objective is not None:
             with suppress(EvaluationError):  # a task that does not fit the backbone is told of without its data
-                facts = feature_recipe(extraction, spec, objective.exported.spec, task.image_size, reads)
+                facts = feature_recipe(extraction, spec, objective.exported.spec, task.size, reads)
         for split in ("train", "test"):  # what one of them has not, the other one has not either
             try:
                 first = next(iter(sorted(Path(directory).glob(f"{split}-*.tar"))), None)

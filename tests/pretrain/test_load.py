@@ -141,6 +141,28 @@ def test_load_recipe__item_of_a_list_of_settings(shards: Path) -> None:
     assert [task.image_size for task in tasks] == [None, 64]
 
 
+def test_load_recipe__a_task_may_have_a_height_and_a_width(shards: Path) -> None:
+    """A plain number of a later layer takes back the width of an earlier one."""
+    tasks = "evaluation.tasks=[{protocol: segmentation, data: mine, image_size: [48, 64]}, {protocol: knn, data: mine}]"
+    overrides = [f"data.root={shards}", f"evaluation.data={{mine: {shards}}}", "evaluation.select=null", tasks]
+    first, second = load_recipe("mae_cifar10", overrides).evaluation.tasks
+    assert first.size == (48, 64) and second.size is None
+    recipe = load_recipe("mae_cifar10", [*overrides, "evaluation.tasks[1].image_size=32"])
+    assert recipe.evaluation.tasks[1].size == 32
+    said = str(_refused(overrides, "evaluation.tasks[1].image_size=[32, 64]"))
+    assert "evaluation.tasks[1].image_size=[32, 64]: WIDTH=64: protocol knn takes square images" in said
+    said = str(_refused(overrides, "evaluation.tasks[0].image_size=[48, 66]"))
+    assert "evaluation.tasks[0].image_size=[48, 66]: WIDTH=66: not a multiple of the patch size 4; nearest: 64 or 68" in said
+    said = str(_refused(overrides, "evaluation.tasks[1]={protocol: segmentation, data: mine, image_width: 64}"))
+    assert "evaluation.tasks[1].image_width=64: needs evaluation.tasks[1].image_size, the height" in said
+
+
+def _refused(overrides: list[str], last: str) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        load_recipe("mae_cifar10", [*overrides, last])
+    return caught.value
+
+
 def test_load__an_evaluation_that_does_not_fit_the_kind_of_backbone(shards: Path) -> None:
     tasks = "[{protocol: segmentation, data: mine}, {protocol: knn, data: mine, image_size: 32}]"
     data = [f"data.root={shards}", f"evaluation.data={{mine: {shards}}}", f"evaluation.tasks={tasks}"]

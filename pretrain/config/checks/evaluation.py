@@ -62,8 +62,7 @@ def check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, mistakes
             mistakes.add(f"{key}.every", task.every, f"beside at={task.at}; give one of them")
         if mistakes.sound("evaluation.data"):
             _check_known(f"{key}.data", task.data, "entry of evaluation.data", evaluation.data, mistakes)
-        if mistakes.sound(f"{key}.image_size", "backbone.patch_size") and task.image_size and patch_size:
-            check_divisible(f"{key}.image_size", task.image_size, patch_size, mistakes)
+        _check_size(key, task, patch_size, mistakes)
 
 
 def check_select(evaluation: EvaluationConfig, mistakes: Mistakes) -> None:
@@ -90,6 +89,20 @@ def check_select(evaluation: EvaluationConfig, mistakes: Mistakes) -> None:
             mistakes.add("evaluation.select", evaluation.select, problem)
         else:
             _check_known("evaluation.select", evaluation.select, "score of evaluation.tasks", choices, mistakes)
+
+
+def _check_size(key: str, task: EvaluationTask, patch_size: int | None, mistakes: Mistakes) -> None:
+    sides = {f"{key}.image_size": task.image_size, f"{key}.image_width": task.image_width}
+    for side, pixels in sides.items():
+        if mistakes.sound(side, "backbone.patch_size") and pixels and patch_size:
+            check_divisible(side, pixels, patch_size, mistakes)
+    if not mistakes.sound(f"{key}.protocol", *sides) or task.image_width in (None, task.image_size):
+        return
+    if task.image_size is None:
+        mistakes.add(f"{key}.image_width", task.image_width, f"needs {key}.image_size, the height")
+    elif not task.protocol or evaluations.protocol(task.protocol).tokens == "pooled":
+        what = f"protocol {task.protocol} takes" if task.protocol else "protocols of suites take"
+        mistakes.add(f"{key}.image_width", task.image_width, f"{what} square images; give image_size as one number")
 
 
 def _check_fits(key: str, task: EvaluationTask, kind: str, mistakes: Mistakes) -> None:
