@@ -1,4 +1,4 @@
-"""Protocols that are run together: a first answer, what a report needs, or all there is.
+"""Protocols that are run together: a first answer, what a report needs, or all but those that take hours.
 
 Those that do not fit a backbone or its data are left out: `misfit` says why.
 """
@@ -25,6 +25,7 @@ STANDARD = (
     "patch_knn",
     "voxel_segmentation",
 )
+ON_REQUEST = ("finetune",)  # takes many times what all others take together
 SUITES = ("quick", "standard", "full")
 
 
@@ -32,7 +33,8 @@ def protocols_of(suite: str) -> tuple[str, ...]:
     """Names of the protocols of one of `SUITES`; "full" has those of other packages as well."""
     from evaluation.registry import names  # here, for the command line: it reads what every protocol is
 
-    return {"quick": QUICK, "standard": STANDARD}.get(suite) or names()
+    known = {"quick": QUICK, "standard": STANDARD}.get(suite)
+    return known or tuple(name for name in names() if name not in ON_REQUEST)
 
 
 def misfit(name: str, kind: str, splits: Sequence[Dataset] = ()) -> str | None:

@@ -46,6 +46,7 @@ __all__ = [
     "batches_of",
     "labels_of",
     "measured",
+    "moved",
     "num_classes_of",
     "num_test_in_train",
     "pooled_batches",
@@ -407,7 +408,7 @@ def batches_of(
     def encode(first: int) -> tuple[slice, Taken, list[Note]]:
         numbers = range(first, min(first + batch_size, end))
         inputs, notes = zip(*map(load, numbers), strict=True)
-        batch = _moved(default_collate(list(inputs)), device)
+        batch = moved(default_collate(list(inputs)), device)
         with encoding, torch.inference_mode():
             taken = take(batch, numbers)
         for features in taken.values():
@@ -426,6 +427,6 @@ def batches_of(
     return threads.map(encode, range(start, end, batch_size))
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device) -> Any:
     """A tensor, or a mapping of tensors, on `device`."""
     return {key: value.to(device) for key, value in batch.items()} if isinstance(batch, Mapping) else batch.to(device)

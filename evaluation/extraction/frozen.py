@@ -6,16 +6,19 @@ where they are enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
+from data_pipelines.errors import DataError
 from evaluation.data import DepthMaps, LabelMaps
-from evaluation.extraction.forward import Samples, Taken, measured
+from evaluation.extraction.forward import Samples, Taken, measured, moved
 from evaluation.extraction.recipe import Extraction
+from evaluation.protocol import EvaluationError
 from evaluation.threads import Threads
 
 if TYPE_CHECKING:  # timm takes seconds to import
@@ -67,3 +70,17 @@ class Frozen:
             device=self.device,
             threads=self.threads,
         )
+
+    def batch(self, numbers: Sequence[int]) -> Any:
+        """What `Encoder.tokens` takes of these samples, in this order, on `device`.
+
+        Raises:
+            EvaluationError, DataError: a sample cannot be read or decoded; names it.
+        """
+        field, prepared = self.samples.require_field(*self.extraction.inputs), []
+        for number in numbers:
+            try:
+                prepared.append(self.extraction.prepare(self.samples.read(number)[field], self.recipe))
+            except (DataError, EvaluationError) as error:
+                raise type(error)(f"{self.samples.where(number)}: {error}") from error
+        return moved(default_collate(prepared), self.device)

@@ -1,0 +1,1 @@
+"""The whole encoder trained with a linear layer on top."""
