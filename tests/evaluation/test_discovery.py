@@ -192,6 +192,9 @@ def test_score__half_of_one_of_the_objects_is_a_hit(frozen: Callable[..., Frozen
     mask[1:4, 1:7], mask[6, 7] = 1, 2
     outcome = _score(frozen([picture], [mask]))
     assert outcome.metrics["corloc"] == 1 and outcome.metrics["mask_iou"] == 9 / 19
+    precision, recall = 1.0, 9 / 19
+    assert outcome.metrics["mask_accuracy"] == 54 / 64
+    assert outcome.metrics["mask_f"] == pytest.approx(1.3 * precision * recall / (0.3 * precision + recall))
 
 
 def test_score__images_without_objects_are_not_scored(frozen: Callable[..., Frozen]) -> None:
@@ -210,7 +213,8 @@ def test_score__ignored_pixels_count_nowhere(frozen: Callable[..., Frozen]) -> N
     for mask in masks:
         mask[mask == 0] = 255
     outcome = _score(frozen(pictures, masks))
-    assert outcome.metrics["mask_iou_whole_image"] == 1
+    assert outcome.metrics["mask_iou_whole_image"] == outcome.metrics["mask_accuracy_whole_image"] == 1
+    assert outcome.metrics["mask_f_whole_image"] == 1
 
 
 def test_last_keys__are_what_the_last_layer_compares_patches_by() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from evaluation import EvaluationData, evaluate
 from evaluation.extraction.images import Dense
 from evaluation.protocol import EvaluationError
-from evaluation.protocols.prompt_patch.score import medoid, pair_scores, prompt_ious, regions_of, score
+from evaluation.protocols.prompt_patch.score import medoid, otsu, pair_scores, prompt_ious, regions_of, score
 from evaluation.registry import PROTOCOLS
 
 CPU = torch.device("cpu")
@@ -95,6 +95,7 @@ def test_score__planted_objects_are_told_apart(dense: Callable[..., Dense]) -> N
     assert outcome.metrics["auroc"] > 0.97 > 0.8 > outcome.metrics["auroc_position"]
     assert outcome.metrics["auroc_ci_low"] < outcome.metrics["auroc"] < outcome.metrics["auroc_ci_high"]
     assert outcome.metrics["iou_oracle"] >= outcome.metrics["iou"] > 0.9
+    assert outcome.metrics["iou_otsu"] > 0.9
     assert 0.7 < outcome.metrics["iou_pixels"] < 1  # bilinear upsampling blurs borders
     assert outcome.metrics["intra"] > 0.8 > 0.4 > outcome.metrics["inter"]
     assert outcome.details["num_prompts"] == 16  # object and ground of eight images
@@ -127,6 +128,21 @@ def test_score__nothing_depends_on_what_lies_under_ignored_pixels(dense: Callabl
             mask[:9] = ignored
         outcomes.append(_score(*[dense(patches, masks, 3, ignored)] * 2))
     assert outcomes[0] == outcomes[1]
+
+
+def test_otsu__parts_values_where_the_variance_between_the_parts_is_greatest() -> None:
+    """By loops over every value as the least of the upper ones; of equal values all are upper ones."""
+    generator = torch.Generator().manual_seed(0)
+    for count in (2, 3, 30):
+        values = torch.randn(count, generator=generator).double().round(decimals=1)  # some are equal
+        between = {}
+        for least in values.unique().tolist()[1:]:
+            upper, lower = values[values >= least], values[values < least]
+            between[least] = float(len(upper) * len(lower) * (upper.mean() - lower.mean()) ** 2)
+        if between:
+            assert between[otsu(values)] == pytest.approx(max(between.values()), rel=1e-9)
+    assert otsu(torch.tensor([0.25, 0.25])) == otsu(torch.tensor([0.25])) == 0.25
+    assert otsu(torch.tensor([0.75, 0.1, 0.8, 0.0])) == pytest.approx(0.75)
 
 
 def test_score__small_regions_are_not_prompted(dense: Callable[..., Dense]) -> None:

@@ -6,6 +6,10 @@ what hangs together around the patch that stands out most is the object. CorLoc 
 IoU of at least 0.5 with the box of one of the true objects, which are connected regions of a class but class 0, the
 ground; TokenCut's own IoU makes a miss of 0.5. Images without an object are not scored, and nothing is fitted.
 
+What was found is scored as a map of salient objects as well, against all objects of an image together: IoU, the share
+of right pixels, and F = 1.3 precision recall / (0.3 precision + recall), means over images. A mask is right or wrong at
+every threshold alike, so this F is also the greatest over thresholds, which is reported of maps with shades.
+
 A cosine above 0.2 is an edge. Features with a large common part have edges everywhere (`edge_density` near 1), and
 nothing to cut along: the same without their mean over the image stands beside it. So does the box around everything.
 
@@ -35,6 +39,8 @@ from evaluation.selection import blocks_named, blocks_of
 
 __all__ = ["box_iou", "box_of", "object_boxes", "score"]
 
+_BETA2 = 0.3  # of F: precision counts for more than recall
+_SCORES = ("corloc", "mask_iou", "mask_accuracy", "mask_f")
 _OTHERS = ("_centered", "_tokens")  # what metrics and taken arrays of other features are called behind their name
 
 
@@ -61,10 +67,10 @@ def score(
         scored.append(sample_idx)
     if not rows:
         raise EvaluationError("no test image has an object: every label is class 0, the ground, or ignore_index")
-    found = torch.tensor(rows, dtype=torch.float64)  # (n, sorts and the whole image, 2)
+    found = torch.tensor(rows, dtype=torch.float64)  # (n, sorts and the whole image, scores)
     metrics: dict[str, float] = {}
-    for name, (corloc, mask_iou) in zip([*sorts, "_whole_image"], found.mean(dim=0).tolist(), strict=True):
-        metrics |= {f"corloc{name}": corloc, f"mask_iou{name}": mask_iou}
+    for name, values in zip([*sorts, "_whole_image"], found.mean(dim=0).tolist(), strict=True):
+        metrics |= {f"{score}{name}": value for score, value in zip(_SCORES, values, strict=True)}
     hits = found[:, 0, 0]
     groups = blocks_of(sequences)
     if groups is None:
@@ -110,12 +116,15 @@ def _cuts(encoder: Encoder, tau: float, eps: float, batch: Tensor, _: range) -> 
 
 def _compared(
     guess: npt.NDArray[np.bool_], truth: npt.NDArray[np.int64], boxes: npt.NDArray[np.int64], least_iou: float
-) -> tuple[float, float]:
-    """Whether the box around `guess` (H, W) is that of an object, and the IoU of the mask with all objects."""
+) -> tuple[float, float, float, float]:
+    """`_SCORES` of a mask `guess` (H, W): whether the box around it is that of an object; the mask and all objects."""
     hit = box_iou(box_of(guess), boxes).max() >= least_iou
     is_object, counts = truth > 0, truth != IGNORED
-    union = ((guess | is_object) & counts).sum()
-    return float(hit), float((guess & is_object).sum() / union)
+    shared, found, true = (guess & is_object).sum(), (guess & counts).sum(), is_object.sum()
+    right = ((guess == is_object) & counts).sum() / counts.sum()
+    # Precision is shared / found and recall shared / true, of which F is this.
+    f = (1 + _BETA2) * shared / (_BETA2 * true + found)
+    return float(hit), float(shared / (found + true - shared)), float(right), float(f)
 
 
 def object_boxes(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -5,7 +5,8 @@ what hangs together of one class, class 0 included; a patch belongs to it if at 
 headline needs no threshold: AUROC of the cosine between two patches of an image, of pairs in one region against pairs
 of different classes. Pairs of two regions of one class count as neither, since a map of classes does not say whether
 they are one thing. For each region of at least four patches, the patch at its medoid is the prompt: patches at least as
-similar to it as a threshold are its mask. The threshold is chosen on training images; nothing else is fitted.
+similar to it as a threshold are its mask. The threshold is chosen on training images; nothing else is fitted. Beside it
+stands that of Otsu (1979), which parts the similarities to each prompt in two without any other image.
 
 Means of AUROC and of cosines are over images, those of IoU over regions. Beside them stands the AUROC of how near two
 patches are, without a look at any image.
@@ -32,7 +33,7 @@ from evaluation.protocols.label_maps import patch_counts
 from evaluation.protocols.linear_maps import upsampled
 from evaluation.selection import blocks_named, blocks_of, by_setting, choose_cell
 
-__all__ = ["Regions", "medoid", "pair_scores", "prompt_ious", "regions_of", "score"]
+__all__ = ["Regions", "medoid", "otsu", "pair_scores", "prompt_ious", "regions_of", "score"]
 
 
 def score(
@@ -77,6 +78,7 @@ def score(
             "iou": float(iou[cell]),
             "iou_pixels": float(found.iou_pixels.sum() / num_prompts),
             "iou_oracle": float(found.iou_oracle.sum() / num_prompts),
+            "iou_otsu": float(found.iou_otsu.sum() / num_prompts),
             "val_iou": float(val_iou[cell]),
             "auroc_position": auroc_position,
         },
@@ -103,6 +105,7 @@ class _Measured(NamedTuple):
     iou: Tensor  # (n, T), sums over the prompts, as all below
     iou_oracle: Tensor  # (n,)
     iou_pixels: Tensor  # (n,), zeros without a threshold
+    iou_otsu: Tensor  # (n,)
     sequences: list[str | None]
 
 
@@ -119,10 +122,9 @@ def _measured(
         pairs.append(pair_scores(cosine, regions))
         prompts.append(_of_prompts(cosine, regions, params, threshold))
         sequences.append(sequence)
-    of_prompts = torch.stack(prompts)  # (n, 3 + T)
-    found = _Measured(
-        torch.tensor(pairs), of_prompts[:, 0], of_prompts[:, 3:], of_prompts[:, 1], of_prompts[:, 2], sequences
-    )
+    of_prompts = torch.stack(prompts)  # (n, 4 + T)
+    num_prompts, oracle, by_pixels, at_otsu = of_prompts[:, :4].unbind(dim=1)
+    found = _Measured(torch.tensor(pairs), num_prompts, of_prompts[:, 4:], oracle, by_pixels, at_otsu, sequences)
     if not found.num_prompts.any():
         raise EvaluationError(
             f"no region of {params['least_patches']} patches in {noun}; a larger image_size has more patches"
@@ -187,19 +189,21 @@ def pair_scores(cosine: Tensor, regions: Regions) -> tuple[float, float, float, 
 
 
 def _of_prompts(cosine: Tensor, regions: Regions, params: Mapping[str, Any], threshold: float | None) -> Tensor:
-    """(3 + T,) float64: how many prompts, then sums of their IoU: at the best threshold, by pixels, at each."""
-    sums = torch.zeros(3 + len(params["thresholds"]), dtype=torch.float64)
+    """(4 + T,) float64: how many prompts, and sums of IoU: at the best threshold, by pixels, at Otsu's, at each."""
+    sums = torch.zeros(4 + len(params["thresholds"]), dtype=torch.float64)
     size = torch.bincount(regions.patches[regions.patches != IGNORED], minlength=len(regions.classes))
     for number in (size >= params["least_patches"]).nonzero()[:, 0].tolist():
         row, column = medoid(regions.patches == number)
         alike = cosine[row * regions.patches.shape[1] + column].view(regions.patches.shape)  # (h, w)
-        iou = prompt_ious(alike, regions.patches == number, ~regions.is_void, params["thresholds"])
+        is_region, counts = regions.patches == number, ~regions.is_void
+        iou = prompt_ious(alike, is_region, counts, params["thresholds"])
+        at_otsu = prompt_ious(alike, is_region, counts, [otsu(alike[counts])])
         by_pixels = iou.new_zeros(1)
         if threshold is not None:
-            is_region, counts = regions.pixels == number, regions.pixels != IGNORED
-            finer = upsampled(alike[None, None], regions.pixels.shape)[0, 0]
-            by_pixels = prompt_ious(finer, torch.from_numpy(is_region), torch.from_numpy(counts), [threshold])
-        sums += torch.cat([iou.new_ones(1), iou.max()[None], by_pixels, iou])
+            pixels = torch.from_numpy(regions.pixels)
+            finer = upsampled(alike[None, None], pixels.shape)[0, 0]
+            by_pixels = prompt_ious(finer, pixels == number, pixels != IGNORED, [threshold])
+        sums += torch.cat([iou.new_ones(1), iou.max()[None], by_pixels, at_otsu, iou])
     return sums
 
 
@@ -208,6 +212,19 @@ def medoid(mask: Tensor) -> tuple[int, int]:
     places = mask.nonzero().double()  # (m, 2)
     row, column = places[torch.cdist(places, places).sum(dim=1).round(decimals=6).argmin()].long().tolist()
     return row, column
+
+
+def otsu(values: Tensor) -> float:
+    """The least of the upper ones where values (n,) part in two with the greatest variance between the parts.
+
+    Of values that are all equal there are no parts, and all are upper ones.
+    """
+    ascending = values.double().sort().values
+    below = torch.arange(1, len(ascending), dtype=torch.float64)  # how many are lower ones, for each place to part
+    above, sums = len(ascending) - below, ascending.cumsum(dim=0)
+    apart = (sums[-1] - sums[:-1]) / above - sums[:-1] / below
+    between = torch.where(ascending[1:] > ascending[:-1], below * above * apart.square(), 0)
+    return float(ascending[1 + int(between.argmax())] if between.any() else ascending[0])
 
 
 def prompt_ious(alike: Tensor, is_region: Tensor, counts: Tensor, thresholds: Sequence[float]) -> Tensor:

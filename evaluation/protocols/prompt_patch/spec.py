@@ -12,7 +12,7 @@ SPEC = Protocol(
     name="prompt_patch",
     summary="patches of one region against those of others by cosine similarity; one patch as a prompt for its region",
     target="evaluation.protocols.prompt_patch.score:score",
-    version=1,
+    version=2,  # 2: iou_otsu
     tokens="patches",
     label="seg.png",
     metrics=(
@@ -25,6 +25,7 @@ SPEC = Protocol(
         Metric("iou"),  # of prompted regions, by patches, at the chosen threshold
         Metric("iou_pixels"),  # the same by pixels
         Metric("iou_oracle"),  # by patches, at the best threshold of each region
+        Metric("iou_otsu"),  # by patches, at Otsu's threshold of each prompt, which needs no training images
         Metric("val_iou"),
         Metric("auroc_position", better=None),  # of how near two patches are, the same for every backbone
     ),
