@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from data_pipelines.parsing import parse_json
@@ -28,7 +29,8 @@ class Compared:
     """One task that both checkpoints were evaluated by.
 
     Attributes:
-        protocol, data: Of the task; `data` as the evaluation of the second one was given it.
+        protocol, data: Of the task; `data` as the evaluation of the second one was given it, with the beginning of the
+            digest behind it where either checkpoint was evaluated on other data of that name.
         metric: Its headline.
         first, second: The scores.
         difference: Of the second to the first; None where a result keeps nothing of single samples.
@@ -77,7 +79,12 @@ def compare(first: str, second: str, *, storage: str | os.PathLike[str] = "runs"
         for results, digest in zip(of_both, digests, strict=True):
             if result.weights_digest == digest and result.described:
                 results.append(result)
-    found = [_compared(store, one, other) for one in of_both[0] for other in of_both[1] if _are_comparable(one, other)]
+    pairs = [(one, other) for one in of_both[0] for other in of_both[1] if _are_comparable(one, other)]
+    digests_of: dict[str, set[str]] = {}
+    for result in chain(*of_both):
+        digests_of.setdefault(result.data, set()).add(result.data_digest)
+    shared = {name for name, digests in digests_of.items() if len(digests) > 1}
+    found = [_compared(store, one, other, other.data in shared) for one, other in pairs]
     if not found:
         missing = [name for name, results in zip((first, second), of_both, strict=True) if not results]
         what = f"no evaluation of {listed(missing)}" if missing else "no evaluation that both have, on the same samples"
@@ -172,13 +179,12 @@ def _what_decides(result: EvaluationResult, name: str) -> object:
     return getattr(result, name) if hasattr(result, name) else result.details.get(name)
 
 
-def _compared(store: ResultStore, one: EvaluationResult, other: EvaluationResult) -> Compared:
+def _compared(store: ResultStore, one: EvaluationResult, other: EvaluationResult, name_is_shared: bool) -> Compared:
     metric = next(metric for metric in other.described if metric.headline)
     known = _between(store, metric.name, one.key, other.key)
     num_test = int(other.details.get("num_scored", other.details.get("num_test", 0)))
-    return Compared(
-        other.protocol, other.data, metric, one.metrics[metric.name], other.metrics[metric.name], known, num_test
-    )
+    data = f"{other.data}:{other.data_digest[:8]}" if name_is_shared else other.data
+    return Compared(other.protocol, data, metric, one.metrics[metric.name], other.metrics[metric.name], known, num_test)
 
 
 def _between(store: ResultStore, metric: str, first: str, second: str) -> Difference | None:

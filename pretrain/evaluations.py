@@ -39,7 +39,16 @@ from pretrain.remote.places import shown_storage
 if TYPE_CHECKING:
     from evaluation.runner import EvaluationResult
 
-__all__ = ["Place", "due", "evaluate", "evaluate_tasks", "excerpt", "leaderboard", "retention"]
+__all__ = [
+    "Place",
+    "due",
+    "evaluate",
+    "evaluate_tasks",
+    "excerpt",
+    "leaderboard",
+    "retention",
+    "suitable_protocols",
+]
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +119,7 @@ def evaluate_tasks(
                 EvaluationData(tasks[0].data, Path(directory)),
                 results,
                 store=Path(storage),
-                image_size=tasks[0].image_size,
+                image_size=tasks[0].size,
                 reads=trained_on(path),
                 device=device,
                 threads=computing,
@@ -173,7 +182,7 @@ def evaluate(
         asked = [
             (EvaluationTask(protocol, name), Path(directory))
             for name, directory in data.items()
-            for protocol in protocols or _suitable_protocols(path, Path(directory), suite)
+            for protocol in protocols or suitable_protocols(path, Path(directory), suite)
         ]
     else:
         recipe = _recipe_of(path)
@@ -443,7 +452,7 @@ def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path, 
 
     data = EvaluationData(task.data, directory)
     return run_protocol(
-        path, task.protocol, data, store=storage, image_size=task.image_size, reads=trained_on(path), **options
+        path, task.protocol, data, store=storage, image_size=task.size, reads=trained_on(path), **options
     )
 
 
@@ -451,7 +460,7 @@ def _require_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()  # "meta" has shapes and no numbers, and fails at this
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name or number, or another torch
         said = str(error).splitlines()[0].rstrip(".")  # behind it CUDA gives advice, other devices lists of kernels
         raise RequestError(f"--device {device}: {said}; cpu is always there") from None
@@ -491,7 +500,7 @@ def _data_of(checkpoint: Path, root: Path) -> Iterator[tuple[str, str]]:
         yield name, in_storage(directory, recipe.storage, str(root))
 
 
-def _suitable_protocols(checkpoint: Path, directory: Path, suite: str | None = None) -> list[str]:
+def suitable_protocols(checkpoint: Path, directory: Path, suite: str | None = None) -> list[str]:
     """Protocols that fit the kind of backbone, and whose labels, or decoder, are there; without a suite usual ones.
 
     Labels have to be in both splits: data whose held-out samples have none are unlabelled to a protocol.

@@ -69,9 +69,10 @@ def _write(weights: Weights, made: Path) -> None:
 
     encoder = from_spec(weights.spec)
     found = initialize_from(encoder, read_weights(weights.file, weights.file.read_bytes()))
-    classifier = getattr(encoder.network, "pretrained_cfg", {}).get("classifier") or ()
-    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    others = [name for name in found.unexpected if not name.startswith(heads or ("head.",))]
+    classifier = getattr(encoder.network, "pretrained_cfg", {}).get("classifier") or "head"
+    heads = [classifier] if isinstance(classifier, str) else classifier
+    left_out = {f"{name}.{part}" for name in heads for part in ("weight", "bias")}
+    others = [name for name in found.unexpected if name not in left_out]
     for names, what in ((found.missing, "are missing in"), (others, "are not of this model, and are in")):
         if names:
             remedy = "name the model that they are of"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from backbones.registry import create_backbone
 from data_pipelines.packing.pack import pack
 from evaluation import runner
 from evaluation.registry import names
+from evaluation.results import ResultStore
 from evaluation.suites import protocols_of
 from pretrain.cli.main import main
 from pretrain.config.schema import EvaluationTask
@@ -219,6 +222,16 @@ def test_compare__says_which_of_two_checkpoints_is_better(
     header, row = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["task", "first", "second"]
     assert row.startswith("knn/mine top1") and row.rstrip().endswith("better") and "points [" in row
+    store, digest = ResultStore(storage), json.loads(next((storage / "evaluations").glob("*.json")).read_text())
+    others = [
+        store.publish(replace(result, key=f"other-{number}", data_digest="0123456789"))
+        for number, result in enumerate(list(store.all()))
+    ]
+    assert main(["compare", str(blind), "run-1", *place]) == 0
+    tasks = [row.split()[0] for row in capsys.readouterr().out.splitlines() if row.startswith("knn")]
+    assert tasks == sorted(["knn/mine:01234567", f"knn/mine:{digest['data_digest'][:8]}"])
+    for other in others:
+        (storage / "evaluations" / f"{other.key}.json").unlink()
     assert main(["compare", "run-1", "run-1", *place]) == 0
     assert capsys.readouterr().out.splitlines()[1].rstrip().endswith("within noise")
     for kept in (storage / "evaluations").glob("*.npz"):  # as results of an older version
@@ -241,7 +254,9 @@ def test_evaluate__a_device_that_is_not_there_is_refused_in_one_line(
     arguments = ["evaluate", "run-1", "--data", f"mine={tmp_path / 'photos'}", "--storage", str(tmp_path / "runs")]
     assert main([*arguments, "--protocol", "knn", "--device", "gpu7"]) == 2
     assert "--device gpu7: " in capsys.readouterr().err
-    real = torch.empty
+    assert main([*arguments, "--protocol", "knn", "--device", "meta"]) == 2
+    assert "--device meta: " in capsys.readouterr().err
+    real = torch.ones
 
     def fail(*size: int, device: str) -> None:
         raise RuntimeError(
@@ -249,7 +264,7 @@ def test_evaluate__a_device_that_is_not_there_is_refused_in_one_line(
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", lambda *size, **given: (fail if "device" in given else real)(*size, **given))
+        patch.setattr(torch, "ones", lambda *size, **given: (fail if "device" in given else real)(*size, **given))
         assert main([*arguments, "--protocol", "knn", "--device", "cuda:9"]) == 2
     assert "--device cuda:9: CUDA error: invalid device ordinal; cpu is always there" in capsys.readouterr().err
 
@@ -282,6 +297,10 @@ def test_evaluate__weights_of_others_are_graded_as_they_are_and_other_models_ref
     torch.save(registers, tmp_path / "other.pth")
     assert main(["evaluate", f"timm:test_vit@{tmp_path / 'other.pth'}", *place]) == 2
     assert "1 tensors are not of this model, and are in the file: reg_token" in capsys.readouterr().err
+    for name in ("head.norm.weight", "head_dist.weight"):  # of other classifiers than that of this model
+        torch.save({**model.state_dict(), name: torch.zeros(64)}, tmp_path / "other.pth")
+        assert main(["evaluate", f"timm:test_vit@{tmp_path / 'other.pth'}", *place]) == 2
+        assert f"1 tensors are not of this model, and are in the file: {name}" in capsys.readouterr().err
     torch.save({"patch_embed.proj.weight": registers["patch_embed.proj.weight"]}, tmp_path / "half.pth")
     assert main(["evaluate", f"timm:test_vit@{tmp_path / 'half.pth'}", *place]) == 2
     assert "tensors are missing in the file" in capsys.readouterr().err
@@ -342,4 +361,5 @@ def _write_shards(folder: Path, fields: Mapping[str, Sequence[str]]) -> None:
 
 
 def test_suites__have_no_name_that_no_protocol_has() -> None:
-    assert set(protocols_of("quick")) < set(protocols_of("standard")) <= set(protocols_of("full")) == set(names())
+    assert set(protocols_of("quick")) < set(protocols_of("standard")) <= set(protocols_of("full"))
+    assert set(names()) - set(protocols_of("full")) == {"finetune"}
