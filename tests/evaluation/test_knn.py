@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from data_pipelines.decode import decode_image
+from data_pipelines.shards.dataset import open_dataset
 from evaluation.extraction.images import Pooled
 from evaluation.metrics import mean_class_accuracy, top_k_accuracy
 from evaluation.protocols.knn.score import nearest, score, vote
@@ -112,3 +116,23 @@ def test_score__shows_the_neighbors_that_brute_force_finds(golden_splits: tuple[
 
 def test_nearest__of_a_small_bank_are_all() -> None:
     assert nearest(torch.eye(3), torch.tensor([[1.0, 3.0, 2.0]]), 5).tolist() == [[1, 2, 0]]
+
+
+@pytest.mark.long
+def test_vote__raw_pixels_of_cifar10_are_the_known_floor(shared_data: Path) -> None:
+    """T2: the figures of specs/evaluation.md 12.1, of the first 500 and 200 photos of each class by name."""
+    splits = []
+    for split, count, total in (("train", 500, 1_849_123_137), ("test", 200, 752_091_612)):
+        dataset = open_dataset(str(shared_data / "cifar10" / f"{split}-*.tar"))
+        of_class: dict[int, list[tuple[str, Any]]] = {}
+        for number in range(dataset.num_samples):
+            sample = dataset.read(number)
+            of_class.setdefault(int(sample["cls"]), []).append((sample["__key__"], sample["jpg"]))
+        photos = [decode_image(content) for label in range(10) for _, content in sorted(of_class[label])[:count]]
+        assert sum(int(photo.sum()) for photo in photos) == total
+        labels = torch.arange(10).repeat_interleave(count)
+        splits.append((torch.from_numpy(np.stack(photos)).flatten(1).float() / 255, labels))
+    (bank, bank_labels), (queries, labels) = splits
+    for mean, wanted in ((0.0, 0.2875), (bank.mean(dim=0), 0.3635)):
+        shares = vote(bank - mean, bank_labels, queries - mean, num_classes=10, ks=[20], temperature=0.07)[20]
+        assert float((shares.argmax(dim=1) == labels).double().mean()) == pytest.approx(wanted, abs=0.002)

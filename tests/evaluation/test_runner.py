@@ -7,14 +7,16 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 
 from backbones.images.vit import ViTBackbone
 from backbones.io import load_backbone
@@ -22,9 +24,12 @@ from data_pipelines.decode import decode_image
 from data_pipelines.errors import DataError
 from data_pipelines.shards.dataset import open_dataset
 from data_pipelines.shards.index import scan_shard, sidecar
+from data_pipelines.views.crops import eval_view
 from evaluation import EvaluationData, EvaluationError, EvaluationResult, evaluate
+from evaluation.protocols.linear.score import batch_rows
 from evaluation.registry import PROTOCOLS
 from pretrain.config.checks.evaluation import evaluation_data_problem
+from tests.evaluation.conftest import TINY
 
 Make = Callable[..., Path]
 
@@ -169,6 +174,29 @@ def test_evaluate__corrupt_features_are_extracted_again(
     evaluate(weights, "knn", colours, store=tmp_path)
     assert sum(forwards) == 83
     assert evaluate(weights, "linear", colours, store=tmp_path, force=True).metrics == linear.metrics
+
+
+@pytest.mark.parametrize("step", [0, 17, 29])
+def test_evaluate__a_probe_that_was_interrupted_ends_as_if_it_had_not_been(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData, forwards: list[int], step: int
+) -> None:
+    """T4, T7: its features are there, and it begins anew, with the same batches and learning rates."""
+    weights = checkpoint()
+    whole = evaluate(weights, "linear", colours, store=tmp_path / "whole")
+
+    def until(*arguments: Any) -> Iterator[torch.Tensor]:
+        yield from batch_rows(*arguments)[:step]
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.protocols.linear.score.batch_rows", until)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(weights, "linear", colours, store=tmp_path / "runs")
+    forwards.clear()
+    again = evaluate(weights, "linear", colours, store=tmp_path / "runs")
+    assert forwards == [] and again.metrics == whole.metrics
+    chosen = ("lr", "val_top1_by_lr", "test_top1_by_lr")
+    assert [again.details[name] for name in chosen] == [whole.details[name] for name in chosen]
 
 
 def test_evaluate__force_computes_again_on_the_same_features(
@@ -331,6 +359,26 @@ def test_extract__images_are_squeezed_not_cropped(
     monkeypatch.setattr(ViTBackbone, "preprocess", seen)
     evaluate(checkpoint(), "segmentation", halves, store=tmp_path, image_size=(8, 24), batch_size=1)
     assert shapes == {(3, 8, 24)}
+
+
+@pytest.mark.parametrize("size", [8, 24, 40])
+def test_evaluate__positions_follow_the_size_of_the_images(
+    tmp_path: Path, checkpoint: Make, colours: EvaluationData, size: int
+) -> None:
+    """T13: a table of 2 x 2 positions becomes one of 1 x 1, 3 x 3 or 5 x 5, as timm resamples it."""
+    weights = checkpoint()
+    evaluate(weights, "knn", colours, store=tmp_path / "runs", image_size=size)
+    (found,) = (tmp_path / "runs").glob("features/*/train.patch_mean.npy")
+    tensors = dict(load_backbone(weights).weights())
+    side = size // 8
+    tensors["pos_embed"] = resample_abs_pos_embed(tensors["pos_embed"], [side, side], num_prefix_tokens=1)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=size, patch_size=8, num_classes=0, **TINY)
+    network.load_state_dict(tensors)
+    pixels = decode_image(colours.open(PROTOCOLS["knn"]).train.read(0)["png"])
+    batch = load_backbone(weights).preprocess(eval_view(pixels, size)[None])
+    with torch.inference_mode():
+        wanted = network.eval().forward_features(batch)[0, 1:].mean(dim=0)
+    assert np.load(found)[0] == pytest.approx(wanted.numpy(), abs=1e-4)
 
 
 def test_evaluate__demo_photos_and_chairs(tmp_path: Path, checkpoint: Make, demo_data: Path) -> None:

@@ -37,7 +37,7 @@ from pretrain.record.events import (
 from pretrain.record.journal import Journal, read_events
 from pretrain.record.run_dir import RunDir
 from pretrain.tracking import sync as sync_module
-from pretrain.tracking.client import connect, default_database, default_uri
+from pretrain.tracking.client import MlflowRun, connect, default_database, default_uri
 from pretrain.tracking.cursor import Cursor, Sent
 from pretrain.tracking.sync import Tracker, sync
 
@@ -237,6 +237,28 @@ def test_tracker__a_lost_cursor_costs_nothing(run: Run, mlflow_uri: str, make_ch
         found = history(mlflow_uri, before["mlflow_run_id"], name)
         assert len(found) == len({step for step, _, _ in found})
     assert len(connect(mlflow_uri).search_model_versions("name='tiny'")) == 1
+
+
+def test_tracker__a_score_is_there_once_whose_answers_were_lost_three_times(
+    run: Run, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow has taken it each time, and adds a point for each time at which something is said to have happened."""
+    log_metrics, asked = MlflowRun.log_metrics, []
+
+    def lose_the_answer(self: MlflowRun, points: Any, model_id: str | None = None) -> None:
+        log_metrics(self, points, model_id)
+        if any(point.name == "eval/linear/photos/top1" for point in points):
+            asked.append(points)
+            if len(asked) <= 3:
+                raise ConnectionError("connection reset by peer")
+
+    monkeypatch.setattr(MlflowRun, "log_metrics", lose_the_answer)
+    run.train(range(5))
+    run.evaluate(4, 0.5)
+    run.send(mlflow_uri)
+    assert len(asked) == 4
+    points = history(mlflow_uri, cursor(run)["mlflow_run_id"], "eval/linear/photos/top1")
+    assert [(step, value) for step, value, _ in points] == [(4, 0.5)]
 
 
 def test_tracker__the_cursor_does_not_grow_with_checkpoints_and_evaluations(
