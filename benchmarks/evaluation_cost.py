@@ -4,6 +4,8 @@ The checkpoint is a random backbone of the size of `mae_cifar10`; each round is 
 a second evaluation, which finds the features of the first.
 
     python benchmarks/evaluation_cost.py [DATA] [--threads 1] [--rounds 3] [--short]
+    python benchmarks/evaluation_cost.py [DATA] --suites     of each suite, with features taken once, and anew for each
+    python benchmarks/evaluation_cost.py --heads             ten linear heads trained together, and one by one
 
 DATA holds train-*.tar and test-*.tar with classes; default: the photos that come with the package, at 32 pixels.
 """
@@ -31,10 +33,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="one round")
+    parser.add_argument("--suites", action="store_true")
+    parser.add_argument("--heads", action="store_true")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(_evaluated(arguments.data.absolute(), arguments.child, arguments.threads)))
+        return
+    if arguments.heads:
+        _heads(1 if arguments.short else arguments.rounds)
+        return
+    if arguments.suites:
+        _suites(arguments.data.absolute(), arguments.threads)
         return
     rounds = []
     for _ in range(1 if arguments.short else arguments.rounds):
@@ -58,14 +68,11 @@ def _evaluated(data: Path, storage: Path, num_threads: int) -> dict[str, tuple[f
         costs[part] = (time.process_time() - cpu, time.perf_counter() - wall)
 
     timed("imports", _import)
-    from backbones.io import save_backbone
-    from backbones.registry import create_backbone
     from evaluation.data import EvaluationData
     from evaluation.runner import evaluate
     from evaluation.threads import Threads
 
-    backbone = create_backbone("vit_tiny_patch16_224", image_size=32, patch_size=4, options={"depth": 6})
-    save_backbone(storage / "backbone.safetensors", backbone.weights(), backbone.spec)
+    _save_backbone(storage)
     asked = {"data": EvaluationData("data", data), "store": storage, "threads": Threads(num_threads), "device": "cpu"}
     timed("features", evaluate, storage, PROTOCOLS[0], **asked)
     for protocol in PROTOCOLS:
@@ -75,6 +82,76 @@ def _evaluated(data: Path, storage: Path, num_threads: int) -> dict[str, tuple[f
     costs["features"] = (cpu, wall)
     costs["all"] = (sum(cpu for cpu, _ in costs.values()), sum(wall for _, wall in costs.values()))
     return costs
+
+
+def _suites(data: Path, num_threads: int) -> None:
+    """Prints CPU-seconds of each suite: its protocols one after the other, in one storage and in one each."""
+    _import()
+    from evaluation.data import EvaluationData
+    from evaluation.runner import evaluate
+    from evaluation.suites import SUITES
+    from evaluation.threads import Threads
+    from pretrain.evaluations import suitable_protocols
+
+    threads, of_protocol = Threads(num_threads), dict[tuple[str, bool], float]()
+
+    def cost(protocol: str, checkpoint: Path, store: Path) -> float:
+        began = time.process_time()
+        evaluate(checkpoint, protocol, EvaluationData("data", data), store=store, threads=threads, device="cpu")
+        return time.process_time() - began
+
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = Path(scratch) / "checkpoint"
+        checkpoint.mkdir()
+        _save_backbone(checkpoint)
+        for suite in SUITES:
+            protocols = suitable_protocols(checkpoint, data, suite)
+            for protocol in protocols:  # larger suites have the smaller ones in them
+                if (protocol, True) not in of_protocol:
+                    of_protocol[protocol, True] = cost(protocol, checkpoint, Path(scratch) / "together")
+                    of_protocol[protocol, False] = cost(protocol, checkpoint, Path(scratch) / protocol)
+                    together, alone = (of_protocol[protocol, shared] for shared in (True, False))
+                    print(f"  {protocol:20} {together:7.1f} CPU-s, alone {alone:7.1f}", flush=True)
+            together, alone = (sum(of_protocol[protocol, shared] for protocol in protocols) for shared in (True, False))
+            print(
+                f"{suite:10} {len(protocols):2} protocols {together:7.1f} CPU-s, each by itself {alone:7.1f}",
+                flush=True,
+            )
+
+
+def _heads(rounds: int) -> None:
+    """Prints CPU-seconds of ten learning rates, by 5 folds, on features as of 2000 photos: in one pass, and in ten."""
+    import torch
+
+    from evaluation.protocols.linear.score import fit_heads
+    from evaluation.selection import stratified_folds
+
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2000, 384, generator=generator), torch.arange(2000) % 10
+    fold = stratified_folds(y, num_folds=5, seed=0)
+    lrs = [10.0 ** (-third / 3) for third in range(10)]
+    settings: dict[str, Any] = {"momentum": 0.9, "steps": 300, "batch_size": 256, "num_classes": 10, "seed": 0}
+
+    def cost(*grids: list[float]) -> float:
+        began = time.process_time()
+        for grid in grids:
+            fit_heads(x, y, fold=fold, num_folds=5, lrs=grid, **settings)
+        return time.process_time() - began
+
+    pairs = [(cost(lrs), cost(*([lr] for lr in lrs))) for _ in range(rounds)]
+    for together, one_by_one in pairs:
+        share = together / one_by_one
+        print(f"together {together:6.2f} CPU-s, one by one {one_by_one:6.2f} CPU-s: {share:.2f}", flush=True)
+
+
+def _save_backbone(folder: Path) -> None:
+    """A random one of the size of `mae_cifar10`, as a checkpoint has it."""
+    from backbones.io import save_backbone
+    from backbones.registry import create_backbone
+
+    backbone = create_backbone("vit_tiny_patch16_224", image_size=32, patch_size=4, options={"depth": 6})
+    save_backbone(folder / "backbone.safetensors", backbone.weights(), backbone.spec)
 
 
 def _import() -> None:
