@@ -59,8 +59,8 @@ def main() -> None:
     compared("ridge, top-1", scores.argmax(1).numpy(), theirs.argmax(1))
     told("ridge, greatest score", float(scores.max()), float(theirs.max()))
 
-    (classifier,) = on_device(x_t, y_t, [C], tol=1e-9, max_iter=5000)
-    regression = LogisticRegression(C=C, tol=1e-9, max_iter=5000).fit(x, y)
+    (classifier,) = on_device(x_t, y_t, [C], tol=1e-7, max_iter=1000)
+    regression = LogisticRegression(C=C, tol=1e-7, max_iter=1000).fit(x, y)
     logits = classifier.logits(queries_t, 10)
     compared("logreg of large data, top-1", logits.argmax(1).numpy(), regression.predict(queries))
     loss = -regression.predict_log_proba(queries)[np.arange(len(truth)), truth].mean()
