@@ -29,12 +29,13 @@ from evaluation.protocols.logreg.score import on_device
 from evaluation.protocols.ridge.score import ridge_path
 from evaluation.registry import protocol
 
-C = 0.01  # of the logistic regression
-PENALTY = 10.0  # of the ridge regression
+C = 1.0  # of the logistic regression
+PENALTY = 0.1  # of the ridge regression
 
 
 def main() -> None:
     digits, labels = load_digits(return_X_y=True)
+    digits /= 16
     is_test = np.arange(len(labels)) % 3 == 2
     x, y, queries, truth = digits[~is_test], labels[~is_test], digits[is_test], labels[is_test]
     x_t, y_t, queries_t, truth_t = (torch.from_numpy(one) for one in (x, y, queries, truth))
