@@ -477,6 +477,8 @@ def _event(step: int, result: EvaluationResult) -> Evaluated:
         cached=result.cached,
         described=tuple(asdict(metric) for metric in result.described),
         num_test=_num_scored(result.details),
+        num_train=int(result.details.get("num_train", 0)),
+        num_test_in_train=int(result.details.get("num_test_in_train", -1)),
         data_digest=result.data_digest,
         weights_digest=result.weights_digest,
     )

@@ -55,7 +55,7 @@ from pretrain.training.handover import take_over, weights_of
 from pretrain.training.image_grid import write_image_grid
 from pretrain.training.initial_weights import initial_weights
 from pretrain.training.input_scale import scale_warning
-from pretrain.training.inputs import SampleRecord, Transfer, build_stream, num_corrupt
+from pretrain.training.inputs import SampleRecord, Transfer, build_stream, num_corrupt, sources_of
 from pretrain.training.model import build_objective
 from pretrain.training.outlook import accumulation_warning
 from pretrain.training.publication import Publisher
@@ -205,6 +205,9 @@ def train_stage(
     stream = build_stream(recipe, objective, rank, begin, pin_memory=device.type == "cuda")
     if index == 0 or found:  # the first stage of this process
         _announce(process, stage, objective, stream, found.step if found else 0)
+    if rank == 0:
+        for source in sources_of(stream.dataset, recipe.data, found.step if found else stage.first_step, stage.name):
+            emit(source)
     if teacher:
         emit(Taught(step=found.step if found else stage.first_step, stage=stage.name, teacher=teacher))
     if initialized:

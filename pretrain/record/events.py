@@ -35,6 +35,7 @@ __all__ = [
     "Regrouping",
     "Rejected",
     "Resumed",
+    "SourceOpened",
     "StageBegan",
     "Start",
     "Startup",
@@ -105,6 +106,39 @@ class Start(Event):
     decoder: str = ""
     epochs: float = 0.0
     size: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOpened(Event):
+    """Samples that a stage learns from: all of them, or one part of a mixture.
+
+    Attributes:
+        step: Steps of the run that are done.
+        stage: Its name; empty in a run without stages.
+        name: Of the part; empty where there is but one source.
+        shards: As the recipe names them.
+        num_shards: Tar files.
+        samples: In them, as far as they are used; 0 where nobody has counted.
+        digest: SHA-256 of names, order and content of the samples; of shards that nobody has indexed, of their names.
+        share: Of the samples that training takes, how many are from here, in [0, 1].
+        fields: Names that every sample has.
+        splits: Samples of each split of the packed data that these are from, as their `dataset.json` says.
+        duplicates, rejected: Equal and damaged samples that packing left out of these data; -1: not recorded.
+    """
+
+    kind: ClassVar[str] = "source"
+    step: int
+    stage: str
+    name: str
+    shards: str
+    num_shards: int
+    samples: int
+    digest: str
+    share: float
+    fields: tuple[str, ...] = ()
+    splits: Mapping[str, int] = field(default_factory=dict)
+    duplicates: int = -1
+    rejected: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +343,8 @@ class Evaluated(Event):
         seconds: Wall time of the computation.
         cached: Whether the result was known before.
         num_test: Test samples that the headline is of; 0 in records of older versions.
+        num_train: Samples that its protocol has fitted to; 0 where it fits nothing, and in records of older versions.
+        num_test_in_train: Test samples with the same content as one of train; -1: nobody has counted.
         data_digest, weights_digest: What the data and the weights were, whatever they are called; empty in records of
             older versions.
     """
@@ -323,6 +359,8 @@ class Evaluated(Event):
     cached: bool
     described: tuple[Mapping[str, Any], ...] = ()
     num_test: int = 0
+    num_train: int = 0
+    num_test_in_train: int = -1
     data_digest: str = ""
     weights_digest: str = ""
 
@@ -392,6 +430,7 @@ _KINDS: dict[str, type[Event]] = {
     for event in (
         Preparing,
         Start,
+        SourceOpened,
         Startup,
         Resumed,
         Initialized,

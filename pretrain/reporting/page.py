@@ -46,6 +46,7 @@ from pretrain.record.events import (
 from pretrain.record.journal import read_events
 from pretrain.record.pictures import rows_of
 from pretrain.record.run_dir import RECIPE, RunDir
+from pretrain.reporting.data_section import UNKNOWN, data_name, evaluated_on, seen_words, setting_of, sources
 
 if TYPE_CHECKING:
     import jinja2
@@ -57,7 +58,6 @@ log = logging.getLogger(__name__)
 TEMPLATES, TEMPLATE = Path(__file__).parent / "templates", "page.html"
 MAX_IMAGES = 6
 MAX_WARNINGS = 12
-UNKNOWN = "?"
 # By the end of the name of a metric beside another: what takes no backbone, as a line in the chart of that one.
 FLOORS = {
     f"_{FLOOR}": "raw pixels",
@@ -173,6 +173,9 @@ def _contents(run: RunDir) -> dict[str, Any]:
         "tasks": tasks,
         "rows": _rows(run, tasks, start),
         "details": _details(evaluations),
+        "sources": sources(run, stages, events, training),
+        "seen_words": seen_words(recipe, training),
+        "evaluated_on": evaluated_on(evaluations),
         "visualizations": _visualizations(run, events),
         "pictures": _pictures(run, [*events, *evaluations]),
         "versions": _versions(run),
@@ -295,20 +298,22 @@ def _facts(
 ) -> list[tuple[str, str]]:
     """What the run is, for the head of the page; of several stages the last, and their names."""
     recipe = stages[-1]
-    steps = [_of(stage, "train.steps") for stage in stages]
+    steps = [setting_of(stage, "train.steps") for stage in stages]
     total = sum(number for number in steps if isinstance(number, int))
-    size, workers, zero_stage = (_of(recipe, f"train.{key}") for key in ("global_batch_size", "workers", "zero_stage"))
+    size, workers, zero_stage = (
+        setting_of(recipe, f"train.{key}") for key in ("global_batch_size", "workers", "zero_stage")
+    )
     facts = [
-        ("objective", str(_of(recipe, "objective.name"))),
-        ("backbone", str(_of(recipe, "backbone.name"))),
-        ("data", _data(recipe)),
+        ("objective", str(setting_of(recipe, "objective.name"))),
+        ("backbone", str(setting_of(recipe, "backbone.name"))),
+        ("data", data_name(recipe)),
         ("steps", f"{max(training, default=0)} of {total or UNKNOWN}"),
         ("batch", f"{size} samples, {workers} workers, ZeRO {zero_stage}"),
-        ("precision", str(_of(recipe, "train.precision"))),
-        ("seed", str(_of(recipe, "train.seed"))),
+        ("precision", str(setting_of(recipe, "train.precision"))),
+        ("seed", str(setting_of(recipe, "train.seed"))),
     ]
     if len(stages) > 1:
-        names = [_of(stage, "stage") for stage in stages]
+        names = [setting_of(stage, "stage") for stage in stages]
         facts.append(("stages", ", ".join(f"{name} ({n} steps)" for name, n in zip(names, steps, strict=True))))
     if events:
         began, ended = events[0].time, events[-1].time
@@ -341,23 +346,6 @@ def _findings(training: Mapping[int, Mapping[str, float]], events: Sequence[Even
         findings.append(f"{dropped:.0f} samples could not be read and were left out")
     left_out = {event.task: event.error for event in events if isinstance(event, EvaluationFailed) and event.left_out}
     return findings + [f"{task} is left out of its suite: {reason}" for task, reason in left_out.items()]
-
-
-def _of(recipe: Mapping[str, Any], key: str) -> Any:
-    """A setting of a recipe that a run has written; `UNKNOWN` where the recipe is damaged."""
-    node: Any = recipe
-    for name in key.split("."):
-        if not isinstance(node, Mapping) or name not in node:
-            return UNKNOWN
-        node = node[name]
-    return node
-
-
-def _data(recipe: Mapping[str, Any]) -> str:
-    source, mixture = _of(recipe, "data.train"), _of(recipe, "data.mixture")
-    if source is not None or not isinstance(mixture, list):
-        return str(source)
-    return ", ".join(str(_of(part, "name")) for part in mixture)
 
 
 def _tiles(

@@ -6,22 +6,28 @@ Not here: the order of samples and their decoding (`data_pipelines`), which view
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_pipelines.streaming.stream import Stream, StreamState
-from data_pipelines.streaming.unindexed import UnindexedStream
+from data_pipelines.shards.dataset import Dataset
+from data_pipelines.streaming.joined import Joined
+from data_pipelines.streaming.mixture import Mixture
+from data_pipelines.streaming.stream import Samples, Stream, StreamState
+from data_pipelines.streaming.unindexed import UnindexedSamples, UnindexedStream
 from data_pipelines.views.photometric import PARAMS_SUFFIX
 from data_pipelines.views.specs import views_from
 from objectives.base import Objective
 from pretrain.config.data import fetch_options, open_data
 from pretrain.config.schema import DataConfig, Recipe
+from pretrain.record.events import SourceOpened
 from pretrain.record.run_dir import RunDir
 
-__all__ = ["SampleRecord", "Transfer", "build_stream", "num_corrupt", "to_device"]
+__all__ = ["SampleRecord", "Transfer", "build_stream", "num_corrupt", "sources_of", "to_device"]
 
 
 def build_stream(
@@ -60,6 +66,52 @@ def _stream_of(data: DataConfig) -> Callable[..., Stream]:
         return partial(Stream, open_data(data))
     assert data.train is not None  # checked by `pretrain.config.checks.data`
     return partial(UnindexedStream, data.train, fetch=fetch_options(data))
+
+
+def sources_of(opened: Samples, data: DataConfig, step: int, stage: str) -> list[SourceOpened]:
+    """The sources of samples, one event for each, with what `dataset.json` says of how they were packed.
+
+    Args:
+        opened: What a stream reads.
+        data: What the recipe says of it.
+        step: Steps of the run that are done.
+        stage: Its name.
+    """
+    known: dict[str, Any] = {"step": step, "stage": stage}
+    if isinstance(opened, Dataset):
+        return [SourceOpened(**known, name="", shards=str(data.train), share=1.0, **_counts(opened))]
+    if isinstance(opened, Mixture | Joined):
+        of_slots = np.bincount(opened.pattern) / len(opened.pattern) if isinstance(opened, Mixture) else None
+        return [
+            SourceOpened(
+                **known,
+                name=part.name,
+                shards=written.shards,
+                share=1.0 if of_slots is None else float(of_slots[number]),  # joined ones give to every sample
+                **_counts(part.dataset),
+            )
+            for number, (part, written) in enumerate(zip(opened.parts, data.mixture, strict=True))
+        ]
+    assert isinstance(opened, UnindexedSamples)  # `_stream_of` knows no other
+    uncounted: dict[str, Any] = {"samples": 0, "num_shards": len(opened.shards), "digest": opened.digest}
+    return [SourceOpened(**known, name="", shards=str(data.train), share=1.0, **uncounted)]
+
+
+def _counts(dataset: Dataset) -> dict[str, Any]:
+    """What is known of a data set: of `dataset.json`, which anybody may have written, as much as can be read."""
+    told = dataset.description
+    splits = told.get("splits")
+    found = splits.items() if isinstance(splits, Mapping) else ()
+    counts = {name: split["samples"] for name, split in found if isinstance(split, Mapping) and "samples" in split}
+    left_out = {name: told.get(name) for name in ("duplicates", "rejected")}
+    return {
+        "samples": dataset.num_samples,
+        "num_shards": len(dataset.shards),
+        "digest": dataset.digest,
+        "fields": tuple(sorted(dataset.fields)),
+        "splits": {str(name): count for name, count in counts.items() if type(count) is int},
+        **{name: count for name, count in left_out.items() if type(count) is int},
+    }
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -14,6 +14,20 @@ from pretrain.record.events import DamagedEvent, Evaluated, EvaluationFailed, Ev
 
 EXAMPLES: list[Event] = [
     events.Start(step=0, total_steps=9, world_size=2, device="cpu", exact=False, pids=(4, 5), decoder="pil"),
+    events.SourceOpened(
+        step=0,
+        stage="",
+        name="photos",
+        shards="a/train-*.tar",
+        num_shards=2,
+        samples=9,
+        digest="ab",
+        share=0.5,
+        fields=("jpg",),
+        splits={"train": 9, "test": 1},
+        duplicates=2,
+        rejected=0,
+    ),
     events.Preparing(what="building the model"),
     events.Startup(**{field.name: 1.5 for field in fields(events.Startup)}),
     events.Resumed(**{field.name: 3 for field in fields(events.Resumed)} | {"reference": "runs:/a/3"}),
@@ -56,13 +70,21 @@ def test_from_json__a_missing_field_is_named(event: Event) -> None:
         events.Resumed: {"reference"},
         events.Initialized: {"resampled", "missing", "unexpected"},
         events.StageBegan: {"resampled", "fresh", "moments"},
+        events.SourceOpened: {"fields", "splits", "duplicates", "rejected"},
         events.Visualizations: {"data", "shows"},
         events.Warned: {"ranks"},
     }.get(type(event), set())
     if isinstance(event, EvaluationFailed):
         optional = {"error", "left_out"}  # without an error the record is one of scores, which then lacks others
     if isinstance(event, Evaluated):
-        optional = {"described", "num_test", "data_digest", "weights_digest"}  # older records do not say
+        optional = {
+            "described",
+            "num_test",
+            "num_train",
+            "num_test_in_train",
+            "data_digest",
+            "weights_digest",
+        }  # older records do not say
     for name in record.keys() - {"kind"} - optional:
         with pytest.raises(DamagedEvent, match=f"{event.kind}: no '{name}'"):
             from_json({key: value for key, value in record.items() if key != name})

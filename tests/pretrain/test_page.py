@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from pretrain.record.events import (
     Finished,
     Metrics,
     Resumed,
+    SourceOpened,
     Start,
     Taught,
     Visualizations,
@@ -94,6 +97,10 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[
     rng = np.random.default_rng(0)
     with Journal(run_dir / "journal.jsonl") as journal:
         journal.write(Start(world_size=2, total_steps=400, step=0, device="cpu"))
+        for name, share, left_out in (("web", 0.75, {"duplicates": 12, "rejected": 3}), ("own", 0.25, {})):
+            source = {"name": name, "shards": f"/data/{name}/train-*.tar", "share": share, "digest": name * 20}
+            numbers = {"num_shards": 2, "samples": 9600, "splits": {"train": 9600, "test": 400}}
+            journal.write(SourceOpened(step=0, stage="", **source, **numbers, **left_out))
         journal.write(Taught(step=0, stage="", teacher="runs:/large/90: step 90"))
         before = -1
         for step in [*range(0, 250, 10), *range(210, 401, 10)]:
@@ -102,6 +109,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[
             before = step
             loss = 0.5 + math.exp(-step / 90) + 0.01 * rng.standard_normal()
             values = {"loss": loss, "lr": 1e-3 * min(1, step / 40), "grad_norm": loss * 2, "samples_per_s": 300.0}
+            values |= {"samples_seen": 64.0 * step, "corrupt_samples": step // 200}
             journal.write(Metrics(step=step, values=values))
             if step % 100 == 0:
                 path = make_checkpoint(run_dir, step)
@@ -180,7 +188,8 @@ def test_write_report__pictures_of_the_first_and_the_newest_checkpoint_stand_sid
 
 def test_write_report__on_a_phone_each_cell_has_the_name_of_its_column(page: Page) -> None:
     names = re.findall(r'<td data-name="([^"]*)"', page.text)
-    assert len(names) == sum(len(row) for row in page.rows if row[0] != "step"), "every cell"
+    heads = ("step", "trained on", "evaluated on")
+    assert len(names) == sum(len(row) for row in page.rows if row[0] not in heads), "every cell"
     assert names[:4] == page.rows[0], "as the head of the table, which a phone does not show"
     assert "@media (prefers-color-scheme: dark)" in page.text and "@media (max-width: 640px)" in page.text
 
@@ -220,6 +229,46 @@ def test_write_report__findings_of_training_and_of_evaluations(page: Page, stora
     with Journal(run_dir / "journal.jsonl") as journal:
         journal.write(Metrics(step=10, values={"loss": 1.0, "corrupt_samples": 3.0}))
     assert "<li>3 samples could not be read and were left out</li>" in write_report(run_dir).read_text()
+
+
+def test_write_report__data_by_source_with_what_was_left_out(page: Page, storage: Path) -> None:
+    rows = {row[0]: row[1:] for row in page.rows}
+    counted = "9600 in 2 shards (packed: train 9600, test 400)"
+    seen = "19200, 2 passes", "6400, 0.667 passes"
+    assert rows["web: /data/web/train-*.tar"] == [counted, seen[0], "12 duplicates, 3 damaged", "webwebwebweb"]
+    assert rows["own: /data/own/train-*.tar"] == [counted, seen[1], "not recorded", "ownownownown"]
+    assert "could not read and replaced by others: 2." in page.text
+    assert rows["photos"] == ["linear", "not recorded", "not recorded", "not recorded", "not recorded"]
+
+    run_dir = storage / "evaluated"
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(RECIPE)
+    counts = {"num_train": 900, "num_test": 100, "num_test_in_train": 7, "data_digest": "0123456789abcdef"}
+    with Journal(run_dir / "evaluations.jsonl") as evaluations:
+        for protocol, known in (("knn", counts), ("linear", counts), ("spectrum", {**counts, "data_digest": "f" * 64})):
+            evaluations.write(replace(scores(10, protocol, "photos", top1=0.5, rankme=2.0), **known))
+    rows_of_data = [row for row in Page(write_report(run_dir)).rows if row[0] == "photos"]
+    assert rows_of_data == [
+        ["photos", "knn, linear", "900", "100", "7", "0123456789ab"],
+        ["photos", "spectrum", "900", "100", "7", "f" * 12],
+    ]
+
+
+def test_write_report__data_of_older_runs_are_as_their_checkpoints_know_them(
+    storage: Path, make_checkpoint: Callable[[Path, int], Path]
+) -> None:
+    run_dir = storage / "older"
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(RECIPE)
+    row = ["/data/photos/train-*.tar", "?", "0", "not recorded", "?"]
+    assert row in Page(write_report(run_dir)).rows, "no checkpoint yet"
+    manifest = make_checkpoint(run_dir, 10) / "checkpoint.json"
+    order = {"dataset": "0123456789abcdef", "num_samples": 90}
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "stream": {"order": order}}))
+    with Journal(run_dir / "journal.jsonl") as journal:
+        journal.write(Metrics(step=10, values={"loss": 1.0, "samples_seen": 640.0}))
+    page = Page(write_report(run_dir))
+    assert ["/data/photos/train-*.tar", "90", "640", "not recorded", "0123456789ab"] in page.rows
 
 
 def test_write_report__nothing_from_the_run_becomes_markup(page: Page) -> None:
