@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from evaluation.data import IGNORED
+from evaluation.data import IGNORED, LabelMaps
+from evaluation.metrics import confusion_matrix
 
 __all__ = ["MajorityMap", "nearest", "patch_counts", "small"]
 
@@ -82,3 +83,22 @@ class MajorityMap:
         """The classes (S...) at a size; class 0 where all was ignored. At least one map was added."""
         assert self._counts is not None
         return nearest(self._counts.argmax(axis=0), size)
+
+    def tested(self, maps: LabelMaps) -> tuple[Tensor, list[str | None]]:
+        """Confusion of the majorities with the labels that a head is to be tested on, and the sequences of these.
+
+        Ask for it before anything is trained: labels that cannot be read, or are none of the classes, end it here.
+
+        Returns:
+            (n, C, C) int64 of the n maps, and a name or None of each.
+
+        Raises:
+            EvaluationError, DataError: As `LabelMaps.read`.
+        """
+        counts, sequences = [], []
+        for sample_idx in range(len(maps)):
+            labels, sequence = maps.read(sample_idx)
+            prior, truth = (torch.from_numpy(values).flatten() for values in (self.at(labels.shape), labels))
+            counts.append(confusion_matrix(prior, truth, self._num_classes))
+            sequences.append(sequence)
+        return torch.stack(counts), sequences

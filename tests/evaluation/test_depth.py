@@ -150,12 +150,15 @@ def test_score__the_range_follows_the_training_images_and_far_pixels_count_nowhe
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
-def test_score__images_without_distances_are_not_scored() -> None:
+def test_score__images_without_distances_are_not_scored_and_only_such_refused_before_anything_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     patches, maps = _rooms(6, 1)
     maps[2] = np.zeros_like(maps[2])
     train = _dense(*_rooms(10, 0))
     outcome = _score(train, _dense(patches, maps))
     assert outcome.details["num_scored"] == len(outcome.per_sample) == 5 and np.isfinite(outcome.metrics["rmse"])
+    monkeypatch.setattr(f"{score.__module__}._Fit", None)  # it trains
     with pytest.raises(EvaluationError, match=r"no test image has a distance between 0\.001 and 10 m"):
         _score(train, _dense(patches[2:3], maps[2:3]))
     with pytest.raises(EvaluationError, match="no distance was measured in the training images"):

@@ -28,6 +28,7 @@ from data_pipelines.views.crops import eval_view
 from evaluation import EvaluationData, EvaluationError, EvaluationResult, evaluate
 from evaluation.protocols.linear.score import batch_rows
 from evaluation.registry import PROTOCOLS
+from evaluation.threads import Threads
 from pretrain.config.checks.evaluation import evaluation_data_problem
 from tests.evaluation.conftest import TINY
 
@@ -106,12 +107,24 @@ def test_evaluate__linear_and_knn_share_one_extraction(
     assert linear.key != knn.key
 
 
-@pytest.mark.parametrize("protocol", ["linear", "knn", "segmentation"])
-def test_evaluate__batch_size_decides_nothing(
-    tmp_path: Path, checkpoint: Make, colours: EvaluationData, halves: EvaluationData, protocol: str
+@pytest.mark.parametrize("protocol", ["linear", "knn", "ridge", "segmentation"])
+def test_evaluate__neither_batch_size_nor_threads_decide_anything(
+    tmp_path: Path, checkpoint: Make, demo_data: Path, halves: EvaluationData, protocol: str
 ) -> None:
-    weights, data = checkpoint(), _data(colours, halves, protocol)
-    results = [evaluate(weights, protocol, data, store=tmp_path / str(size), batch_size=size) for size in (1, 7, 64)]
+    """On photos that a random backbone cannot tell apart, so that scores would show what is in another row."""
+    weights, data = (
+        checkpoint(),
+        halves if protocol == "segmentation" else EvaluationData("grocery", demo_data / "grocery"),
+    )
+    results = [
+        evaluate(
+            weights, protocol, data, store=tmp_path / str(size), batch_size=size, threads=Threads(number), device="cpu"
+        )
+        for size, number in ((1, 1), (7, 3), (64, 2))
+    ]
+    counts = (results[0].details["num_train"], results[0].details["num_test"])
+    assert all(any(count % size for count in counts) for size in (7, 64))
+    assert 0 < results[0].metrics[PROTOCOLS[protocol].headline.name] < 1
     assert results[0].metrics == results[1].metrics == results[2].metrics
     assert len({result.key for result in results}) == 1
 

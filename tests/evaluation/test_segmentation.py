@@ -138,13 +138,20 @@ def test_score__masks_of_different_sizes(dense: Callable[..., Dense]) -> None:
     assert outcome.metrics["miou"] > 0.7
 
 
-def test_score__nothing_labelled_is_refused(dense: Callable[..., Dense]) -> None:
+def test_score__nothing_labelled_is_refused_and_before_anything_is_trained(
+    dense: Callable[..., Dense], monkeypatch: pytest.MonkeyPatch
+) -> None:
     split = dense(np.zeros((4, 2, 2, 3)), [np.full((4, 4), 255, np.uint8)] * 4, 3)
     with pytest.raises(EvaluationError, match="no labelled pixel in the training images"):
         score(split, split, num_classes=3, params=PARAMS, seed=0, device=CPU)
-    labelled, short = dense(*_scene(4, 0), 3), {**PARAMS, "min_steps": 1, "epochs": 1}
+    monkeypatch.setattr(f"{score.__module__}.Fit", None)  # it trains
+    labelled = dense(*_scene(4, 0), 3)
     with pytest.raises(EvaluationError, match="no labelled pixel in the test images: every label is ignore_index"):
-        score(labelled, replace(labelled, labels=split.labels), num_classes=3, params=short, seed=0, device=CPU)
+        score(labelled, replace(labelled, labels=split.labels), num_classes=3, params=PARAMS, seed=0, device=CPU)
+    patches, masks = _scene(4, 0)
+    beyond = dense(patches, [mask * 0 + 3 for mask in masks], 3)
+    with pytest.raises(EvaluationError, match=r"label 3 in seg\.png, but dataset\.json lists 3 classes"):
+        score(labelled, replace(labelled, labels=beyond.labels), num_classes=3, params=PARAMS, seed=0, device=CPU)
 
 
 def test_score__one_training_image_is_refused(dense: Callable[..., Dense]) -> None:

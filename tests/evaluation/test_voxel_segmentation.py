@@ -188,6 +188,15 @@ def test_score__what_cannot_be_used(change: Callable[..., Any], num_classes: int
         _score(split, split, num_classes)
 
 
+def test_score__volumes_of_the_ground_alone_are_refused_before_anything_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "Fit", None)  # it trains
+    patches, volumes = _scene(6, 0)
+    with pytest.raises(EvaluationError, match="the test volumes have no labelled voxel but of the ground"):
+        _score(_dense(patches, volumes), _dense(patches, [volume * 0 for volume in volumes]))
+
+
 def test_jackknife__covers_what_it_says_of_few_samples() -> None:
     """Dice of volumes that differ in size and difficulty: about 95 of 100 intervals hold the value of all volumes."""
     rng = np.random.default_rng(0)

@@ -228,7 +228,13 @@ def test_write_report__findings_of_training_and_of_evaluations(page: Page, stora
     assert "<h2>Findings</h2>" not in write_report(run_dir).read_text()
     with Journal(run_dir / "journal.jsonl") as journal:
         journal.write(Metrics(step=10, values={"loss": 1.0, "corrupt_samples": 3.0}))
-    assert "<li>3 samples could not be read and were left out</li>" in write_report(run_dir).read_text()
+    with Journal(run_dir / "evaluations.jsonl") as evaluations:
+        for step in (0, 10):
+            of = {"step": step, "protocol": "few_shot", "data": "photos"}
+            evaluations.write(EvaluationFailed(**of, error="too few", left_out=True))
+    text = write_report(run_dir).read_text()
+    assert "<li>3 samples could not be read and were left out</li>" in text
+    assert text.count("few_shot/photos is left out of its suite: too few") == text.count("few_shot") == 1
 
 
 def test_write_report__data_by_source_with_what_was_left_out(page: Page, storage: Path) -> None:

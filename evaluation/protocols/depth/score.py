@@ -55,6 +55,11 @@ def score(
     if len(train.labels) < 2:
         raise EvaluationError(f"depth needs at least 2 training images, got {len(train.labels)}")
     places = _draw_places(train.labels, params, seed)
+    prior, sequences = _prior_errors(places, test.labels)
+    is_scored = prior.isfinite().all(dim=1)  # (n,); a matter of the distances alone
+    if not is_scored.any():
+        low, high = places.range_m
+        raise EvaluationError(f"no test image has a distance between {low:g} and {high:g} m")
     fit = _Fit(train.patches, places, Standardiser.of(train.patches, device), params, seed, device)
     fold, rule = folds_of(places.sequences, params, seed, noun="images")
     val_rmse, val_loss = fit.cross_validate(fold)  # each (G,)
@@ -62,29 +67,22 @@ def score(
     lr = params["lrs"][cell]
     weight, bias = fit.heads(torch.arange(len(fold)), [lr])
 
-    per_image, prior_per_image, sequences = [], [], []
+    per_image = []
     for sample_idx in range(len(test.labels)):
-        meters, sequence = test.labels.read(sample_idx)
+        meters, _ = test.labels.read(sample_idx)
         truth = torch.from_numpy(meters)
         with torch.inference_mode():
             coarse = fit.distances(test.patches[sample_idx : sample_idx + 1], weight, bias)  # (1, 1, h, w)
         predicted = upsampled(coarse.cpu(), meters.shape)[0, 0]
         per_image.append(errors(predicted, truth, *places.range_m))
-        prior = torch.from_numpy(nearest(places.mean_m, meters.shape))
-        prior_per_image.append(errors(prior, truth, *places.range_m))
-        sequences.append(sequence)
     found = torch.stack(per_image)  # (n, E)
-    is_scored = found.isfinite().all(dim=1)
-    if not is_scored.any():
-        low, high = places.range_m
-        raise EvaluationError(f"no test image has a distance between {low:g} and {high:g} m")
     names = [name for name, scored in zip(sequences, is_scored.tolist(), strict=True) if scored]
     groups = blocks_of(names)
     rmse = found[is_scored, 0]
     interval = jackknife(
         torch.stack([rmse, torch.ones_like(rmse)], dim=1), lambda sums: sums[..., 0] / sums[..., 1], groups
     )
-    prior_errors = torch.stack(prior_per_image)[is_scored].mean(dim=0).tolist()
+    prior_errors = prior[is_scored].mean(dim=0).tolist()
     metrics = dict(zip(_ERRORS, found[is_scored].mean(dim=0).tolist(), strict=True))
     if interval is not None:
         value, margin = interval
@@ -121,6 +119,17 @@ def errors(predicted: Tensor, truth: Tensor, low: float, high: float) -> Tensor:
     off = guess - true
     factor = torch.maximum(guess / true, true / guess)
     return torch.stack([off.square().mean().sqrt(), (off.abs() / true).mean(), (factor < 1.25).double().mean()])
+
+
+def _prior_errors(places: _Places, maps: DepthMaps) -> tuple[Tensor, list[str | None]]:
+    """`errors` (n, E) of the mean distances in the maps that a head is to be tested on, and the sequences of these."""
+    rows, sequences = [], []
+    for sample_idx in range(len(maps)):
+        meters, sequence = maps.read(sample_idx)
+        prior = torch.from_numpy(nearest(places.mean_m, meters.shape))
+        rows.append(errors(prior, torch.from_numpy(meters), *places.range_m))
+        sequences.append(sequence)
+    return torch.stack(rows), sequences
 
 
 def binned_distance(logits: Tensor, low: float, high: float) -> Tensor:

@@ -62,29 +62,27 @@ def score(
     device: torch.device,
 ) -> Outcome:
     """Remembers the training patches and labels the test images; `seed` decides which patches fit into the memory."""
-    memory, prior = remember(train, num_classes, params, seed)
+    memory, majority = remember(train, num_classes, params, seed)
+    prior, sequences = majority.tested(test.labels)
+    if not prior.any():
+        raise EvaluationError("no labelled pixel in the test images: every label is ignore_index")
     memory = Memory(*(part.to(device) for part in memory))
-    per_image, prior_per_image, sequences = [], [], []
+    per_image = []
     for sample_idx in range(len(test.labels)):
-        labels, sequence = test.labels.read(sample_idx)
+        labels, _ = test.labels.read(sample_idx)
         truth = torch.from_numpy(labels).flatten()
         tokens = torch.from_numpy(np.array(test.patches[sample_idx])).float()  # (h, w, D)
         shares = retrieve(memory, tokens.flatten(0, 1), k=params["k"], temperature=params["temperature"])
         shares = shares.unflatten(0, tokens.shape[:2])  # (h, w, C)
         predicted = upsampled(shares.permute(2, 0, 1)[None], labels.shape)[0].argmax(dim=0)  # (H, W)
         per_image.append(confusion_matrix(predicted.flatten(), truth, num_classes))
-        majority = torch.from_numpy(prior.at(labels.shape)).flatten()
-        prior_per_image.append(confusion_matrix(majority, truth, num_classes))
-        sequences.append(sequence)
     counts = torch.stack(per_image)  # (n, C, C)
     confusion = counts.sum(dim=0)
-    if not confusion.any():
-        raise EvaluationError("no labelled pixel in the test images: every label is ignore_index")
     groups = blocks_of(sequences)
     return Outcome(
         metrics={
             **miou_metrics(counts, groups),
-            "miou_position_prior": mean_iou(torch.stack(prior_per_image).sum(dim=0)),
+            "miou_position_prior": mean_iou(prior.sum(dim=0)),
         },
         details={
             "k": min(params["k"], len(memory.tokens)),

@@ -52,6 +52,9 @@ def score(
     if len(train.labels) < 2:
         raise EvaluationError(f"segmentation needs at least 2 training images, got {len(train.labels)}")
     pixels = draw_places(train.labels, num_classes, params["pixels_per_image"], seed)
+    prior, sequences = pixels.majority.tested(test.labels)
+    if not prior.any():
+        raise EvaluationError("no labelled pixel in the test images: every label is ignore_index")
     fit = Fit(
         train.maps,
         pixels,
@@ -69,31 +72,26 @@ def score(
     lr = params["lrs"][cell]
     weight, bias = fit.heads(torch.arange(len(fold)), [lr])
 
-    per_image, prior_per_image, sequences = [], [], []
+    per_image = []
     asked = spread(len(test.labels), NUM_ASKED)
     truths, guesses = [], []  # of those that are asked for
     for sample_idx in range(len(test.labels)):
-        labels, sequence = test.labels.read(sample_idx)
+        labels, _ = test.labels.read(sample_idx)
         truth = torch.from_numpy(labels)
         maps = [tokens[sample_idx : sample_idx + 1] for tokens in test.maps]
         predicted = fit.predict(maps, weight, bias, labels.shape)[0].cpu()  # (H, W)
         per_image.append(confusion_matrix(predicted.flatten(), truth.flatten(), num_classes))
-        prior = pixels.majority.at(labels.shape)
-        prior_per_image.append(confusion_matrix(torch.from_numpy(prior).flatten(), truth.flatten(), num_classes))
-        sequences.append(sequence)
         if sample_idx in asked:
             truths.append(labels)
             guesses.append(predicted.numpy())
     counts = torch.stack(per_image)  # (n, C, C)
     confusion = counts.sum(dim=0)
-    if not confusion.any():
-        raise EvaluationError("no labelled pixel in the test images: every label is ignore_index")
     groups = blocks_of(sequences)
     return Outcome(
         metrics={
             **miou_metrics(counts, groups),
             "val_miou": float(val_miou[cell]),
-            "miou_position_prior": mean_iou(torch.stack(prior_per_image).sum(dim=0)),
+            "miou_position_prior": mean_iou(prior.sum(dim=0)),
         },
         details={
             "lr": lr,

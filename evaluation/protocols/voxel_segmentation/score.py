@@ -56,6 +56,9 @@ def score(
     if num_classes < 2:
         raise EvaluationError("voxel_segmentation needs a class beside the ground, which is class 0 of dataset.json")
     voxels = draw_places(train.labels, num_classes, params["voxels_per_volume"], seed)
+    prior, _ = voxels.majority.tested(test.labels)
+    if not prior[:, 1:].any():  # rows are what is true
+        raise EvaluationError("the test volumes have no labelled voxel but of the ground, class 0, where they are seen")
     fit = Fit(
         train.maps,
         voxels,
@@ -74,19 +77,15 @@ def score(
     lr = params["lrs"][cell]
     weight, bias = fit.heads(torch.arange(len(fold)), [lr])
 
-    per_volume, prior_per_volume = [], []
+    per_volume = []
     for sample_idx in range(len(test.labels)):
         labels, _ = test.labels.read(sample_idx)
         truth = torch.from_numpy(labels).flatten()
         maps = [tokens[sample_idx : sample_idx + 1] for tokens in test.maps]
         predicted = fit.predict(maps, weight, bias, labels.shape)[0].cpu()  # (X, Y, Z)
         per_volume.append(confusion_matrix(predicted.flatten(), truth, num_classes))
-        prior = torch.from_numpy(voxels.majority.at(labels.shape))
-        prior_per_volume.append(confusion_matrix(prior.flatten(), truth, num_classes))
     counts = torch.stack(per_volume)  # (n, C, C)
     confusion = counts.sum(dim=0)
-    if not confusion[1:].any() and not confusion[:, 1:].any():
-        raise EvaluationError("the test volumes have no labelled voxel but of the ground, class 0, where they are seen")
     low, high = jackknife_interval(counts, foreground_dice)
     return Outcome(
         metrics={
@@ -96,7 +95,7 @@ def score(
             "dice_per_volume": float(foreground_dice(counts).nanmean()),
             "miou": mean_iou(confusion),
             "val_dice": float(val_dice[cell]),
-            "dice_position_prior": float(foreground_dice(torch.stack(prior_per_volume).sum(dim=0))),
+            "dice_position_prior": float(foreground_dice(prior.sum(dim=0))),
         },
         details={
             "lr": lr,
