@@ -21,6 +21,7 @@ from evaluation import EvaluationData
 from evaluation.data import class_label
 from evaluation.extraction.forward import Pooled
 from evaluation.extraction.points import POINTS
+from evaluation.floor import distances
 from evaluation.protocol import format_interval, format_value
 from evaluation.registry import load_head, protocol
 
@@ -34,14 +35,6 @@ def radii(cloud: Cloud) -> Cloud:
     """(67,): quantiles of the distances to the center, and the eigenvalues of the covariance."""
     quantiles = np.quantile(np.linalg.norm(cloud, axis=1), np.linspace(0, 1, BINS))
     return np.concatenate((quantiles, np.linalg.eigvalsh(np.cov(cloud.T))))
-
-
-def distances(cloud: Cloud) -> Cloud:
-    """(128,): histograms of the distances between points and to the center, as shares."""
-    between = np.linalg.norm(cloud[:, None] - cloud[None], axis=2)[np.triu_indices(len(cloud), 1)]
-    pairs, _ = np.histogram(between, BINS, (0, 2))
-    center, _ = np.histogram(np.linalg.norm(cloud, axis=1), BINS, (0, 1))
-    return np.concatenate((pairs / pairs.sum(), center / center.sum()))
 
 
 def main() -> None:

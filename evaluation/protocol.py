@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 __all__ = [
     "CI_SUFFIXES",
-    "FLOOR",
+    "FLOORS",
     "FRACTION",
     "LABELS",
     "BrokenError",
@@ -26,6 +26,7 @@ __all__ = [
     "Protocol",
     "best",
     "described",
+    "floors",
     "format_interval",
     "format_value",
     "less_is_better",
@@ -33,7 +34,20 @@ __all__ = [
 ]
 
 FRACTION = "fraction"
-FLOOR = "pixels"  # of results of raw pixels in the place of a digest of weights; behind the name of their metric
+# What takes no backbone, by the end of the name of a metric that is only reported, beside the one that it is a floor
+# of: what people call it. The first two are in the place of a digest of weights, too (`evaluation.floor`).
+FLOORS: Mapping[str, str] = MappingProxyType(
+    {
+        "pixels": "raw pixels",
+        "distances": "distances of points",
+        "position_prior": "position prior",
+        "position": "distance of patches",
+        "whole_image": "the whole image",
+        "static": "labels that stay",
+        "constant": "best constant",
+        "neighbors": "mean of neighbors",
+    }
+)
 CI_SUFFIXES = ("_ci_low", "_ci_high")  # of the metrics that bound the 95 % interval of another
 
 Key = TypeVar("Key", int, tuple[float, int])
@@ -180,6 +194,17 @@ def described(metrics: Iterable[Metric | str]) -> tuple[Metric, ...]:
             raise EvaluationError("has no metric with a direction; at least one needs better='higher' or 'lower'")
         found[first] = replace(found[first], headline=True)
     return tuple(found)
+
+
+def floors(metric: Metric, reported: Iterable[Metric]) -> dict[str, str]:
+    """Which floors a metric has: what people call each, by the name of the metric that says what it scores.
+
+    Args:
+        metric: of a record.
+        reported: all metrics of that record.
+    """
+    ends = {f"{metric.name}_{end}": name for end, name in FLOORS.items()}
+    return {other.name: ends[other.name] for other in reported if other.better is None and other.name in ends}
 
 
 def best(scores: Mapping[Key, float], metric: Metric) -> Key | None:

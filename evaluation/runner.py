@@ -28,10 +28,10 @@ from evaluation.extraction.forward import labels_of, num_classes_of, num_test_in
 from evaluation.extraction.frozen import Frozen
 from evaluation.extraction.recipe import Extraction, Reads, Size, extraction_of, feature_facts, feature_recipe
 from evaluation.features import ArrayWriter, FeatureCache
-from evaluation.floor import SIDE, floor_facts, has_floor, is_small, pixels_of
+from evaluation.floor import floor_of, is_small
 from evaluation.keys import digest_of
 from evaluation.metrics import Outcome
-from evaluation.protocol import FLOOR, EvaluationError, Protocol
+from evaluation.protocol import EvaluationError, Protocol
 from evaluation.registry import load_head
 from evaluation.results import EvaluationResult, ResultStore
 from evaluation.threads import Threads
@@ -241,19 +241,20 @@ def _on_reconstructions(asked: _Asked, weights: str) -> _Computation:
 
 
 def _floor(asked: _Asked, results: ResultStore) -> dict[str, float]:
-    """What raw pixels score, by the name of the metric that says so; empty where there is no such floor."""
-    spec, kind = asked.spec, architecture_of(asked.checkpoint).get("kind", "image")
-    if not has_floor(spec, kind):  # most protocols: the data are not opened again for them
+    """What samples score without a backbone, by the name of the metric that says so; empty where nothing says it."""
+    spec = asked.spec
+    floor = floor_of(spec, architecture_of(asked.checkpoint).get("kind", "image"))
+    if floor is None:  # most protocols: the data are not opened again for them
         return {}
     opened = asked.data.open(spec, asked.extraction.inputs)
     if not is_small(opened):
         return {}
     facts = {"protocol": spec.name, "version": spec.version, "params": dict(spec.params), "seed": asked.seed}
-    key = digest_of({**floor_facts(opened), **facts})
+    key = digest_of({**floor.key_facts(opened), **facts})
     started = time.perf_counter()
 
     def make() -> EvaluationResult:
-        train, test = pixels_of(opened, asked.extraction.inputs, asked.threads)
+        train, test = floor.splits_of(opened, asked.extraction.inputs, asked.threads)
         num_classes = num_classes_of(opened, spec.target_label, [train.labels, test.labels])
         settings = {"num_classes": num_classes, "params": spec.params, "seed": asked.seed}
         outcome = asked.threads.run(load_head(spec), train, test, **settings, device=asked.device)
@@ -265,15 +266,15 @@ def _floor(asked: _Asked, results: ResultStore) -> dict[str, float]:
             version=spec.version,
             data=asked.data.name,
             data_digest=opened.digest,
-            weights_digest=FLOOR,
+            weights_digest=floor.name,
             metrics={metric.name: float(outcome.metrics[metric.name]) for metric in known},
-            details={**outcome.details, "num_test": opened.test.num_samples, "seed": asked.seed, "side": SIDE},
+            details={**outcome.details, "num_test": opened.test.num_samples, "seed": asked.seed, **floor.facts},
             seconds=round(time.perf_counter() - started, 3),
             described=known,
         )
 
-    floor = results.once(key, make, data=asked.data.name)
-    return {f"{spec.headline.name}_{FLOOR}": floor.metrics[spec.headline.name]}
+    scored = results.once(key, make, data=asked.data.name)
+    return {f"{spec.headline.name}_{floor.name}": scored.metrics[spec.headline.name]}
 
 
 def available_device() -> torch.device:

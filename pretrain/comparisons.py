@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_pipelines.parsing import parse_json
 from evaluation.comparison import Difference, difference
-from evaluation.protocol import FLOOR, FRACTION, EvaluationError, Metric, format_value, less_is_better
+from evaluation.protocol import FRACTION, EvaluationError, Metric, floors, format_value, less_is_better
 from evaluation.results import EvaluationResult, ResultStore
 from pretrain.errors import RequestError, listed
 from pretrain.record.events import Evaluated
@@ -105,9 +105,10 @@ class Worth:
     gain: Difference | None
 
     @property
-    def floor(self) -> float | None:
-        """What raw pixels score; None where that is not known."""
-        return self.event.metrics.get(f"{self.event.headline.name}_{FLOOR}")
+    def floors(self) -> dict[str, float]:
+        """What is scored without a backbone, by what people call it, as far as that is known."""
+        named = floors(self.event.headline, self.event.reported)
+        return {called: self.event.metrics[name] for name, called in named.items()}
 
     @property
     def shortcomings(self) -> list[str]:
@@ -118,8 +119,9 @@ class Worth:
             how = "worse than" if self.gain.is_beyond_noise else "not better, beyond noise, than"
             found.append(f"{at} is {how} what the run began with: {format_difference(self.gain, headline.unit)}")
         score = self.event.metrics[headline.name]
-        if self.floor is not None and less_is_better(score, headline) >= less_is_better(self.floor, headline):
-            found.append(f"{at} does not reach what raw pixels score, {format_value(self.floor, headline.unit)}")
+        for called, floor in self.floors.items():
+            if less_is_better(score, headline) >= less_is_better(floor, headline):
+                found.append(f"{at} does not beat {called}: {format_value(floor, headline.unit)}")
         return found
 
 

@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 from data_pipelines.parsing import parse_json
 from data_pipelines.storage.locations import is_local
-from evaluation.protocol import FLOOR, BrokenError, EvaluationError, Metric, ranked
+from evaluation.protocol import FLOORS, BrokenError, EvaluationError, Metric, ranked
 from pretrain.config.schema import EvaluationTask, Recipe, TrainConfig
 from pretrain.config.stages import Plan, written_stages
 from pretrain.config.values import parse_yaml
@@ -51,8 +51,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-RAW_PIXELS = "raw pixels"  # stands in the place of a run
 
 
 def evaluate_tasks(
@@ -304,7 +302,7 @@ class Place:
     @property
     def is_floor(self) -> bool:
         """Whether it is of no backbone at all."""
-        return self.run == RAW_PIXELS
+        return self.run in FLOORS.values()
 
     @property
     def start(self) -> str:
@@ -380,8 +378,7 @@ def _places(storage: Path) -> list[Place]:
             continue
         owner = owners.get(scored.weights_digest)
         if owner is None:
-            name = RAW_PIXELS if scored.weights_digest == FLOOR else "(by hand)"
-            found.append(_place(scored, name, None, by_hand=True))
+            found.append(_place(scored, FLOORS.get(scored.weights_digest, "(by hand)"), None, by_hand=True))
         else:
             found.append(_place(scored, owner.run, owner.step, owner.recipe, by_hand=True))
     return found

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from data_pipelines.files import write_atomically
-from evaluation.protocol import CI_SUFFIXES, format_interval, format_value
+from evaluation.protocol import CI_SUFFIXES, floors, format_interval, format_value
 from evaluation.suites import SUITES
 from pretrain.cli.data import data, plain_warnings
 from pretrain.cli.doctor import doctor
@@ -220,8 +220,10 @@ def evaluate(
         interval = "" if low is None or high is None else format_interval(low, high, metric.unit)
         num_test = str(result.details.get("num_scored", result.details.get("num_test", "")))
         time = "known" if result.cached else f"{result.seconds:.1f} s"
-        rows.append([result.protocol, result.data, metric.name, score, interval, num_test, time])
-    print_table(("protocol", "data", "metric", "score", "95 % CI", "n", "time"), rows)
+        named = floors(metric, result.described)
+        without = ", ".join(f"{format_value(result.metrics[name], metric.unit)} {named[name]}" for name in named)
+        rows.append([result.protocol, result.data, metric.name, score, interval, num_test, time, without])
+    print_table(("protocol", "data", "metric", "score", "95 % CI", "n", "time", "without a backbone"), rows)
     for result in results:
         if result.details.get("at_grid_edge"):
             edge = "the best setting is the first or last of its grid, so that a wider one might do better"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from yaml import YAMLError
 
 from data_pipelines.files import write_atomically
-from evaluation.protocol import CI_SUFFIXES, FLOOR, FRACTION, Metric, format_value
+from evaluation.protocol import CI_SUFFIXES, FRACTION, Metric, floors, format_value
 from pretrain.checkpoints.references import best_step
 from pretrain.checkpoints.store import CheckpointError, published
 from pretrain.comparisons import worth_of
@@ -58,13 +58,6 @@ log = logging.getLogger(__name__)
 TEMPLATES, TEMPLATE = Path(__file__).parent / "templates", "page.html"
 MAX_IMAGES = 6
 MAX_WARNINGS = 12
-# By the end of the name of a metric beside another: what takes no backbone, as a line in the chart of that one.
-FLOORS = {
-    f"_{FLOOR}": "raw pixels",
-    "_position_prior": "position prior",
-    "_constant": "best constant",
-    "_neighbors": "mean of neighbors",
-}
 # Of each kind of picture of a checkpoint (`evaluation.pictures`), those of results without the name of the protocol in
 # front: its title, and what is to be seen.
 PICTURES = {
@@ -118,6 +111,11 @@ class Task:
     def title(self) -> str:
         """`PROTOCOL/DATA METRIC`."""
         return f"{self.name} {self.metric.name if self.metric else ''}"
+
+    @property
+    def measured(self) -> list[Metric]:
+        """The headline and the others."""
+        return [*([self.metric] if self.metric else []), *self.others]
 
     @property
     def unit(self) -> str:
@@ -399,12 +397,13 @@ def _score_charts(tasks: Iterable[Task], start: str) -> list[tuple[str, str]]:
 
 def _other_charts(tasks: Iterable[Task], start: str) -> list[tuple[str, str]]:
     """(title, image) of every score that is no headline; what is the same for all backbones is a line of others."""
-    return [
-        (f"{task.name} {metric.name}", chart)
-        for task in tasks
-        for metric, scores in task.others.items()
-        if not metric.name.endswith(tuple(FLOORS)) and (chart := _score_chart(task, metric, scores, start))
-    ]
+    charts = []
+    for task in tasks:
+        lines = {name for metric in task.measured for name in floors(metric, task.others)}
+        for metric, scores in task.others.items():
+            if metric.name not in lines and (chart := _score_chart(task, metric, scores, start)):
+                charts.append((f"{task.name} {metric.name}", chart))
+    return charts
 
 
 def _score_chart(task: Task, metric: Metric, scores: Mapping[int, Score], start: str) -> str:
@@ -422,11 +421,10 @@ def _score_chart(task: Task, metric: Metric, scores: Mapping[int, Score], start:
         [score.low for score in trained] if has_interval else (),
         [score.high for score in trained] if has_interval else (),
     )
-    floors = {start: scores[0].value} if 0 in scores else {}
-    for other, found in task.others.items():
-        if (suffix := other.name.removeprefix(metric.name)) in FLOORS:
-            floors[FLOORS[suffix]] = found[max(found)].value
-    return score_chart(f"{task.name} {metric.name}", curve, floors, metric.unit)
+    lines = {start: scores[0].value} if 0 in scores else {}
+    of_others = {other.name: found[max(found)].value for other, found in task.others.items()}
+    lines |= {called: of_others[name] for name, called in floors(metric, task.others).items()}
+    return score_chart(f"{task.name} {metric.name}", curve, lines, metric.unit)
 
 
 def _start(recipe: dict[str, Any]) -> str:

@@ -94,8 +94,8 @@ def print_summary(
             unit = worth.event.headline.unit
             if worth.gain is not None:
                 table.add_row(f"  over {start}", "", "", format_difference(worth.gain, unit))
-            if worth.floor is not None:
-                table.add_row("  raw pixels", format_value(worth.floor, unit), "", "")
+            for called, floor in worth.floors.items():
+                table.add_row(f"  {called}", format_value(floor, unit), "", "")
     if training.rates:
         table.add_row("samples/s", "", "", f"{median(training.rates):.0f}")
     console.print(table, soft_wrap=False)

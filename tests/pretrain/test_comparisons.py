@@ -59,7 +59,7 @@ def test_words_on__a_pulled_checkpoint_says_where_it_is_from_and_what_speaks_aga
     assert origin == "step 20 of run run-1"
     assert [line.partition(": ")[2].partition(":")[0] for line in shortcomings] == [
         "step 20 is worse than what the run began with",
-        "step 20 does not reach what raw pixels score, 50.0%",
+        "step 20 does not beat raw pixels",
     ]
     assert words_on(checkpoint, tmp_path / "elsewhere") == (origin, [])
     manifest = json.loads((checkpoint / "checkpoint.json").read_text())

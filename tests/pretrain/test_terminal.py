@@ -311,6 +311,22 @@ def test_summary__says_whether_the_run_has_learned_anything(
     assert ("WARNING" in text) == (gained < 20)
 
 
+def test_summary__a_position_prior_stands_beside_what_images_are_looked_at_for(
+    tmp_path: Path, shown: Callable[..., list[str]]
+) -> None:
+    run_dir = tmp_path / "demo-20260101-000000-abcd"
+    run_dir.mkdir()
+    tasks = "evaluation.tasks=[{protocol: patch_knn, data: grocery}]"
+    recipe = load_plan("demo", [f"storage={tmp_path}", tasks, "evaluation.select=null"]).recipe
+    scores = [replace(scored(8, miou=0.15, miou_position_prior=0.17), protocol="patch_knn", described=())]
+    lines = shown(
+        120, lambda console: print_summary(console, recipe, run_dir, TrainingSoFar(), scores, run_dir / "report.html")
+    )
+    text = "\n".join(lines)
+    assert re.search(r"  position prior +│ +17.0% ", text)
+    assert "patch_knn/grocery: step 8 does not beat position prior: 17.0%" in text
+
+
 @pytest.mark.parametrize("pixels", [0.25, 0.5])
 def test_summary__raw_pixels_stand_beside_the_scores(
     tmp_path: Path, shown: Callable[..., list[str]], pixels: float
@@ -324,4 +340,4 @@ def test_summary__raw_pixels_stand_beside_the_scores(
     )
     text = "\n".join(lines)
     assert re.search(rf"  raw pixels +│ +{pixels:.1%} ", text)
-    assert ("linear/grocery: step 8 does not reach what raw pixels score, 50.0%" in text) == (pixels == 0.5)
+    assert ("linear/grocery: step 8 does not beat raw pixels: 50.0%" in text) == (pixels == 0.5)

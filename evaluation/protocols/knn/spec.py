@@ -21,6 +21,7 @@ SPEC = Protocol(
         Metric("top1_ci_high", better=None),
         Metric("mean_class_top1"),
         Metric("top1_pixels", better=None),  # of raw pixels by the same head, see `evaluation.floor`
+        Metric("top1_distances", better=None),  # of clouds, the same
         Metric("top1_cls"),  # of the CLS token as it is, where there is one
         Metric("top1_patch_mean"),  # of the mean of patch tokens as it is
     ),

@@ -21,6 +21,7 @@ SPEC = Protocol(
         Metric("top1_ci_high", better=None),
         Metric("mean_class_top1"),
         Metric("top1_pixels", better=None),  # of raw pixels by the same head, see `evaluation.floor`
+        Metric("top1_distances", better=None),  # of clouds, the same
         Metric("val_top1"),
         Metric("top1_best_on_test", better=None),  # chosen with the test labels, so nothing may be chosen by it
     ),

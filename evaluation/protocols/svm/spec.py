@@ -22,6 +22,7 @@ SPEC = Protocol(
         Metric("top1_ci_high", better=None),
         Metric("mean_class_top1"),
         Metric("val_top1"),
+        Metric("top1_distances", better=None),  # of clouds, by the same head, see `evaluation.floor`
         Metric("top1_c1"),  # C = 1 on the features as they are, scikit-learn's default
     ),
     params=MappingProxyType(
