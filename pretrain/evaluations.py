@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -63,6 +65,7 @@ def evaluate_tasks(
     device: str | None,
     threads: int,
     training: str,
+    said: str | None = None,
 ) -> list[Evaluated | EvaluationFailed | Drawn | Warned]:
     """Run the evaluation tasks of a checkpoint on one data set in a process of their own, which shares the features.
 
@@ -79,12 +82,14 @@ def evaluate_tasks(
         device: "cpu" where every GPU belongs to a trainer; None: CUDA if this process sees a device, else the CPU.
         threads: How many may compute on the CPU.
         training: A file that is there while trainers are at work.
+        said: A file that gets lines about long work; None: they are printed.
 
     Returns:
         What the run records about each task, and the pictures that it keeps.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     from evaluation.data import EvaluationData
+    from evaluation.progress import telling
     from evaluation.threads import Threads
     from pretrain.checkpoints.reads import trained_on
     from pretrain.checkpoints.references import resolve
@@ -101,7 +106,8 @@ def evaluate_tasks(
         return [EvaluationFailed(step=step, protocol=task.protocol, data=task.data, error=said) for task in tasks]
     for task in tasks:
         try:
-            result = _evaluate(path, task, Path(directory), Path(storage), device=device, threads=computing)
+            with telling(partial(_say, said, f"step {step} {task.protocol}/{task.data}")):
+                result = _evaluate(path, task, Path(directory), Path(storage), device=device, threads=computing)
             results.append(result)
             events.append(_event(step, result))
         except Exception as error:  # of any type: protocols of other packages raise what they like
@@ -166,6 +172,7 @@ def evaluate(
         RequestError: An unknown checkpoint, protocol, data set or device.
         EvaluationError, DataError: Data that a protocol which was named, or every one, cannot use.
     """
+    from evaluation.progress import telling
     from evaluation.registry import names
     from pretrain.checkpoints.gradable import gradable
     from pretrain.config.load import in_storage
@@ -200,7 +207,9 @@ def evaluate(
         if len(asked) > 1:
             said(f"{number}/{len(asked)}: {task.protocol} on {task.data}")
         try:
-            results.append(_evaluate(path, task, directory, root, batch_size=batch_size, device=device, force=again))
+            with telling(lambda text, task=task: said(f"{task.protocol} on {task.data}: {text}")):
+                result = _evaluate(path, task, directory, root, batch_size=batch_size, device=device, force=again)
+            results.append(result)
         except EvaluationError as error:
             if protocols or (data is None and not is_left_out(task, error)):  # by name, here or in the recipe
                 raise
@@ -211,6 +220,16 @@ def evaluate(
     with answering(shown_storage(root)):
         push_results(root)
     return results
+
+
+def _say(path: str | None, what: str, text: str) -> None:
+    """A line with the time, at the end of a file or on standard output; a full disk costs no score."""
+    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}: {text}"
+    if path is None:
+        print(line, flush=True)
+        return
+    with suppress(OSError), open(path, "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
 
 
 def is_left_out(task: EvaluationTask, error: Exception) -> bool:

@@ -34,7 +34,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("radiance",),
     ),
     "evaluation": (
-        ("protocol", "keys", "lease", "threads"),
+        ("protocol", "keys", "lease", "threads", "progress"),
         ("comparison",),
         ("metrics",),
         ("selection", "results", "features", "data"),

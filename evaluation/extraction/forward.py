@@ -30,6 +30,7 @@ from data_pipelines.errors import DataError
 from evaluation.data import DepthMaps, LabelMaps, OpenedData, class_label, class_list
 from evaluation.extraction.recipe import Extraction
 from evaluation.features import ArrayWriter
+from evaluation.progress import counted
 from evaluation.protocol import BrokenError, EvaluationError, Label
 from evaluation.threads import Threads
 
@@ -424,7 +425,8 @@ def batches_of(
                 "the weights hold NaN or have diverged"
             )
 
-    return threads.map(encode, range(start, end, batch_size))
+    firsts = range(start, end, batch_size)
+    return counted(threads.map(encode, firsts), len(firsts), f"encoding {end - start} samples")
 
 
 def moved(batch: Any, device: torch.device) -> Any:

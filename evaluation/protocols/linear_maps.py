@@ -30,6 +30,7 @@ from torch import Tensor
 
 from evaluation.data import IGNORED, LabelMaps
 from evaluation.metrics import confusion_matrix
+from evaluation.progress import counted
 from evaluation.protocol import EvaluationError
 from evaluation.protocols.label_maps import MajorityMap
 from evaluation.selection import hold_out, random_folds, sequence_folds
@@ -185,7 +186,8 @@ class Fit:
         optimizer = torch.optim.AdamW(cells, betas=params["betas"], weight_decay=params["weight_decay"])
         schedule_of = partial(warm_cosine, steps=steps, warmup=params["warmup"])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_of)
-        for rows in shuffled(sample_idx, batch_size, steps, generator):
+        batches = shuffled(sample_idx, batch_size, steps, generator)
+        for rows in counted(batches, steps, f"training on {len(sample_idx)} samples"):
             drawn = torch.randint(self.places.labels.shape[1], (self.per_step,), generator=generator)
             logits = self._logits(self._rows(rows), torch.cat(weights), torch.cat(biases))
             loss = self._loss(logits, self.places.points[rows][:, drawn], self.places.labels[rows][:, drawn])

@@ -148,6 +148,11 @@ class RunDir:
         return self.path / "report.html"
 
     @property
+    def evaluations_log(self) -> Path:
+        """How far evaluations that take long are, of all processes that make them."""
+        return self.logs / "evaluations.log"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from evaluation.data import DepthMaps
 from evaluation.extraction.forward import Dense
 from evaluation.metrics import Outcome, jackknife
+from evaluation.progress import counted
 from evaluation.protocol import EvaluationError
 from evaluation.protocols.label_maps import nearest
 from evaluation.protocols.linear_maps import Standardiser, folds_of, logits_at, shuffled, upsampled, warm_cosine
@@ -251,7 +252,8 @@ class _Fit:
         optimizer = torch.optim.AdamW(cells, betas=params["betas"], weight_decay=params["weight_decay"])
         schedule_of = partial(warm_cosine, steps=steps, warmup=params["warmup"])
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_of)
-        for step, rows in enumerate(shuffled(sample_idx, batch_size, steps, generator)):
+        batches = shuffled(sample_idx, batch_size, steps, generator)
+        for step, rows in enumerate(counted(batches, steps, f"training on {len(sample_idx)} samples")):
             drawn = torch.randint(self.places.meters.shape[1], (params["pixels_per_step"],), generator=generator)
             is_level = step < params["level_first"] * steps
             loss = self._loss(rows, drawn, torch.stack(weights), torch.stack(biases), level_only=is_level)

@@ -1,0 +1,36 @@
+"""Long work says how far it is, and short work nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from evaluation import progress
+from evaluation.progress import counted, telling
+
+
+def test_counted__says_every_ten_seconds_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    said: list[str] = []
+    with telling(said.append):
+        for _ in counted(range(10), 10, "encoding 640 samples"):
+            now[0] += 4.0
+    assert said == [
+        "encoding 640 samples: 30 % done, 28 s left",
+        "encoding 640 samples: 60 % done, 16 s left",
+        "encoding 640 samples: 90 % done, 4 s left",
+    ]
+    with telling(said.append):
+        assert list(counted("abc", 3, "short")) == ["a", "b", "c"]
+    assert len(said) == 3
+
+
+def test_telling__ends_with_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    first: list[str] = []
+    second: list[str] = []
+    with telling(first.append):
+        list(counted("ab", 2, "one"))
+    with telling(second.append):
+        list(counted("ab", 2, "two"))
+    assert [line.partition(":")[0] for line in (*first, *second)] == ["one", "two"] and len(first) == 1
