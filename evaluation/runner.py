@@ -55,6 +55,7 @@ def evaluate(
     force: bool = False,
     threads: Threads | None = None,
     reads: Reads = Reads(),  # noqa: B008 - it cannot be changed
+    half_features: bool = False,
 ) -> EvaluationResult:
     """Evaluates a frozen backbone, or returns the stored result of the same weights, protocol and data.
 
@@ -70,6 +71,7 @@ def evaluate(
         force: compute and replace the result even when it is stored; intact features are used again.
         threads: what computes; None: as many threads as torch would use.
         reads: what of its samples the backbone was trained on, where that is known.
+        half_features: store vectors of samples in half precision, which is another result.
 
     Raises:
         EvaluationError: unknown protocol, data that does not fit it, a size patches do not tile, non-finite features.
@@ -80,7 +82,7 @@ def evaluate(
     reported = [metric.name for metric in spec.metrics]
     weights, architecture = weights_digest(checkpoint), architecture_of(checkpoint)
     extraction = extraction_of(architecture.get("kind", "image")).reading(reads)
-    recipe = feature_recipe(extraction, spec, architecture, image_size, reads)
+    recipe = feature_recipe(extraction, spec, architecture, image_size, reads, in_half=half_features)
     on_device = available_device() if device is None else torch.device(device)
     asked = _Asked(
         checkpoint,
@@ -120,6 +122,7 @@ def evaluate(
                 **details,
                 **outcome.details,
                 **({"image_size": recipe["size"]} if "size" in recipe else {}),
+                **({"half_features": True} if half_features and spec.tokens == "pooled" else {}),
                 "seed": seed,
             },
             seconds=round(time.perf_counter() - started, 3),

@@ -65,7 +65,8 @@ def evaluate_tasks(
     device: str | None,
     threads: int,
     training: str,
-    said: str | None = None,
+    half_features: bool = False,
+    told: str | None = None,
 ) -> list[Evaluated | EvaluationFailed | Drawn | Warned]:
     """Run the evaluation tasks of a checkpoint on one data set in a process of their own, which shares the features.
 
@@ -82,7 +83,8 @@ def evaluate_tasks(
         device: "cpu" where every GPU belongs to a trainer; None: CUDA if this process sees a device, else the CPU.
         threads: How many may compute on the CPU.
         training: A file that is there while trainers are at work.
-        said: A file that gets lines about long work; None: they are printed.
+        half_features: Store features of samples in half precision.
+        told: A file that gets lines about long work; None: they are printed.
 
     Returns:
         What the run records about each task, and the pictures that it keeps.
@@ -106,8 +108,9 @@ def evaluate_tasks(
         return [EvaluationFailed(step=step, protocol=task.protocol, data=task.data, error=said) for task in tasks]
     for task in tasks:
         try:
-            with telling(partial(_say, said, f"step {step} {task.protocol}/{task.data}")):
-                result = _evaluate(path, task, Path(directory), Path(storage), device=device, threads=computing)
+            with telling(partial(_say, told, f"step {step} {task.protocol}/{task.data}")):
+                options: dict[str, Any] = {"device": device, "threads": computing, "half_features": half_features}
+                result = _evaluate(path, task, Path(directory), Path(storage), **options)
             results.append(result)
             events.append(_event(step, result))
         except Exception as error:  # of any type: protocols of other packages raise what they like
@@ -146,6 +149,7 @@ def evaluate(
     device: str | None = None,
     suite: str | None = None,
     again: bool = False,
+    half_features: bool | None = None,
     said: Callable[[str], None] = lambda _: None,
 ) -> list[EvaluationResult]:
     """Evaluate a checkpoint.
@@ -162,6 +166,8 @@ def evaluate(
         suite: One of `evaluation.suites.SUITES`, in the place of `protocols`: those of it that fit the backbone and the
             labels of the data.
         again: Compute what is known as well, and replace it; frozen features are kept.
+        half_features: Store features of samples in half precision; None: as the recipe says whose tasks are run, else
+            in single precision.
         said: Is told what is under way.
 
     Returns:
@@ -191,6 +197,7 @@ def evaluate(
         ]
     else:
         recipe = _recipe_of(path)
+        half_features = recipe.evaluation.half_features if half_features is None else half_features
         tasks = [task for task in recipe.evaluation.tasks if not protocols or task.protocol in protocols]
         asked = [
             (task, Path(in_storage(recipe.evaluation.data[task.data], recipe.storage, str(root)))) for task in tasks
@@ -208,7 +215,8 @@ def evaluate(
             said(f"{number}/{len(asked)}: {task.protocol} on {task.data}")
         try:
             with telling(lambda text, task=task: said(f"{task.protocol} on {task.data}: {text}")):
-                result = _evaluate(path, task, directory, root, batch_size=batch_size, device=device, force=again)
+                options: dict[str, Any] = {"batch_size": batch_size, "device": device, "force": again}
+                result = _evaluate(path, task, directory, root, **options, half_features=bool(half_features))
             results.append(result)
         except EvaluationError as error:
             if protocols or (data is None and not is_left_out(task, error)):  # by name, here or in the recipe

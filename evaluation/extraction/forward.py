@@ -150,7 +150,7 @@ def write_features(
         settings: dict[str, Any] = {"batch_size": batch_size, "device": device, "threads": threads}
         if recipe["tokens"] == "pooled":
             labelled = pooled_batches(dataset, backbone, extraction, recipe, note, **settings)
-            _write_pooled(writer, split, dataset.num_samples, labelled)
+            _write_pooled(writer, split, dataset.num_samples, labelled, recipe["storage"])
         else:
             take_maps = partial(_patch_maps, backbone, extraction)
             batches = batches_of(dataset, extraction, recipe, note, take_maps, **settings)
@@ -277,7 +277,8 @@ def num_test_in_train(arrays: Mapping[str, npt.NDArray[Any]]) -> int | None:
 
 def _pooled(arrays: Mapping[str, npt.NDArray[Any]], split: str) -> Pooled:
     def tensor(name: str) -> Tensor:
-        return torch.from_numpy(np.array(arrays[f"{split}.{name}"]))
+        stored = torch.from_numpy(np.array(arrays[f"{split}.{name}"]))
+        return stored.float() if stored.dtype == torch.float16 else stored  # heads compute in single precision
 
     def present(name: str) -> Tensor | None:
         return tensor(name) if f"{split}.{name}" in arrays else None
@@ -290,14 +291,23 @@ def _pooled(arrays: Mapping[str, npt.NDArray[Any]], split: str) -> Pooled:
 
 
 def _write_pooled(
-    writer: ArrayWriter, split: str, num_samples: int, batches: Iterator[tuple[slice, Taken, list[int]]]
+    writer: ArrayWriter,
+    split: str,
+    num_samples: int,
+    batches: Iterator[tuple[slice, Taken, list[int]]],
+    storage: str,
 ) -> None:
     labels_out = writer.create(f"{split}.labels", (num_samples,), np.int64)
     outs: dict[str, npt.NDArray[Any]] = {}
     for rows, pooled, labels in batches:
         for name, vectors in pooled.items():
             if name not in outs:
-                outs[name] = writer.create(f"{split}.{name}", (num_samples, vectors.shape[1]), np.float32)
+                outs[name] = writer.create(f"{split}.{name}", (num_samples, vectors.shape[1]), storage)
+            if vectors.abs().max() > np.finfo(outs[name].dtype).max:
+                raise EvaluationError(
+                    f"a feature of {float(vectors.abs().max()):.3g} is beyond half precision; keep features in single "
+                    "precision (evaluation.half_features=false, without --half-features)"
+                )
             outs[name][rows] = vectors.numpy()
         labels_out[rows] = labels
 

@@ -143,10 +143,13 @@ def feature_recipe(
     architecture: Mapping[str, Any],
     size: Size | None,
     reads: Reads = Reads(),  # noqa: B008 - it cannot be changed
+    *,
+    in_half: bool = False,
 ) -> dict[str, Any]:
     """Everything besides weights and data that decides the features; normalisation is part of the architecture.
 
-    Where it is known which "field" and "array" the backbone was trained on, these are in it under these names.
+    Maps of patches are stored in half precision, vectors of samples if `in_half` says so. Where it is known which
+    "field" and "array" the backbone was trained on, these are in it under these names.
 
     Raises:
         EvaluationError: The protocol, the backbone and the size do not go together.
@@ -166,7 +169,7 @@ def feature_recipe(
         )
     facts: dict[str, Any] = {"version": EXTRACTOR_VERSION, "tokens": spec.tokens, "norm": "final"}
     if spec.tokens == "pooled":
-        facts |= {"labels": "cls", "storage": "float32"}
+        facts |= {"labels": "cls", "storage": "float16" if in_half else "float32"}
         facts |= {} if extraction.pooling == ("mean",) else {"pooling": list(extraction.pooling)}
         facts |= {} if spec.num_layers == 1 else {"layers": spec.num_layers}
     elif spec.tokens == "patches":

@@ -170,6 +170,7 @@ def resume(parent: Parent, run_id: str, settings: tuple[str, ...], storage: str)
 @click.option("--data", metavar="NAME=DIRECTORY", multiple=True, help="Repeatable; default: the data of its recipe.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples at a time; decides speed and memory, no score.")
 @click.option("--again", is_flag=True, help="Compute known results again; features are kept.")
+@click.option("--half-features", is_flag=True, default=None, help="Store features in half precision.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")
 @_storage
 def evaluate(
@@ -179,6 +180,7 @@ def evaluate(
     data: tuple[str, ...],
     batch_size: int | None,
     again: bool,
+    half_features: bool | None,
     device: str | None,
     storage: str,
 ) -> None:
@@ -210,6 +212,7 @@ def evaluate(
         device=device,
         suite=suite,
         again=again,
+        half_features=half_features,
         said=lambda text: say(text, err=True),
     )
     rows = []

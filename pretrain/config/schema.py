@@ -294,6 +294,7 @@ class EvaluationConfig:
     data: dict[str, str] = setting("name: directory with train-*.tar and test-*.tar", {})
     tasks: list[EvaluationTask] = setting("what to run on each evaluated checkpoint", [])
     select: str | None = setting("PROTOCOL/DATA/METRIC that moves the alias `best`; null: the newest is best", None)
+    half_features: bool = setting("store frozen features of samples in half precision: half the disk", False)
     slots: int = setting("evaluations that may run at the same time", 1, range=(1, 1024))
 
 

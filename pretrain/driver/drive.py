@@ -200,7 +200,8 @@ class Driver:
             "device": None if queue.gpus_per_task else "cpu",
             "threads": max(1, (usable_cores() if cluster.private else 1) // slots),  # of a cluster, others have theirs
             "training": str(self.run_dir.training),
-            "said": str(self.run_dir.evaluations_log),
+            "half_features": self.recipe.evaluation.half_features,
+            "told": str(self.run_dir.evaluations_log),
         }
         evaluating = self._evaluating(queue, options)
         # The evaluations of the last checkpoint then have the GPUs that the trainers leave.

@@ -129,6 +129,29 @@ def test_evaluate__neither_batch_size_nor_threads_decide_anything(
     assert len({result.key for result in results}) == 1
 
 
+def test_evaluate__features_in_half_precision_are_half_the_bytes_and_another_result(
+    tmp_path: Path, checkpoint: Make, demo_data: Path
+) -> None:
+    weights, data = checkpoint(), EvaluationData("grocery", demo_data / "grocery")
+    single = evaluate(weights, "knn", data, store=tmp_path / "single")
+    half = evaluate(weights, "knn", data, store=tmp_path / "half", half_features=True)
+    assert half.key != single.key and half.details["half_features"] and "half_features" not in single.details
+    stored = [
+        {path.name: np.load(path) for path in (tmp_path / name / "features").glob("*/*.npy")}
+        for name in ("single", "half")
+    ]
+    assert [stored[number]["test.patch_mean.npy"].dtype for number in (0, 1)] == [np.float32, np.float16]
+    assert stored[1]["train.labels.npy"].dtype == np.int64
+    np.testing.assert_allclose(stored[1]["test.cls.npy"], stored[0]["test.cls.npy"], rtol=1e-3, atol=1e-6)
+    assert half.metrics["top1"] == pytest.approx(single.metrics["top1"], abs=0.03)
+
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["norm.weight"] *= 1e5
+
+    with pytest.raises(EvaluationError, match="is beyond half precision; keep features in single precision"):
+        evaluate(checkpoint(edit=enlarge), "knn", data, store=tmp_path / "half", half_features=True)
+
+
 def test_evaluate__key_follows_weights_and_not_the_path(
     tmp_path: Path, checkpoint: Make, colours: EvaluationData
 ) -> None:

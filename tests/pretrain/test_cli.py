@@ -54,6 +54,7 @@ def test_cli__surface_is_frozen() -> None:
             "--data",
             "--batch-size",
             "--again",
+            "--half-features",
             "--device",
             "--storage",
         ],
