@@ -214,7 +214,7 @@ def evaluate(
         if len(asked) > 1:
             said(f"{number}/{len(asked)}: {task.protocol} on {task.data}")
         try:
-            with telling(lambda text, task=task: said(f"{task.protocol} on {task.data}: {text}")):
+            with telling(_about(f"{task.protocol} on {task.data}", said)):
                 options: dict[str, Any] = {"batch_size": batch_size, "device": device, "force": again}
                 result = _evaluate(path, task, directory, root, **options, half_features=bool(half_features))
             results.append(result)
@@ -228,6 +228,11 @@ def evaluate(
     with answering(shown_storage(root)):
         push_results(root)
     return results
+
+
+def _about(what: str, say: Callable[[str], None]) -> Callable[[str], None]:
+    """`say`, with what its lines are about before them."""
+    return lambda text: say(f"{what}: {text}")
 
 
 def _say(path: str | None, what: str, text: str) -> None:

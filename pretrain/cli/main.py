@@ -225,8 +225,8 @@ def evaluate(
         time = "known" if result.cached else f"{result.seconds:.1f} s"
         named = floors(metric, result.described)
         without = ", ".join(f"{format_value(result.metrics[name], metric.unit)} {named[name]}" for name in named)
-        rows.append([result.protocol, result.data, metric.name, score, interval, num_test, time, without])
-    print_table(("protocol", "data", "metric", "score", "95 % CI", "n", "time", "without a backbone"), rows)
+        rows.append([result.protocol, result.data, metric.name, score, interval, without, num_test, time])
+    print_table(("protocol", "data", "metric", "score", "95 % CI", "no backbone", "n", "time"), rows)
     for result in results:
         if result.details.get("at_grid_edge"):
             edge = "the best setting is the first or last of its grid, so that a wider one might do better"

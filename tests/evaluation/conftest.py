@@ -140,6 +140,21 @@ def colours(
 
 
 @pytest.fixture
+def noise(
+    tmp_path: Path, png: Callable[[npt.NDArray[Any]], bytes], write_shards: Callable[..., None]
+) -> EvaluationData:
+    """Noise, and classes that say nothing of it, so that a score is chance and shows each image: 60 train, 23 test."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "noise"
+    for split, count in (("train", 60), ("test", 23)):
+        pictures = rng.integers(0, 256, (count, SIZE_PX, SIZE_PX, 3), np.uint8)
+        samples = [{"png": png(one), "cls": str(number % 3).encode()} for number, one in enumerate(pictures)]
+        write_shards(root, split, samples)
+    (root / "dataset.json").write_text(json.dumps({"classes": ["red", "green", "blue"]}))
+    return EvaluationData("noise", root)
+
+
+@pytest.fixture
 def halves(
     tmp_path: Path, png: Callable[[npt.NDArray[Any]], bytes], write_shards: Callable[..., None]
 ) -> EvaluationData:

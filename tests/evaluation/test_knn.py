@@ -81,7 +81,7 @@ def test_score__constant_features_give_the_majority_class() -> None:
     split = Pooled(cls=torch.ones(50, 8), patch_mean=torch.zeros(50, 8), labels=labels)
     outcome = score(split, split, num_classes=3, params=PARAMS, seed=0, device=CPU)
     assert outcome.metrics["top1"] == outcome.metrics["top1_patch_mean"] == 0.6
-    assert {*outcome.metrics, "top1_pixels"} == {metric.name for metric in PROTOCOLS["knn"].metrics}
+    assert {*outcome.metrics, "top1_pixels", "top1_distances"} == {metric.name for metric in PROTOCOLS["knn"].metrics}
 
 
 def test_score__headline_is_both_tokens_standardised() -> None:

@@ -77,7 +77,9 @@ def test_score__leaking_features_are_perfect() -> None:
     outcome = score(_noisy(80, 0.01, 0), _noisy(80, 0.01, 1), num_classes=4, params=PARAMS, seed=0, device=CPU)
     assert outcome.metrics["top1"] == outcome.metrics["val_top1"] == 1.0
     assert outcome.metrics["top1_ci_high"] == pytest.approx(1.0)
-    assert {*outcome.metrics, "top1_pixels"} == {metric.name for metric in PROTOCOLS["linear"].metrics}
+    assert {*outcome.metrics, "top1_pixels", "top1_distances"} == {
+        metric.name for metric in PROTOCOLS["linear"].metrics
+    }
 
 
 def test_score__constant_features_give_the_majority_class() -> None:

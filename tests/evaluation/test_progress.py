@@ -14,15 +14,16 @@ def test_counted__says_every_ten_seconds_how_far_it_is(monkeypatch: pytest.Monke
     said: list[str] = []
     with telling(said.append):
         for _ in counted(range(10), 10, "encoding 640 samples"):
-            now[0] += 4.0
+            now[0] += 5.0
     assert said == [
-        "encoding 640 samples: 30 % done, 28 s left",
-        "encoding 640 samples: 60 % done, 16 s left",
-        "encoding 640 samples: 90 % done, 4 s left",
-    ]
+        "encoding 640 samples: 20 % done, 40 s left",
+        "encoding 640 samples: 40 % done, 30 s left",
+        "encoding 640 samples: 60 % done, 20 s left",
+        "encoding 640 samples: 80 % done, 10 s left",
+    ]  # and not that all is done
     with telling(said.append):
         assert list(counted("abc", 3, "short")) == ["a", "b", "c"]
-    assert len(said) == 3
+    assert len(said) == 4
 
 
 def test_telling__ends_with_the_context(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,8 +73,8 @@ def test_evaluate__second_call_is_cached_and_extracts_nothing(
 ) -> None:
     data, weights = _data(colours, halves, protocol), checkpoint()
     first = evaluate(weights, protocol, data, store=tmp_path, batch_size=16)
-    assert tuple(first.metrics) == tuple(metric.name for metric in PROTOCOLS[protocol].metrics)
-    assert first.described == PROTOCOLS[protocol].metrics
+    of_images = tuple(metric for metric in PROTOCOLS[protocol].metrics if metric.name != "top1_distances")
+    assert tuple(first.metrics) == tuple(metric.name for metric in of_images) and first.described == of_images
     assert all(0 <= value <= 1 for value in first.metrics.values())
     assert not first.cached and sum(forwards) == first.details["num_train"] + first.details["num_test"]
     forwards.clear()
@@ -109,13 +109,9 @@ def test_evaluate__linear_and_knn_share_one_extraction(
 
 @pytest.mark.parametrize("protocol", ["linear", "knn", "ridge", "segmentation"])
 def test_evaluate__neither_batch_size_nor_threads_decide_anything(
-    tmp_path: Path, checkpoint: Make, demo_data: Path, halves: EvaluationData, protocol: str
+    tmp_path: Path, checkpoint: Make, noise: EvaluationData, halves: EvaluationData, protocol: str
 ) -> None:
-    """On photos that a random backbone cannot tell apart, so that scores would show what is in another row."""
-    weights, data = (
-        checkpoint(),
-        halves if protocol == "segmentation" else EvaluationData("grocery", demo_data / "grocery"),
-    )
+    weights, data = checkpoint(), _data(noise, halves, protocol)
     results = [
         evaluate(
             weights, protocol, data, store=tmp_path / str(size), batch_size=size, threads=Threads(number), device="cpu"
@@ -130,9 +126,9 @@ def test_evaluate__neither_batch_size_nor_threads_decide_anything(
 
 
 def test_evaluate__features_in_half_precision_are_half_the_bytes_and_another_result(
-    tmp_path: Path, checkpoint: Make, demo_data: Path
+    tmp_path: Path, checkpoint: Make, noise: EvaluationData
 ) -> None:
-    weights, data = checkpoint(), EvaluationData("grocery", demo_data / "grocery")
+    weights, data = checkpoint(), noise
     single = evaluate(weights, "knn", data, store=tmp_path / "single")
     half = evaluate(weights, "knn", data, store=tmp_path / "half", half_features=True)
     assert half.key != single.key and half.details["half_features"] and "half_features" not in single.details
@@ -143,7 +139,7 @@ def test_evaluate__features_in_half_precision_are_half_the_bytes_and_another_res
     assert [stored[number]["test.patch_mean.npy"].dtype for number in (0, 1)] == [np.float32, np.float16]
     assert stored[1]["train.labels.npy"].dtype == np.int64
     np.testing.assert_allclose(stored[1]["test.cls.npy"], stored[0]["test.cls.npy"], rtol=1e-3, atol=1e-6)
-    assert half.metrics["top1"] == pytest.approx(single.metrics["top1"], abs=0.03)
+    assert half.metrics["top1"] == pytest.approx(single.metrics["top1"], abs=0.1)  # 2 of 23 images
 
     def enlarge(tensors: dict[str, torch.Tensor]) -> None:
         tensors["norm.weight"] *= 1e5

@@ -121,7 +121,7 @@ def test_dice__is_scikit_learns_f1() -> None:
 
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
-    """(predicted, truth) of what is counted, a prediction and the prior of each test volume in turn."""
+    """(predicted, truth) of what is counted, of each test volume in turn."""
     seen: list[tuple[Any, Any]] = []
     original = module.confusion_matrix
 
@@ -138,7 +138,7 @@ def test_score__tokens_that_tell_the_class(judged: list[tuple[Any, Any]]) -> Non
     assert set(outcome.metrics) == {metric.name for metric in PROTOCOLS["voxel_segmentation"].metrics}
     assert outcome.metrics["dice"] > 0.7 > 0.4 > outcome.metrics["dice_position_prior"]
     assert outcome.metrics["dice_ci_low"] < outcome.metrics["dice"] < outcome.metrics["dice_ci_high"]
-    volumes = judged[::2]
+    volumes = judged
     predicted, truth = (np.concatenate([one[part] for one in volumes]) for part in (0, 1))
     expected = f1_score(truth, predicted, average=None, labels=[0, 1, 2])
     np.testing.assert_allclose(outcome.details["dice_per_class"], expected, rtol=1e-9)
@@ -160,7 +160,7 @@ def test_score__ignored_voxels_count_nowhere(judged: list[tuple[Any, Any]]) -> N
     for volume in (*train, *test):
         volume[:3] = 255
     outcome = _score(_dense(train_patches, train), _dense(test_patches, test))
-    predicted, truth = (np.concatenate([one[part] for one in judged[::2]]) for part in (0, 1))
+    predicted, truth = (np.concatenate([one[part] for one in judged]) for part in (0, 1))
     assert (truth == -1).mean() == 0.25
     counts = truth >= 0
     expected = f1_score(truth[counts], predicted[counts], average=None, labels=[1, 2])

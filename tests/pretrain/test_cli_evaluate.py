@@ -62,8 +62,8 @@ def test_evaluate__a_folder_of_photos_is_packed_once(
     assert main([*arguments, "--protocol", "knn"]) == 0
     packing, packed, header, row = capsys.readouterr().out.splitlines()
     assert packing.startswith("data: packing 60 photos") and "2 classes" in packed
-    assert header.split() == ["protocol", "data", "metric", "score", "95", "%", "CI", "n", "time"]
-    assert row.split()[:3] == ["knn", "mine", "top1"]
+    assert header.split() == ["protocol", "data", "metric", "score", "95", "%", "CI", "no", "backbone", "n", "time"]
+    assert row.split()[:3] == ["knn", "mine", "top1"] and "% raw pixels" in row
     assert main([*arguments, "--protocol", "knn"]) == 0
     found, _, row = capsys.readouterr().out.splitlines()
     assert found.startswith("data: the shards of ") and row.endswith("known")
