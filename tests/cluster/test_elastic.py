@@ -51,6 +51,7 @@ def _work(settings: dict[str, Any]) -> bool:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 @pytest.mark.integration
 def test_run_workers__shrinks_when_a_node_dies_and_grows_when_one_comes(
     nodes: LoopbackCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,7 @@ def held(code: str, arguments: list[str], more: tuple[str, ...], **environment: 
     return done.stdout.rpartition("HOLDS ")[2].strip()
 
 
+@pytest.mark.long
 def test_driver__holds_no_torch_and_no_pandas(recipe: Path, tmp_path: Path) -> None:
     short = ["train.steps=2", "optimizer.warmup_steps=1", "train.workers=1", "train.global_batch_size=8"]
     arguments = ["run", str(recipe), *short, "evaluation.baseline=false", f"storage={tmp_path}/runs"]

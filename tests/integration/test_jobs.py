@@ -30,7 +30,7 @@ from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RunDir, runs_in
 from tests.integration.conftest import RECIPE, read_losses
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1500)]
 pytest.importorskip("aiohttp_cors", reason="the dashboard of a head needs ray[default]")
 
 TOKEN = "b7c1-of-the-tests-only"
@@ -246,7 +246,6 @@ def asked(head: Head, path: str) -> str:
         return str(answer.read().decode())
 
 
-@pytest.mark.long
 def test_stop__now_ends_a_run_with_a_plugin_that_the_nodes_have_not(
     head: Head, tmp_path_factory: pytest.TempPathFactory, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,7 +271,6 @@ def test_stop__now_ends_a_run_with_a_plugin_that_the_nodes_have_not(
     assert "stop-now." not in listed and listed.splitlines()[-1].split()[:2] == ["long", "stopped"]
 
 
-@pytest.mark.long
 def test_sweep__is_a_job_that_is_stopped_with_a_checkpoint_and_goes_on(
     head: Head, tmp_path_factory: pytest.TempPathFactory, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,7 +306,6 @@ def test_sweep__is_a_job_that_is_stopped_with_a_checkpoint_and_goes_on(
     assert "2/2 runs" in capfd.readouterr().out
 
 
-@pytest.mark.long
 def test_serve__is_a_job_until_it_is_stopped(
     head: Head, tmp_path_factory: pytest.TempPathFactory, capfd: pytest.CaptureFixture[str]
 ) -> None:

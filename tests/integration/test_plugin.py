@@ -281,6 +281,7 @@ def trained_series(series_environment: Environment) -> Path:
     return run_dir
 
 
+@pytest.mark.long
 @pytest.mark.integration
 def test_kind__trains(trained_series: Path) -> None:
     events = read_events(trained_series / "journal.jsonl")[0]
@@ -290,6 +291,7 @@ def test_kind__trains(trained_series: Path) -> None:
     assert (trained_series / f"visualizations/step-{SERIES_STEPS:08}.png").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.integration
 def test_kind__checkpoint_is_loaded_and_evaluated(series_environment: Environment, trained_series: Path) -> None:
     code = """
@@ -318,6 +320,7 @@ raise SystemExit(main(["evaluate", checkpoint, *protocols, "--storage", storage]
         assert result["metrics"]["top1"] > 0.5, result  # of four classes
 
 
+@pytest.mark.long
 @pytest.mark.integration
 def test_kind__mistakes_are_one_line_each(series_environment: Environment, trained_series: Path) -> None:
     done = series_environment.run(
@@ -335,6 +338,7 @@ def test_kind__mistakes_are_one_line_each(series_environment: Environment, train
     )
 
 
+@pytest.mark.long
 @pytest.mark.integration
 def test_kind__checkpoint_of_one_that_is_not_installed(trained_series: Path) -> None:
     """In the interpreter of the tests, which does not have it."""

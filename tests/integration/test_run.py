@@ -97,6 +97,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 def test_run__last_checkpoint_is_evaluated_where_its_trainers_were(recipe: Path, tmp_path: Path) -> None:
     """A GPU that is declared and not there: Ray hands it out, and torch computes on the CPU all the same.
 
@@ -202,6 +203,7 @@ def test_run__failed_evaluation_is_recorded_and_stops_nothing(recipe: Path, tmp_
     assert sorted(losses(run_dir)) == [1, 2, 3, 4]
 
 
+@pytest.mark.long
 def test_run__what_only_the_workers_can_tell_is_not_retried(recipe: Path, tmp_path: Path) -> None:
     """The second shard has no pictures: that ends the run at the first attempt, with one line."""
     data = tmp_path / "half"

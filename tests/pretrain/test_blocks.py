@@ -145,8 +145,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain-3": {"zero_stage": 3},
     "checkpoint_blocks-0": {"zero_stage": 0, "checkpoint_blocks": True},
     "checkpoint_blocks-3": {"zero_stage": 3, "checkpoint_blocks": True},
-    "compile-1": {"zero_stage": 1, "compile": True},
-    "both-2": {"zero_stage": 2, "compile": True, "checkpoint_blocks": True},
+    "both-1": {"zero_stage": 1, "compile": True, "checkpoint_blocks": True},
 }
 
 

@@ -151,7 +151,7 @@ def _killed(moment: int, run_dir: Path, staged: list[Path], attempt: str) -> boo
         os._exit(1)
 
 
-@pytest.mark.parametrize("run_dir", ["local", "file", "s3"], indirect=True)
+@pytest.mark.parametrize("run_dir", ["local", "file", pytest.param("s3", marks=pytest.mark.long)], indirect=True)
 def test_publish__killed_at_any_moment_leaves_no_half_checkpoint(run_dir: Path) -> None:
     """A process that dies in the n-th write, fsync or rename leaves the checkpoint before as the newest one."""
     _publish(run_dir, 1)

@@ -32,7 +32,12 @@ def column(lines: list[str], row: str, zero_stage: int) -> float:
     return float(values[zero_stage])
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if "teacher_from" not in recipe_content(name)])
+# Of 7 billion parameters the shapes alone take a quarter of a minute.
+RECIPES = [name for name in recipe_names() if "teacher_from" not in recipe_content(name)]
+HEAVY = {"dinov3_vit7b": pytest.mark.long}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=HEAVY.get(name, ())) for name in RECIPES])
 def test_dry_run__every_recipe_on_80_columns(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -259,7 +259,7 @@ def answer(original: Path, work: Path, arguments: list[str], hurt: list[Damage])
 
 
 def test_main__any_request_is_answered(original: Path, tmp_path: Path, quiet: None) -> None:
-    fuzz(300, original, tmp_path / "work")
+    fuzz(150, original, tmp_path / "work")
 
 
 @pytest.mark.long
