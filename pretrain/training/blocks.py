@@ -22,16 +22,16 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ["compile_blocks", "recompute_blocks"]
 
 COMPILER = "inductor"
-# Sizes of crops times training, evaluation and gradients on or off; torch's own limit of 8 leaves further ones uncompiled.
+# Sizes of crops times training, evaluation and gradients on or off; torch leaves more than 8 uncompiled by itself.
 COMPILED_FORMS = 64
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     """Compile each block with `torch.compile`: at its first call, and again for inputs of other sizes.
 
-    Blocks alike share their code. Losses change by rounding: fused kernels sum in another order. Each size has code of its
-    own (`dynamic=False`): code for any size, which torch would make at the second one, keeps other tensors for the backward
-    pass, and a block that is computed again there may not get it in the place of what ran forward.
+    Blocks alike share their code. Losses change by rounding: fused kernels sum in another order. Each size has code of
+    its own (`dynamic=False`): code for any size, which torch would make at the second one, keeps other tensors for the
+    backward pass, and a block that is computed again there may not get it in the place of what ran forward.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_FORMS)
     for block in blocks:
