@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -146,8 +146,9 @@ class Objective(nn.Module, ABC):
     def exported_heads(self) -> Heads | None:
         """What is exported beside the encoder, for a student that learns its outputs, or for an evaluation of them.
 
-        Parameters of the objective are gathered by the engine; other tensors, such as those of a teacher, have to be
-        whole on every rank. None, which is the default: nothing.
+        Parameters of the objective and of its companions are gathered by the engine, if they are given themselves
+        (`state_dict(keep_vars=True)`); other tensors have to be whole on every rank. None, which is the default:
+        nothing.
         """
         return None
 
@@ -163,10 +164,17 @@ class Objective(nn.Module, ABC):
 
         The same on every rank. A collective when companions are sharded.
         """
-        state = self._persistent_buffers()
+        return dict(self.named_extra_state())
+
+    def named_extra_state(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, one after the other: of sharded companions one tensor is whole at a time.
+
+        A collective when companions are sharded: all ranks go through all of it.
+        """
+        yield from self._persistent_buffers().items()
         for name, companion in self._saved_companions().items():
-            state |= {f"{name}.{key}": tensor for key, tensor in companion.state_dict().items()}
-        return state
+            for key, tensor in companion.named_state():
+                yield f"{name}.{key}", tensor
 
     def share_of_state(self, rank: int, num_ranks: int) -> dict[str, Tensor]:
         """The part of `extra_state` that a rank writes: the first all but what is sharded, each its share of that.
@@ -230,7 +238,7 @@ class Objective(nn.Module, ABC):
         for name, buffer in buffers.items():
             buffer.copy_(state[name])
         for name, companion in companions.items():
-            companion.load_state_dict({key: state[f"{name}.{key}"] for key in companion.names()})
+            companion.load_state_dict(state, prefix=f"{name}.")
 
     def param_groups(self, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
         """Trainable parameters as torch optimizer groups; call it before an engine shards them.

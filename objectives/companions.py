@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -164,6 +164,10 @@ class Companion:
         """What this rank holds of a parameter: its share, or all of it."""
         return self._shards.share(parameter) if parameter in self._shards else parameter
 
+    def whole_of(self, tensor: Tensor) -> Tensor:
+        """A parameter's value: a whole copy of what is sharded, a collective; any other tensor as it is."""
+        return self._shards.read([tensor])[0] if tensor in self._shards else tensor  # type: ignore[list-item]
+
     def release(self) -> None:
         """Give its memory back; it is of no use afterwards. Whatever shares the tensors keeps them."""
         self._shards.release()
@@ -174,42 +178,50 @@ class Companion:
         """Of parameters and persistent buffers, in the order of `state_dict`."""
         return list(self.module.state_dict())
 
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and persistent buffers of the module, one after the other, so that one of them is whole at a time.
+
+        A collective when it is sharded: all ranks go through all of them.
+        """
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            yield name, self.whole_of(tensor).detach()
+
     def state_dict(self, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Parameters and persistent buffers of the module. A collective when it is sharded.
+        """The same at once.
 
         Args:
             wanted: the names that this rank wants; None: all.
 
         Returns:
-            The tensors themselves; of what is sharded, whole copies on the CPU, gathered one by one.
+            The tensors themselves; when it is sharded, whole copies on the CPU.
         """
-        return self.state_of(self.module, wanted)
-
-    def state_of(self, module: nn.Module, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The same of a module within this one, such as an encoder's network, by that module's own names."""
+        is_cut = bool(self._shards)
         state = {}
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            whole = self._shards.read([tensor])[0] if tensor in self._shards else None  # whatever this rank wants
+        for name, tensor in self.named_state():
             if wanted is None or name in wanted:
-                state[name] = tensor.detach() if whole is None else whole.cpu()
+                state[name] = tensor.cpu() if is_cut else tensor
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore from `state_dict`, each rank from all of it.
+    def load_state_dict(self, state: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Restore from `state_dict`, each rank from all of it, one tensor after the other.
+
+        Args:
+            state: tensors by name.
+            prefix: what stands before the names there.
 
         Raises:
             KeyError: a name is missing.
         """
-        self._write(self.module, state)
+        self._write(self.module, state, prefix)
 
     @torch.no_grad()
-    def _write(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    def _write(self, module: nn.Module, weights: Mapping[str, Tensor], prefix: str = "") -> None:
         """Give all of a module within this one new values."""
         for name, tensor in module.state_dict(keep_vars=True).items():
             if tensor in self._shards:
-                self._shards.write(tensor, weights[name])
+                self._shards.write(tensor, weights[prefix + name])
             else:
-                tensor.copy_(weights[name])
+                tensor.copy_(weights[prefix + name])
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:

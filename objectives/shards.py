@@ -59,6 +59,9 @@ class Shards:
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor in self._shares
 
+    def __len__(self) -> int:
+        return len(self._shares)
+
     def share(self, parameter: nn.Parameter) -> Tensor:
         """This rank's part, (ceil(n / R),)."""
         return self._shares[parameter]

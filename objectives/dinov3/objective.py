@@ -177,7 +177,11 @@ class DINOv3(ImageObjective):
     def exported_heads(self) -> Heads:
         """Those of the teacher, from which a smaller student can learn."""
         heads = {name: head for name, head in self.teacher.modules.items() if isinstance(head, DINOHead)}
-        tensors = {f"{name}.{key}": tensor for name, head in heads.items() for key, tensor in head.state_dict().items()}
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, head in heads.items()
+            for key, tensor in head.state_dict(keep_vars=True).items()
+        }
         return Heads({name: head.spec for name, head in heads.items()}, tensors)
 
     def param_groups(self, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:

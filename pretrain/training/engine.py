@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -326,50 +326,54 @@ class Engine:
         numbers = sum(deepspeed_internals.full_shape(parameter).numel() for parameter in self.objective.parameters())
         return 4 * (4 if self.stage == 3 else 3) * numbers // dist.get_world_size()
 
-    def backbone_weights(self) -> dict[str, torch.Tensor]:
-        """Copies of `exported_weights` on the CPU. A collective under ZeRO."""
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self.exported_weights().items()}
-
     @torch.no_grad()
-    def exported_weights(self, *, is_wanted: bool = True) -> dict[str, torch.Tensor]:
-        """The exported backbone in fp32 under its own names. A collective under ZeRO: all ranks call it.
+    def named_weights(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters of the objective in fp32 and those of its companions, each whole when its turn comes.
 
-        That is the teacher's if the objective has one. Tensors may share memory with it: read them before the next
-        step.
+        A collective under ZeRO: all ranks go through all of them.
 
         Args:
+            tensors: By name; what is no parameter of these comes as it is.
+
+        Yields:
+            Names and tensors, which may share memory with the model: read them before the next step.
+        """
+        trained = set(self.objective.parameters())
+        companions = self.objective.companions().values()
+        for name, tensor in tensors.items():
+            if tensor in trained:
+                (whole,) = self.read_weights([tensor])  # type: ignore[list-item]
+            else:
+                whole = tensor
+                for companion in companions:
+                    whole = companion.whole_of(whole)
+            yield name, whole.detach()
+
+    def exported_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The exported backbone in fp32 under its own names, see `named_weights`: the teacher's, if there is one."""
+        return self.named_weights(self.objective.exported.network.state_dict(keep_vars=True))
+
+    def together(
+        self, weights: Iterable[tuple[str, torch.Tensor]], *, is_wanted: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """All of what `named_weights` gives. A collective under ZeRO.
+
+        Args:
+            weights: Not yet begun.
             is_wanted: False: this rank takes part in the collective only, and gets nothing.
-        """
-        exported = self.objective.exported
-        full: dict[str, torch.Tensor] = {}
-        if exported is self.objective.backbone:
-            names, parameters = zip(*exported.network.named_parameters(), strict=True)
-            full = dict(zip(names, self.read_weights(parameters), strict=True))
-        for companion in self.objective.companions().values():
-            if exported in companion.module.modules():
-                full = companion.state_of(exported.network, wanted=None if is_wanted else ())
-        if not is_wanted:
-            return {}
-        weights = exported.weights()  # order and persistent buffers, as the encoder's own
-        return {name: full.get(name, tensor.detach()) for name, tensor in weights.items()}
 
-    @torch.no_grad()
+        Returns:
+            Tensors on the device, which may share memory with the model; in stage 3 whole copies on the host.
+        """
+        on_host = self.stage == 3
+        return {name: tensor.cpu() if on_host else tensor for name, tensor in weights if is_wanted}
+
     def heads(self, *, is_wanted: bool = True) -> Heads | None:
-        """What is exported beside the backbone, in fp32. A collective under ZeRO.
-
-        Tensors may share memory with the objective's: read them before the next step.
-
-        Args:
-            is_wanted: False: this rank takes part in the collective only, and gets none.
-        """
+        """What is exported beside the backbone, in fp32, as `together` gives it. A collective under ZeRO."""
         heads = self.objective.exported_heads()
         if heads is None:
             return None
-        trained = {name: tensor for name, tensor in heads.tensors.items() if isinstance(tensor, torch.nn.Parameter)}
-        full = dict(zip(trained, self.read_weights(list(trained.values())), strict=True)) if trained else {}
-        if not is_wanted:
-            return heads._replace(tensors={})
-        return heads._replace(tensors={name: full.get(name, tensor.detach()) for name, tensor in heads.tensors.items()})
+        return heads._replace(tensors=self.together(self.named_weights(heads.tensors), is_wanted=is_wanted))
 
     def pictures(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the objective has to show for a batch. A collective under ZeRO-3, which must gather the parameters."""

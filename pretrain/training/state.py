@@ -96,7 +96,7 @@ def contents(engine: Engine, recipe: Recipe, *, training_state: bool) -> Content
             files[_in_state(EXTRA_STATE.format(rank))] = TensorFile(share)
         if rank == 0 and (references := objective.references()):
             texts[_in_state(store.REFERENCES)] = json.dumps(references, indent=1).encode()
-    weights = engine.exported_weights(is_wanted=rank == 0)
+    weights = engine.together(engine.exported_weights(), is_wanted=rank == 0)
     heads = engine.heads(is_wanted=rank == 0)
     if heads is not None and not training_state and not heads.from_start:
         heads = None
@@ -338,16 +338,17 @@ def restore(found: Snapshot, engine: Engine, stream: Stream, optimizer_steps: in
     else:
         torch.manual_seed(torch.initial_seed() + found.step)
     _load_objective(engine.objective, state_dir)
-    saved, loaded = open_weights(found.path / BACKBONE), engine.backbone_weights()
-    equal = [name for name, tensor in saved.items() if name in loaded and torch.equal(tensor, loaded[name])]
-    if len(equal) != len(saved) or engine.optimizer_steps != optimizer_steps:
+    saved, num_equal = open_weights(found.path / BACKBONE), 0
+    for name, tensor in engine.exported_weights():
+        num_equal += name in saved and torch.equal(saved[name], tensor.cpu())
+    if num_equal != len(saved) or engine.optimizer_steps != optimizer_steps:
         raise store.CheckpointError(
-            f"{found.path}: {len(equal)} of {len(saved)} backbone tensors came back equal, "
+            f"{found.path}: {num_equal} of {len(saved)} backbone tensors came back equal, "
             f"optimizer at step {engine.optimizer_steps}"
         )
     return Resumed(
         step=found.step,
-        tensors=len(equal),
+        tensors=num_equal,
         tensors_total=len(saved),
         optimizer_step=engine.optimizer_steps,
         rng_states=dist.get_world_size() if is_same_world else 0,

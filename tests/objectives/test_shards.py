@@ -27,6 +27,7 @@ from pretrain.training import state
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from pretrain.training.publication import Publisher
+from tests.engine_weights import exported_now
 from tests.objectives.test_dinov3_ranks import IMAGES, RECIPE, STEPS, batch_of
 
 RANKS, HALF = 2, STEPS // 2
@@ -64,10 +65,13 @@ def step(engine: Engine, number: int) -> dict[str, float]:
 
 
 def all_of(engine: Engine) -> dict[str, Tensor]:
-    """Student, teacher and anchor, and what is exported."""
+    """Student, teacher and anchor, and what is exported, heads included."""
     names, parameters = zip(*engine.objective.named_parameters(), strict=True)
     student = dict(zip(names, engine.read_weights(list(parameters)), strict=True))
-    exported = {f"exported.{name}": tensor for name, tensor in engine.backbone_weights().items()}
+    exported = {f"exported.{name}": tensor for name, tensor in exported_now(engine).items()}
+    heads = engine.heads()
+    assert heads is not None
+    exported |= {f"heads.{name}": tensor for name, tensor in heads.tensors.items()}
     return {name: tensor.clone() for name, tensor in {**student, **engine.objective.extra_state(), **exported}.items()}
 
 

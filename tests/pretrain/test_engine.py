@@ -20,6 +20,7 @@ from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainCon
 from pretrain.training.engine import Engine, deepspeed_config, init_distributed, set_matmul_precision
 from pretrain.training.model import build_objective
 from pretrain.training.schedules import learning_rate, weight_decay
+from tests.engine_weights import exported_now
 
 STEPS, MICRO, ACCUMULATION, RANKS = 4, 4, 2, 2
 RECIPE = Recipe(
@@ -65,11 +66,11 @@ def _is_skipped_whole(engine: Engine, recipe: Recipe) -> bool:
     poisoned = _batches(9, dist.get_rank())
     if dist.get_rank() == dist.get_world_size() - 1:
         poisoned[0]["image"] = torch.full((MICRO, 3, 32, 32), torch.nan)
-    before = engine.backbone_weights()
+    before = exported_now(engine)
     skipped = engine.step(poisoned, Progress(STEPS, STEPS, is_logged=False))
-    unmoved = engine.backbone_weights()
+    unmoved = exported_now(engine)
     applied = engine.step(_batches(9, dist.get_rank()), Progress(STEPS, STEPS, is_logged=False))
-    after = engine.backbone_weights()
+    after = exported_now(engine)
     return (
         not skipped.applied
         and skipped.bad_ranks == (dist.get_world_size() - 1,)
@@ -97,20 +98,20 @@ def _one_setting(recipe: Recipe, directory: Path) -> dict[str, Any]:
     """Half the steps, save, the other half; then load into a fresh engine and do the other half again."""
     torch.manual_seed(0)
     engine = Engine(build_objective(recipe), recipe, torch.device("cpu"))
-    before = engine.backbone_weights()
+    before = exported_now(engine)
     seen = _train(engine, recipe, 0, STEPS // 2)
     engine.save(directory)
-    half = engine.backbone_weights()
+    half = exported_now(engine)
     seen += _train(engine, recipe, STEPS // 2, STEPS)
-    after = engine.backbone_weights()
+    after = exported_now(engine)
     captions = sorted(engine.pictures(_batches(0, 0)[0]))
 
     torch.manual_seed(1)  # other initial weights: all must come from the file
     again = Engine(build_objective(recipe), recipe, torch.device("cpu"))
     again.load(directory)
-    restored, optimizer_steps = again.backbone_weights(), again.optimizer_steps
+    restored, optimizer_steps = exported_now(again), again.optimizer_steps
     repeated = _train(again, recipe, STEPS // 2, STEPS)
-    repeated_weights = again.backbone_weights()
+    repeated_weights = exported_now(again)
     return {
         "seen": seen,
         "repeated": repeated,
@@ -137,7 +138,7 @@ def _continued_alone(recipe: Recipe, directory: Path) -> dict[str, Any]:
         batches = [batch for rank in range(RANKS) for batch in _batches(step, rank)]
         output = engine.step(batches, Progress(step, STEPS))
         seen.append([float(output.loss), float(output.metrics["grad_norm"])])
-    weights = engine.backbone_weights()
+    weights = exported_now(engine)
     return {
         "seen": seen,
         "optimizer_steps": engine.optimizer_steps,

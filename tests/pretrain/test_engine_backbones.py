@@ -16,6 +16,7 @@ from pretrain.config.schema import DataConfig, OptimizerConfig, Recipe, TrainCon
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from pretrain.training.running_statistics import RunningStatistics
+from tests.engine_weights import exported_now
 
 RANKS, MICRO, STEPS = 2, 4, 2
 SWIN = ImageConfig("swin_tiny_patch4_window7_224", 64, options={"depths": [1, 1, 2, 1], "embed_dim": 24})
@@ -67,9 +68,9 @@ def _trained(recipe: Recipe) -> dict[str, Any]:
         loss = engine.step([_batch(step)], Progress(step, STEPS)).loss
         dist.all_reduce(loss)
         losses.append(float(loss) / RANKS)
-    before = engine.backbone_weights()
+    before = exported_now(engine)
     skipped = engine.step([_batch(9, poisoned=True)], Progress(STEPS, STEPS, is_logged=False))
-    after = engine.backbone_weights()
+    after = exported_now(engine)
     gathered = [torch.empty(0)] * RANKS
     dist.all_gather_object(gathered, {name: tensor for name, tensor in after.items() if ".running_" in f".{name}"})
     return {

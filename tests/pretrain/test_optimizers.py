@@ -21,6 +21,7 @@ from pretrain.errors import RequestError
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from pretrain.training.optimizers import create_optimizer
+from tests.engine_weights import exported_now
 
 STEPS, MICRO, RANKS, RATE, DECAY = 3, 4, 2, 2e-3, 0.05
 # AdamW's are in test_engine.
@@ -92,7 +93,7 @@ def _every_setting(directory: Path) -> dict[str, Any]:
         else:
             engine.load_resharded(saved, directory / "scratch")
             losses = _steps(engine, STEPS - 1, STEPS)
-        weights = engine.backbone_weights()
+        weights = exported_now(engine)
         found[f"{name}-{stage}"] = [*losses, float(sum(tensor.square().sum() for tensor in weights.values()))]
     return found
 

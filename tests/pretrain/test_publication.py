@@ -37,6 +37,7 @@ from pretrain.training import publication
 from pretrain.training.engine import Engine
 from pretrain.training.model import build_objective
 from pretrain.training.publication import Publisher
+from tests.engine_weights import exported_now
 
 pytestmark = pytest.mark.integration
 
@@ -142,14 +143,14 @@ def _goes_on(trainer: Trainer) -> dict[str, Any]:
 
     store.stage = late
     trainer.step()
-    expected = trainer.engine.backbone_weights()
+    expected = exported_now(trainer.engine)
     trainer.publisher.take(4)
     trainer.step()
     trainer.step()
     early, before = trainer.told(), store.find_published(trainer.run_dir, 4)
     hold.set()
     store.stage = real
-    moved = trainer.engine.backbone_weights()
+    moved = exported_now(trainer.engine)
     trainer.publisher.take(8)  # waits for the one before
     saved = trainer.weights(4)
     due = trainer.told()
