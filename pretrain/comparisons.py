@@ -15,13 +15,24 @@ from data_pipelines.parsing import parse_json
 from evaluation.comparison import Difference, difference
 from evaluation.protocol import FRACTION, EvaluationError, Metric, floors, format_value, less_is_better
 from evaluation.results import EvaluationResult, ResultStore
-from pretrain.errors import RequestError, listed
+from pretrain.errors import RequestError, RunFailed, listed
 from pretrain.record.events import Evaluated
 from pretrain.record.journal import read_events
 from pretrain.record.remote_runs import brought
 from pretrain.record.run_dir import MANIFEST, RunDir, is_run_id
 
-__all__ = ["Compared", "Worth", "compare", "format_difference", "over", "scores_of", "words_on", "worth_of"]
+__all__ = [
+    "Compared",
+    "Worth",
+    "compare",
+    "format_difference",
+    "on_same_data",
+    "over",
+    "scores_of",
+    "scores_of_teacher",
+    "words_on",
+    "worth_of",
+]
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,36 @@ def words_on(checkpoint: Path, storage: Path) -> tuple[str, list[str]]:
     scores = [event for event in events if isinstance(event, Evaluated)]
     worths = worth_of(scores, storage, step).values()
     return f"step {step} of run {run_id}", [line for one in worths for line in one.shortcomings]
+
+
+def scores_of_teacher(reference: str, storage: Path) -> list[Evaluated]:
+    """The scores that the run of a checkpoint recorded of it; none where it is of no run in the storage.
+
+    Args:
+        reference: As `teacher_from` of a recipe has it.
+        storage: Where runs live.
+    """
+    from pretrain.checkpoints.references import locate, resolve
+    from pretrain.checkpoints.store import CheckpointError, read_manifest
+
+    try:
+        found = locate(reference, storage)
+        manifest = read_manifest(resolve(reference, storage)) if found is None else found.manifest()
+    except (CheckpointError, RequestError, RunFailed):  # a file of weights, timm's, or gone: then there are none
+        return []
+    run = RunDir(storage / str(manifest.get("run_id", "")))
+    events = read_events(run.evaluations)[0] if is_run_id(run.run_id) and run.evaluations.is_file() else []
+    return [event for event in events if isinstance(event, Evaluated) and event.step == manifest["step"]]
+
+
+def on_same_data(event: Evaluated, others: Sequence[Evaluated]) -> Evaluated | None:
+    """The last of other scores that is by the same protocol on the same data, whatever they are called there."""
+    alike = [
+        other
+        for other in others
+        if event.data_digest and (other.protocol, other.data_digest) == (event.protocol, event.data_digest)
+    ]
+    return alike[-1] if alike else None
 
 
 def over(first: Evaluated, last: Evaluated, storage: Path) -> Difference | None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from data_pipelines.storage.locations import redact
 from evaluation.protocol import format_value
-from pretrain.comparisons import format_difference, worth_of
+from pretrain.comparisons import format_difference, on_same_data, over, scores_of_teacher, worth_of
 from pretrain.config.schema import EvaluationTask, Recipe
 from pretrain.record.events import Evaluated, EvaluationFailed, Event, Metrics, Start
 from pretrain.record.journal import read_events
@@ -88,6 +88,7 @@ def print_summary(
     worths = {name: of_last[name] for name in map(_name, tasks) if name in of_last}
     ended = [event for event in read_events(RunDir(run_dir).evaluations)[0] if isinstance(event, EvaluationFailed)]
     unscored = {event.task: "left out" if event.left_out else "failed" for event in ended}
+    taught = [] if recipe.teacher_from is None else scores_of_teacher(recipe.teacher_from, Path(recipe.storage))
     for task in tasks:
         table.add_row(*_score_row(_name(task), evaluations, unscored))
         if (worth := worths.get(_name(task))) is not None:
@@ -96,9 +97,17 @@ def print_summary(
                 table.add_row(f"  over {start}", "", "", format_difference(worth.gain, unit))
             for called, floor in worth.floors.items():
                 table.add_row(f"  {called}", format_value(floor, unit), "", "")
+            if (teacher := on_same_data(worth.event, taught)) is not None:
+                score = format_value(teacher.metrics[teacher.headline.name], unit)
+                table.add_row("  teacher", "", "", f"{score} (step {teacher.step})")
+                if (difference := over(teacher, worth.event, Path(recipe.storage))) is not None:
+                    table.add_row("  over teacher", "", "", format_difference(difference, unit))
     if training.rates:
         table.add_row("samples/s", "", "", f"{median(training.rates):.0f}")
     console.print(table, soft_wrap=False)
+    if recipe.teacher_from is not None and not any(on_same_data(one.event, taught) for one in worths.values()):
+        nothing = "no scores of the same data, by the run that it is of, to compare with"
+        console.print(f"teacher     {recipe.teacher_from}: {nothing}", markup=False)
     for one in worths.values():
         for shortcoming in one.shortcomings:
             console.print(f"WARNING     {shortcoming}", markup=False)

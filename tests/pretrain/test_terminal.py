@@ -341,3 +341,31 @@ def test_summary__raw_pixels_stand_beside_the_scores(
     text = "\n".join(lines)
     assert re.search(rf"  raw pixels +│ +{pixels:.1%} ", text)
     assert ("linear/grocery: step 8 does not beat raw pixels: 50.0%" in text) == (pixels == 0.5)
+
+
+@pytest.mark.parametrize("digest", ["same", "other"])
+def test_summary__a_student_stands_beside_its_teacher(
+    tmp_path: Path, shown: Callable[..., list[str]], make_checkpoint: Callable[[Path, int], Path], digest: str
+) -> None:
+    """Its scores on the same data, by whatever name, with the difference; or that there are none."""
+    store = ResultStore(tmp_path)
+    teacher, run_dir = tmp_path / "teacher-20260101-000000-abcd", tmp_path / "student-20260101-000000-abcd"
+    run_dir.mkdir()
+    make_checkpoint(teacher, 4)
+    (teacher / "recipe.yaml").touch()
+    for key, right in (("teacher", 60), ("student", 40)):
+        store.keep(key, PerSample(np.arange(80) < right))
+    best, earlier = (replace(scored(step, top1=step / 5.3), data="photos") for step in (4, 2))
+    with Journal(teacher / "evaluations.jsonl") as journal:
+        for event in (best, earlier):
+            journal.write(replace(event, key="teacher", data_digest=digest))
+    recipe = load_plan("demo", [f"storage={tmp_path}", "objective.name=distillation"], check_files=False).recipe
+    recipe = replace(recipe, teacher_from=f"runs:/{teacher.name}/4")
+    scores = [replace(scored(8, top1=0.5), key="student", data_digest="same")]
+    text = "\n".join(
+        shown(120, lambda console: print_summary(console, recipe, run_dir, TrainingSoFar(), scores, run_dir / "page"))
+    )
+    rows = re.search(r"  teacher +│ +│ +│ +75\.5% \(step 4\) │\n│   over teacher +│ +│ +│ +-25\.0 points \[-3", text)
+    assert bool(rows) == (digest == "same")
+    said = f"teacher     runs:/{teacher.name}/4: no scores of the same data, by the run that it is of, to compare with"
+    assert (said in text) == (digest == "other")
