@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -267,7 +267,9 @@ class Initialized:
     unexpected: tuple[str, ...]
 
 
-def initialize_from(encoder: Encoder, weights: Mapping[str, Tensor]) -> Initialized:
+def initialize_from(
+    encoder: Encoder, weights: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]] | None = None
+) -> Initialized:
     """Copies weights of another encoder into this one, each in the type and on the device that it has here.
 
     Nothing is copied when it raises. Call it before an engine shards the parameters, and after the objective is built,
@@ -275,40 +277,40 @@ def initialize_from(encoder: Encoder, weights: Mapping[str, Tensor]) -> Initiali
 
     Args:
         encoder: receives the weights by the names of `Encoder.weights()`.
-        weights: names -> tensors. Where a shape differs, `Encoder.fitted` decides: a plain ViT resamples its absolute
-            positions to its own grid.
+        weights: names -> tensors, each asked for once, in the encoder's order, and none kept but what is fitted. Where
+            a shape differs, `Encoder.fitted` decides: a plain ViT resamples its absolute positions to its own grid.
+        shapes: of the weights; None: they are asked for their shapes first.
 
     Raises:
         BackboneError: a tensor has another shape and cannot be fitted, or no name is the encoder's.
     """
     import torch
 
+    shapes = {name: tensor.shape for name, tensor in weights.items()} if shapes is None else shapes
     own = encoder.weights()
-    fitted = {
-        name: weights[name] if weights[name].shape == tensor.shape else encoder.fitted(name, weights[name])
-        for name, tensor in own.items()
-        if name in weights
-    }
+    taken = [name for name in own if name in weights]
+    unlike = [name for name in taken if tuple(shapes[name]) != tuple(own[name].shape)]
+    fitted = {name: encoder.fitted(name, weights[name]) for name in unlike}
     wrong = [
-        f"{name} has shape {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
+        f"{name} has shape {tuple(shapes[name])}, not {tuple(own[name].shape)}"
         for name, tensor in fitted.items()
         if tensor is None
     ]
     if wrong:
         raise BackboneError(f"the weights do not fit backbone {encoder.spec['name']!r}: {_some(wrong)}")
-    if not fitted:
+    if not taken:
         raise BackboneError(
             f"the weights do not fit backbone {encoder.spec['name']!r}: none of their {len(weights)} names is one of "
             f"its, such as {next(iter(own))}"
         )
     with torch.no_grad():
-        for name, tensor in fitted.items():
+        for name in taken:
+            tensor = fitted[name] if name in fitted else weights[name]
             assert tensor is not None  # refused above
             own[name].copy_(tensor)
-    resampled = {name for name in fitted if weights[name].shape != own[name].shape}
     return Initialized(
-        loaded=tuple(sorted(fitted.keys() - resampled)),
-        resampled=tuple(sorted(resampled)),
+        loaded=tuple(sorted(set(taken) - fitted.keys())),
+        resampled=tuple(sorted(fitted)),
         missing=tuple(sorted(own.keys() - weights.keys())),
         unexpected=tuple(sorted(weights.keys() - own.keys())),
     )

@@ -60,6 +60,7 @@ from pretrain.training.model import build_objective
 from pretrain.training.outlook import accumulation_warning
 from pretrain.training.publication import Publisher
 from pretrain.training.schedules import learning_rate, weight_decay
+from pretrain.training.spread_weights import Shared
 from pretrain.training.stopping import StopRequest, watched
 from pretrain.training.throughput import StartupClock, Throughput, peak_memory_mb
 
@@ -154,7 +155,7 @@ def train(
 
             process = Process(plan, run, device, emit, clock, stop, heartbeat, size)
             first = 0 if found is None else plan.index_at(found.step)
-            handed: dict[str, torch.Tensor] = {}  # weights of the stage before
+            handed = Shared(device)  # weights of the stage before
             stopped: int | None = None
             for index in range(first, len(plan.stages)):
                 if index > first:
@@ -172,9 +173,7 @@ def train(
     return end
 
 
-def train_stage(
-    process: Process, index: int, start: Start, found: state.Snapshot | None, handed: dict[str, torch.Tensor]
-) -> int | None:
+def train_stage(process: Process, index: int, start: Start, found: state.Snapshot | None, handed: Shared) -> int | None:
     """One stage of the plan, to its last step or until it is stopped.
 
     Args:
@@ -182,7 +181,7 @@ def train_stage(
         index: The stage.
         start: How it begins.
         found: The training state that it goes on from, if `start` says so.
-        handed: Weights of the stage before, by name; replaced by those of this one when another follows.
+        handed: Weights of the stage before, by name; those of this one, in the end, when another follows.
 
     Returns:
         The step of the run after which it was stopped; None: it goes on.
@@ -194,10 +193,11 @@ def train_stage(
     torch.manual_seed(recipe.train.seed)  # the same initial weights on every rank
     with initial_weights(recipe.train.zero_stage or 0, device):
         objective = build_objective(recipe)
-        initialized = state.begin_with(objective, start, stage) if start.how == "init_from" else None
+        initialized = state.begin_with(objective, start, stage, device) if start.how == "init_from" else None
         taken = take_over(objective, handed, stage.init_with) if start.how == "stage" else None
         teacher = frozen_teachers.fill(plan, index, objective, run.path)
         engine = Engine(objective, recipe, device)
+    handed.clear()
     torch.manual_seed(recipe.train.seed + 1 + rank)  # stochastic depth and the like differ between ranks
     process.clock.note("built")
 
@@ -224,7 +224,6 @@ def train_stage(
         if index == 0 and not found and recipe.evaluation.baseline and not store.published(run.path):
             publisher.take(0, training_state=False, is_last=True)
         stopped = run_steps(process, stage, engine, stream, found.step if found else stage.first_step, publisher)
-    handed.clear()
     if index + 1 < len(plan.stages) and plan.stages[index + 1].init_from == index:
         handed.update(weights_of(engine))
     engine.close()

@@ -1,4 +1,4 @@
-"""What one stage of a run hands to the next: every weight of its objective, whole and in float32.
+"""What one stage of a run hands to the next: every weight of its objective, in float32, one after the other.
 
 Weights go by name. Where the next stage has another shape, its encoder may know how to fit them (positions resampled to
 its grid); what it does not know, and what it has alone, stays as it was initialized, and is named.
@@ -9,7 +9,7 @@ run (`init_from` of a recipe).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,13 +54,13 @@ class Handover:
         )
 
 
-@torch.no_grad()
-def weights_of(engine: Engine) -> dict[str, Tensor]:
-    """All parameters and the extra state of an engine's objective on the CPU. A collective."""
-    objective = engine.objective
-    parameters = dict(objective.named_parameters())
-    weights = dict(zip(parameters, engine.read_weights(list(parameters.values())), strict=True))
-    return {name: tensor.detach().cpu().clone() for name, tensor in {**weights, **objective.extra_state()}.items()}
+def weights_of(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and the extra state of an engine's objective, each whole when its turn comes. A collective.
+
+    They may share memory with the engine's.
+    """
+    yield from engine.named_weights(dict(engine.objective.named_parameters()))
+    yield from engine.objective.named_extra_state()
 
 
 @torch.no_grad()
@@ -73,25 +73,26 @@ def take_over(objective: Objective, weights: Mapping[str, Tensor], init_with: st
 
     Args:
         objective: Of the next stage.
-        weights: As `weights_of` gives them.
+        weights: What `weights_of` gives, by name, of which each is asked for once.
         init_with: "teacher" gives the student what the teacher has, which is all but what no teacher sees.
     """
+    sources = {name.removeprefix("buffer."): name for name in weights}
     if init_with == "teacher":
-        weights = {**weights, **{name.removeprefix("teacher."): weights[name] for name in weights if _is_taught(name)}}
+        sources |= {name.removeprefix("teacher."): name for name in weights if name.startswith("teacher.")}
     trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
     own = _by_plain_name(objective)
-    weights = {name.removeprefix("buffer."): tensor for name, tensor in weights.items()}
     companions = objective.companions()
     is_fixed = {name for name in own if name not in trained and name.partition(".")[0] not in companions}
     encoders = _encoders_of(objective)
     loaded, resampled = set(), set()
     for name, tensor in own.items():
-        if name not in weights:
+        if name not in sources:
             continue
-        if weights[name].shape == tensor.shape:
-            tensor.copy_(weights[name])
+        given = weights[sources[name]]
+        if given.shape == tensor.shape:
+            tensor.copy_(given)
             loaded.add(name)
-        elif name not in is_fixed and (fitted := _fitted(encoders, name, weights[name])) is not None:
+        elif name not in is_fixed and (fitted := _fitted(encoders, name, given)) is not None:
             tensor.copy_(fitted)
             resampled.add(name)
     copied = set()
@@ -109,7 +110,7 @@ def take_over(objective: Objective, weights: Mapping[str, Tensor], init_with: st
         loaded=tuple(sorted(loaded)),
         resampled=tuple(sorted(resampled)),
         fresh=tuple(sorted(own.keys() - loaded - resampled)),
-        unused=tuple(sorted(weights.keys() - own.keys())),
+        unused=tuple(sorted(sources.keys() - own.keys())),
     )
 
 
@@ -120,10 +121,6 @@ def takes_nothing(objective: Objective, before: Objective) -> bool:
     return not any(
         parameter in encoder and found.get(name) == parameter.shape for name, parameter in objective.named_parameters()
     )
-
-
-def _is_taught(name: str) -> bool:
-    return name.startswith("teacher.")
 
 
 def _by_plain_name(objective: Objective) -> dict[str, Tensor]:

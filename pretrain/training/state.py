@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from backbones.errors import BackboneError
-from backbones.io import backbone_metadata, heads_metadata, initialize_from, open_weights, read_weights
+from backbones.io import backbone_metadata, heads_metadata, initialize_from, open_weights
 from data_pipelines.files import sha256
 from data_pipelines.parsing import parse_json
 from data_pipelines.streaming.stream import Stream, StreamState
@@ -42,6 +42,7 @@ from pretrain.record.run_dir import BACKBONE, HEADS, MANIFEST, RECIPE, RunDir
 from pretrain.training import flat_shards
 from pretrain.training.engine import Engine
 from pretrain.training.handover import Handover
+from pretrain.training.spread_weights import Sent
 from pretrain.training.tensor_files import TensorFile
 
 __all__ = [
@@ -260,15 +261,17 @@ def origin(start: Start, found: Snapshot | None, initialized: Initialized | None
     return None
 
 
-def begin_with(objective: Objective, start: Start, stage: Stage) -> Initialized:
+def begin_with(objective: Objective, start: Start, stage: Stage, device: torch.device) -> Initialized:
     """Give a new objective's backbone, and a teacher that copied it, the weights that `init_from` means. A collective.
 
-    Only rank 0 reads them. Call it before an engine shards the parameters; draws no random numbers.
+    Only rank 0 reads them, and sends them one by one. Call it before an engine shards the parameters; draws no random
+    numbers.
 
     Args:
         objective: Built alike on every rank.
         start: Whose reference `pretrain.checkpoints.initialization.find_weights` takes.
         stage: That begins.
+        device: Of this process.
 
     Raises:
         CheckpointError: On every rank, when they are not there or damaged.
@@ -276,22 +279,22 @@ def begin_with(objective: Objective, start: Start, stage: Stage) -> Initialized:
     """
     reference = start.reference
     answer: list[Any] = [None]
+    read: Mapping[str, torch.Tensor] = {}  # on rank 0
     if dist.get_rank() == 0:
         try:
             found = find_weights(reference, Path(stage.recipe.storage))
-            answer = [(found.sha256, read_weights(found.file, found.file.read_bytes()))]
+            read = open_weights(found.file)
+            answer = [(found.sha256, {name: _shell(name, tensor) for name, tensor in sorted(read.items())})]
         except (BackboneError, RequestError, RunFailed, store.CheckpointError) as error:
             answer = [store.CheckpointError(about("init_from", reference, str(error)))]
     dist.broadcast_object_list(answer, src=0)  # all ranks: begin with the same weights or fail alike
     if isinstance(answer[0], Exception):
         raise answer[0]
-    digest, weights = answer[0]
-    broken = sorted(name for name, tensor in weights.items() if not tensor.isfinite().all())
-    if broken:
-        raise store.CheckpointError(f"init_from={reference}: {broken[0]} holds numbers that are not finite")
-    used = initialize_from(objective.exported, weights)
+    digest, shells = answer[0]
+    weights, shapes = Sent(shells, read, device), {name: shell.shape for name, shell in shells.items()}
+    used = initialize_from(objective.exported, weights, shapes)
     if objective.exported is not objective.backbone:
-        initialize_from(objective.backbone, weights)
+        initialize_from(objective.backbone, weights, shapes)
     loaded = len(used.loaded) + len(used.resampled)
     return Initialized(
         step=stage.first_step,
@@ -303,6 +306,13 @@ def begin_with(objective: Objective, start: Start, stage: Stage) -> Initialized:
         missing=used.missing,
         unexpected=used.unexpected,
     )
+
+
+def _shell(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Shape and type of a weight, without its numbers, which are looked at."""
+    if not tensor.isfinite().all():
+        raise store.CheckpointError(f"{name} holds numbers that are not finite")
+    return tensor.to("meta")
 
 
 def restore(found: Snapshot, engine: Engine, stream: Stream, optimizer_steps: int) -> Resumed:

@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
-__all__ = ["DispatchMode", "WeakStorage", "is_in_place", "loopback_store", "norms_of", "without_numbers", "written_by"]
+__all__ = ["DispatchMode", "WeakStorage", "loopback_store", "norms_of", "without_numbers", "written_by"]
 
 
 class WeakStorage:
@@ -37,17 +37,6 @@ class WeakStorage:
         """None when nothing has it any more."""
         found: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(self._reference.cdata)
         return found
-
-
-def is_in_place(operation: Any) -> bool:
-    """Whether one of torch's own operations gives its first argument new numbers, and is that argument then."""
-    schema = operation._schema
-    return (
-        operation.namespace == "aten"
-        and schema.name.endswith("_")
-        and _is_written(schema.arguments[0])
-        and torch.Tag.inplace_view not in operation.tags
-    )
 
 
 def written_by(operation: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> list[Any]:

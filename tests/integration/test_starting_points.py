@@ -81,6 +81,7 @@ def test_init_from__a_wrong_request_is_one_line_and_exit_code_2(launch: Launch) 
     assert line.startswith("error: init_from=/no/such/checkpoint: ")
 
 
+CPU = torch.device("cpu")
 SMALL = {"num_prototypes": 32, "head_hidden_dim": 32, "head_bottleneck_dim": 16, "num_local": 2, "local_size": 16}
 
 
@@ -103,7 +104,7 @@ def _begin(file: Path) -> dict[str, Any]:
     objective = _objective()
     before, random = objective.backbone.timm_state_dict()["norm.weight"].clone(), torch.get_rng_state()
     stage = Stage("", load_recipe("demo", check_files=False))
-    used = state.begin_with(objective, Start("init_from", str(file if dist.get_rank() == 0 else "/gone")), stage)
+    used = state.begin_with(objective, Start("init_from", str(file if dist.get_rank() == 0 else "/gone")), stage, CPU)
     equal = [
         all(torch.equal(tensor, encoder.timm_state_dict()[name]) for name, tensor in given.timm_state_dict().items())
         for encoder in (objective.backbone, objective.exported)
@@ -117,7 +118,7 @@ def _begin(file: Path) -> dict[str, Any]:
     failed = []
     for reference in ("/gone.safetensors", diverged):
         try:
-            state.begin_with(objective, Start("init_from", str(reference)), stage)
+            state.begin_with(objective, Start("init_from", str(reference)), stage, CPU)
         except store.CheckpointError as error:
             failed.append(str(error))
     return {"answers": answers, "loaded": used.loaded, "total": used.total, "failed": failed}

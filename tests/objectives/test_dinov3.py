@@ -30,6 +30,7 @@ from objectives.parts.token_grid import on_grid
 from objectives.schedules import Schedule
 from objectives.teacher import Teacher
 from pretrain.training.blocks import recompute_blocks
+from pretrain.training.handover import take_over
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dinov3.json").read_text())
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2, "num_reg_tokens": 1, "init_values": 0.1}
@@ -703,3 +704,31 @@ def test_diagnose__targets_that_stay_uniform_and_class_tokens_alike() -> None:
     assert objective.diagnose(stuck, Progress(5, 1000)) is None
     patches = healthy | {"patch_loss": math.log(40), "patch_teacher_entropy": math.log(40)}
     assert "patch outputs are uniform" in (objective.diagnose(patches | {"cls_loss": 1.0}, LATE) or "")
+
+
+def test_teacher__and_anchor_drop_and_move_nothing_while_the_student_trains() -> None:
+    """What they make of a batch is the same, whatever the student leaves out and however its positions are moved."""
+    config = {"gram_weight": 1.0, "gram_from": "teacher"}
+    found = []
+    for moves in ({"drop_path": 0.0}, {"drop_path": 0.8, "rope_rescale": 2.0, "rope_shift": 0.3}):
+        objective = small(**config, **moves)
+        objective.train()
+        assert objective.anchor is not None and not objective.anchor.module.training
+        found.append(objective(images(), LATE).metrics)
+    for name in ("cls_teacher_entropy", "patch_teacher_entropy", "gram_drift"):
+        assert torch.equal(found[0][name], found[1][name])
+    assert found[0]["gram"] != found[1]["gram"] and found[0]["cls_loss"] != found[1]["cls_loss"]
+
+
+def test_stages__another_resolution_takes_every_weight_as_it_is() -> None:
+    """Rotary positions have no weights: nothing is resampled, and nothing begins anew."""
+    before, after = (
+        small(seed, image=image, gram_weight=1.0, gram_from="teacher") for seed, image in ((1, 16), (2, 24))
+    )
+    weights = {**dict(before.named_parameters()), **before.extra_state()}
+    taken = take_over(after, weights)
+    assert not (taken.resampled or taken.fresh or taken.unused)
+    found = {**dict(after.named_parameters()), **after.extra_state()}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
+    larger = {name: torch.rand(4, 3, 24, 24) for name in ("global_1", "global_2")}
+    assert after(images() | larger, LATE).loss.isfinite()

@@ -1,4 +1,4 @@
-"""Initial weights that are dropped and drawn again: the same numbers, in less memory."""
+"""Initial weights that are dropped, but for a share, and brought back: the same numbers, in less memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_model__has_the_numbers_that_it_has_without(init: str) -> None:
     plain = build_objective(recipe_of(init=init))
     after = torch.rand(5)
     torch.manual_seed(0)
-    with InitialWeights(budget=LITTLE):
+    with InitialWeights(CPU, budget=LITTLE):
         built = build_objective(recipe_of(init=init))
         parameters = list(parameters_of(built))
         in_memory = sum(tensor.numel() * 4 for tensor in parameters if is_here(tensor))
@@ -102,15 +102,15 @@ def test_a_parameter__comes_back_after_any_change(change: str) -> None:
         return first, twin, others.detach() + first, first.sum()
 
     expected = made()
-    with InitialWeights(budget=0):
+    with InitialWeights(CPU, budget=0):
         found = made()
         twin = found[1].detach().clone()  # of one that is dropped, which is read first when the context is over
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert torch.equal(twin, expected[1])
 
 
-def test_a_parameter__that_is_overwritten_is_not_drawn_again() -> None:
-    with InitialWeights(budget=0):
+def test_a_parameter__that_is_overwritten_comes_back() -> None:
+    with InitialWeights(CPU, budget=0):
         parameter = nn.Parameter(torch.empty(300, 300))
         nn.init.normal_(parameter)
         nn.init.zeros_(nn.Parameter(torch.empty(300, 300)))  # touched later
@@ -130,7 +130,7 @@ def _built_in_both_ways(weights: Path) -> dict[str, Any]:
     held: list[list[Tensor]] = []
     for budget in (None, LITTLE):
         torch.manual_seed(0)
-        with InitialWeights(budget=budget, cut_over=CPU) if budget else nullcontext():
+        with InitialWeights(CPU, budget=budget) if budget else nullcontext():
             objective = build_objective(recipe_of(3))
             anchor = objective.companions()["gram"]
             anchor.load(weights)
