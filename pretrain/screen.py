@@ -20,16 +20,23 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["escape_diagnostics", "escaping_console", "printable", "say"]
+__all__ = ["control_character", "escape_diagnostics", "escaping_console", "printable", "say"]
 
 # Control characters but the tabulator; marks that change the direction of writing; ends of lines; halves of characters,
 # which stand for the bytes of file names that are no text.
 _ORDERS = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # the tabulator, too
 
 
 def printable(text: str) -> str:
     r"""One line that a terminal shows and does not obey: `\x1b` for the escape character, `\n` for an end of line."""
     return _ORDERS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def control_character(text: str) -> str | None:
+    r"""The first character of a text that is for no name and no path, by its code, such as `\n`; None: it has none."""
+    found = _CONTROL.search(text)
+    return None if found is None else found[0].encode("unicode_escape").decode()
 
 
 def say(text: str, *, err: bool = False) -> None:

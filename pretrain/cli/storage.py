@@ -10,6 +10,7 @@ import click
 from data_pipelines.storage.locations import redact
 from pretrain.errors import RequestError
 from pretrain.remote.places import is_uri, storage_problem
+from pretrain.screen import control_character
 
 __all__ = ["storage_option"]
 
@@ -29,14 +30,21 @@ def storage_option(
 
 
 def _checked(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    _require_plain(value)
     if value is not None and is_uri(value) and (problem := storage_problem(value)):
         raise RequestError(f"--storage {redact(value)}: {problem}")
     return value
 
 
 def _local(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    _require_plain(value)
     if value is not None and is_uri(value):
         command = context.command_path.partition(" ")[2]
         remedy = f"pretrain {command} works on a directory, on the machine that has it"
         raise RequestError(f"--storage {redact(value)}: a remote store; {remedy}")
     return value
+
+
+def _require_plain(value: str | None) -> None:
+    if value is not None and (character := control_character(value)):
+        raise RequestError(f"--storage {redact(value)}: {character} is in it, a control character; leave it out")

@@ -17,6 +17,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from backbones import registry as backbones
 from backbones.errors import BackboneError
+from data_pipelines.storage.locations import scheme_of
 from objectives import registry as objectives
 from pretrain.config.checks.resolve import resolve
 from pretrain.config.fields import Setting, declared_settings, template
@@ -24,6 +25,7 @@ from pretrain.config.mistakes import COMMAND_LINE, Mistakes, shown
 from pretrain.config.schema import REQUIRED, Recipe
 from pretrain.config.values import Typed, texts_in
 from pretrain.errors import nearest
+from pretrain.screen import control_character
 
 __all__ = ["REFERENCE_IN_A_NAME", "resolved"]
 
@@ -294,7 +296,7 @@ class _Layers:
             return
         refers = any("${" in text for _, text in texts_in(value))
         whole = template(key) == setting.key
-        if problem := _forbidden_reference(value):
+        if problem := _forbidden_reference(value) or _control_character(value):
             self._mistakes.add(key, written, problem, origin=origin)
         elif not self._fits(key, setting, value, checked=whole and not refers and value != REQUIRED):
             expected = setting.expectation if whole else f"{setting.key} to be {setting.expectation}"
@@ -419,6 +421,17 @@ def _plain(cfg: Container, key: str) -> Any:
 def _named_inside(value: Any) -> list[str]:
     """What the references in a value name."""
     return _INSIDE_REFERENCE.findall(" ".join(text for _, text in texts_in(value)))
+
+
+def _control_character(value: Any) -> str | None:
+    """Why a text with an end of line or the like is refused: hardly any is meant, and it would be in names of files.
+
+    A command that makes shards is read by a shell, which takes them.
+    """
+    for _, text in texts_in(value):
+        if scheme_of(text) != "pipe" and (character := control_character(text)):
+            return f"{character} is in it, a control character; leave it out"
+    return None
 
 
 def _forbidden_reference(value: Any) -> str | None:

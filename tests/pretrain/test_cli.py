@@ -292,6 +292,17 @@ def test_main__leaderboard_of_a_storage_that_is_not_there(tmp_path: Path, capsys
         assert capsys.readouterr().err.startswith(f"error: --storage {tmp_path / name}: no such directory; give")
 
 
+@pytest.mark.parametrize("arguments", [["leaderboard"], ["schedule", "list"]], ids=lambda arguments: arguments[0])
+def test_main__a_storage_with_a_control_character(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--storage", "runs\n"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: --storage runs\\n: \\n is in it, a control character; leave it out\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

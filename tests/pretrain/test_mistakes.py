@@ -56,6 +56,29 @@ def test_load_recipe__without_tasks_nothing_can_be_selected_by() -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "character"),
+    [
+        ("storage=runs\n", r"\n"),
+        ("storage=/a\x1b[2J", r"\x1b"),
+        ("data.train=sha\trds", r"\t"),
+        ("data.train=[shards, 'x\x7f']", r"\x7f"),
+        ("init_from=a\u2028b", r"\u2028"),
+        ("name=a\0b", r"\x00"),
+    ],
+)
+def test_load_recipe__a_control_character_is_in_no_setting(override: str, character: str, recipe: Path) -> None:
+    lines = [line for line in mistakes(recipe, override) if "control character" in line]
+    (line,) = lines
+    key = override.partition("=")[0]
+    assert line.startswith(f"command line: {key}") and f": {character} is in it, a control" in line
+
+
+def test_load_recipe__a_command_of_a_shell_may_have_several_lines(recipe: Path) -> None:
+    found = load_recipe(recipe, ["data.train=pipe:cat a.tar |\n\tcat", "evaluation.enabled=false"], check_files=False)
+    assert found.data.train == "pipe:cat a.tar |\n\tcat"
+
+
+@pytest.mark.parametrize(
     ("override", "line"),
     [
         # unknown keys
