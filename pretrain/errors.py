@@ -20,6 +20,7 @@ __all__ = [
     "RunFailed",
     "RunStopped",
     "last_line",
+    "last_words",
     "listed",
     "nearest",
     "nearest_file",
@@ -96,6 +97,21 @@ def last_line(error: BaseException) -> str:
     """The end of what an error says, which of an error out of another process is the error itself."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
+
+
+def last_words(said: str) -> str:
+    """Of what a command of ours has printed, how it ended: the first of its last errors, else the last line, if any.
+
+    The first of several is what went wrong; those that follow say where to read on.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [idx for idx, line in enumerate(lines) if line.startswith("error: ")]
+    if not errors:
+        return lines[-1] if lines else ""
+    first = errors[-1]
+    while first - 1 in errors:
+        first -= 1
+    return lines[first]
 
 
 def listed(items: Iterable[Any], limit: int = 20) -> str:

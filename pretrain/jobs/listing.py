@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.job_server import Job, JobServer, JobServerError, NoSuchJob
-from pretrain.errors import EXIT_STOPPED, RequestError, listed, nearest
+from pretrain.errors import EXIT_STOPPED, RequestError, last_words, listed, nearest
 from pretrain.jobs.attempts import attempts_of
 from pretrain.record.run_dir import RunDir, runs_in
 from pretrain.record.standing import standing_of
@@ -102,9 +102,9 @@ def row_of_job(server: JobServer, job: Job) -> Row:
             progress, note = "?", f"its log cannot be read: {error}"
     if state == "failed":
         code = "" if job.exit_code is None else f"exit code {job.exit_code}: "
-        note = code + _last_words(job.message)
+        note = code + last_words(job.message)
     elif state == "waiting":
-        note = _last_words(job.message)
+        note = last_words(job.message)
     return Row(job.id, state, progress, score, "" if job.started is None else _date(job.started), note)
 
 
@@ -145,10 +145,3 @@ def _progress(step: int, total: int | None) -> str:
 
 def _date(when: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
-
-
-def _last_words(message: str) -> str:
-    """The last line; Ray puts the end of a failed job's log there."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or [""])[-1]

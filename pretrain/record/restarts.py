@@ -18,20 +18,21 @@ class Restarts:
     Args:
         most: Restarts without progress between them.
         reached: Gives a text that changes with progress, such as the newest checkpoint.
+        before: What a process that counted before this one has left: `number` and `last`.
 
     Attributes:
         number: Restarts since the last progress, with the one that is due.
+        last: What was reached when it ended last; at first, now.
     """
 
-    def __init__(self, most: int, reached: Callable[[], str]) -> None:
+    def __init__(self, most: int, reached: Callable[[], str], before: tuple[int, str] | None = None) -> None:
         self._most, self._reached = most, reached
-        self._last = reached()
-        self.number = 0
+        self.number, self.last = before or (0, reached())
 
     def pause(self) -> float | None:
         """It has ended before its time: seconds until it begins again; None: that was once too often."""
-        if (now := self._reached()) != self._last:
-            self.number, self._last = 0, now
+        if (now := self._reached()) != self.last:
+            self.number, self.last = 0, now
         self.number += 1
         return None if self.number > self._most else min(FIRST_PAUSE_S * 2.0 ** (self.number - 1), LONGEST_PAUSE_S)
 

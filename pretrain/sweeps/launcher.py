@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from pretrain.errors import last_words
 from pretrain.processes import Handle, LocalProcesses
 from pretrain.sweeps.queue import Job
 
@@ -69,8 +70,7 @@ class LocalRuns:
             return "it said nothing"
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 4000))
-            said = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        return said[-1].strip() if said else "it said nothing"
+            return last_words(file.read().decode(errors="replace")) or "it said nothing"
 
     def _log(self, job: Job) -> Path:
         return self._logs / f"point-{job.point.number:03d}.log"

@@ -1,7 +1,8 @@
 """The queue of a sweep: an append-only file, from which the state of every point follows.
 
 A point that began and whose end nobody wrote down, as the sweep was killed, is begun again; its run goes on from its
-newest checkpoint. Not here: who starts what, and when (`pretrain.sweeps.sweep`).
+newest checkpoint. How often runs were begun again is counted on where a sweep was killed, and anew in one that is
+started after it was over. Not here: who starts what, and when (`pretrain.sweeps.sweep`).
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ class Job:
         point: Of the grid.
         state: "stopped" can go on, as "failed" perhaps can.
         run_id: Of its run, once it has begun.
+        restarts: How often it was begun again without progress, and what it had reached
+            (`pretrain.record.restarts`); None where that is not counted.
     """
 
     point: Point
     state: State = "waiting"
     run_id: str | None = None
+    restarts: tuple[int, str] | None = None
 
 
 class Queue:
@@ -50,28 +54,38 @@ class Queue:
         self._path = path
         self.jobs = [Job(point) for point in points]
         for record in lines.records(path)[0]:
+            if record["what"] == "over":
+                for job in self.jobs:
+                    job.restarts = None
+                continue
             job = self.jobs[record["point"]]
             if record["what"] == "began":
                 job.state, job.run_id = "running", record["run_id"]
             elif record["what"] == "ended":
                 job.state = _state(record["code"])
+                job.restarts = (record["restarts"], record["reached"]) if "restarts" in record else None
         for job in self.jobs:
             if job.state != "done":
                 job.state = "waiting"
 
     def began(self, job: Job, run_id: str) -> None:
         """Write down, before it does, that a point begins as a run."""
-        self._append(job, "began", run_id=run_id)
+        self._append("began", point=job.point.number, run_id=run_id)
         job.state, job.run_id = "running", run_id
 
-    def ended(self, job: Job, code: int) -> None:
-        """Write down how it ended: the exit code, negative after a signal."""
-        self._append(job, "ended", code=code)
-        job.state = _state(code)
+    def ended(self, job: Job, code: int, restarts: tuple[int, str] | None = None) -> None:
+        """Write down how it ended: the exit code, negative after a signal, and of a failure the restarts (`Job`)."""
+        facts = {} if restarts is None else dict(zip(("restarts", "reached"), restarts, strict=True))
+        self._append("ended", point=job.point.number, code=code, **facts)
+        job.state, job.restarts = _state(code), restarts
 
-    def _append(self, job: Job, what: str, **facts: str | int) -> None:
+    def over(self) -> None:
+        """Write down that the sweep has come to an end: none of its runs is at work or to begin again."""
+        self._append("over")
+
+    def _append(self, what: str, **facts: str | int) -> None:
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        lines.append(self._path, {"time": when, "what": what, "point": job.point.number, **facts})
+        lines.append(self._path, {"time": when, "what": what, **facts})
 
 
 def _state(code: int) -> State:

@@ -77,6 +77,7 @@ class Sweep(Generic[Handle]):
         """Until no point waits or runs; `stop` makes that soon."""
         while self.tick():
             wait(POLL_S)
+        self._queue.over()
         self._look(self._queue.jobs)
 
     def stop(self) -> None:
@@ -125,19 +126,22 @@ class Sweep(Generic[Handle]):
         if at_work.asked and code == -signal.SIGTERM:  # it was asked before it could hear
             code = EXIT_STOPPED
         self._places[place] = None
-        self._queue.ended(at_work.job, code)
+        said = self._end(at_work.job, code)
         what = at_work.job.state if code >= 0 else f"failed, ended by signal {-code}"
         what = what if code == 0 else f"{what}: {self._launcher.told(at_work.job)}"
-        self._tell(at_work.job, f"{what}{self._restart(at_work.job, code)}")
+        self._tell(at_work.job, f"{what}{said}")
 
-    def _restart(self, job: Job, code: int) -> str:
-        """Have a run that ended before its time begin again, if it may; what to say of it."""
+    def _end(self, job: Job, code: int) -> str:
+        """Write down the end of a run, and have it begin again if it ended before its time; what to say of that."""
         assert job.run_id is not None
         run = RunDir(self._storage / job.run_id)
         if code in (0, 2) or self._asked or (code == EXIT_STOPPED and run.is_stop_wanted):
+            self._queue.ended(job, code)
             return ""
         restarts = self._restarts[job.point.number]
-        if (pause := restarts.pause()) is None:
+        pause = restarts.pause()
+        self._queue.ended(job, code, (restarts.number, restarts.last))
+        if pause is None:
             return ""
         self._not_before[job.point.number] = self._clock() + pause
         self._waiting.insert(0, job)
@@ -153,7 +157,8 @@ class Sweep(Generic[Handle]):
         self._waiting.remove(job)
         run_id = job.run_id or new_run_id(self._name)
         run = RunDir(self._storage / run_id)
-        self._restarts.setdefault(job.point.number, Restarts(self._retries, lambda: newest_checkpoint(run)))
+        if job.point.number not in self._restarts:
+            self._restarts[job.point.number] = Restarts(self._retries, lambda: newest_checkpoint(run), job.restarts)
         self._queue.began(job, run_id)
         self._tell(job, f"run {run_id}")
         return _AtWork(job, self._launcher.start(job, run_id, place))

@@ -240,6 +240,29 @@ def test_sweep__each_run_begins_again_as_often_as_it_may_without_a_checkpoint(wo
     assert not sweep.tick() and [job.state for job in queue.jobs] == ["done", "done", "failed", "done"]
 
 
+def test_sweep__restarts_are_counted_on_where_a_sweep_was_killed_and_anew_after_its_end(world: World) -> None:
+    sweep, _ = world.sweep(retries=2)
+
+    def fail_first() -> str:
+        world.now += 60.0
+        sweep.tick()
+        next(process for process in world.launched.live if process.job.point.number == 0).code = 1
+        sweep.tick()
+        return next(line for line in reversed(world.said) if line.startswith("1/4 ") and "failed" in line)
+
+    assert fail_first().endswith("(restart 1 of 2 without a checkpoint)")
+    sweep, _ = world.sweep(retries=2)  # a job begins it again, as its own process was killed
+    assert fail_first().endswith("(restart 2 of 2 without a checkpoint)")
+    sweep, _ = world.sweep(retries=2)
+    assert fail_first().endswith("failed: error: memory ran out")  # for good
+    sweep.stop()
+    for process in world.launched.live:
+        process.code = 75
+    sweep.run(lambda seconds: None)
+    sweep, _ = world.sweep(retries=2)  # a person does, once it was over
+    assert fail_first().endswith("(restart 1 of 2 without a checkpoint)")
+
+
 @pytest.mark.parametrize("code", [0, 2, 75])
 def test_sweep__what_a_person_stopped_is_done_or_wrong_does_not_begin_again(code: int, world: World) -> None:
     sweep, _ = world.sweep(retries=5)
@@ -304,6 +327,9 @@ def test_local_runs__say_what_failed(tmp_path: Path) -> None:
     process = launcher.start(job, "tiny-1", 0)
     assert process.wait(120) == 2 == launcher.poll(process)
     assert launcher.told(job).startswith("error: recipe tniy: unknown")
+    with (tmp_path / "point-000.log").open("a") as log:
+        log.write("step 1\nerror: the disk is full\nerror: the log is runs/x/logs\n")
+    assert launcher.told(job) == "error: the disk is full"  # and not where to read on
     command = ["run", "tniy", "objective.name=mae", "train.steps=20", "optimizer.lr=1e-4"]
     assert list(process.args)[2:] == ["pretrain", *command, "--address", "ray-head:6379", "--run-id", "tiny-1"]  # type: ignore[arg-type, call-overload]
 
