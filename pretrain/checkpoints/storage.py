@@ -26,7 +26,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +62,14 @@ class CheckpointStorage(ABC):
         """Names of all published directories, sorted -> those of the files in each, relative to it.
 
         A remote store is listed once, however many directories there are.
+        """
+
+    @abstractmethod
+    def unpublished(self) -> dict[str, dict[str, int]]:
+        """Names of directories that have files and are not published -> bytes of each file.
+
+        Whoever writes one has left a note in it, so that two attempts never look alike. Empty where they have names of
+        their own, as on a disk.
         """
 
     @abstractmethod
@@ -149,6 +156,9 @@ class LocalStorage(CheckpointStorage):
 
     def survey(self) -> dict[str, Sequence[str]]:
         return {name: self.list(name) for name in self.published()}
+
+    def unpublished(self) -> dict[str, dict[str, int]]:
+        return {}
 
     def exists(self, name: str) -> bool:
         return (self.root / name).is_file()
@@ -247,16 +257,22 @@ class FsspecStorage(CheckpointStorage):
         return list(self.survey())
 
     def survey(self) -> dict[str, Sequence[str]]:
+        return {name: list(files) for name, files in self._directories().items() if MANIFEST in files}
+
+    def unpublished(self) -> dict[str, dict[str, int]]:
+        return {name: files for name, files in self._directories().items() if MANIFEST not in files}
+
+    def _directories(self) -> dict[str, dict[str, int]]:
+        """All that have files, by name, with the bytes of each; those that begin with `.` are left out."""
         filesystem, root = self._opened
         if not filesystem.exists(root):
             return {}
-        found: dict[str, Sequence[str]] = {}
+        found: dict[str, dict[str, int]] = {}
         # Not by a glob, in which a `[` of the prefix would be a pattern.
-        inside = sorted(path[len(root) :].lstrip("/") for path in filesystem.find(root))
-        for directory, paths in groupby(inside, lambda path: path.partition("/")[0]):
-            files = [path.partition("/")[2] for path in paths]
-            if MANIFEST in files and not directory.startswith("."):
-                found[directory] = files
+        for path, facts in sorted(filesystem.find(root, detail=True).items()):
+            directory, _, file = path[len(root) :].lstrip("/").partition("/")
+            if not directory.startswith("."):
+                found.setdefault(directory, {})[file] = facts["size"]
         return found
 
     def exists(self, name: str) -> bool:

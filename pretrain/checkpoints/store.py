@@ -6,7 +6,8 @@
 Publication. Each rank stages its files on its own disk, digests them, hands them to the storage and leaves a note that
 it has; rank 0 then looks whether the storage has all of them, and publishes them with `checkpoint.json`, which lists
 every file with its SHA-256. A process that dies on the way leaves nothing that is listed, and what it leaves goes when
-a group of workers begins or the step is written again.
+a group of workers begins or the step is written again; in a remote storage, when a later one is published
+(`pretrain.checkpoints.leftovers`).
 
 Retention removes training states, which are large and of no use but to resume; backbones stay. A removed state leaves
 the mark `training_state.removed`, written first: from then on nobody resumes from that checkpoint, however much of the
@@ -69,6 +70,7 @@ __all__ = [
     "stage",
     "storage_of",
     "survey",
+    "unpublished",
     "unstage",
     "verify",
 ]
@@ -159,6 +161,11 @@ def published(run_dir: Path) -> list[Published]:
     """All complete checkpoints of a run, by step."""
     storage = storage_of(run_dir)
     return [Published(int(match[1]), storage, name) for name in storage.published() if (match := _NAME.fullmatch(name))]
+
+
+def unpublished(storage: CheckpointStorage) -> dict[str, dict[str, int]]:
+    """Parts of checkpoints in a storage that no manifest names: directory -> bytes of each file."""
+    return {name: files for name, files in storage.unpublished().items() if _NAME.fullmatch(name)}
 
 
 class Surveyed(NamedTuple):

@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from data_pipelines.streaming.stream import Stream
 from pretrain.checkpoints import store
+from pretrain.checkpoints.leftovers import Leftovers
 from pretrain.config.stages import Stage
 from pretrain.machine import free_memory
 from pretrain.record.disk import DiskFull, naming_disk, require_room
@@ -82,6 +83,7 @@ class Publisher:
         self._is_short = False  # of memory; said once
         if dist.get_rank() == 0:
             store.discard_unpublished(run.path)  # of processes that have ended
+        self._leftovers = Leftovers(run.path) if dist.get_rank() == 0 else None
         attempt = [secrets.token_hex(4)]
         dist.broadcast_object_list(attempt, src=0)  # all ranks: what they write together has one name
         self._attempt = attempt[0]
@@ -124,7 +126,9 @@ class Publisher:
             contents = contents._replace(files=self._buffer.copy(contents.files))
         place = (self._run.path, self._stage, self._engine, self._stream, step)
         manifest = state.manifest(*place, contents.heads, self._origin)
-        self._writing, self._is_told = _Writing(self._run.path, step, self._attempt, contents, manifest, staged), False
+        leftovers = self._leftovers
+        self._writing = _Writing(self._run.path, step, self._attempt, contents, manifest, staged, leftovers)
+        self._is_told = False
         self._writing.start()
         if not is_beside:
             self._settle(is_needed=is_last or not is_asked)
@@ -231,12 +235,13 @@ class _Writing(threading.Thread):
         contents: state.Contents,
         manifest: Mapping[str, Any],
         staged: Path | None,
+        leftovers: Leftovers | None,
     ) -> None:
         super().__init__(name=f"checkpoint-{step}", daemon=True)
         self.step = step
         self.problem: _Problem | None = None
         self._run_dir, self._attempt, self._contents, self._manifest = run_dir, attempt, contents, manifest
-        self._staged = staged
+        self._staged, self._leftovers = staged, leftovers
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         self._neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", self._num_ranks))  # that write to the same disk
         self._storage = store.storage_of(run_dir)
@@ -332,6 +337,16 @@ class _Writing(threading.Thread):
             raise store.CheckpointError("another machine drives the run now; left alone")
         push_record(run)  # first: a remote storage never has a checkpoint of steps that its event log does not tell of
         store.publish(self._storage, self.step, self._manifest, shares, self._attempt)
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Of processes that were killed; what is published is published, whether that succeeds or not."""
+        if self._leftovers is None:
+            return
+        try:
+            self._leftovers.remove()
+        except Exception as error:  # of a store that is away: the next publication tries it again
+            log.warning("what is left of a checkpoint that was not published could not be removed: %s", error)
 
     def _require_unpublished(self) -> None:
         """A process that was given up and lives on must not replace what those who took over have published."""

@@ -15,6 +15,7 @@ import pytest
 
 from pretrain.checkpoints import copies
 from pretrain.checkpoints import store as checkpoint
+from pretrain.checkpoints.leftovers import QUIET_S, Leftovers
 from pretrain.checkpoints.storage import FsspecStorage
 
 STORAGES = ("local", "file", "memory", "memory, of an odd name")
@@ -205,6 +206,31 @@ def test_discard__takes_back_an_attempt_and_nothing_published(run_dir: Path) -> 
     checkpoint.discard(storage, 1, "a")
     assert _steps(run_dir) == [1] and storage.list("step-00000002") == []
     checkpoint.verify(copies.local(checkpoint.published(run_dir)[0], training_state=True))
+
+
+@pytest.mark.parametrize("run_dir", ["file", "memory, of an odd name", "s3"], indirect=True)
+def test_leftovers__go_when_nothing_has_changed_for_a_while(run_dir: Path) -> None:
+    """Of publications that were killed, and never of one that somebody is at, nor what is no checkpoint's."""
+    storage, now = checkpoint.storage_of(run_dir), [0.0]
+    _publish(run_dir, 1)
+    storage.mark("logs/worker-0.log", b"of a run whose record is here, too")
+    for step, attempt in ((2, "killed"), (3, "killed"), (4, "killed")):
+        checkpoint.begin(storage, step, attempt)
+        checkpoint.note(storage, step, attempt, "begun", {})
+        checkpoint.hand_over(storage, step, _staged(run_dir, step)[0], attempt)
+    left = Leftovers(run_dir, clock=lambda: now[0])
+    checkpoint.begin(storage, 3, "elsewhere")  # meanwhile by others, with files of the same names and sizes
+    checkpoint.note(storage, 3, "elsewhere", "begun", {})
+    checkpoint.hand_over(storage, 3, _staged(run_dir, 3)[0], "elsewhere")
+    _publish(run_dir, 4)
+    now[0] = QUIET_S - 1
+    left.remove()
+    assert list(checkpoint.unpublished(storage)) == ["step-00000002", "step-00000003"]
+    now[0] = QUIET_S
+    left.remove()
+    assert list(checkpoint.unpublished(storage)) == ["step-00000003"] and storage.list("step-00000002") == []
+    assert _steps(run_dir) == [1, 4] and storage.list("logs") == ["worker-0.log"]
+    checkpoint.verify(copies.local(checkpoint.published(run_dir)[-1], training_state=True))
 
 
 def test_latest__skips_a_backbone_without_training_state(run_dir: Path) -> None:

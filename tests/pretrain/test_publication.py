@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from backbones.images.config import ImageConfig
 from objectives.base import Progress
 from objectives.mae.config import MAEConfig
-from pretrain.checkpoints import copies, store
+from pretrain.checkpoints import copies, leftovers, store
 from pretrain.checkpoints.storage import FsspecStorage, LocalStorage
 from pretrain.config.schema import CheckpointsConfig, DataConfig, OptimizerConfig, Recipe, TrainConfig
 from pretrain.config.stages import Stage
@@ -206,7 +206,9 @@ def _of_a_remote_run(engine: Engine, endpoint: str) -> dict[str, Any]:
     uri = "s3://publication/runs"
     run, there = RunDir(working_copy(uri) / "run"), RemoteFolder(f"{uri}/run")
     if dist.get_rank() == 0:
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("publication")
+        filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+        filesystem.mkdir("publication")
+        filesystem.pipe_file("publication/runs/run/step-00000003/training_state/part", b"of workers that were killed")
         run.path.mkdir(parents=True)
         run.journal.write_text("step 4\n")
         lease = lease_of(run)
@@ -221,9 +223,10 @@ def _of_a_remote_run(engine: Engine, endpoint: str) -> dict[str, Any]:
         seen.append(there.read(run.journal.name))
         real(self, *arguments)
 
-    with patched(FsspecStorage, "publish", publish):
+    with patched(FsspecStorage, "publish", publish), patched(leftovers, "QUIET_S", 0.0):
         trainer.publisher.take(4, is_last=True)
     found: dict[str, Any] = {"told": [trainer.told()], "seen": [str(content) for content in seen]}
+    found["left"] = list(store.unpublished(store.storage_of(run.path)))
     with failing(RemoteFolder, "put", lambda: ConnectionError("the store is away"), rank=0):
         if dist.get_rank() == 0:
             run.journal.write_text("step 4\nstep 8\n")
@@ -375,7 +378,7 @@ def test_take__a_remote_run_has_the_record_of_a_checkpoint_first_and_one_machine
     assert len(away) == 1 and "8 was not published: ConnectionError: the store is away" in away[0]
     assert back == ["10 published"] and result["journal"] == str(b"step 4\nstep 8\n")
     assert len(other) == 1 and "12 was not published: another machine drives the run now; left alone" in other[0]
-    assert result["steps"] == [4, 10]
+    assert result["steps"] == [4, 10] and result["left"] == []
 
 
 def test_publisher__an_error_in_training_lets_the_one_under_way_end(found: dict[str, Any]) -> None:
