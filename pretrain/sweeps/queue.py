@@ -75,8 +75,8 @@ class Queue:
 
     def ended(self, job: Job, code: int, restarts: tuple[int, str] | None = None) -> None:
         """Write down how it ended: the exit code, negative after a signal, and of a failure the restarts (`Job`)."""
-        facts = {} if restarts is None else dict(zip(("restarts", "reached"), restarts, strict=True))
-        self._append("ended", point=job.point.number, code=code, **facts)
+        counted: dict[str, str | int] = {} if restarts is None else {"restarts": restarts[0], "reached": restarts[1]}
+        self._append("ended", point=job.point.number, code=code, **counted)
         job.state, job.restarts = _state(code), restarts
 
     def over(self) -> None:
