@@ -1,12 +1,12 @@
 """Linear segmentation of volumes on frozen tokens: what an encoder knows of every voxel without further training.
 
-Tokens after the final norm are standardised per channel, one linear layer gives logits per token, and these are
-upsampled trilinearly to the voxels that the backbone was given, see `evaluation.protocols.linear_maps`. Of an encoder
-in stages the tokens of all stages are read, not only the last and coarsest ones. The loss is cross-entropy plus soft
-Dice, as is the custom for volumes (nnU-Net, Isensee et al. 2021). Padding, ignored voxels, and voxels that were cut off
-(`evaluation.extraction.voxels`) count in neither loss nor score. The learning rate is chosen
-by Dice on held-out training volumes (whole sequences where the data names them, such as the volumes of a patient); the
-reported head is refitted on all of them.
+Tokens after the final norm are whitened, one linear layer gives logits per token, and these are upsampled trilinearly
+to the voxels that the backbone was given, see `evaluation.protocols.linear_maps`. Of an encoder in stages the tokens of
+all stages are read, not only the last and coarsest ones. The loss is cross-entropy plus soft Dice, as is the custom for
+volumes (nnU-Net, Isensee et al. 2021). Padding, ignored voxels, and voxels that were cut off
+(`evaluation.extraction.voxels`) count in neither loss nor score. The learning rate is chosen by Dice on held-out
+training volumes (whole sequences where the data names them, such as the volumes of a patient); the reported head is
+refitted on all of them.
 
 Class 0 is the ground, which fills most of a volume; Dice is the mean over the other classes, each from one confusion
 matrix over all test volumes, as mIoU is over all classes. Beside it stands what a position prior, the per-voxel
@@ -35,7 +35,7 @@ from evaluation.metrics import (
     tallies,
 )
 from evaluation.protocol import EvaluationError
-from evaluation.protocols.linear_maps import Fit, Standardiser, draw_places, folds_of
+from evaluation.protocols.linear_maps import Fit, Whitener, draw_places, folds_of
 from evaluation.selection import by_setting, choose_cell
 
 __all__ = ["score"]
@@ -62,7 +62,7 @@ def score(
     fit = Fit(
         train.maps,
         voxels,
-        [Standardiser.of(tokens, device) for tokens in train.maps],
+        [Whitener.of(tokens, device) for tokens in train.maps],
         num_classes,
         per_step=params["voxels_per_step"],
         params=params,

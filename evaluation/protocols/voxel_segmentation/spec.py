@@ -10,9 +10,9 @@ __all__ = ["SPEC"]
 
 SPEC = Protocol(
     name="voxel_segmentation",
-    summary="standardisation and one linear layer on frozen tokens (of all stages), logits upsampled to the voxels",
+    summary="whitening and one linear layer on frozen tokens (of all stages), logits upsampled to the voxels",
     target="evaluation.protocols.voxel_segmentation.score:score",
-    version=2,
+    version=3,
     tokens="patches",
     label="seg.npy",
     metrics=(
