@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,21 @@ from pretrain.training.handover import take_over, weights_of
 from pretrain.training.initial_weights import InitialWeights
 from pretrain.training.model import build_objective
 from pretrain.training.spread_weights import Sent, Shared
+from pretrain.training.torch_internals import WeakStorage
 from tests.pretrain.test_initial_weights import CPU, LITTLE, RANKS, recipe_of
 
 
 class Watch:
-    """How many bytes of the tensors that passed here somebody has at a time, at most."""
+    """How many bytes of what passed here somebody has at a time, at most, by whatever tensor."""
 
     def __init__(self) -> None:
         self.most = self.largest = 0
-        self._seen: list[weakref.ref[Tensor]] = []
+        self._seen: list[WeakStorage] = []
 
     def see(self, tensor: Tensor) -> None:
-        self._seen = [*(one for one in self._seen if one() is not None), weakref.ref(tensor)]
-        alive = {one.data_ptr(): one.nbytes for seen in self._seen if (one := seen()) is not None}
+        self._seen = [one for one in self._seen if one.storage() is not None]
+        self._seen.append(WeakStorage(tensor.untyped_storage()))
+        alive = {one.data_ptr(): one.nbytes() for seen in self._seen if (one := seen.storage()) is not None}
         self.most, self.largest = max(self.most, sum(alive.values())), max(self.largest, tensor.nbytes)
 
     def each(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -98,7 +99,8 @@ def _handed_over() -> dict[str, Any]:
     total = sum(tensor.nbytes for tensor in expected.values())
     found = {"same": _same(_everything(after), expected), "loaded": len(done.loaded), "number": len(expected)}
     after.close()
-    return found | {"one": given.is_one_at_a_time and taken.is_one_at_a_time, "left": left, "total": total}
+    is_one = given.is_one_at_a_time and taken.is_one_at_a_time
+    return found | {"one": is_one, "most": max(given.most, taken.most), "left": left, "total": total}
 
 
 def _begun(file: Path) -> dict[str, Any]:
