@@ -30,21 +30,26 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.authentication import AuthenticationProblem, find_token, missing, refused
 
-__all__ = ["EVALUATION_SLOT", "AlreadyConnected", "Cluster", "connect", "gpus_per_worker", "is_alive"]
+__all__ = ["EVALUATION_SLOT", "AlreadyConnected", "Cluster", "NotStarted", "connect", "gpus_per_worker", "is_alive"]
 
 EVALUATION_SLOT = "evaluation_slot"  # custom Ray resource: bounds the evaluations that run beside the trainers
 OBJECT_STORE_BYTES = 200 * 2**20  # only functions, settings and small results travel through Ray; data does not
 ANSWER_S = 5.0  # for an address of a cluster to answer
 LOOPBACK = "127.0.0.1"
+START_TRIES = 3  # of a private instance
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGE_PAGES_OF_MALLOC = "glibc.malloc.hugetlb"
+
+
+class NotStarted(RuntimeError):
+    """A private instance of Ray has not come up; one line."""
 
 
 class AlreadyConnected(RuntimeError):
@@ -87,6 +92,7 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
         AlreadyConnected: This process is connected to Ray.
         AuthenticationProblem: The cluster at `address` asks for a token, and there is none, or not this one.
         ConnectionError: No cluster answers at `address`.
+        NotStarted: The machine is too busy for a private instance.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     _quiet_environment()
@@ -108,22 +114,49 @@ def connect(address: str | None, *, num_cpus: int, num_gpus: int | None, evaluat
     with _private_settings():
         try:
             with _without_services():
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    num_gpus=num_gpus,
-                    resources={EVALUATION_SLOT: float(evaluation_slots)},
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    _node_ip_address=LOOPBACK,
+                _start_patiently(
+                    lambda: ray.init(
+                        address="local",
+                        num_cpus=num_cpus,
+                        num_gpus=num_gpus,
+                        resources={EVALUATION_SLOT: float(evaluation_slots)},
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        _node_ip_address=LOOPBACK,
+                    )
                 )
             if (found := ray.util.get_node_ip_address()) != LOOPBACK:
                 raise RuntimeError(f"Ray gave its private instance the address {found}, not {LOOPBACK}; it was ended")
             yield _described(LOOPBACK, private=True)
         finally:
             ray.shutdown()
+
+
+def _start_patiently(start: Callable[[], object]) -> None:
+    """Start a private instance, and again where that has timed out: Ray gives it 30 s, which a busy machine may need.
+
+    Raises:
+        NotStarted: It has timed out each time.
+    """
+    import psutil  # type: ignore[import-untyped]
+
+    for left in reversed(range(START_TRIES)):
+        before = set(psutil.Process().children())
+        try:
+            start()
+            return
+        except Exception as error:  # Ray raises no other class
+            if "timed out during startup" not in str(error):
+                raise
+            for process in set(psutil.Process().children()) - before:  # which would take from the next one
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+                    process.wait()
+            if not left:
+                problem = f"Ray has not started, {START_TRIES} times within 30 s each: this machine has no time for it"
+                raise NotStarted(problem) from error
 
 
 def _require_listener(address: str) -> None:

@@ -1,7 +1,7 @@
 """Errors that the command line turns into exit codes.
 
 `RequestError` is the caller's mistake (exit code 2), `RunFailed` is work that was accepted and failed (exit code 1),
-`RunStopped` is work that was ended on request and can go on (exit code 75).
+`RunStopped` is work that has ended before its time and can go on (exit code 75), as requested as a rule.
 Errors of the other packages (`data_pipelines.errors.DataError`, `backbones` errors) stay with their packages.
 """
 
@@ -66,7 +66,7 @@ class RunFailed(Exception):
 
 
 class RunStopped(Exception):
-    """Work that was ended on request and can go on (exit code 75); the message says where it stands and how."""
+    """Work that has ended before its time and can go on (exit code 75); the message says where it stands and how."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

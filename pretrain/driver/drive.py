@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.authentication import AuthenticationProblem
-from cluster.connect import AlreadyConnected
+from cluster.connect import AlreadyConnected, NotStarted
 from data_pipelines.cores import usable_cores
 from data_pipelines.files import cache_root, write_atomically
 from data_pipelines.storage.locations import redact
@@ -149,6 +149,8 @@ class Driver:
                 ) from None
             except AlreadyConnected as error:
                 raise RequestError(str(error)) from None
+            except NotStarted as error:
+                raise RunStopped(f"{error}; the same command tries it again") from None
             except KeyboardInterrupt:
                 _ask_for_signal(self.run_dir.stop_now_request)
                 raise RunStopped(self._stopped_at_once()) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import cluster.connect as connect_module
-from cluster.connect import Cluster, _with_huge_pages, connect, gpus_per_worker
+from cluster.connect import Cluster, NotStarted, _start_patiently, _with_huge_pages, connect, gpus_per_worker
 
 _LOOK_AT_A_PRIVATE_INSTANCE = """
 import json, os, sys
@@ -53,6 +53,45 @@ kept = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", 
 print(json.dumps([name for name in kept if os.environ.get(name) != before.get(name)]))
 print(json.dumps(ray._private.ray_constants.ENABLE_RAY_CLUSTER))
 """
+
+
+TIMED_OUT = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
+
+
+@pytest.mark.parametrize(("fails", "raised"), [(0, None), (2, None), (3, NotStarted)])
+def test_start_patiently__again_where_ray_was_too_slow(fails: int, raised: type[Exception] | None) -> None:
+    """What an attempt has started is ended: it would take the time of the next one."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        started.append(subprocess.Popen(["sleep", "600"], start_new_session=True))
+        if len(started) <= fails:
+            raise Exception(TIMED_OUT)
+
+    earlier = subprocess.Popen(["sleep", "600"])
+    try:
+        if raised is None:
+            _start_patiently(start)
+        else:
+            with pytest.raises(raised, match="3 times within 30 s each"):
+                _start_patiently(start)
+        assert len(started) == min(fails + 1, 3) and earlier.poll() is None
+        assert [process.poll() is None for process in started] == [False] * fails + [True] * (len(started) - fails)
+    finally:
+        for process in (earlier, *started):
+            process.kill()
+
+
+def test_start_patiently__another_error_is_the_end() -> None:
+    tries = []
+
+    def start() -> None:
+        tries.append(1)
+        raise ValueError("no such resource")
+
+    with pytest.raises(ValueError, match="no such resource"):
+        _start_patiently(start)
+    assert tries == [1]
 
 
 @pytest.mark.parametrize("order", ["ray first", "ray last"])
