@@ -31,7 +31,7 @@ LOADERS_PER_GPU, LOADERS_PER_CPU_WORKER, MOST_LOADERS = 8, 1, 8
 SPARE_CPUS = 2  # of a node, for Ray and an evaluation
 GIB_PER_GPU, GIB_PER_CPU_WORKER, GIB_OF_A_NODE = 32, 4, 8
 _PACKAGE = absolute("package:")
-_NODE_LOCAL = ("data.cache_dir",)  # may lie anywhere on a node
+_NO_PLACES = ("data.cache_dir", "description")  # the one may lie anywhere on a node, the other is for people
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def portable_yaml(plan: Plan) -> str:
         RequestError: It holds credentials.
     """
     for key, text in _texts(plan):
-        if redact(text) != text or "***" in text:
+        if key != "description" and (redact(text) != text or "***" in text):  # one may name a page with a query
             stored = redact(text, marked=True)
             remedy = "its user, password or query does not travel; mount the data, or use a store with credentials"
             raise RequestError(f"{key}={stored}: {remedy} of its own (--secret)")
@@ -157,7 +157,7 @@ def paths_outside(plan: Plan, places: Sequence[str]) -> list[str]:
             f"{key}={text}"
             for key, text in _texts(plan)
             if (path := _path_in(text)) is not None
-            and key not in _NODE_LOCAL
+            and key not in _NO_PLACES
             and not any(path == place or path.startswith(f"{place}/") for place in (*places, _PACKAGE))
         )
     )
@@ -176,7 +176,6 @@ def _path_in(text: str) -> str | None:
 
 
 def _texts(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Keys and values of all texts in the recipes of a plan, but for what they say of themselves."""
+    """Keys and values of all texts in the recipes of a plan."""
     for stage in plan.stages:
-        found = texts_in(OmegaConf.to_container(OmegaConf.structured(stage.recipe)))
-        yield from ((key, text) for key, text in found if key != "description")
+        yield from texts_in(OmegaConf.to_container(OmegaConf.structured(stage.recipe)))

@@ -336,6 +336,7 @@ SLURM = ["--kind", "slurm", "--storage", "/shared/runs"]
         ([*SLURM, "--setup", f"curl https://me:{TOKEN}@host/x"], "--setup ...: looks like a secret"),
         ([*JOB, f"data.train=https://me:{TOKEN}@host/a.tar"], "data.train=https://***@host/a.tar: its user, password"),
         ([*JOB, f"backbone.options.x={TOKEN}"], "looks like a secret"),
+        ([*JOB, f"description={TOKEN}"], "description: looks like a secret"),
     ],
 )
 def test_manifest__bad_request_is_one_line_that_repeats_no_secret(
