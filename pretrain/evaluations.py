@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from yaml import YAMLError
 
+from data_pipelines.cores import usable_cores
+from data_pipelines.files import write_atomically
 from data_pipelines.parsing import parse_json
 from data_pipelines.storage.locations import is_local
 from evaluation.protocol import FLOORS, BrokenError, EvaluationError, Metric, ranked
@@ -150,6 +152,7 @@ def evaluate(
     suite: str | None = None,
     again: bool = False,
     half_features: bool | None = None,
+    pictures: str | os.PathLike[str] | None = None,
     said: Callable[[str], None] = lambda _: None,
 ) -> list[EvaluationResult]:
     """Evaluate a checkpoint.
@@ -168,6 +171,8 @@ def evaluate(
         again: Compute what is known as well, and replace it; frozen features are kept.
         half_features: Store features of samples in half precision; None: as the recipe says whose tasks are run, else
             in single precision.
+        pictures: A directory for pictures of what the checkpoint makes of test samples, `DATA-KIND.png`; None: none
+            are drawn. What keeps one from being drawn is told to `said`.
         said: Is told what is under way.
 
     Returns:
@@ -225,6 +230,10 @@ def evaluate(
             said(f"warning: {task.protocol} on {task.data} is left out: {error}")
     if refused and not results:
         raise refused[0]
+    if pictures is not None:
+        for task, directory in {task.data: (task, directory) for task, directory in reversed(asked)}.values():
+            of_data = [result for result in results if result.data == task.data]
+            _draw(path, task, directory, of_data, root, device, Path(pictures), said)
     with answering(shown_storage(root)):
         push_results(root)
     return results
@@ -483,6 +492,41 @@ def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path, 
     return run_protocol(
         path, task.protocol, data, store=storage, image_size=task.size, reads=trained_on(path), **options
     )
+
+
+def _draw(
+    path: Path,
+    task: EvaluationTask,
+    directory: Path,
+    results: Sequence[EvaluationResult],
+    storage: Path,
+    device: str | None,
+    dest: Path,
+    said: Callable[[str], None],
+) -> None:
+    """Pictures of a checkpoint and its results on one data set, in `dest`; whatever stops one, the scores count."""
+    from evaluation.data import EvaluationData
+    from evaluation.pictures.draw import draw
+    from evaluation.threads import Threads
+    from pretrain.checkpoints.reads import trained_on
+
+    dest.mkdir(parents=True, exist_ok=True)
+    drawn = draw(
+        path,
+        EvaluationData(task.data, directory),
+        results,
+        store=storage,
+        image_size=task.image_size,
+        reads=trained_on(path),
+        device=device,
+        threads=Threads(usable_cores()),
+    )
+    try:
+        for shows, png in drawn:
+            write_atomically(dest / f"{task.data}-{shows}.png", png)
+            said(f"picture {dest / f'{task.data}-{shows}.png'}")
+    except Exception as error:
+        said(f"warning: a picture of {task.data} is not drawn: {type(error).__name__}: {last_line(error)}")
 
 
 def _require_device(device: str) -> None:

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["attention_maps", "middle_patch", "most_different_patch", "principal_colors", "similarity_maps"]
+__all__ = [
+    "attention_maps",
+    "component_shares",
+    "middle_patch",
+    "most_different_patch",
+    "principal_colors",
+    "similarity_colors",
+    "similarity_maps",
+    "similarity_ranges",
+]
 
 _CLIPPED = 0.02  # share of the patches at either end of a component that is shown as fully dark or bright
 # From 0 to 1: violet, blue, green, yellow, as in matplotlib's viridis. Red is none of them.
@@ -26,6 +35,7 @@ _HEAT = (
     (0.992, 0.906, 0.145),
 )
 _MARK = (1.0, 0.0, 0.0)
+_LEAST_RANGE = 1e-5  # of the cosines of a map: what differs by less is rounding
 
 
 def principal_colors(patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -37,15 +47,24 @@ def principal_colors(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         (n, 3, rows, columns) in [0, 1].
     """
-    rows = patches.double().flatten(0, 1)  # (n N, D)
+    shares = component_shares(patches.flatten(0, 1))  # (n N, 3)
+    return shares.unflatten(0, (len(patches), *grid)).permute(0, 3, 1, 2)
+
+
+def component_shares(rows: Tensor) -> Tensor:
+    """The first three principal components of rows (M, D), M and D at least 3, each from its least to its greatest.
+
+    Returns:
+        (M, 3) in [0, 1]; 0 where a run that has blown up gives no number.
+    """
+    rows = rows.double()
     rows = rows.where(rows.isfinite().all(), 0)  # of a run that has blown up: black, where `eigh` would raise
     rows = rows - rows.mean(0)
     axes = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -3:].flip(1)  # (D, 3), the strongest first
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))  # (1, 3)
-    scores = rows @ (axes * largest.sign())  # (n N, 3); the sign makes the colours the same from run to run
+    scores = rows @ (axes * largest.sign())  # (M, 3); the sign makes the colours the same from run to run
     low, high = (scores.quantile(share, dim=0) for share in (_CLIPPED, 1 - _CLIPPED))
-    colours = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return colours.float().unflatten(0, (len(patches), *grid)).permute(0, 3, 1, 2)
+    return ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float()
 
 
 def middle_patch(grid: tuple[int, int]) -> int:
@@ -62,7 +81,8 @@ def most_different_patch(patches: Tensor, patch_idx: int) -> Tensor:
 def similarity_maps(patches: Tensor, grid: tuple[int, int], patch_idx: Tensor | None = None) -> Tensor:
     """Cosine of the angle between one patch, which is marked in red, and each other one.
 
-    The scale is the same for all pictures and steps: violet is 0 or less, yellow is 1.
+    Each map has a scale of its own, or those of encoders whose patches are all alike would be of one color: violet is
+    the lowest cosine in it, yellow the highest. `similarity_ranges` says which these are.
 
     Args:
         patches: (n, N, D) with N = rows x columns.
@@ -73,12 +93,31 @@ def similarity_maps(patches: Tensor, grid: tuple[int, int], patch_idx: Tensor | 
     """
     if patch_idx is None:
         patch_idx = torch.full((len(patches),), middle_patch(grid), device=patches.device)
-    place = _cosine(patches, patch_idx).clamp(0, 1) * (len(_HEAT) - 1)  # (n, N), along the colours
+    return similarity_colors(patches, patch_idx).unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def similarity_colors(tokens: Tensor, token_idx: Tensor) -> Tensor:
+    """The same of tokens (n, N, D) that lie anywhere, for one of each sample (n,): (n, N, 3) in [0, 1]."""
+    cosines, ranges = _cosine(tokens, token_idx), similarity_ranges(tokens, token_idx)
+    low, high = ranges[:, :1], ranges[:, 1:]
+    share = ((cosines - low) / (high - low).clamp_min(_LEAST_RANGE)).clamp(0, 1)
+    place = share * (len(_HEAT) - 1)  # (n, N), along the colours
     below = place.floor().clamp_max(len(_HEAT) - 2)
-    colours = torch.tensor(_HEAT, device=patches.device)
+    colours = torch.tensor(_HEAT, device=tokens.device)
     maps = torch.lerp(colours[below.long()], colours[below.long() + 1], (place - below)[..., None])  # (n, N, 3)
-    maps[torch.arange(len(maps)), patch_idx] = torch.tensor(_MARK, device=patches.device)
-    return maps.unflatten(1, grid).permute(0, 3, 1, 2)
+    maps[torch.arange(len(maps)), token_idx] = torch.tensor(_MARK, device=tokens.device)
+    return maps
+
+
+def similarity_ranges(tokens: Tensor, token_idx: Tensor) -> Tensor:
+    """The lowest and the highest cosine (n, 2) between one token of each sample (n,) and its others; 1 of none."""
+    cosines = _cosine(tokens, token_idx)
+    if cosines.shape[1] == 1:
+        return torch.ones(len(cosines), 2, device=cosines.device)
+    is_other = torch.ones_like(cosines, dtype=torch.bool)
+    is_other[torch.arange(len(cosines)), token_idx] = False
+    others = cosines[is_other].unflatten(0, (len(cosines), -1))  # (n, N - 1)
+    return torch.stack((others.amin(1), others.amax(1)), 1)
 
 
 def attention_maps(attention: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from evaluation.data import EvaluationData
 from evaluation.extraction.recipe import Reads, Size, extraction_of
 from evaluation.pictures.outcomes import OutcomePictures
+from evaluation.pictures.space import SPACES, space_sheet
 from evaluation.pictures.tokens import token_sheet
 from evaluation.registry import protocol
 from evaluation.results import EvaluationResult, ResultStore
@@ -34,8 +35,8 @@ def draw(
 ) -> Iterator[tuple[str, bytes]]:
     """Draws what there is to see, one kind after the other; one that fails stops no other.
 
-    Of backbones of other kinds than images that is confusion of classes only. Results are drawn of what is stored with
-    them: nothing is computed again, and one that an older version has stored has no picture.
+    Of the tokens of images, clouds and volumes there is a sheet; other kinds of backbones have none. Results are drawn
+    of what is stored with them: nothing is computed again, and one that an older version has stored has no picture.
 
     Args:
         checkpoint: a directory with `backbone.safetensors`.
@@ -47,10 +48,12 @@ def draw(
     """
     architecture = architecture_of(checkpoint)
     kind, drawings = architecture.get("kind", "image"), dict[str, Callable[[], bytes]]()
+    on_device = available_device() if device is None else torch.device(device)
+    settings: dict[str, Any] = {"reads": reads, "device": on_device, "threads": threads}
     if kind == "image":
-        on_device = available_device() if device is None else torch.device(device)
-        settings: dict[str, Any] = {"image_size": image_size, "reads": reads, "device": on_device, "threads": threads}
-        drawings["tokens"] = partial(token_sheet, checkpoint, architecture, data, **settings)
+        drawings["tokens"] = partial(token_sheet, checkpoint, architecture, data, image_size=image_size, **settings)
+    elif kind in SPACES:
+        drawings[SPACES[kind]] = partial(space_sheet, checkpoint, architecture, data, **settings)
     inputs = extraction_of(kind).reading(reads).inputs
     for result in results:
         shown, size = ResultStore(store).shown(result.key), result.details.get("image_size")

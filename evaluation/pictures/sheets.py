@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from evaluation.protocol import EvaluationError
 
-__all__ = ["MOST_BYTES", "Pixels", "encoded", "on_tiles", "sheet", "with_colors_of"]
+__all__ = ["CAPTION", "MOST_BYTES", "Pixels", "encoded", "on_tiles", "sheet", "with_colors_of"]
 
 Pixels = npt.NDArray[np.uint8]  # (..., h, w, 3)
 
@@ -27,6 +27,7 @@ MOST_BYTES = 60_000  # of a PNG: a checkpoint has up to five of a data set, 300 
 GAP_PX = 2  # white, right of each tile and below it
 LEAST_PX, MOST_PX = 64, 96  # of the longer side of a tile: smaller ones are enlarged
 PALETTES = (256, 64, 16)  # colors of a PNG whose full colors would be too large
+CAPTION = "caption"  # text of a PNG: what people should know of this very picture
 TILE = "tile"  # text of a PNG: pixels of a tile with its gap, "HEIGHTxWIDTH"
 
 
@@ -62,8 +63,12 @@ def sheet(rows: Sequence[Pixels]) -> Pixels:
     return canvas.reshape(len(rows) * (height + GAP_PX), columns * (width + GAP_PX), 3)
 
 
-def encoded(picture: Pixels, tile: tuple[int, int] | None = None) -> bytes:
-    """A PNG of at most `MOST_BYTES`, in full color where these are enough, that says how large a tile is, if given.
+def encoded(picture: Pixels, tile: tuple[int, int] | None = None, caption: str = "") -> bytes:
+    """A PNG of at most `MOST_BYTES`, in full color where these are enough.
+
+    Args:
+        tile: Pixels (height, width) of one, which the PNG then says.
+        caption: For people; the PNG says it as well.
 
     Raises:
         EvaluationError: it would be larger even with the fewest colors.
@@ -71,6 +76,8 @@ def encoded(picture: Pixels, tile: tuple[int, int] | None = None) -> bytes:
     info = PngInfo()
     if tile is not None:
         info.add_text(TILE, f"{tile[0] + GAP_PX}x{tile[1] + GAP_PX}")
+    if caption:
+        info.add_text(CAPTION, caption)
     image = Image.fromarray(picture)
     for colors in (None, *PALETTES):
         content = io.BytesIO()
@@ -89,7 +96,7 @@ def with_colors_of(png: bytes, before: bytes, *, row: int) -> bytes:
     pixels of the row. Sheets whose rows differ in shape are left as they are.
     """
     new, old = _read(png), _read(before)
-    here, there = (_row(picture, tile, row) for picture, tile in (new, old))
+    here, there = (_row(picture, tile, row) for picture, tile, _ in (new, old))
     if here.shape != there.shape:
         return png
     correlation = _correlation(here, there)  # (3 of the new one, 3 of the old one)
@@ -100,15 +107,16 @@ def with_colors_of(png: bytes, before: bytes, *, row: int) -> bytes:
     channels = here[..., order]
     is_gap = _is_gap(here.shape, new[1])
     here[...] = np.where(is_flipped & ~is_gap, 255 - channels, channels)
-    tile = new[1]
-    return encoded(new[0], (tile[0] - GAP_PX, tile[1] - GAP_PX))
+    picture, tile, caption = new
+    return encoded(picture, (tile[0] - GAP_PX, tile[1] - GAP_PX), caption)
 
 
-def _read(png: bytes) -> tuple[Pixels, tuple[int, int]]:
+def _read(png: bytes) -> tuple[Pixels, tuple[int, int], str]:
+    """Its pixels, those of a tile with its gap, and its caption."""
     with Image.open(io.BytesIO(png)) as image:
         image.load()
         height, _, width = str(image.info.get(TILE, "1x1")).partition("x")
-        return np.array(image.convert("RGB")), (int(height), int(width))
+        return np.array(image.convert("RGB")), (int(height), int(width)), str(image.info.get(CAPTION, ""))
 
 
 def _row(picture: Pixels, tile: tuple[int, int], row: int) -> Pixels:

@@ -171,6 +171,7 @@ def resume(parent: Parent, run_id: str, settings: tuple[str, ...], storage: str)
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples at a time; decides speed and memory, no score.")
 @click.option("--again", is_flag=True, help="Compute known results again; features are kept.")
 @click.option("--half-features", is_flag=True, default=None, help="Store features in half precision.")
+@click.option("--pictures", metavar="FOLDER", help="Draw what it makes of test samples, as DATA-KIND.png in there.")
 @click.option("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")
 @_storage
 def evaluate(
@@ -181,6 +182,7 @@ def evaluate(
     batch_size: int | None,
     again: bool,
     half_features: bool | None,
+    pictures: str | None,
     device: str | None,
     storage: str,
 ) -> None:
@@ -192,6 +194,8 @@ def evaluate(
     """
     if suite is not None and protocols:
         raise RequestError(f"--suite {suite} beside --protocol {protocols[0]}: give one of them")
+    if pictures is not None and (folder := require_local(pictures, "a picture")).exists() and not folder.is_dir():
+        raise RequestError(f"--pictures {pictures}: is no folder; name one")
     # Before torch is imported: its threads would burn the cores while they wait for each other's small shares.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     root = brought(storage)
@@ -213,6 +217,7 @@ def evaluate(
         suite=suite,
         again=again,
         half_features=half_features,
+        pictures=pictures,
         said=lambda text: say(text, err=True),
     )
     rows = []

@@ -13,11 +13,12 @@ from pretrain.errors import said_by_system
 from pretrain.record.events import Visualizations, Warned
 from pretrain.record.run_dir import RunDir
 
-__all__ = ["ROWS", "TOKENS", "Drawn", "keep", "rows_of"]
+__all__ = ["CAPTION", "COLORED", "ROWS", "Drawn", "keep", "text_of"]
 
-TOKENS = "tokens"  # kind of the sheet whose second row shows components as colors
+COLORED = ("tokens", "clouds", "slices")  # kinds of sheets whose second row shows components as colors
 COLORS_ROW = 1
-ROWS = "rows"  # text of a PNG: what its rows show, from above
+# Texts of a PNG for people: what its rows show, from above, and what else is to be known of it.
+ROWS, CAPTION = "rows", "caption"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def keep(run: RunDir, drawn: Drawn) -> Visualizations | Warned:
     written is a warning.
     """
     path = run.visualizations(drawn.step, drawn.data, drawn.shows)
-    png = _with_colors_of_before(run, drawn) if drawn.shows == TOKENS else drawn.png
+    png = _with_colors_of_before(run, drawn) if drawn.shows in COLORED else drawn.png
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, png)
@@ -67,12 +68,12 @@ def _with_colors_of_before(run: RunDir, drawn: Drawn) -> bytes:
         return drawn.png
 
 
-def rows_of(png: Path) -> str:
-    """What a picture says that its rows show; empty where it does not, or is damaged."""
+def text_of(png: Path, name: str) -> str:
+    """What a picture says of itself, `ROWS` or `CAPTION`; empty where it does not, or is damaged."""
     from PIL import Image
 
     try:
         with Image.open(png) as image:
-            return str(image.info.get(ROWS, ""))
+            return str(image.info.get(name, ""))
     except (OSError, ValueError, SyntaxError):
         return ""

@@ -44,7 +44,7 @@ from pretrain.record.events import (
     Warned,
 )
 from pretrain.record.journal import read_events
-from pretrain.record.pictures import rows_of
+from pretrain.record.pictures import CAPTION, ROWS, text_of
 from pretrain.record.run_dir import RECIPE, RunDir
 from pretrain.reporting.data_section import UNKNOWN, data_name, evaluated_on, seen_words, setting_of, sources
 
@@ -64,8 +64,23 @@ PICTURES = {
     "tokens": (
         "What patch features look like",
         "Rows, from above: test images; principal components of all patches as red, green and blue; how alike patches "
-        "are to the one in the middle, which is marked in red, and to the one least like it, from violet (0) to "
-        "yellow (1); where the class token looks, if there is one. Parts of objects are good, blotches are not.",
+        "are to the one in the middle, marked in red, and to the one least like it, in each map from its lowest "
+        "cosine (violet) to its highest (yellow), see the caption; where the class token looks, if there is one. "
+        "Parts of objects are good, blotches are not.",
+    ),
+    "clouds": (
+        "What the tokens of clouds look like",
+        "Test clouds, two views of each. Rows, from above: the points, near ones brighter; principal components of all "
+        "tokens as red, green and blue, on the points nearest to each token; how alike tokens are to the first one, "
+        "which is marked in red, and to the one least like it, in each cloud from its lowest cosine (violet) to its "
+        "highest (yellow), which the caption says. The same parts in the same colors are good.",
+    ),
+    "slices": (
+        "What the tokens of volumes look like",
+        "Test volumes, the middle slices across each axis. Rows, from above: the voxels; principal components of all "
+        "tokens as red, green and blue; how alike tokens are to the one in the middle, which is marked in red, and to "
+        "the one least like it, in each volume from its lowest cosine (violet) to its highest (yellow), which the "
+        "caption says. Padding is black. The same tissue in the same color is good.",
     ),
     "confusion": (
         "What is taken for what",
@@ -255,18 +270,20 @@ def _visualizations(run: RunDir, events: Iterable[Event]) -> list[tuple[int, str
     steps = list(paths)
     if len(steps) > MAX_IMAGES:
         steps = [steps[round(i * (len(steps) - 1) / (MAX_IMAGES - 1))] for i in range(MAX_IMAGES)]
-    return [(step, _png_uri(paths[step]), rows_of(paths[step])) for step in steps]
+    return [(step, _png_uri(paths[step]), text_of(paths[step], ROWS)) for step in steps]
 
 
-def _pictures(run: RunDir, events: Iterable[Event]) -> list[tuple[str, str, list[tuple[int, str]]]]:
-    """(title, what is to be seen, [(step, PNG data URI)]) of each kind and data set: the first and the newest."""
+def _pictures(run: RunDir, events: Iterable[Event]) -> list[tuple[str, str, list[tuple[int, str, str]]]]:
+    """(title, what is to be seen, [(step, PNG data URI, caption)]) of each kind and data set: first and newest."""
     found = []
     for (data, shows), paths in sorted(_files_of(run, events).items()):
         protocol, _, kind = shows.rpartition("_")
         if kind in PICTURES:
             title, words = PICTURES[kind]
             of = f"{data}, {protocol}" if protocol else data
-            found.append((f"{title}: {of}", words, [(s, _png_uri(paths[s])) for s in sorted({min(paths), max(paths)})]))
+            shown = [(step, paths[step]) for step in sorted({min(paths), max(paths)})]
+            images = [(step, _png_uri(path), text_of(path, CAPTION)) for step, path in shown]
+            found.append((f"{title}: {of}", words, images))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable
 from itertools import permutations
@@ -19,7 +20,7 @@ from backbones.registry import create_backbone
 from evaluation.data import EvaluationData
 from evaluation.extraction.recipe import Reads
 from evaluation.pictures.draw import draw
-from evaluation.pictures.sheets import MOST_BYTES, Pixels, encoded, on_tiles, sheet, with_colors_of
+from evaluation.pictures.sheets import CAPTION, MOST_BYTES, Pixels, encoded, on_tiles, sheet, with_colors_of
 from evaluation.pictures.tokens import token_rows
 from evaluation.selection import spread
 from evaluation.threads import Threads
@@ -96,12 +97,13 @@ def test_token_rows__attention_where_there_is_a_class_token(options: dict[str, o
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     options = {"depth": 1, "embed_dim": 24, "num_heads": 2, **options}
     encoder = create_backbone("vit_tiny_patch16_224", image_size=16, patch_size=4, options=options).eval()
-    rows = token_rows(encoder, images)
+    rows, caption = token_rows(encoder, images)
     assert len(rows) == num_rows and (rows[0] == images.permute(0, 2, 3, 1).numpy()).all()
     assert {row.shape for row in rows[1:]} == {(2, 4, 4, 3)}
     red = np.array([1, 0, 0])
     assert (rows[2][:, 2, 2] == red).all() and not (rows[3][:, 2, 2] == red).all()
     assert (rows[3] == red).all(-1).sum() == 2, "one patch of each image is marked, not the one in the middle"
+    assert len(re.findall(r"-?\d\.\d\d to 1?\d?\.?\d*", caption)) == 4, "a range for each of two maps of two images"
 
 
 def test_draw__is_small_and_the_same_for_the_same_weights(
@@ -112,3 +114,12 @@ def test_draw__is_small_and_the_same_for_the_same_weights(
     assert found[0] == found[1] and list(found[0]) == ["tokens"]
     assert pixels(found[0]["tokens"]).shape == (5 * 66, 8 * 66, 3)
     assert len(found[0]["tokens"]) <= MOST_BYTES
+    assert Image.open(io.BytesIO(found[0]["tokens"])).info[CAPTION].startswith("cosines, from left to right: ")
+
+
+def test_with_colors_of__keeps_the_caption() -> None:
+    colors = np.random.default_rng(0).random((3, 8, 8, 3))
+    picture = sheet([on_tiles(np.full_like(colors, 0.5), (8, 8)), on_tiles(1 - colors, (8, 8))])
+    flipped = with_colors_of(encoded(picture, (64, 64), "said"), colors_sheet(colors), row=1)
+    assert Image.open(io.BytesIO(flipped)).info[CAPTION] == "said"
+    assert (pixels(flipped) == pixels(colors_sheet(colors))).mean() > 0.99

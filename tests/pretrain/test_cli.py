@@ -54,6 +54,7 @@ def test_cli__surface_is_frozen() -> None:
             "--batch-size",
             "--again",
             "--half-features",
+            "--pictures",
             "--device",
             "--storage",
         ],
