@@ -12,7 +12,7 @@ SPEC = Protocol(
     name="svm",
     summary="linear SVM on standardised frozen features ([max, mean] of points), C chosen on held-out train samples",
     target="evaluation.protocols.svm.score:score",
-    version=1,
+    version=2,  # 2: C = 10 as well
     tokens="pooled",
     label="cls",
     usual_for=("points",),
@@ -27,7 +27,7 @@ SPEC = Protocol(
     ),
     params=MappingProxyType(
         {
-            "cs": (0.001, 0.01, 0.075, 0.1, 1.0),
+            "cs": (0.001, 0.01, 0.075, 0.1, 1.0, 10.0),
             "folds": 3,  # below `holdout_from` training samples; one held-out third above
             "holdout_from": 2000,
         }
