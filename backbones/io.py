@@ -38,7 +38,6 @@ __all__ = [
     "load_heads",
     "open_weights",
     "read_shapes",
-    "read_weights",
     "save_backbone",
     "save_heads",
     "weights_digest",
@@ -152,35 +151,14 @@ def load_heads(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return _spec(file, _header(file, data)[0], _HEADS_KEY), load(data)
 
 
-def read_weights(file: Path, data: bytes) -> dict[str, Tensor]:
-    """Tensors by name: a safetensors file, or a state dict that `torch.save` wrote.
+def open_weights(file: Path) -> Mapping[str, Tensor]:
+    """Tensors by name: a safetensors file, or a state dict that `torch.save` wrote; its name says which.
 
-    Of the latter torch builds tensors, numbers and texts, and runs no code. One that lies within a training checkpoint,
-    as timm writes them, is found.
-
-    Args:
-        file: its name says which of the two it is, and is named in messages.
-        data: what it holds.
+    Of a safetensors file each tensor is read when it is asked for. Of the latter torch builds tensors, numbers and
+    texts, all at once, and runs no code. One that lies within a training checkpoint, as timm writes them, is found.
 
     Raises:
         BackboneError: it holds neither, or anything else than tensors.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    if file.suffix in STATE_DICT_SUFFIXES:
-        return _state_dict(file, data)
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise BackboneError(f"{file}: not a safetensors file ({error})") from error
-
-
-def open_weights(file: Path) -> Mapping[str, Tensor]:
-    """The same, each tensor of a safetensors file read when it is asked for.
-
-    Raises:
-        BackboneError: as `read_weights`.
         OSError: the file cannot be read.
     """
     return _state_dict(file, file.read_bytes()) if file.suffix in STATE_DICT_SUFFIXES else _OnDemand(file)
@@ -212,10 +190,10 @@ class _OnDemand(Mapping[str, "Tensor"]):
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what `read_weights` would read; of a safetensors file by its header alone, without torch.
+    """Names and shapes of what `open_weights` would give; of a safetensors file by its header alone, without torch.
 
     Raises:
-        BackboneError: as `read_weights`, or the file cannot be read.
+        BackboneError: as `open_weights`, or the file cannot be read.
     """
     try:
         if file.suffix in STATE_DICT_SUFFIXES:

@@ -64,11 +64,11 @@ def _write(weights: Weights, made: Path) -> None:
         RequestError: Some are missing, or there are others than those of a classifier.
         BackboneError: They do not fit, or timm has no such model.
     """
-    from backbones.io import initialize_from, read_weights, save_backbone
+    from backbones.io import initialize_from, open_weights, save_backbone
     from backbones.registry import from_spec
 
     encoder = from_spec(weights.spec)
-    found = initialize_from(encoder, read_weights(weights.file, weights.file.read_bytes()))
+    found = initialize_from(encoder, open_weights(weights.file))
     classifier = getattr(encoder.network, "pretrained_cfg", {}).get("classifier") or "head"
     heads = [classifier] if isinstance(classifier, str) else classifier
     left_out = {f"{name}.{part}" for name in heads for part in ("weight", "bias")}

@@ -14,7 +14,7 @@ mean something else tomorrow by what they mean now, `find_weights` and `find_tra
                    cache, nothing is downloaded), timm:NAME@FILE (safetensors, or a state dict of torch)
     resume_from    RUN_ID, runs:/RUN_ID[/STEP], a run's directory, a checkpoint (directory or URI)
 
-`teacher_from` takes what `init_from` takes. Both read tensors and run no code, see `backbones.io.read_weights`. What
+`teacher_from` takes what `init_from` takes. Both read tensors and run no code, see `backbones.io.open_weights`. What
 `resume_from` trusts is said in `pretrain.checkpoints.store`. Not here: putting weights into a model
 (`pretrain.training.state`).
 """

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from backbones import initialize_from, load_backbone, save_backbone, weights_digest
 from backbones.errors import BackboneError
 from backbones.images.positions import sincos_positions
-from backbones.io import read_shapes, read_weights
+from backbones.io import open_weights, read_shapes
 from backbones.registry import create_backbone
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 2}
@@ -83,12 +83,13 @@ def test_load_backbone__truncated_file_is_refused(checkpoint, keep):
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
-def test_read_shapes__of_what_read_weights_reads(tmp_path, name):
+def test_read_shapes__of_what_open_weights_gives(tmp_path, name):
     weights = {"a": torch.zeros(2, 3), "b.c": torch.zeros(())}
     file = tmp_path / name
     torch.save({"state_dict": weights}, file) if name.endswith(".pth") else save_file(weights, file)
     assert read_shapes(file) == {"a": (2, 3), "b.c": ()}
-    assert read_weights(file, file.read_bytes()).keys() == {"a", "b.c"}
+    opened = open_weights(file)
+    assert opened.keys() == {"a", "b.c"} and torch.equal(opened["a"], weights["a"])
     for content in (b"", b"something else than weights", file.read_bytes()[:-1]):
         file.write_bytes(content)
         with pytest.raises(BackboneError, match=rf"{name}: ") as refused:
