@@ -15,7 +15,7 @@ from pretrain.record.events import CheckpointPublished, Event, Finished, Metrics
 from pretrain.record.journal import read_events
 from tests.loopback_cluster import LoopbackCluster, loopback_cluster
 
-pytestmark = [pytest.mark.integration, pytest.mark.long]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1500)]
 
 Samples = Callable[[Path], dict[int, dict[int, list[int]]]]
 EPOCH = 20  # steps of 32 of 640 samples

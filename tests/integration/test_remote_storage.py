@@ -18,7 +18,7 @@ from pretrain.record.events import Finished, Resumed
 from pretrain.record.journal import read_events
 from pretrain.record.run_dir import RunDir
 
-pytestmark = [pytest.mark.integration, pytest.mark.long]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1500)]
 
 STORAGE = "s3://data/runs"
 KEY = "a-key-that-is-nobodys-business"

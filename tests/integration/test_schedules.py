@@ -16,7 +16,7 @@ from pretrain.tracking.cursor import Cursor
 
 GROCERY = Path(__file__).resolve().parents[2] / "pretrain" / "demo_data" / "grocery"
 
-pytestmark = [pytest.mark.integration, pytest.mark.long]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1500)]
 
 
 def pretrain(*arguments: str) -> str:

@@ -17,7 +17,7 @@ from pretrain.record.run_dir import runs_in
 from pretrain.tracking.client import connect, default_database
 from pretrain.tracking.cursor import Cursor
 
-pytestmark = [pytest.mark.integration, pytest.mark.long]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1500)]
 
 
 def test_sweep__stopped_and_gone_on_with(
