@@ -34,17 +34,13 @@ def test_model_names__equal_timms_own_list():
     assert list(names.model_names()) == sorted(names.model_names())
 
 
-def test_model_names__neither_torch_nor_timm_and_quick():
+def test_model_names__need_neither_torch_nor_timm():
     code = (
-        "import sys, time; t = time.process_time(); import backbones; "
-        "from backbones.images.timm_names import model_names; "
-        "n = model_names(); s = time.process_time() - t; "
-        "assert not {'torch', 'timm', 'numpy'} & sys.modules.keys(), 'heavy import'; print(len(n), s)"
+        "import sys; import backbones; from backbones.images.timm_names import model_names; n = model_names(); "
+        "assert not {'torch', 'timm', 'numpy'} & sys.modules.keys(), 'heavy import'; print(len(n))"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    count, seconds = output.split()
-    assert int(count) > 1000
-    assert float(seconds) < 0.3  # 0.09 s seen; room for a busy machine
+    assert int(output) > 1000
 
 
 def test_model_names__include_plugins(entry):
