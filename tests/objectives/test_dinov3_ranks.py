@@ -59,11 +59,11 @@ def batch_of(step: int) -> dict[str, Tensor]:
     return batch | {"seed": torch.arange(IMAGES)[own] + 100 * step}
 
 
-def trained(stage: int) -> dict[str, Any]:
+def trained(stage: int, **config: Any) -> dict[str, Any]:
     """Losses and gradient norms of some steps, and what student, teacher and anchor have become."""
     world_size = dist.get_world_size()
     sizes = {"micro_batch_size": IMAGES // world_size, "workers": world_size, "zero_stage": stage}
-    recipe = replace(RECIPE, train=replace(RECIPE.train, **sizes))
+    recipe = replace(RECIPE, objective=replace(RECIPE.objective, **config), train=replace(RECIPE.train, **sizes))
     torch.manual_seed(0)
     objective = build_objective(recipe)
     engine = Engine(objective, recipe, torch.device("cpu"))
@@ -111,6 +111,7 @@ def both_ranks() -> dict[str, Any]:
         parts = [None, None]
         dist.all_gather_object(parts, (loss.item(), own.grad.tolist()))  # type: ignore[union-attr]
         found[f"koleo_{group}"] = parts
+    found["without_masks"] = [trained(stage, mask_share=0.0)["steps"] for stage in (0, 3)]
     return found | {f"stage_{stage}": trained(stage) for stage in range(4)}
 
 
@@ -167,3 +168,12 @@ def test_training__two_ranks_give_what_one_process_gives(stage: int, two: dict[s
         assert ours == pytest.approx(wanted, rel=3e-4, abs=1e-6)
     assert found["weights"] == pytest.approx(one["weights"], rel=2e-5, abs=1e-6)
     assert one["steps"][0]["gram_drift"] == 0 < one["steps"][1]["gram_drift"]  # the anchor is the teacher at the start
+
+
+@pytest.mark.integration
+def test_training__without_a_masked_patch_every_part_takes_its_step(two: dict[str, Any]) -> None:
+    """Also in stage 3, where a head that nobody calls would leave ranks waiting for one another."""
+    whole, cut = two["without_masks"]
+    assert len(cut) == STEPS and all(step["ibot"] == 0 == step["grad_norm/patch_head"] for step in cut)
+    for ours, wanted in zip(cut, whole, strict=True):
+        assert ours == pytest.approx(wanted, rel=3e-4, abs=1e-6)
