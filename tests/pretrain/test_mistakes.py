@@ -126,7 +126,10 @@ def test_load_recipe__a_command_of_a_shell_may_have_several_lines(recipe: Path) 
             "evaluation.tasks[0].protocol=liner",
             f"unknown protocol; known are {', '.join(evaluations.names())}; did you mean ",
         ),
-        ("evaluation.tasks=[{data: mine}]", "evaluation.tasks[0].protocol='': unknown protocol; known are"),
+        (
+            "evaluation.tasks=[{data: mine}]",
+            "evaluation.tasks[0]={'data': 'mine'}: names neither a protocol nor a suite",
+        ),
         ("evaluation.tasks=[{suite: fast, data: mine}]", "expected one of quick, standard, full or null"),
         ("evaluation.tasks=[{suite: quick, data: mein}]", "known are mine; did you mean 'mine'?"),
         (

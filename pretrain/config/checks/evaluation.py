@@ -54,7 +54,9 @@ def check_evaluation_tasks(evaluation: EvaluationConfig, backbone: Any, mistakes
     protocols = evaluations.names()
     for index, task in enumerate(evaluation.tasks):
         key = f"evaluation.tasks[{index}]"
-        if task.protocol or task.suite is None:
+        if not task.protocol and task.suite is None and mistakes.sound(key):
+            mistakes.add(key, {"data": task.data}, "names neither a protocol nor a suite; add one of them")
+        if task.protocol:
             _check_known(f"{key}.protocol", task.protocol, "protocol", protocols, mistakes)
         if task.protocol and mistakes.sound(f"{key}.protocol", "backbone.kind"):
             _check_fits(key, task, backbone.kind, mistakes)
