@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def evaluate(
     threads: Threads | None = None,
     reads: Reads = Reads(),  # noqa: B008 - it cannot be changed
     half_features: bool = False,
+    known_as: Mapping[str, str | int] = MappingProxyType({}),
 ) -> EvaluationResult:
     """Evaluates a frozen backbone, or returns the stored result of the same weights, protocol and data.
 
@@ -72,6 +74,7 @@ def evaluate(
         threads: what computes; None: as many threads as torch would use.
         reads: what of its samples the backbone was trained on, where that is known.
         half_features: store vectors of samples in half precision, which is another result.
+        known_as: whose weights they are, for people: stands in the details of a result that is computed.
 
     Raises:
         EvaluationError: unknown protocol, data that does not fit it, a size patches do not tile, non-finite features.
@@ -123,6 +126,7 @@ def evaluate(
                 **outcome.details,
                 **({"image_size": recipe["size"]} if "size" in recipe else {}),
                 **({"half_features": True} if half_features and spec.tokens == "pooled" else {}),
+                **({"known_as": dict(known_as)} if known_as else {}),
                 "seed": seed,
             },
             seconds=round(time.perf_counter() - started, 3),

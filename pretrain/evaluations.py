@@ -314,7 +314,7 @@ class Place:
         score: The headline's value.
         interval: Its 95 % interval, for people; empty where none was recorded.
         num_test: Test samples that the score is of; 0: not recorded.
-        run: Whose checkpoint it is; "(by hand)" of weights that no run has evaluated.
+        run: Whose checkpoint it is; of weights of other tools what they were given as, and "(by hand)".
         step: None for such weights.
         recipe: Of the run.
         by_hand: Evaluated outside the run.
@@ -418,11 +418,22 @@ def _places(storage: Path) -> list[Place]:
             log.warning("%s: not an evaluation, passed over (%s: %s)", path, type(error).__name__, error)
             continue
         owner = owners.get(scored.weights_digest)
-        if owner is None:
-            found.append(_place(scored, FLOORS.get(scored.weights_digest, "(by hand)"), None, by_hand=True))
-        else:
+        if owner is not None:
             found.append(_place(scored, owner.run, owner.step, owner.recipe, by_hand=True))
+        else:
+            whose, step = _known_as((record.get("details") or {}).get("known_as"))
+            found.append(_place(scored, FLOORS.get(scored.weights_digest, whose), step, by_hand=True))
     return found
+
+
+def _known_as(recorded: Any) -> tuple[str, int | None]:
+    """Whose weights a result by hand says that it is of: a run and a step, or what was given to `evaluate`."""
+    match recorded:
+        case {"run_id": str(run), "step": int(step)}:
+            return run, step
+        case {"reference": str(reference)}:
+            return f"{reference} (by hand)", None
+    return "(by hand)", None
 
 
 def _with_digests(event: Evaluated, storage: Path) -> Evaluated:
@@ -486,12 +497,11 @@ def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path, 
     """`options` as `evaluation.runner.evaluate` takes them."""
     from evaluation.data import EvaluationData
     from evaluation.runner import evaluate as run_protocol
+    from pretrain.checkpoints.gradable import known_as
     from pretrain.checkpoints.reads import trained_on
 
-    data = EvaluationData(task.data, directory)
-    return run_protocol(
-        path, task.protocol, data, store=storage, image_size=task.size, reads=trained_on(path), **options
-    )
+    data, named = EvaluationData(task.data, directory), {"reads": trained_on(path), "known_as": known_as(path)}
+    return run_protocol(path, task.protocol, data, store=storage, image_size=task.size, **named, **options)
 
 
 def _draw(
@@ -516,7 +526,7 @@ def _draw(
         EvaluationData(task.data, directory),
         results,
         store=storage,
-        image_size=task.image_size,
+        image_size=task.size,
         reads=trained_on(path),
         device=device,
         threads=Threads(usable_cores()),

@@ -17,12 +17,15 @@ import uuid
 from pathlib import Path
 
 from backbones.errors import BackboneError
+from data_pipelines.parsing import parse_json
 from pretrain.checkpoints import references
 from pretrain.checkpoints.initialization import TIMM, Weights, find_weights
 from pretrain.errors import RequestError, listed
-from pretrain.record.run_dir import BACKBONE
+from pretrain.record.run_dir import BACKBONE, MANIFEST
 
-__all__ = ["gradable", "is_foreign"]
+__all__ = ["gradable", "is_foreign", "known_as"]
+
+ORIGIN = "origin.json"  # beside weights of other tools: where they are from
 
 
 def is_foreign(reference: str) -> bool:
@@ -57,6 +60,18 @@ def gradable(reference: str, storage: Path) -> Path:
     return made
 
 
+def known_as(path: Path) -> dict[str, str | int]:
+    """Whose weights something gradable holds, as far as the directory says: `run` and `step`, or a `reference`."""
+    for name, keys in ((MANIFEST, ("run_id", "step")), (ORIGIN, ("reference",))):
+        try:
+            record = parse_json((path / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and all(isinstance(record.get(key), str | int) for key in keys):
+            return {key: record[key] for key in keys}
+    return {}
+
+
 def _write(weights: Weights, made: Path) -> None:
     """The tensors of a timm model under our own description of it; all of them have to be in the file.
 
@@ -83,7 +98,7 @@ def _write(weights: Weights, made: Path) -> None:
     aside.mkdir(parents=True)
     try:
         save_backbone(aside / BACKBONE, encoder.weights(), encoder.spec)
-        (aside / "origin.json").write_text(json.dumps({"reference": weights.reference, "sha256": weights.sha256}))
+        (aside / ORIGIN).write_text(json.dumps({"reference": weights.reference, "sha256": weights.sha256}))
         os.rename(aside, made)
     except OSError:
         if not (made / BACKBONE).is_file():  # another process was first

@@ -158,9 +158,11 @@ def test_ranking__is_the_order_of_all_scores_after_each(better: str) -> None:
 def test_leaderboard__joins_by_data_and_weights_and_not_by_what_they_are_called(tmp_path: Path) -> None:
     """Two names of one data set are one task, one name of two data sets is two, and weights belong to their run."""
 
-    def result(key: str, data: str, digest: str, weights: str, top1: float, protocol: str = "knn") -> None:
+    def result(
+        key: str, data: str, digest: str, weights: str, top1: float, protocol: str = "knn", **details: dict[str, Any]
+    ) -> None:
         fields = {"key": key, "protocol": protocol, "version": 1, "data": data, "data_digest": digest}
-        numbers = {"weights_digest": weights, "metrics": {"top1": top1}, "details": {}, "seconds": 1.0}
+        numbers = {"weights_digest": weights, "metrics": {"top1": top1}, "details": details, "seconds": 1.0}
         (tmp_path / "evaluations").mkdir(exist_ok=True)
         (tmp_path / "evaluations" / f"{key}.json").write_text(json.dumps({**fields, **numbers}))
 
@@ -175,6 +177,9 @@ def test_leaderboard__joins_by_data_and_weights_and_not_by_what_they_are_called(
     result("other-data", "photos", "fedcba9876", "w20", 0.9)
     result("other-weights", "photos", "fedcba9876", "elsewhere", 0.8)
     result("read-otherwise", "photos", "abcdef", "elsewhere", 0.4, protocol="linear")
+    result("skipped", "photos", "fedcba9876", "w30", 0.3, known_as={"run_id": "a", "step": 30})
+    result("foreign", "photos", "fedcba9876", "w40", 0.2, known_as={"reference": "timm:vit@a.safetensors"})
+    result("strange", "photos", "fedcba9876", "w50", 0.1, known_as={"run_id": 3, "step": "a"})
     found = [(place.data, place.score, place.run, place.step, place.by_hand) for place in leaderboard(tmp_path)]
     assert found == [
         ("photos:12345678", 0.7, "a", 20, False),
@@ -182,6 +187,9 @@ def test_leaderboard__joins_by_data_and_weights_and_not_by_what_they_are_called(
         ("photos:12345678", 0.5, "a", 10, False),
         ("photos:fedcba98", 0.9, "a", 20, True),
         ("photos:fedcba98", 0.8, "(by hand)", None, True),
+        ("photos:fedcba98", 0.3, "a", 30, True),  # a checkpoint that its run did not evaluate
+        ("photos:fedcba98", 0.2, "timm:vit@a.safetensors (by hand)", None, True),
+        ("photos:fedcba98", 0.1, "(by hand)", None, True),
         ("photos", 0.4, "(by hand)", None, True),  # by a protocol that has one data set of this name only
     ]
 
