@@ -25,16 +25,18 @@ STANDARD = (
     "patch_knn",
     "voxel_segmentation",
 )
+NEEDLESS = (("svm", "image"),)  # ridge regression tells as much of images in a tenth of the time
 ON_REQUEST = ("finetune",)  # takes many times what all others take together
 SUITES = ("quick", "standard", "full")
 
 
-def protocols_of(suite: str) -> tuple[str, ...]:
-    """Names of the protocols of one of `SUITES`; "full" has those of other packages as well."""
+def protocols_of(suite: str, kind: str) -> tuple[str, ...]:
+    """Names of the protocols of one of `SUITES` for backbones of a kind; "full" has those of other packages as well."""
     from evaluation.registry import names  # here, for the command line: it reads what every protocol is
 
-    known = {"quick": QUICK, "standard": STANDARD}.get(suite)
-    return known or tuple(name for name in names() if name not in ON_REQUEST)
+    if suite == "full":
+        return tuple(name for name in names() if name not in ON_REQUEST)
+    return tuple(name for name in (QUICK if suite == "quick" else STANDARD) if (name, kind) not in NEEDLESS)
 
 
 def misfit(name: str, kind: str, splits: Sequence[Dataset] = ()) -> str | None:

@@ -603,7 +603,7 @@ def suitable_protocols(checkpoint: Path, directory: Path, suite: str | None = No
     splits = [open_dataset(str(directory / f"{split}-*.tar")) for split in ("train", held_out(directory))]
     return [
         name
-        for name, spec in ((name, protocol(name)) for name in (names() if suite is None else protocols_of(suite)))
+        for name, spec in ((name, protocol(name)) for name in (names() if suite is None else protocols_of(suite, kind)))
         if (suite is not None or spec.usual_for is None or kind in spec.usual_for)
         and fits(spec, kind, extraction.tokens, extraction.axes)
         and misfit(name, kind, splits) is None

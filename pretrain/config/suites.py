@@ -77,7 +77,7 @@ def judged(task: EvaluationTask, kind: str, directory: str | None) -> dict[str, 
     if directory is not None and evaluation_data_problem(directory) is None:
         with suppress(DataError):  # whoever opens the shards says what is wrong with them
             splits = first_shards(Path(directory))
-    return {name: misfit(name, kind, splits) for name in protocols_of(task.suite)}
+    return {name: misfit(name, kind, splits) for name in protocols_of(task.suite, kind)}
 
 
 def _is_oftener(one: EvaluationTask, other: EvaluationTask, every: int) -> bool:

@@ -175,7 +175,7 @@ def test_load__an_evaluation_that_does_not_fit_the_kind_of_backbone(shards: Path
     assert "evaluation.tasks[1].image_size=32" in said and "with backbone.kind=voxels leave it out" in said
 
 
-QUICK = [("knn", "mine"), ("ridge", "mine"), ("spectrum", "mine"), ("svm", "mine")]
+QUICK = [("knn", "mine"), ("ridge", "mine"), ("spectrum", "mine")]
 
 
 def _labelled(folder: Path, *fields: str) -> Path:
@@ -224,9 +224,9 @@ def test_load__a_protocol_of_two_suites_is_run_once_as_often_as_one_of_them_says
     written = ", ".join([both[first], both[1 - first], named])
     settings = [f"evaluation.data={{mine: {mine}}}", f"evaluation.tasks=[{written}]", "evaluation.select=null"]
     tasks = load_recipe("demo", settings).evaluation.tasks
-    assert len({(task.protocol, task.data) for task in tasks}) == len(tasks) == 8
+    assert len({(task.protocol, task.data) for task in tasks}) == len(tasks) == 7
     when = {task.protocol: (task.suite, task.at) for task in tasks}
-    assert when["knn"] == when["svm"] == ("quick", None)
+    assert when["knn"] == when["spectrum"] == ("quick", None)
     assert when["linear"] == when["few_shot"] == ("standard", "last")
     assert when["ridge"] == (None, "last")  # it was named
 

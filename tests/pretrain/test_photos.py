@@ -76,7 +76,7 @@ def test_load__of_a_suite_what_photos_have_labels_for(photos: Path, capsys: pyte
     suite = ["evaluation.tasks=[{suite: standard, data: photos, at: last}]", "evaluation.select=null"]
     recipe = load("mae_photos", [f"data.root={photos}", *suite]).recipe
     names = [task.protocol for task in recipe.evaluation.tasks]
-    assert names == ["knn", "ridge", "spectrum", "svm", "linear", "logreg", "few_shot", "token_health"]
+    assert names == ["knn", "ridge", "spectrum", "linear", "logreg", "few_shot", "token_health"]
     assert "evaluation: without" not in capsys.readouterr().out
 
 
