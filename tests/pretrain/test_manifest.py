@@ -333,6 +333,7 @@ SLURM = ["--kind", "slurm", "--storage", "/shared/runs"]
         ([*JOB, "--env", f"MLFLOW_TRACKING_URI=https://me:{TOKEN}@host"], "--env MLFLOW_TRACKING_URI=...: looks like"),
         ([*JOB, "--env", TOKEN], "--env ...: expected NAME=VALUE"),
         ([*SLURM, "--setup", f"export HF_TOKEN={TOKEN}"], "--setup ...: looks like a secret"),
+        ([*SLURM, "--setup", "export MY_PASSWORD=wJalr"], "--setup ...: looks like a secret"),
         ([*SLURM, "--setup", f"curl https://me:{TOKEN}@host/x"], "--setup ...: looks like a secret"),
         ([*JOB, f"data.train=https://me:{TOKEN}@host/a.tar"], "data.train=https://***@host/a.tar: its user, password"),
         ([*JOB, f"backbone.options.x={TOKEN}"], "looks like a secret"),
