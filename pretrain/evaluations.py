@@ -500,8 +500,16 @@ def _evaluate(path: Path, task: EvaluationTask, directory: Path, storage: Path, 
     from pretrain.checkpoints.gradable import known_as
     from pretrain.checkpoints.reads import trained_on
 
-    data, named = EvaluationData(task.data, directory), {"reads": trained_on(path), "known_as": known_as(path)}
-    return run_protocol(path, task.protocol, data, store=storage, image_size=task.size, **named, **options)
+    return run_protocol(
+        path,
+        task.protocol,
+        EvaluationData(task.data, directory),
+        store=storage,
+        image_size=task.size,
+        reads=trained_on(path),
+        known_as=known_as(path),
+        **options,
+    )
 
 
 def _draw(
