@@ -112,7 +112,7 @@ def _rehearsed(tmp_path: Path, *parts: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.integration
 def test_gpu_check__is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     found = _rehearsed(tmp_path, "machine", "reference", "parity", "speed", "compiled", "nccl", "transfer", "profile")

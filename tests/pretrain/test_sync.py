@@ -618,7 +618,7 @@ def test_tracker__a_password_in_the_query_is_never_written_down(run: Run, caplog
 
 
 @pytest.mark.integration
-@pytest.mark.slow
+@pytest.mark.long
 def test_tracker__server_down_started_killed_and_restarted(
     run: Run, tmp_path: Path, migrated_database: Path, make_checkpoint: MakeCheckpoint
 ) -> None:
