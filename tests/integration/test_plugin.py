@@ -99,6 +99,7 @@ def trained(environment: Environment) -> Path:
     return run_dir
 
 
+@pytest.mark.long
 @pytest.mark.integration
 def test_plugin__names_are_known_and_settings_are_checked(environment: Environment) -> None:
     done = environment.run(
@@ -118,6 +119,7 @@ def test_plugin__names_are_known_and_settings_are_checked(environment: Environme
     assert re.search(r"known are colour, .*mae.*did you mean 'colour'\?", done.stderr)
 
 
+@pytest.mark.long
 @pytest.mark.integration
 def test_plugin__keeps_to_the_contract_of_objectives(environment: Environment) -> None:
     code = """

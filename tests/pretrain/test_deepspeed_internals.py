@@ -119,6 +119,7 @@ import mlflow
 """
 
 
+@pytest.mark.long
 def test_engine__starts_without_what_deepspeed_loads_for_others() -> None:
     """MLflow with pandas and torch's compiler took 3 CPU-seconds and 170 MiB of every worker."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

@@ -130,6 +130,7 @@ def test_radiance__scenes_as_ray_tasks_give_the_same_grids(scenes: Path, capsys:
     assert kept == {path.name: np.load(path)["grid"].tobytes() for path in Path("cache/radiance").glob("*.npz")}
 
 
+@pytest.mark.long
 @pytest.mark.integration
 def test_run_on_ray__a_job_that_fails_is_named() -> None:
     class Job:
