@@ -39,6 +39,7 @@ from pretrain.record.remote_runs import brought, push_results
 from pretrain.record.run_dir import RECIPE, runs_in
 from pretrain.remote.folder import answering
 from pretrain.remote.places import shown_storage
+from pretrain.screen import say as say_line
 
 if TYPE_CHECKING:
     from evaluation.runner import EvaluationResult
@@ -248,7 +249,7 @@ def _say(path: str | None, what: str, text: str) -> None:
     """A line with the time, at the end of a file or on standard output; a full disk costs no score."""
     line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}: {text}"
     if path is None:
-        print(line, flush=True)
+        say_line(line)
         return
     with suppress(OSError), open(path, "a", encoding="utf-8") as file:
         file.write(f"{line}\n")

@@ -163,7 +163,7 @@ def test_dry_run__says_what_suites_are_and_when_each_of_their_protocols_is_run(
     lines = screen(tmp_path, capsys, monkeypatch, "mae_cifar10", *settings)
     begin, end = (next(i for i, line in enumerate(lines) if line.startswith(name)) for name in ("evaluate", "leaves"))
     assert " ".join(line[10:] for line in lines[begin:end]) == (
-        "knn/cifar10, ridge/cifar10, spectrum/cifar10, svm/cifar10 after steps 0, 250, 500 "
+        "knn/cifar10, ridge/cifar10, spectrum/cifar10 after steps 0, 250, 500 "
         "linear/cifar10, logreg/cifar10, few_shot/cifar10, token_health/cifar10 after steps 0, 500; "
         "best by knn/cifar10/top1 "
         "without masked_reconstruction/cifar10, voxel_segmentation/cifar10: not for backbones of kind image "

@@ -327,7 +327,7 @@ def test_local_runs__say_what_failed(tmp_path: Path) -> None:
     process = launcher.start(job, "tiny-1", 0)
     assert process.wait(120) == 2 == launcher.poll(process)
     assert launcher.told(job).startswith("error: recipe tniy: unknown")
-    with (tmp_path / "point-000.log").open("a") as log:
+    with (tmp_path / "logs" / "point-000.log").open("a") as log:
         log.write("step 1\nerror: the disk is full\nerror: the log is runs/x/logs\n")
     assert launcher.told(job) == "error: the disk is full"  # and not where to read on
     command = ["run", "tniy", "objective.name=mae", "train.steps=20", "optimizer.lr=1e-4"]
