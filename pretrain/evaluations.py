@@ -43,6 +43,7 @@ from pretrain.screen import say as say_line
 
 if TYPE_CHECKING:
     from evaluation.runner import EvaluationResult
+    from evaluation.threads import Threads
 
 __all__ = [
     "Place",
@@ -93,10 +94,8 @@ def evaluate_tasks(
         What the run records about each task, and the pictures that it keeps.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
-    from evaluation.data import EvaluationData
     from evaluation.progress import telling
     from evaluation.threads import Threads
-    from pretrain.checkpoints.reads import trained_on
     from pretrain.checkpoints.references import resolve
 
     computing = Threads(threads, beside_trainers=Path(training).exists)
@@ -123,18 +122,7 @@ def evaluate_tasks(
             events.append(failed)
     if results:
         try:
-            pictures = computing.run(import_module, "evaluation.pictures.draw")
-            drawn = pictures.draw(
-                path,
-                EvaluationData(tasks[0].data, Path(directory)),
-                results,
-                store=Path(storage),
-                image_size=tasks[0].size,
-                reads=trained_on(path),
-                device=device,
-                threads=computing,
-            )
-            for shows, png in drawn:
+            for shows, png in _pictures(path, tasks[0], Path(directory), results, Path(storage), device, computing):
                 events.append(Drawn(step, tasks[0].data, shows, png))
         except Exception as error:  # whatever it is, the scores count
             said = f"a picture of {tasks[0].data} is not drawn: {type(error).__name__}: {last_line(error)}"
@@ -524,13 +512,32 @@ def _draw(
     said: Callable[[str], None],
 ) -> None:
     """Pictures of a checkpoint and its results on one data set, in `dest`; whatever stops one, the scores count."""
-    from evaluation.data import EvaluationData
-    from evaluation.pictures.draw import draw
     from evaluation.threads import Threads
-    from pretrain.checkpoints.reads import trained_on
 
     dest.mkdir(parents=True, exist_ok=True)
-    drawn = draw(
+    drawn = _pictures(path, task, directory, results, storage, device, Threads(usable_cores()))
+    try:
+        for shows, png in drawn:
+            write_atomically(dest / f"{task.data}-{shows}.png", png)
+            said(f"picture {dest / f'{task.data}-{shows}.png'}")
+    except Exception as error:
+        said(f"warning: a picture of {task.data} is not drawn: {type(error).__name__}: {last_line(error)}")
+
+
+def _pictures(
+    path: Path,
+    task: EvaluationTask,
+    directory: Path,
+    results: Sequence[EvaluationResult],
+    storage: Path,
+    device: str | None,
+    threads: Threads,
+) -> Iterator[tuple[str, bytes]]:
+    """What each picture shows and its PNG, one after the other, as `evaluation.pictures.draw` has them."""
+    from evaluation.data import EvaluationData
+    from pretrain.checkpoints.reads import trained_on
+
+    drawn: Iterator[tuple[str, bytes]] = threads.run(import_module, "evaluation.pictures.draw").draw(
         path,
         EvaluationData(task.data, directory),
         results,
@@ -538,14 +545,9 @@ def _draw(
         image_size=task.size,
         reads=trained_on(path),
         device=device,
-        threads=Threads(usable_cores()),
+        threads=threads,
     )
-    try:
-        for shows, png in drawn:
-            write_atomically(dest / f"{task.data}-{shows}.png", png)
-            said(f"picture {dest / f'{task.data}-{shows}.png'}")
-    except Exception as error:
-        said(f"warning: a picture of {task.data} is not drawn: {type(error).__name__}: {last_line(error)}")
+    return drawn
 
 
 def _require_device(device: str) -> None:

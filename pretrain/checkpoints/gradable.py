@@ -61,7 +61,7 @@ def gradable(reference: str, storage: Path) -> Path:
 
 
 def known_as(path: Path) -> dict[str, str | int]:
-    """Whose weights something gradable holds, as far as the directory says: `run` and `step`, or a `reference`."""
+    """Whose weights something gradable holds, as far as the directory says: `run_id` and `step`, or a `reference`."""
     for name, keys in ((MANIFEST, ("run_id", "step")), (ORIGIN, ("reference",))):
         try:
             record = parse_json((path / name).read_text())
